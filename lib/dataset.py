@@ -1,0 +1,238 @@
+"""From `Samples` to training tensors: augment each image, batch, encode each batch."""
+
+import math
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import albumentations
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lib.data import IGNORE_INDEX, Samples, check_choice
+
+INPUT_CHANNELS = {"rgb": 3, "rgbd": 4, "rgbd_xy": 6}
+DEPTH_ENCODINGS = ("inverse", "linear", "log")
+AUGMENTATIONS = ("none", "exp061", "crops")
+NEAREST_M, FARTHEST_M = 0.71, 10.0  # Exp061's clip of the depth
+RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)  # Exp061's, of RGB / 255
+
+
+class RawBatch(NamedTuple):
+    """A batch as it is stored, small enough to move to a GPU quickly.
+
+    Attributes:
+        image: `(B, H, W, 3)` uint8.
+        depth: `(B, H, W)` uint16 millimetres, 0 = missing.
+        label: `(B, H, W)` uint8, 255 = ignore.
+        measured: `(B, H, W)` bool.
+        position: `(B,)` int64 positions in the samples.
+    """
+
+    image: torch.Tensor
+    depth: torch.Tensor
+    label: torch.Tensor
+    measured: torch.Tensor
+    position: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """A batch as the network and the losses take it.
+
+    Attributes:
+        inputs: `(B, C, H, W)` float32, C = 3, 4 or 6.
+        label: `(B, H, W)` int64, 255 = ignore.
+        depth: `(B, 1, H, W)` float32 target, 0 at 0.71 m to 1 at 10 m.
+        valid_depth: `(B, 1, H, W)` bool, where that target was measured.
+    """
+
+    inputs: torch.Tensor
+    label: torch.Tensor
+    depth: torch.Tensor
+    valid_depth: torch.Tensor
+
+
+def encode_depth(depth_mm: torch.Tensor, depth_encoding: str) -> torch.Tensor:
+    """Depth clipped to 0.71..10 m as 0..1, in any shape; missing depth (0) stays 0.
+
+    `linear` and `log` are 0 at 0.71 m, `inverse` is 0 at 10 m.
+    """
+    check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
+    depth_m = (depth_mm.float() / 1000).clip(NEAREST_M, FARTHEST_M)
+    scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
+    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M], device=depth_m.device)))
+    return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
+
+
+def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, inputs: str, depth_encoding: str) -> torch.Tensor:
+    """The network's input.
+
+    Args:
+        image: `(B, H, W, 3)` uint8 RGB.
+        depth_mm: `(B, H, W)` millimetres, 0 = missing.
+        inputs: `rgb`, `rgbd` or `rgbd_xy`: x and y run 0..1 left to right and top to bottom.
+        depth_encoding: see `encode_depth`.
+
+    Returns:
+        `(B, C, H, W)` float32 with C of `INPUT_CHANNELS`.
+    """
+    check_choice("inputs", inputs, INPUT_CHANNELS)
+    mean, std = (torch.tensor(values, device=image.device) for values in (RGB_MEAN, RGB_STD))
+    channels = [((image / 255 - mean) / std).permute(0, 3, 1, 2)]
+    if inputs != "rgb":
+        channels.append(encode_depth(depth_mm, depth_encoding)[:, None])
+    if inputs == "rgbd_xy":
+        count, height, width = depth_mm.shape
+        y, x = (torch.linspace(0, 1, length, device=image.device) for length in (height, width))
+        channels.append(torch.stack(torch.meshgrid(x, y, indexing="xy")).expand(count, 2, height, width))
+    return torch.cat(channels, 1)
+
+
+def encode_batch(raw: RawBatch, inputs: str, depth_encoding: str, device: torch.device) -> Batch:
+    """Move a batch to the device, small as it is, and encode it there."""
+    image, depth_mm, label, measured = (tensor.to(device, non_blocking=True) for tensor in raw[:4])
+    depth_mm = depth_mm.float()  # torch knows few operations on uint16
+    return Batch(
+        encode_inputs(image, depth_mm, inputs, depth_encoding),
+        label.long(),
+        encode_depth(depth_mm, "linear")[:, None],
+        ((depth_mm > 0) & measured)[:, None],
+    )
+
+
+def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Compose | None:
+    """`exp061`: flip, shift 5 %, scale 10 %, rotate 5 degrees; `crops`: random-resized crops and flip.
+
+    Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
+    is missing depth; labels are passed as label + 1 so that it is 255 for them.
+    """
+    check_choice("augment", augment, AUGMENTATIONS)
+    if augment == "none":
+        return None
+    height, width = size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # albumentations ignores an unknown option with a warning
+        if augment == "exp061":
+            geometry = albumentations.Affine(
+                translate_percent={"x": (-0.05, 0.05), "y": (-0.05, 0.05)},
+                scale=(0.9, 1.1), keep_ratio=True, rotate=(-5, 5), fill=0, fill_mask=0,
+                mask_interpolation=cv2.INTER_NEAREST, p=0.5,
+            )  # fmt: skip
+        else:
+            ratio = width / height
+            geometry = albumentations.RandomResizedCrop(
+                size, scale=(0.35, 1.0), ratio=(0.85 * ratio, 1.18 * ratio), mask_interpolation=cv2.INTER_NEAREST
+            )
+        return albumentations.Compose(
+            [albumentations.HorizontalFlip(p=0.5), geometry],
+            additional_targets={"depth": "mask", "measured": "mask"},
+            save_applied_params=True,
+        )
+
+
+def _zoom(applied: list[tuple[str, dict]]) -> float:
+    """By how much the applied transforms enlarge the picture."""
+    zoom = 1.0
+    for name, parameters in applied:
+        if name == "Affine":
+            zoom *= parameters["scale"]["x"]
+        elif name == "RandomResizedCrop":
+            left, top, right, bottom = parameters["crop_coords"]
+            height, width = parameters["shape"][:2]
+            zoom *= math.sqrt(height * width / ((bottom - top) * (right - left)))
+    return zoom
+
+
+class TrainingSet(Dataset):
+    """Augmented samples by (epoch, position): the same for any number of workers, another every epoch.
+
+    albumentations copies its generator into every worker, so that workers repeat one another and
+    epochs repeat the last; here each item seeds it anew from (seed, epoch, position).
+    """
+
+    def __init__(self, samples: Samples, augment: str, seed: int) -> None:
+        if samples.label is None:
+            raise ValueError("train: these samples have no labels; train on part 'train'")
+        self.samples, self.seed = samples, seed
+        self.augmentation = build_augmentation(augment, samples.size)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        epoch, position = key
+        samples = self.samples
+        image, depth, label = samples.image[position], samples.depth[position], samples.label[position]
+        measured = depth > 0 if samples.measured is None else samples.measured[position]
+        if self.augmentation is None:
+            return image, depth, label, measured, np.int64(position)
+        seed = np.random.SeedSequence((self.seed, epoch, position)).generate_state(1)[0]
+        self.augmentation.set_random_seed(int(seed))
+        shifted = label + np.uint8(1)  # 255 wraps to 0, the value that fills borders
+        result = self.augmentation(image=image, mask=shifted, depth=depth, measured=measured.view(np.uint8))
+        # enlarged by a zoom, things look as if they were nearer
+        depth = np.rint(result["depth"] / _zoom(result["applied_transforms"])).astype(np.uint16)
+        label, measured = result["mask"] - np.uint8(1), result["measured"].astype(bool)
+        return result["image"], depth, label, measured, np.int64(position)
+
+
+class EpochBatches(Sampler):
+    """Shuffled batches of (epoch, position); set `epoch` before each pass.
+
+    The last batch is kept, but a single left-over image joins the batch before: DeepLabV3+
+    normalises its pooled features over the batch and cannot train on one image.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        if min(count, batch_size) < 2:
+            raise ValueError(
+                f"batch_size: found {batch_size} with {count} training images; DeepLabV3+ trains on batches "
+                "of 2 images or more, raise batch_size or limit"
+            )
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        for batch in np.split(order, self.batch_size * np.arange(1, len(self))):
+            yield [(self.epoch, int(position)) for position in batch]
+
+    def __len__(self) -> int:
+        full, left_over = divmod(self.count, self.batch_size)
+        return full + (left_over > 1 or full == 0)
+
+
+def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:
+    """Stack the items of a `TrainingSet`."""
+    return RawBatch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*items, strict=True)))
+
+
+def training_loader(samples: Samples, augment: str, batch_size: int, workers: int, seed: int) -> DataLoader:
+    """Endless supply of augmented `RawBatch`es; set `loader.batch_sampler.epoch`, then iterate."""
+    if workers < 0:
+        raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
+    forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return DataLoader(
+        TrainingSet(samples, augment, seed),
+        batch_sampler=EpochBatches(len(samples), batch_size, seed),
+        collate_fn=stack_items,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else each pass draws from the generator of weights and dropout
+    )
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def plain_batches(samples: Samples, batch_size: int) -> Iterator[RawBatch]:
+    """The samples in order, without augmentation; labels that are held back are all 255."""
+    for start in range(0, len(samples), batch_size):
+        piece = samples[start : start + batch_size]
+        label = np.full(piece.depth.shape, IGNORE_INDEX, np.uint8) if piece.label is None else piece.label
+        measured = piece.depth > 0 if piece.measured is None else piece.measured
+        arrays = (piece.image, piece.depth, label, measured, np.arange(start, start + len(piece)))
+        yield RawBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

@@ -1,0 +1,114 @@
+"""Figures from arrays: every function returns a `Figure`, none shows or saves it."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from lib.data import CLASS_NAMES, IGNORE_INDEX
+
+# One colour for each class in every figure, in the order of CLASS_NAMES: hues far apart for
+# neighbours in a room, lightness spread so that they stay apart for colour-blind readers.
+CLASS_COLOURS = (
+    "#882255", "#ddcc77", "#f1f1e6", "#e69f00", "#8c6d46", "#44aa99", "#cc6677",
+    "#aa4499", "#332288", "#117733", "#1a1a1a", "#bcc6d0", "#56b4e9",
+)  # fmt: skip
+IGNORE_COLOUR = "#ffffff"
+TRAIN_COLOUR, VALID_COLOUR, GREY = "#999999", "#0072b2", "#666666"
+WIDTH = 8  # inches, so that a figure fits a notebook
+STYLE = {
+    "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlelocation": "left", "axes.titlesize": "medium", "legend.frameon": False,
+    "image.interpolation": "nearest",
+}  # fmt: skip
+
+
+def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
+    """Loss and validation scores by epoch, over the whole span of `epochs` from the start."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        loss, score = figure.subplots(1, 2)
+        loss.plot(history.epoch, history.train_loss, color=TRAIN_COLOUR, marker=".", label="training")
+        loss.plot(history.epoch, history.valid_loss, color=VALID_COLOUR, marker=".", label="validation")
+        loss.set(title="Loss", xlabel="epoch", xlim=(0.5, epochs + 0.5))
+        loss.legend()
+        score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
+        score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
+        score.set(title="Nothing validates in this split", xlabel="epoch", xlim=(0.5, epochs + 0.5), ylim=(0, 1))
+        if history.valid_miou.notna().any():
+            best = history.loc[history.valid_miou.idxmax()]
+            score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
+            score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
+        score.legend(loc="upper left")
+    return figure
+
+
+def plot_class_iou(iou: np.ndarray, name: str) -> Figure:
+    """A bar for each class of the run of that name, best first; a class that does not occur (NaN) has none."""
+    table = pd.DataFrame({"class": CLASS_NAMES, "IoU": iou}).sort_values("IoU", ascending=False)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        axes = figure.subplots()
+        palette = dict(zip(CLASS_NAMES, CLASS_COLOURS, strict=True))
+        seaborn.barplot(
+            table, x="class", y="IoU", hue="class", palette=palette, saturation=1, edgecolor=GREY, linewidth=0.5,
+            legend=False, ax=axes,
+        )  # fmt: skip
+        for position, value in enumerate(table.IoU):
+            text = "none\nseen" if np.isnan(value) else f"{value:.2f}"
+            axes.text(position, np.nan_to_num(value) + 0.01, text, ha="center", color=GREY, fontsize="small")
+        axes.set(xlabel="", ylabel="IoU", ylim=(0, 1))
+        if np.isfinite(iou).any():
+            best, least = CLASS_NAMES[np.nanargmax(iou)], CLASS_NAMES[np.nanargmin(iou)]
+            axes.set_title(f"{name}: {best} is learned best, {least} least")
+    return figure
+
+
+def plot_predictions(image: np.ndarray, depth: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> Figure:
+    """Columns RGB, depth, truth, prediction; a row for each image, with a legend of the classes shown.
+
+    Args:
+        image: `(N, H, W, 3)` uint8.
+        depth: `(N, H, W)` uint16 millimetres, 0 = missing (white).
+        label: `(N, H, W)` uint8, 255 = ignore (white).
+        prediction: `(N, H, W)` class indices.
+    """
+    rows, (height, width) = len(image), image.shape[1:3]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, WIDTH * rows * height / (4 * width) + 0.9), layout="constrained")
+        grid = figure.subplots(rows, 4, squeeze=False)
+        for axes, title in zip(grid[0], ("RGB", "depth (m)", "truth", "prediction"), strict=True):
+            axes.set_title(title)
+        depth_m = np.where(depth == 0, np.nan, depth / 1000)
+        for row in range(rows):
+            grid[row, 0].imshow(image[row])
+            shown = grid[row, 1].imshow(depth_m[row], cmap="viridis_r", vmin=0.5, vmax=np.nanmax(depth_m))
+            grid[row, 2].imshow(colour_labels(label[row]))
+            grid[row, 3].imshow(colour_labels(prediction[row]))
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        figure.colorbar(shown, ax=grid[:, 1], location="bottom", shrink=0.8, aspect=30, pad=0.02)
+        figure.legend(handles=_class_patches(np.union1d(label, prediction)), loc="outside lower center", ncols=7)
+    return figure
+
+
+def colour_labels(label: np.ndarray) -> np.ndarray:
+    """Class indices, 255 = ignore, of any shape `(...)` as colours `(..., 3)` in 0..1."""
+    colours = ListedColormap([*CLASS_COLOURS, IGNORE_COLOUR]).colors
+    table = np.array([matplotlib.colors.to_rgb(colour) for colour in colours])
+    return table[np.where(label == IGNORE_INDEX, len(CLASS_NAMES), label)]
+
+
+def _class_patches(present: np.ndarray) -> list[Patch]:
+    patches = [
+        Patch(facecolor=CLASS_COLOURS[index], edgecolor=GREY, linewidth=0.5, label=CLASS_NAMES[index])
+        for index in present
+        if index != IGNORE_INDEX
+    ]
+    if IGNORE_INDEX in present:
+        patches.append(Patch(facecolor=IGNORE_COLOUR, edgecolor=GREY, linewidth=0.5, label="unlabelled"))
+    return patches

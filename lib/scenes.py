@@ -1,0 +1,344 @@
+"""The embedded data: procedural rooms, ray-cast to RGB, depth and labels.
+
+A room is a list of boxes, so the first hit of each pixel's ray is exact. Colours overlap between
+classes, and pictures, screens and windows are flat: neither RGB nor depth is enough. Lengths are
+metres, x to the right, y up, the floor at y = 0 around the origin. A part is (class, centre, half
+size, colour, texture). A piece is a list of parts that stand around their own origin with their
+back towards -z, and its footprint (width, depth).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from lib.data import CLASS_NAMES, IGNORE_INDEX, Samples
+
+TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
+FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
+DISPARITY = 43.5  # focal length times baseline of the Kinect, in pixels times metres
+
+WOOD = [(122, 84, 52), (152, 108, 68), (92, 62, 42), (186, 146, 104), (70, 46, 34)]
+PALE = [(226, 221, 206), (206, 205, 200), (192, 182, 162), (232, 228, 232), (172, 186, 190)]
+DARK = [(42, 42, 47), (62, 57, 52), (32, 36, 52), (84, 84, 90), (24, 22, 24)]
+VIVID = [(162, 52, 46), (52, 82, 142), (62, 122, 72), (204, 164, 62), (142, 82, 132)]
+MUTED = [(186, 198, 172), (172, 190, 206), (216, 192, 152), (202, 172, 162), (160, 160, 150)]
+SKY = [(214, 226, 240), (236, 236, 226), (120, 150, 120), (40, 44, 60), (196, 186, 164)]
+
+# cells per metre (across, up), range of brightness and of hue among cells, width of the dark joint
+TEXTURES = {
+    "plain": (1.0, 1.0, 0.05, 0.0, 0.0),
+    "planks": (7.0, 0.9, 0.30, 0.0, 0.05),
+    "tiles": (3.0, 3.0, 0.12, 0.0, 0.04),
+    "fabric": (45.0, 45.0, 0.20, 0.04, 0.0),
+    "doors": (1.7, 1.1, 0.06, 0.0, 0.025),
+    "spines": (28.0, 0.01, 0.40, 0.7, 0.10),
+    "patches": (9.0, 7.0, 0.50, 0.6, 0.0),
+    "panes": (1.6, 1.4, 0.25, 0.10, 0.06),
+}
+
+
+def scene_names(part: str) -> np.ndarray:
+    """Numeric names; ids leave a gap after each room, so that split `blocks` keeps rooms whole."""
+    start, count = (TRAIN_COUNT, TEST_COUNT) if part == "test" else (0, TRAIN_COUNT)
+    return np.array([f"{index + index // VIEWS_PER_ROOM:06d}" for index in range(start, start + count)])
+
+
+def make_scenes(names: np.ndarray, seed: int = 0, size: tuple[int, int] = (96, 128)) -> Samples:
+    """Render the scenes of the given names: the same pixels for the same (seed, name, size)."""
+    image, depth = np.empty((len(names), *size, 3), np.uint8), np.empty((len(names), *size), np.uint16)
+    label = np.empty((len(names), *size), np.uint8)
+
+    def render(position: int) -> None:
+        index = int(names[position]) - int(names[position]) // (VIEWS_PER_ROOM + 1)
+        image[position], depth[position], label[position] = render_scene(seed, index, size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(render, range(len(names))))
+    return Samples(np.asarray(names), image, depth, label)
+
+
+def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One view: `(H, W, 3)` uint8 RGB, `(H, W)` uint16 depth in mm with 0 = missing, `(H, W)` uint8 labels."""
+    rng = np.random.default_rng((seed, 0, index // VIEWS_PER_ROOM))
+    room = rng.uniform((2.8, 2.3, 3.0), (4.8, 2.8, 5.4))
+    boxes = _pack(_walls(rng, room) + _furniture(rng, room))
+    rng = np.random.default_rng((seed, 1, index))
+    origin, rays = _camera(rng, room, boxes, size)
+    hit = _cast(origin, rays, boxes)
+    image = _expose(rng, _shade(rng, origin, rays, boxes, room, hit).reshape(*size, 3))
+    box, label = hit["box"].reshape(size), boxes["label"][hit["box"]].reshape(size)
+    depth = _measure(rng, hit["depth"].reshape(size), label, hit["cosine"].reshape(size))
+    return image, depth, _annotate(rng, label, box)
+
+
+def _pick(rng: np.random.Generator, choices):
+    return choices[rng.integers(len(choices))]
+
+
+def _legs(name, width, depth, height, radius, colour) -> list:
+    corners = [(x * (width / 2 - radius), z * (depth / 2 - radius)) for x in (-1, 1) for z in (-1, 1)]
+    return [(name, (x, height / 2, z), (radius, height / 2, radius), colour, "plain") for x, z in corners]
+
+
+def _clutter(rng, width, depth, height, most) -> list:
+    """Up to `most` objects and books on a surface."""
+    parts = []
+    for _ in range(rng.integers(most + 1)):
+        (x, z), half = rng.uniform(-0.4, 0.4, 2) * (width, depth), rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2))
+        name, texture = "objects", _pick(rng, ("plain", "fabric", "patches"))
+        if rng.random() < 0.08:
+            name, texture, half = "books", "spines", half * (0.6, 0.3, 1)
+        parts.append((name, (x, height + half[1], z), half, _pick(rng, VIVID + PALE + DARK + WOOD + MUTED), texture))
+    return parts
+
+
+def _bed(rng):
+    (width, height), frame = rng.uniform((1.0, 0.42), (1.9, 0.6)), _pick(rng, WOOD + PALE + DARK)
+    linen, pillow = _pick(rng, PALE + VIVID + MUTED + DARK), _pick(rng, PALE + VIVID)
+    return [
+        ("bed", (0, 0.14, 0), (width / 2, 0.14, 1.0), frame, "plain"),
+        ("bed", (0, 0.14 + height / 2, 0.02), (width / 2 - 0.03, height / 2 - 0.14, 0.97), linen, "fabric"),
+        ("bed", (0, 0.5, -0.98), (width / 2, 0.5, 0.03), frame, "planks"),
+        *(("objects", (x * width, height + 0.07, -0.7), (width / 5, 0.08, 0.2), pillow, "fabric") for x in (-0.2, 0.2)),
+        *_clutter(rng, width, 1.2, height, 4),
+    ], (width, 2.0)
+
+
+def _sofa(rng):
+    width, fabric = rng.uniform(1.2, 2.3), (_pick(rng, DARK + VIVID + PALE + WOOD + MUTED), "fabric")
+    return [
+        ("sofa", (0, 0.21, 0), (width / 2, 0.21, 0.42), *fabric),
+        ("sofa", (0, 0.45, -0.34), (width / 2, 0.42, 0.1), *fabric),
+        *(("sofa", (x * width, 0.31, 0), (0.09, 0.31, 0.43), *fabric) for x in (-0.5, 0.5)),
+        *_clutter(rng, width * 0.8, 0.4, 0.42, 4),
+    ], (width + 0.2, 0.9)
+
+
+def _chair(rng):
+    width, colour = rng.uniform(0.4, 0.5), _pick(rng, WOOD + DARK + VIVID + PALE)
+    back = ("chair", (0, 0.7, -width / 2), (width / 2, 0.24, 0.025), colour, _pick(rng, ("plain", "planks", "fabric")))
+    seat = ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain")
+    return [seat, back, *_legs("chair", width, width, 0.42, 0.022, colour)], (width, width)
+
+
+def _table(rng):
+    (width, depth, height), colour = rng.uniform((0.9, 0.6, 0.4), (1.9, 1.0, 0.78)), _pick(rng, WOOD + PALE + DARK)
+    top = ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks")))
+    legs = _legs("table", width, depth, height, 0.04, colour)
+    return [top, *legs, *_clutter(rng, width, depth, height + 0.04, 6)], (width, depth)
+
+
+def _cupboard(rng):
+    (width, depth, height), colour = rng.uniform((0.6, 0.35, 0.6), (1.8, 0.6, 2.1)), _pick(rng, WOOD + PALE + DARK)
+    parts = [("furniture", (0, height / 2, 0), (width / 2, height / 2, depth / 2), colour, "doors")]
+    if height < 1 and rng.random() < 0.5:
+        parts.append(("tv", (0, height + 0.35, 0), (0.5, 0.3, 0.03), _pick(rng, DARK), "plain"))
+    return parts + _clutter(rng, width, depth, height, 6), (width, depth)
+
+
+def _shelf(rng):
+    width, height, wood = rng.uniform(0.8, 1.7), rng.uniform(1.2, 2.1), (_pick(rng, WOOD + PALE + DARK), "plain")
+    parts = [("furniture", (0, height / 2, -0.13), (width / 2, height / 2, 0.02), *wood)]
+    parts += [("furniture", (x * width, height / 2, 0), (0.03, height / 2, 0.16), *wood) for x in (-0.5, 0.5)]
+    for level in np.arange(0.05, height, 0.4):
+        parts.append(("furniture", (0, level, 0), (width / 2, 0.02, 0.16), *wood))
+        reach, colour = rng.uniform(0.1, 0.4) * width, _pick(rng, VIVID + PALE + WOOD + DARK)
+        books = ("books", (reach - width / 2, level + 0.14, 0.02), (reach, 0.12, 0.1), colour, "spines")
+        parts += [books] if rng.random() < 0.3 else _clutter(rng, width * 0.8, 0.2, level + 0.02, 4)
+    return parts, (width, 0.34)
+
+
+def _pile(rng):
+    return _clutter(rng, 0.7, 0.7, 0.0, 7), (0.7, 0.7)
+
+
+# along the walls, then free in the middle
+ROOMS = [
+    ([_bed, _cupboard, _shelf, _cupboard, _table, _pile, _pile], [_chair, _pile, _pile]),
+    ([_bed, _sofa, _cupboard, _shelf, _bed, _cupboard, _pile], [_table, _chair, _pile, _pile]),
+    ([_sofa, _cupboard, _shelf, _sofa, _cupboard, _pile], [_table, _chair, _pile, _pile]),
+    ([_cupboard, _cupboard, _cupboard, _table, _cupboard, _sofa], [_table, _chair, _chair, _chair, _pile]),
+    ([_table, _shelf, _sofa, _table, _cupboard, _pile], [_chair, _chair, _table, _pile]),
+]
+
+
+def _hung(rng, span, room_height) -> list:
+    """Window and pictures on a wall, in its own frame: x along it, z into the room."""
+    parts, blocked = [], (0.0, -1.0)
+    if rng.random() < 0.5:
+        half, x = rng.uniform((0.4, 0.4, 0.02), (0.9, 0.65, 0.02)), rng.uniform(-0.25, 0.25) * span
+        parts.append(("window", (x, min(1.5, room_height - half[1] - 0.15), 0.01), half, _pick(rng, SKY), "panes"))
+        blocked = x, half[0] + 0.35
+    for x in rng.permutation(np.linspace(-0.36, 0.36, 5))[: rng.integers(4)] * span:
+        half, colour = rng.uniform((0.18, 0.18, 0.01), (0.42, 0.42, 0.02)), _pick(rng, VIVID + PALE + MUTED + DARK)
+        if abs(x - blocked[0]) > blocked[1]:
+            parts.append(("picture", (x, rng.uniform(1.4, 1.7), 0.01), half, colour, _pick(rng, ("patches", "fabric"))))
+    return parts
+
+
+def _side(room, side: int) -> tuple[float, np.ndarray, float]:
+    """Yaw, middle of the foot and length of one of the four walls."""
+    yaw, span, reach = side * np.pi / 2, room[2 * (side % 2)], room[2 - 2 * (side % 2)] / 2
+    return yaw, -reach * np.array((np.sin(yaw), np.cos(yaw))), span
+
+
+def _walls(rng, room) -> list:
+    """Floor, ceiling and walls as thick boxes around the room, and what hangs on the walls."""
+    width, height, depth = room
+    floor = _pick(rng, WOOD + WOOD + PALE + DARK + MUTED), _pick(rng, ("planks", "fabric", "tiles"))
+    wall = _pick(rng, PALE + MUTED + WOOD[3:4]), _pick(rng, ("plain", "plain", "fabric"))
+    parts = [
+        (("floor", (0, -0.1, 0), (width, 0.1, depth), *floor), 0.0, (0, 0)),
+        (("ceiling", (0, height + 0.1, 0), (width, 0.1, depth), _pick(rng, PALE), "plain"), 0.0, (0, 0)),
+    ]
+    for side in range(4):
+        yaw, foot, span = _side(room, side)
+        on_wall = [("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall), *_hung(rng, span, height)]
+        parts += [(part, yaw, foot) for part in on_wall]
+    return parts
+
+
+def _furniture(rng, room) -> list:
+    """The pieces of one kind of room, each where it finds space within a few tries."""
+    by_wall, free = _pick(rng, ROOMS)
+    placed, parts = [], []
+    for build in by_wall + free:
+        piece, footprint = build(rng)
+        for _ in range(8):
+            if build in by_wall:
+                yaw, foot, span = _side(room, rng.integers(4))
+                along = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0) * np.array((np.cos(yaw), -np.sin(yaw)))
+                foot = foot * (1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()) + along
+            else:
+                yaw, foot = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
+            extent = np.abs(((np.cos(yaw), np.sin(yaw)), (-np.sin(yaw), np.cos(yaw)))) @ footprint / 2
+            if all((np.abs(foot - other) > extent + size).any() for other, size in placed):
+                placed.append((foot, extent))
+                parts += [(part, yaw, foot) for part in piece]
+                break
+    return parts
+
+
+def _pack(parts: list) -> dict[str, np.ndarray]:
+    """Boxes of (part, yaw, foot) as arrays: label, centre and half (K, 3), yaw, colour 0..1, texture."""
+    names, centres, halves, colours, textures = zip(*(part for part, _, _ in parts), strict=True)
+    yaw, foot = np.array([yaw for _, yaw, _ in parts]), np.array([foot for _, _, foot in parts])
+    centre = _turn(np.array(centres, float), -yaw)
+    centre[:, [0, 2]] += foot
+    return {
+        "label": np.array([CLASS_NAMES.index(name) for name in names], np.uint8),
+        "centre": centre,
+        "half": np.array(halves),
+        "yaw": yaw,
+        "colour": np.array(colours) / 255,
+        "texture": np.array([TEXTURES[name] for name in textures]),
+    }
+
+
+def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
+    """Vectors (..., 3) of the world in the frame of boxes turned by yaw (...); -yaw turns back."""
+    x, y, z = np.moveaxis(vectors, -1, 0)
+    return np.stack(np.broadcast_arrays(np.cos(yaw) * x - np.sin(yaw) * z, y, np.sin(yaw) * x + np.cos(yaw) * z), -1)
+
+
+def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
+    """A standing person's view across the room: origin (3,) and rays (P, 3), 1 m long along the axis."""
+    for _ in range(50):
+        origin = rng.uniform((-0.46, 0, -0.46), (0.46, 0, 0.46)) * room + (0, rng.uniform(1.2, 1.7), 0)
+        ahead = rng.uniform((-0.3, 0, -0.3), (0.3, 0, 0.3)) * room - origin
+        clear = np.abs(_turn(origin - boxes["centre"], boxes["yaw"])) > boxes["half"] + 0.3
+        if np.hypot(ahead[0], ahead[2]) > 0.4 * min(room[0], room[2]) and clear.any(1).all():
+            break
+    yaw, pitch, roll = np.arctan2(ahead[0], ahead[2]), rng.normal(0.23, 0.1), rng.normal(0, 0.03)
+    row, column = np.mgrid[: size[0], : size[1]] + 0.5
+    right, down = (column - size[1] / 2) / (FOCAL * size[1]), (row - size[0] / 2) / (FOCAL * size[1])
+    right, down = right * np.cos(roll) - down * np.sin(roll), right * np.sin(roll) + down * np.cos(roll)
+    up, forward = -down * np.cos(pitch) - np.sin(pitch), np.cos(pitch) - down * np.sin(pitch)
+    return origin, _turn(np.stack((right, up, forward), -1).reshape(-1, 3), -yaw)
+
+
+def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
+    """First hit of each ray by the slab test: box, depth, and in the box's frame point and face."""
+    start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
+    near, far = (-start - half).astype(np.float32), (-start + half).astype(np.float32)
+    cos, sin = np.cos(boxes["yaw"], dtype=np.float32)[:, None], np.sin(boxes["yaw"], dtype=np.float32)[:, None]
+    x, y, z = rays.T.astype(np.float32)
+    box = np.empty(len(rays), int)
+    for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # small enough for the cache
+        enter, leave = np.float32(0.02), np.float32(np.inf)
+        turned = cos * x[chunk] - sin * z[chunk], y[None, chunk], sin * x[chunk] + cos * z[chunk]
+        for axis, direction in enumerate(turned):
+            inverse = 1 / (direction + np.float32(1e-9))
+            first, second = near[:, axis, None] * inverse, far[:, axis, None] * inverse
+            enter = np.maximum(enter, np.minimum(first, second))
+            leave = np.minimum(leave, np.maximum(first, second))
+        box[chunk] = np.where(enter < leave, enter, np.float32(np.inf)).argmin(0)
+    direction = _turn(rays, boxes["yaw"][box]) + 1e-9
+    slabs = (-start[box] - np.sign(direction) * half[box]) / direction
+    axis, depth = slabs.argmax(1, keepdims=True), slabs.max(1)
+    face = np.take_along_axis(direction, axis, 1)[:, 0]
+    cosine = np.abs(face) / np.linalg.norm(rays, axis=1)
+    point = start[box] + depth[:, None] * direction
+    return {"box": box, "depth": depth, "point": point, "axis": axis, "side": -np.sign(face), "cosine": cosine}
+
+
+def _hash(*keys: np.ndarray) -> np.ndarray:
+    """A repeatable number in 0..1 for integer keys."""
+    mixed = np.uint32(0)
+    for key in keys:
+        mixed = (mixed ^ np.asarray(key).astype(np.int64).astype(np.uint32)) * np.uint32(2654435761)
+        mixed = mixed ^ (mixed >> np.uint32(15))
+    return mixed / 2**32
+
+
+def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
+    """Surface colours (P, 3) under a lamp near the ceiling, darker in the corners of the room."""
+    box, axis = hit["box"], hit["axis"]
+    across, up, bright, hue, joint = boxes["texture"][box].T
+    u = np.take_along_axis(hit["point"], np.where(axis == 0, 2, 0), 1)[:, 0] * across
+    v = np.take_along_axis(hit["point"], np.where(axis == 1, 2, 1), 1)[:, 0] * up
+    cell = np.floor(u), np.floor(v), box
+    colour = boxes["colour"][box] * (1 + bright * (_hash(*cell) - 0.5))[:, None]
+    colour = colour + hue[:, None] * (np.stack([_hash(*cell, channel) for channel in range(3)], 1) - 0.5)
+    edge = np.minimum(np.minimum(u - cell[0], cell[0] + 1 - u), np.minimum(v - cell[1], cell[1] + 1 - v))
+    colour = np.where((edge < joint)[:, None], colour * 0.5, colour)
+
+    point = origin + hit["depth"][:, None] * rays
+    toward = (0, room[1] - 0.3, 0) + rng.uniform(-0.25, 0.25, 3) * room * (1, 0, 1) - point
+    distance = np.linalg.norm(toward, axis=1)
+    facing = np.take_along_axis(_turn(toward, boxes["yaw"][box]), axis, 1)[:, 0] * hit["side"] / distance
+    ambient = rng.uniform(0.35, 0.6)
+    light = ambient + (1.1 - ambient) * np.clip(facing, 0, None) * 4 / (2 + distance**2 / 3)
+    from_corner = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
+    light *= 0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)
+    glows = boxes["label"][box] == CLASS_NAMES.index("window")
+    return np.clip(colour, 0.01, 1.2) * np.where(glows, 1.0, light)[:, None]
+
+
+def _expose(rng, colour) -> np.ndarray:
+    """Exposure, white balance, falloff to the rim and sensor noise, to uint8."""
+    row, column = np.mgrid[-1 : 1 : colour.shape[0] * 1j, -1 : 1 : colour.shape[1] * 1j]
+    gain = rng.uniform(0.75, 1.25) * (1 + rng.normal(0, 0.06, 3))
+    exposed = colour * gain * (1 - 0.12 * (row**2 + column**2))[..., None]
+    return (255 * np.clip(exposed + rng.normal(0, rng.uniform(0.003, 0.012), colour.shape), 0, 1)).astype(np.uint8)
+
+
+def _measure(rng, depth, label, cosine) -> np.ndarray:
+    """What a Kinect would report, in mm: noise and steps in disparity, 0 where it sees nothing."""
+    disparity = np.round(8 * (DISPARITY / depth + rng.normal(0, 0.06, depth.shape))) / 8
+    right = np.pad(depth, ((0, 0), (0, 2)), "edge")
+    shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # the projector stands to one side
+    glass = np.isin(label, [CLASS_NAMES.index("window"), CLASS_NAMES.index("tv")]) & (rng.random() < 0.5)
+    lost = shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
+    return np.where(lost, 0, np.rint(1000 * (DISPARITY / disparity.clip(1)).clip(0.4, 10))).astype(np.uint16)
+
+
+def _annotate(rng, label, box) -> np.ndarray:
+    """A person's labels: an empty border, unlabelled slivers along edges, some objects left out."""
+    edge = (box != np.roll(box, 1, 0)) | (box != np.roll(box, 1, 1))
+    sloppy = rng.random((8, 8))[np.ix_(*(np.arange(count) * 8 // count for count in label.shape))] < 0.6
+    skipped = (rng.random(box.max() + 1) < 0.1)[box] & (label == CLASS_NAMES.index("objects"))
+    annotated = np.where((edge & sloppy) | skipped, IGNORE_INDEX, label).astype(np.uint8)
+    rim = max(1, round(0.03 * len(label)))
+    return np.pad(annotated[rim:-rim, rim:-rim], rim, constant_values=IGNORE_INDEX)

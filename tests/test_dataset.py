@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+import torch
+
+from lib.data import Samples
+from lib.dataset import (
+    EpochBatches,
+    TrainingSet,
+    build_augmentation,
+    encode_batch,
+    encode_depth,
+    encode_inputs,
+    plain_batches,
+    stack_items,
+    training_loader,
+)
+
+
+def millimetres(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "two_metres"),
+    [
+        ("inverse", (1 / 2 - 1 / 10) / (1 / 0.71 - 1 / 10)),
+        ("linear", (2 - 0.71) / (10 - 0.71)),
+        ("log", (np.log(2) - np.log(0.71)) / (np.log(10) - np.log(0.71))),
+    ],
+)
+def test_depth_encodings_by_hand(encoding, two_metres):
+    near, far = (1, 0) if encoding == "inverse" else (0, 1)
+    encoded = encode_depth(millimetres(0, 300, 710, 2000, 10_000, 12_000), encoding)
+    torch.testing.assert_close(encoded, torch.tensor([0, near, near, two_metres, far, far], dtype=torch.float32))
+
+
+def test_inputs_by_hand():
+    image = torch.full((1, 2, 3, 3), 255, dtype=torch.uint8)
+    encoded = encode_inputs(image, torch.full((1, 2, 3), 2000.0), "rgbd_xy", "inverse")
+    assert encoded.shape == (1, 6, 2, 3)
+    np.testing.assert_allclose(encoded[0, :3, 0, 0], (1 - np.array([0.525, 0.443, 0.4])) / [0.281, 0.281, 0.293], 1e-5)
+    np.testing.assert_allclose(encoded[0, 4], [[0, 0.5, 1], [0, 0.5, 1]])  # left to right
+    np.testing.assert_allclose(encoded[0, 5], [[0, 0, 0], [1, 1, 1]])  # top to bottom
+    assert encode_inputs(image, torch.ones(1, 2, 3), "rgbd", "log").shape[1] == 4
+    assert encode_inputs(image, torch.ones(1, 2, 3), "rgb", "log").shape[1] == 3
+
+
+def test_unknown_choices():
+    with pytest.raises(ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"):
+        encode_depth(millimetres(1), "reverse")
+    with pytest.raises(ValueError, match="inputs: found 'rgba', expected one of rgb, rgbd, rgbd_xy"):
+        encode_inputs(torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2), "rgba", "log")
+    with pytest.raises(ValueError, match="augment: found 'flip', expected one of none, exp061, crops"):
+        build_augmentation("flip", (96, 128))
+
+
+def test_only_measured_depth_is_a_target(scenes):
+    measured = np.zeros(scenes.depth.shape, bool)
+    measured[:, ::2] = True
+    filled = Samples(scenes.names, scenes.image, scenes.depth, scenes.label, measured)
+    for samples, where in ((scenes, scenes.depth > 0), (filled, (scenes.depth > 0) & measured)):
+        raw = next(plain_batches(samples, len(samples)))
+        batch = encode_batch(raw, "rgbd", "inverse", torch.device("cpu"))
+        np.testing.assert_array_equal(batch.valid_depth[:, 0], where)
+        assert batch.depth.shape == batch.valid_depth.shape == (12, 1, 96, 128)
+        torch.testing.assert_close(batch.depth[:, 0], encode_depth(raw.depth.float(), "linear"))
+
+
+def marked_samples():
+    """Class k wherever red is 20 * k and depth is 1000 + 100 * k mm, so that misalignment shows."""
+    label = np.kron(np.arange(12).reshape(3, 4), np.ones((32, 32), int)).astype(np.uint8)[None]
+    image = np.repeat((20 * label)[..., None], 3, -1)
+    return Samples(np.array(["0"]), image, (1000 + 100 * label.astype(np.uint16)), label)
+
+
+@pytest.mark.parametrize("augment", ["exp061", "crops"])
+def test_image_depth_and_label_stay_aligned(augment):
+    training = TrainingSet(marked_samples(), augment, seed=3)
+    scales = set()
+    for epoch in range(60):
+        image, depth, label, measured, _ = training[epoch, 0]
+        inside = label != 255
+        # blended along edges, the image may differ there by less than half of the pixels of an edge
+        assert (np.abs(image[..., 0].astype(int) - 20 * label.astype(int))[inside] > 10).mean() < 0.05
+        ratio = depth[inside] / (1000 + 100 * label[inside].astype(float))
+        assert np.ptp(ratio) < 0.002  # one zoom for the whole image, and never a blended depth
+        scales.add(round(float(ratio.mean()), 3))
+        assert (depth[~inside] == 0).all()
+        assert not measured[~inside].any()
+        assert measured[inside].all()
+    assert len(scales) > 10
+
+
+def test_borders_are_ignored_and_missing():
+    training = TrainingSet(marked_samples(), "exp061", seed=0)
+    items = [training[epoch, 0] for epoch in range(40)]
+    bordered = [item for item in items if (item[2] == 255).any()]
+    assert len(bordered) > 10
+    for image, depth, label, _, _ in bordered:
+        assert (depth[label == 255] == 0).all()
+        assert (image[label == 255] < 120).all()
+
+
+@pytest.mark.parametrize("augment", ["exp061", "crops"])
+def test_zoom_brings_things_nearer(augment):
+    """A disc of a known size: how much larger it looks is how much nearer it is."""
+    row, column = np.mgrid[:240, :320]
+    disc = (np.hypot(row - 120, column - 160) < 40).astype(np.uint8)[None]
+    depth = np.full((1, 240, 320), 4000, np.uint16)
+    training = TrainingSet(Samples(np.array(["0"]), np.zeros((1, 240, 320, 3), np.uint8), depth, disc), augment, seed=1)
+    checked = 0
+    for epoch in range(40):
+        _, depth_mm, label, _, _ = training[epoch, 0]
+        touches = any((edge == 1).any() for edge in (label[0], label[-1], label[:, 0], label[:, -1]))
+        if (label == 1).any() and not touches:
+            larger = np.sqrt((label == 1).sum() / disc.sum())
+            assert np.median(depth_mm[depth_mm > 0]) == pytest.approx(4000 / larger, rel=0.02)
+            checked += abs(larger - 1) > 0.02
+    assert checked > 5
+
+
+def test_no_augmentation_gives_the_samples(scenes):
+    image, depth, label, _, position = TrainingSet(scenes, "none", seed=0)[5, 3]
+    np.testing.assert_array_equal(image, scenes.image[3])
+    np.testing.assert_array_equal(depth, scenes.depth[3])
+    np.testing.assert_array_equal(label, scenes.label[3])
+    assert position == 3
+
+
+@pytest.mark.parametrize("augment", ["exp061", "crops"])
+def test_stream_is_the_same_for_any_number_of_workers(scenes, augment):
+    streams = []
+    for workers in (0, 1, 2):
+        loader = training_loader(scenes, augment, 5, workers, seed=7)
+        stream = []
+        for epoch in (1, 2):
+            loader.batch_sampler.epoch = epoch
+            stream.append([torch.cat([tensor.flatten().float() for tensor in batch]) for batch in loader])
+        assert not torch.equal(stream[0][0], stream[1][0])  # epochs differ
+        streams.append(torch.cat(stream[0] + stream[1]))
+    assert torch.equal(streams[0], streams[1])
+    assert torch.equal(streams[0], streams[2])
+
+
+def test_items_differ_within_a_batch_and_between_seeds(scenes):
+    same = scenes[np.zeros(4, int)]
+    items = [TrainingSet(same, "crops", seed=0)[1, position][0] for position in range(4)]
+    assert len({item.tobytes() for item in items}) == 4
+    assert items[0].tobytes() != TrainingSet(same, "crops", seed=1)[1, 0][0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(16, [8, 8]), (17, [8, 9]), (18, [8, 8, 2]), (7, [7]), (9, [9]), (2, [2])]
+)
+def test_every_image_once_and_never_a_batch_of_one(count, sizes):
+    batches = EpochBatches(count, 8, seed=0)
+    drawn = list(batches)
+    assert [len(batch) for batch in drawn] == sizes
+    assert len(batches) == len(sizes)
+    assert sorted(position for batch in drawn for _, position in batch) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 8), (8, 1)])
+def test_batches_of_one_are_refused(count, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size: found {batch_size} with {count} training images"):
+        EpochBatches(count, batch_size, seed=0)
+
+
+def test_samples_without_labels_are_refused_for_training_and_ignored_otherwise(scenes):
+    held_back = Samples(scenes.names, scenes.image, scenes.depth)
+    with pytest.raises(ValueError, match="train: these samples have no labels"):
+        TrainingSet(held_back, "none", seed=0)
+    batches = list(plain_batches(held_back, 5))
+    assert [len(batch.label) for batch in batches] == [5, 5, 2]
+    assert all((batch.label == 255).all() for batch in batches)
+
+
+def test_negative_workers_are_refused(scenes):
+    with pytest.raises(ValueError, match="workers: found -1, expected 0"):
+        training_loader(scenes, "none", 4, -1, seed=0)
+
+
+def test_stacking_keeps_types(scenes):
+    raw = stack_items([TrainingSet(scenes, "none", seed=0)[0, position] for position in range(3)])
+    assert [tensor.dtype for tensor in raw] == [torch.uint8, torch.uint16, torch.uint8, torch.bool, torch.int64]

@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib.losses import POOLINGS, masked_l1, segmentation_loss, soft_iou_loss, total_loss
+
+
+def naive_soft_iou(logits, labels, pooling):
+    """The definition, one image and one class at a time."""
+    softmax = logits.softmax(1)
+    images, classes = logits.shape[:2]
+    intersection, union, count = (torch.zeros(images, classes, dtype=logits.dtype) for _ in range(3))
+    for image in range(images):
+        labelled = labels[image] != 255
+        for index in range(classes):
+            p = softmax[image, index][labelled]
+            y = (labels[image][labelled] == index).to(p.dtype)
+            intersection[image, index] = (p * y).sum()
+            union[image, index] = (p + y - p * y).sum()
+            count[image, index] = y.sum()
+    if pooling == "batch":
+        present = count.sum(0) > 0
+        return 1 - (intersection.sum(0) / union.sum(0))[present].mean()
+    if pooling == "image":
+        return 1 - (intersection / union)[count > 0].mean()
+    return 1 - (intersection / (union + 1e-6))[:, count.sum(0) > 0].mean()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(3, 7, 9, 11, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (3, 9, 11), generator=generator)  # 5 and 6 never occur
+    labels[0][labels[0] == 1] = 2  # 1 is absent from one image
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    return logits.requires_grad_(), labels
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_equal_to_the_definition(batch, pooling):
+    logits, labels = batch
+    ours, naive = soft_iou_loss(logits, labels, pooling), naive_soft_iou(logits, labels, pooling)
+    assert ours.item() == pytest.approx(naive.item(), abs=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, naive)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_segmentation_loss_is_cross_entropy_plus_weighted_soft_iou(batch, pooling):
+    logits, labels = batch
+    ours = segmentation_loss(logits, labels, 0.7, pooling)
+    parts = F.cross_entropy(logits, labels, ignore_index=255) + 0.7 * naive_soft_iou(logits, labels, pooling)
+    assert ours.item() == pytest.approx(parts.item(), abs=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, parts)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert torch.equal(segmentation_loss(logits, labels, 0, pooling), segmentation_loss(logits, labels, 0))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradcheck(batch, pooling):
+    logits, labels = (tensor[:, ..., :3, :3].detach() for tensor in batch)
+    assert torch.autograd.gradcheck(lambda z: segmentation_loss(z, labels, 0.5, pooling), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_ignored_pixels_change_nothing(batch, pooling):
+    logits, labels = batch
+    changed = torch.where((labels == 255)[:, None], 50 * torch.randn_like(logits), logits).detach().requires_grad_()
+    losses = [segmentation_loss(z, labels, 0.5, pooling) for z in (logits, changed)]
+    assert losses[0] == losses[1]
+    first, second = (torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, (logits, changed), strict=True))
+    assert torch.equal(first, second)
+    assert not first.movedim(1, -1)[labels == 255].any()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_nothing_labelled(batch, pooling):
+    logits, labels = batch
+    loss = segmentation_loss(logits, torch.full_like(labels, 255), 0.5, pooling)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("pooling", ["batch", "image"])
+def test_an_unlabelled_image_adds_nothing(batch, pooling):
+    logits, labels = batch
+    labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
+    loss = segmentation_loss(logits[:2], labels, 0.5, pooling)
+    assert loss.item() == pytest.approx(segmentation_loss(logits[:1], labels[:1], 0.5, pooling).item(), abs=1e-12)
+    assert not torch.autograd.grad(loss, logits)[0][1].any()
+
+
+def test_an_unlabelled_image_adds_a_constant_to_exp061(batch):
+    logits, labels = batch
+    labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
+    loss = soft_iou_loss(logits[:2], labels, "exp061")
+    assert loss.item() == pytest.approx((1 + soft_iou_loss(logits[:1], labels[:1], "exp061").item()) / 2, abs=1e-12)
+    assert not torch.autograd.grad(loss, logits)[0][1].any()
+
+
+def test_perfect_prediction(batch):
+    _, labels = batch
+    logits = 200.0 * F.one_hot(labels.clip(max=6), 7).movedim(-1, 1).double()
+    assert soft_iou_loss(logits, labels, "batch") == soft_iou_loss(logits, labels, "image") == 0
+    present = torch.stack([torch.stack([(image == index).any() for index in range(5)]) for image in labels])
+    floor = float((~present).double().mean())  # pairs whose class is absent from the image
+    assert floor > 0
+    assert soft_iou_loss(logits, labels, "exp061").item() == pytest.approx(floor, abs=1e-6)
+
+
+def test_by_hand():
+    logits = torch.zeros(1, 2, 1, 2)  # both pixels are half and half
+    labels = torch.tensor([[[0, 1]]])
+    for pooling in ("batch", "image"):  # I = 0.5, U = 1 + 1 - 0.5 for either class
+        assert soft_iou_loss(logits, labels, pooling).item() == pytest.approx(1 - 0.5 / 1.5)
+    assert segmentation_loss(logits, labels, 0).item() == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_better_predictions_lose_less(batch, pooling):
+    logits, labels = batch
+    towards = F.one_hot(labels.clip(max=6), 7).movedim(-1, 1)
+    losses = [segmentation_loss(logits + step * towards, labels, 0.5, pooling).item() for step in range(5)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_half_precision_sums_are_wide(dtype, pooling):
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(1, 5, 480, 640, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 5, (1, 480, 640), generator=generator)
+    loss = segmentation_loss(logits, labels, 0.5, pooling)
+    exact = segmentation_loss(logits.detach().double(), labels, 0.5, pooling)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)  # sums above 65504 overflow in fp16
+    (1000 * loss).backward()
+    assert logits.grad.dtype == dtype
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad.any()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_memory_layout_does_not_matter(batch, pooling):
+    logits, labels = batch
+    loss = segmentation_loss(logits, labels, 0.5, pooling)
+    expected = torch.autograd.grad(loss, logits)[0]
+    apart = torch.zeros(3, 7, 9, 22, dtype=torch.float64)[..., ::2].copy_(logits.detach())
+    layouts = [logits.detach().contiguous(memory_format=torch.channels_last), apart, logits.detach().mT.contiguous().mT]
+    for layout in layouts:
+        assert not layout.is_contiguous()
+        layout.requires_grad_()
+        other = segmentation_loss(layout, labels, 0.5, pooling)
+        assert other.item() == pytest.approx(loss.item(), abs=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
+
+
+def test_uint8_labels(batch):
+    logits, labels = batch
+    assert torch.equal(segmentation_loss(logits, labels.byte(), 0.5), segmentation_loss(logits, labels, 0.5))
+
+
+def test_bad_input(batch):
+    logits, labels = batch
+    with pytest.raises(ValueError, match="soft_iou_pooling: found 'mean', expected one of batch, image, exp061"):
+        soft_iou_loss(logits, labels, "mean")
+    with pytest.raises(ValueError, match=r"labels: found shape \(2, 9, 11\) with logits \(3, 7, 9, 11\), expected"):
+        segmentation_loss(logits, labels[:2], 0.5)
+    with pytest.raises(ValueError, match="labels: found the value 20, expected 0..6 or 255 = ignore"):
+        segmentation_loss(logits, torch.where(labels == 3, 20, labels), 0.5)
+
+
+def test_masked_l1_by_hand():
+    prediction = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    target = torch.tensor([0.0, 5.0, float("nan")])
+    loss = masked_l1(prediction, target, torch.tensor([True, True, False]))
+    assert loss == 2
+    loss.backward()
+    assert prediction.grad.tolist() == [0.5, -0.5, 0]
+    assert masked_l1(prediction, target, torch.zeros(3, dtype=torch.bool)) == 0
+    with pytest.raises(ValueError, match="expected one shape"):
+        masked_l1(prediction, target[:2], torch.ones(3, dtype=torch.bool))
+
+
+def test_total_is_the_sum_of_its_terms(batch):
+    logits, labels = batch
+    depth, target = torch.rand(2, 3, 1, 9, 11)
+    valid = target > 0.3
+    losses = total_loss(logits, depth, labels, target, valid, 0.5, "batch", 0.1)
+    assert losses.depth == masked_l1(depth, target, valid)
+    assert losses.total.item() == pytest.approx(losses.segmentation.item() + 0.1 * losses.depth.item())
+    alone = total_loss(logits, None, labels, target, valid, 0.5, "batch", 0.1)
+    assert alone.total == losses.segmentation
+    assert alone.depth == 0

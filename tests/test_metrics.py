@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+
+from lib.metrics import averaged_classes, confusion_counts, iou, mean_iou, pixel_accuracy
+
+
+@pytest.fixture
+def random_labels():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 13, (5, 20, 30)).astype(np.uint8)
+    prediction = np.where(rng.random(labels.shape) < 0.6, labels, rng.integers(0, 13, labels.shape)).astype(np.uint8)
+    labels[rng.random(labels.shape) < 0.2] = 255
+    return prediction, labels
+
+
+def test_equal_to_scikit_learn(random_labels):
+    prediction, labels = random_labels
+    counts = confusion_counts(prediction, labels, 13)
+    assert counts.shape == (5, 13, 13)
+    assert counts.dtype == np.int64
+    for image in range(5):
+        seen = labels[image] != 255
+        expected = confusion_matrix(labels[image][seen], prediction[image][seen], labels=range(13))
+        np.testing.assert_array_equal(counts[image], expected)
+    seen = labels != 255
+    np.testing.assert_allclose(iou(counts), jaccard_score(labels[seen], prediction[seen], average=None))
+    assert mean_iou(counts) == pytest.approx(jaccard_score(labels[seen], prediction[seen], average="macro"))
+    assert pixel_accuracy(counts) == pytest.approx(accuracy_score(labels[seen], prediction[seen]))
+
+
+def test_tensors_and_arrays_agree(random_labels):
+    prediction, labels = random_labels
+    counts = confusion_counts(torch.from_numpy(prediction), torch.from_numpy(labels), 13)
+    assert isinstance(counts, torch.Tensor)
+    np.testing.assert_array_equal(counts.numpy(), confusion_counts(prediction, labels, 13))
+    assert mean_iou(counts) == mean_iou(counts.numpy())
+
+
+def test_by_hand():
+    counts = confusion_counts(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 1, 255]]), 3)
+    np.testing.assert_array_equal(counts[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])  # rows are the truth
+    np.testing.assert_allclose(iou(counts), [0.5, 0.5, np.nan])
+    assert mean_iou(counts) == 0.5
+    assert averaged_classes(counts) == 2
+    assert pixel_accuracy(counts) == pytest.approx(2 / 3)
+
+
+def test_pooled_over_images_not_averaged():
+    counts = np.array([[[1, 1], [0, 0]], [[90, 0], [0, 9]]])
+    assert iou(counts)[0] == pytest.approx(91 / 92)
+    assert mean_iou(counts) == mean_iou(counts.sum(0)) == pytest.approx((91 / 92 + 9 / 10) / 2)
+    assert mean_iou(counts[None]) == mean_iou(counts)
+
+
+def test_perfect_is_one_and_ignored_pixels_change_nothing(random_labels):
+    prediction, labels = random_labels
+    perfect = confusion_counts(np.where(labels == 255, 0, labels), labels, 13)
+    assert mean_iou(perfect) == pixel_accuracy(perfect) == 1
+    other = np.where(labels == 255, 7, prediction)
+    np.testing.assert_array_equal(confusion_counts(other, labels, 13), confusion_counts(prediction, labels, 13))
+
+
+def test_nothing_labelled():
+    counts = confusion_counts(np.zeros((2, 3, 3), int), np.full((2, 3, 3), 255), 4)
+    assert not counts.any()
+    assert np.isnan(iou(counts)).all()
+    for score in (mean_iou, pixel_accuracy):
+        with pytest.raises(ValueError, match="counts: all zero; without a labelled pixel there is no score"):
+            score(counts)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "labels", "message"),
+    [
+        (
+            np.zeros((1, 2, 2), int),
+            np.full((1, 2, 2), 20),
+            "labels: found the value 20, expected 0..12 or 255 = ignore",
+        ),
+        (np.full((1, 2, 2), 13), np.zeros((1, 2, 2), int), "prediction: found the value 13, expected 0..12"),
+        (np.full((1, 2, 2), -1), np.zeros((1, 2, 2), int), "prediction: found the value -1, expected 0..12"),
+        (np.zeros((1, 2, 3), int), np.zeros((1, 2, 2), int), r"prediction: found shape \(1, 2, 3\) with labels"),
+    ],
+)
+def test_bad_input(prediction, labels, message):
+    with pytest.raises(ValueError, match=message):
+        confusion_counts(prediction, labels, 13)
+
+
+def test_counts_of_a_wrong_shape():
+    with pytest.raises(ValueError, match=r"counts: found shape \(3, 4\), expected"):
+        iou(np.zeros((3, 4)))

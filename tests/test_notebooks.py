@@ -1,0 +1,110 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))
+EXPERIMENTS = sorted((NOTEBOOKS / "experiments").glob("*.yaml"))
+
+
+def cells(path, kind="code"):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+def papermill(tmp_path, *arguments, cwd=NOTEBOOKS):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(NOTEBOOKS / "train.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "soft_iou_wieght", "0.5"], "soft_iou_wieght: no such parameter, did you mean soft_iou_weight?"),
+        (["-p", "epochs", "three"], "epochs: found 'three', expected int"),
+        (["-p", "encoder", "resnet81", "-p", "limit", "4", "-p", "split", "random"], "did you mean resnet18"),
+        (["-p", "data", "/no/such/place"], "/no/such/place/train/image: no such folder; expected DATA/train/{image,"),
+    ],
+)
+def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
+    result = papermill(tmp_path, *arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("folder", [NOTEBOOKS, NOTEBOOKS.parent])
+def test_train_runs_from_both_folders_and_leaves_no_red(tmp_path, folder):
+    small = {"run_name": "tiny", "limit": 12, "epochs": 2, "image_height": 48, "image_width": 64, "device": "cpu"}
+    arguments = [text for name, value in small.items() for text in ("-p", name, str(value))]
+    result = papermill(tmp_path, *arguments, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == 3  # curves, bars, predictions; each once
+    assert any("100%" in output.get("data", {}).get("text/plain", "") for output in outputs)  # the bar's last state
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_notebooks_are_executed_and_small(path):
+    assert path.stat().st_size < 300_000
+    code = cells(path)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)
+        lines = cell.source.count("\n") + 1
+        assert lines <= 25 or "parameters" in cell.metadata.get("tags", [])
+        assert "def " not in cell.source
+    assert "sys.path[:0]" in code[0].source
+    assert "parameters" in code[2].metadata.tags
+    assert "check_parameters()" in code[3].source
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_papermill_prints_every_parameter_with_its_comment(path):
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
+    manual = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    declared = cells(path)[2].source.splitlines()
+    assert len(declared) >= 1
+    for line in declared:
+        name, comment = line.split(":")[0], line.split("  # ")[1]
+        assert f"  {name}: " in manual
+        assert comment in manual
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_know_the_parameters(path):
+    parameters = yaml.safe_load(path.read_text())
+    declared = {line.split(":")[0] for line in cells(NOTEBOOKS / "train.ipynb")[2].source.splitlines()}
+    assert set(parameters) <= declared
+    assert parameters["run_name"] == path.stem
+    assert path.read_text().startswith("# ")
+    assert f"-f experiments/{path.name}" in path.read_text()
+
+
+def test_exp061_is_the_published_one():
+    exp061, exp060, exp050, batch = (
+        yaml.safe_load((NOTEBOOKS / "experiments" / f"{name}.yaml").read_text())
+        for name in ("exp061", "exp060", "exp050", "exp061_batch")
+    )
+    published = {
+        "split": "random", "image_height": 480, "image_width": 640, "inputs": "rgbd", "depth_encoding": "inverse",
+        "encoder": "resnet101", "encoder_weights": "imagenet", "soft_iou_weight": 0.5, "soft_iou_pooling": "exp061",
+        "depth_weight": 0.1, "epochs": 30, "batch_size": 8, "learning_rate": 1e-4, "weight_decay": 1e-4,
+        "schedule": "cosine", "augment": "exp061", "precision": "fp32", "seed": 42,
+    }  # fmt: skip
+    assert exp061.items() >= published.items()
+    differences = lambda other: {name for name in exp061 if exp061[name] != other.get(name)} - {"run_name"}  # noqa: E731
+    assert differences(batch) == {"soft_iou_pooling"}
+    assert differences(exp060) == {"soft_iou_weight", "soft_iou_pooling"}
+    assert differences(exp050) == {"soft_iou_weight", "soft_iou_pooling", "depth_weight", "inputs"}

@@ -3,10 +3,11 @@
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ CLASS_NAMES = (
 IGNORE_INDEX = 255
 
 PARTS = ("train", "valid", "test")
-SPLITS = ("random", "blocks", "official")
+SPLITS = ("random", "blocks", "scenes", "official")
 SPLIT_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}"
 
@@ -70,15 +71,16 @@ def load_samples(
     size: tuple[int, int] | None = None,
     limit: int | None = None,
 ) -> Samples:
-    """Read one part of a data set into memory.
+    """Read one part of a data set.
 
     Args:
-        source: `"synthetic"` for the embedded scenes, or a folder with
-            `train/{image,depth,label}` and `test/{image,depth}`: images png or jpg, depth 16-bit
-            PNG in millimetres, labels 8-bit PNG with 0..12 and 255 = ignore.
+        source: `"synthetic"` for the embedded scenes; the path of `nyu_depth_v2_labeled.mat`; or a
+            folder with `train/{image,depth,label}` and `test/{image,depth}`: images png or jpg, depth
+            16-bit PNG in millimetres, labels 8-bit PNG with 0..12 and 255 = ignore.
         part: `"train"`, `"valid"` (both cut from the training images by `split`) or `"test"`.
         split: `"random"` (20 % of the images validate, as in Exp061), `"blocks"` (every fifth run
-            of consecutive ids validates) or `"official"` (all train, `"valid"` is empty).
+            of consecutive ids validates), `"scenes"` (20 % of the named scenes validate, where the
+            source has names) or `"official"` (all train, `"valid"` is empty).
         size: (height, width) to resize to, RGB by area, depth and label by nearest neighbour;
             None keeps the native size.
         limit: use only the first N images, before splitting.
@@ -90,16 +92,22 @@ def load_samples(
     """
     check_choice("part", part, PARTS)
     check_choice("split", split, SPLITS)
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: found {limit}, expected a number of images of at least 1, or None for all")
     if source == "synthetic":
-        from lib.scenes import make_scenes, scene_names  # scenes builds on this module
+        from lib.scenes import make_scenes, room_names, scene_names  # scenes builds on this module
 
         names = scene_names(part)[:limit]
-        scenes = make_scenes(_select(names, part, split))
-        return scenes if size is None else resize_samples(scenes, size)
-    folder = Path(source) / ("test" if part == "test" else "train")
-    files = _list_files(folder)
+        samples = make_scenes(_select(names, part, split, room_names(names)))
+        return samples if size is None else resize_samples(samples, size)
+    if Path(source).suffix == ".mat":
+        from lib.matfile import frame_names, read_frames  # so does matfile
+
+        names, scenes = (array[:limit] for array in frame_names(Path(source), part))
+        return read_frames(Path(source), _select(names, part, split, scenes), size)
+    files = _list_files(Path(source) / ("test" if part == "test" else "train"))
     names = np.array(sorted(files))[:limit]
     return _read_folder([files[name] for name in _select(names, part, split)], size)
 
@@ -110,8 +118,8 @@ def check_choice(parameter: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(choices)}")
 
 
-def split_names(names: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the sorted `names` that train and that validate.
+def split_names(names: np.ndarray, split: str, scenes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the sorted `names` that train and that validate; `scenes` names the scene of each.
 
     `random` equals scikit-learn's `train_test_split(test_size=0.2, random_state=42)`, order
     included, because batches of the validation loss form in that order.
@@ -123,6 +131,12 @@ def split_names(names: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(names))
         valid_count = math.ceil(0.2 * len(names))
         return order[valid_count:], order[:valid_count]
+    if split == "scenes":
+        if scenes is None:
+            raise ValueError("split: 'scenes' needs the .mat file, folders do not name their scenes; use 'blocks'")
+        found = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scenes))
+        validates = np.isin(scenes, found[: math.ceil(0.2 * len(found))])
+        return everything[~validates], everything[validates]
     blocks = _consecutive_blocks(names)
     valid = np.concatenate(blocks[4::5]) if len(blocks) >= 5 else everything[:0]
     return np.setdiff1d(everything, valid), valid
@@ -141,10 +155,10 @@ def _consecutive_blocks(names: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(ids[order]) != 1) + 1)
 
 
-def _select(names: np.ndarray, part: str, split: str) -> np.ndarray:
+def _select(names: np.ndarray, part: str, split: str, scenes: np.ndarray | None = None) -> np.ndarray:
     if part == "test":
         return names
-    train, valid = split_names(names, split)
+    train, valid = split_names(names, split, scenes)
     if split != "official" and min(len(train), len(valid)) == 0:
         raise ValueError(
             f"split: {split!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
@@ -316,6 +330,27 @@ def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized.view(bool) if array.dtype == bool else resized
 
 
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place: no reader ever sees half a file.
+
+    Raises:
+        OSError: it can't be written, a full disk for example; an earlier file is intact.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: could not be written ({error}); an earlier file of that name is intact. "
+            "Free disk space or check the permissions, then resume the run"
+        ) from error
+
+
 class _Bar(tqdm):
     """A tqdm bar whose last state stays in a saved notebook (that of tqdm.auto reopens at 0 %)."""
 
@@ -329,9 +364,9 @@ class _Bar(tqdm):
             self.handle.update(text, raw=True)
 
 
-def progress_bar(label: str, total: int) -> tqdm:
-    """A bar for notebooks and terminals; call its `update()` and use it in a `with` block."""
-    options = {"desc": label, "total": total, "mininterval": 0.5, "ncols": 100, "ascii": False}
+def progress_bar(label: str, total: int, initial: int = 0) -> tqdm:
+    """A bar for notebooks and terminals; call its `update()`, in the end its `close()`."""
+    options = {"desc": label, "total": total, "initial": initial, "mininterval": 0.5, "ncols": 100, "ascii": False}
     if getattr(get_ipython(), "kernel", None) is not None:
         return _Bar(file=io.StringIO(), **options)  # a closing tqdm ends the line of its file
     return tqdm(disable=None, **options)  # None: silent where there is no terminal

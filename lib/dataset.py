@@ -177,7 +177,7 @@ class TrainingSet(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Shuffled batches of (epoch, position); set `epoch` before each pass.
+    """Shuffled batches of (epoch, position); set `epoch` before each pass, `skip` to begin within it.
 
     The last batch is kept, but a single left-over image joins the batch before: DeepLabV3+
     normalises its pooled features over the batch and cannot train on one image.
@@ -189,11 +189,11 @@ class EpochBatches(Sampler):
                 f"batch_size: found {batch_size} with {count} training images; DeepLabV3+ trains on batches "
                 "of 2 images or more, raise batch_size or limit"
             )
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.count, self.batch_size, self.seed, self.epoch, self.skip = count, batch_size, seed, 0, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        for batch in np.split(order, self.batch_size * np.arange(1, len(self))):
+        for batch in np.split(order, self.batch_size * np.arange(1, len(self)))[self.skip :]:
             yield [(self.epoch, int(position)) for position in batch]
 
     def __len__(self) -> int:
@@ -207,7 +207,7 @@ def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:
 
 
 def training_loader(samples: Samples, augment: str, batch_size: int, workers: int, seed: int) -> DataLoader:
-    """Endless supply of augmented `RawBatch`es; set `loader.batch_sampler.epoch`, then iterate."""
+    """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
     if workers < 0:
         raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()

@@ -1,7 +1,6 @@
 """DeepLabV3+ with a segmentation and a depth head: build, save, load."""
 
 import difflib
-import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,14 @@ from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.encoders import encoders, get_encoder_names
 from torch import nn
 
+from lib.data import write_atomically
+
 OUTPUT_STRIDE = 16  # of the encoder in DeepLabV3+
 DECODER_CHANNELS = 256
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message names the file and the remedy."""
 
 
 class Prediction(NamedTuple):
@@ -120,30 +125,51 @@ def _pretrained_encoder(encoder: str, encoder_weights: str, input_channels: int)
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:
-    """Write weights and what is needed to build the network again; never leaves half a file."""
-    save_atomically({"config": model.config, "weights": model.state_dict()}, path)
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """`torch.save` beside the file, then put it in its place."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """Write weights and what is needed to build the network again."""
+    save_checkpoint({"config": model.config, "weights": model.state_dict()}, path)
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> SegmentationDepthNet:
     """The network that `save_model` wrote, in evaluation mode.
 
     Raises:
-        ValueError: the file is missing, damaged or no model of this project.
+        CheckpointError: the file is missing, damaged or no model of this project.
+    """
+    saved = load_checkpoint(path, device, ("config", "weights"))
+    try:
+        model = SegmentationDepthNet(**saved["config"])
+        model.load_state_dict(saved["weights"])
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit the network it describes ({error}); it was written by another version "
+            "or changed since: train again, or use the version that wrote it"
+        ) from error
+    return model.to(device).eval()
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """`torch.save` that never leaves half a file; raises OSError where it can't be written."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str, ...]) -> dict:
+    """What `save_checkpoint` wrote: data only, nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, from elsewhere, or lacks an expected entry.
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        model = SegmentationDepthNet(**saved["config"])
-        model.load_state_dict(saved["weights"])
-    except Exception as error:
-        raise ValueError(
-            f"{path}: no readable model ({type(error).__name__}); expected a best.pt that train.ipynb wrote. "
-            "If it was cut short, copy it again or train again"
+    except Exception as error:  # torch raises a dozen kinds for a damaged or foreign file
+        reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it was cut short or "
+            "comes from elsewhere: copy it again, or train again with resume False"
         ) from error
-    return model.to(device).eval()
+    found = sorted(map(str, saved)) if isinstance(saved, dict) else [type(saved).__name__]
+    if not set(expected) <= set(found):
+        raise CheckpointError(
+            f"{path}: found {', '.join(found) or 'nothing'}, expected {', '.join(expected)}; it was written by another "
+            "version or comes from elsewhere: train again with resume False, or use the version that wrote it"
+        )
+    return saved

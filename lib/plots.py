@@ -1,5 +1,7 @@
 """Figures from arrays: every function returns a `Figure`, none shows or saves it."""
 
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -9,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lib.data import CLASS_NAMES, IGNORE_INDEX
+
+FIGURES = Path(__file__).resolve().parents[1] / "figures"  # where notebooks save what the README shows
 
 # One colour for each class in every figure, in the order of CLASS_NAMES: hues far apart for
 # neighbours in a room, lightness spread so that they stay apart for colour-blind readers.

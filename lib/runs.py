@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
-from lib.data import CLASS_NAMES
+from lib.data import CLASS_NAMES, write_atomically
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
+MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
+_LOCKS: dict[Path, FileLock] = {}
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
@@ -19,29 +22,89 @@ def runs_folder() -> Path:
     return Path(os.environ.get("RUNS_DIR") or Path(__file__).resolve().parents[1] / "runs")
 
 
-def start_run(run_name: str, parameters: dict[str, object]) -> Path:
-    """Make the folder of a new run; an older run of that name is kept under a dated name.
+def start_run(run_name: str, parameters: dict[str, object], resume: bool = False) -> Path:
+    """Make the folder of a new run, or return that of an interrupted one.
+
+    An older run of that name is kept under a dated name. The run is this process's own until
+    `release_run` or the end of the process.
 
     Raises:
-        ValueError: a name that is no plain folder name.
+        ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
+        RuntimeError: another process has the run.
     """
     if not run_name or run_name.startswith(".") or set(run_name) & set('/\\:*?"<>|'):
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
+    parameters = {name: value for name, value in parameters.items() if name != "resume"}
+    if resume:
+        _check_resumable(run, parameters)
+    _lock(run)
+    if resume:
+        return run
     if run.exists():
         finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
         older = run.with_name(f"{run_name}.{finished:%Y-%m-%dT%H-%M-%S}")
         while older.exists():
             older = older.with_name(older.name + "~")
         run.rename(older)
-    run.mkdir(parents=True)
+    run.mkdir()
     _write_json(parameters, run / "parameters.json")
     return run
 
 
+def _lock(run: Path) -> None:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock = _LOCKS.setdefault(run, FileLock(run.with_name(f".{run.name}.lock")))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another run_name"
+        ) from None
+
+
+def release_run(run: Path) -> None:
+    """Let other processes have the run."""
+    if run in _LOCKS:
+        _LOCKS.pop(run).release(force=True)
+
+
+def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
+    if not (run / "parameters.json").exists():
+        there = sorted(path.parent.name for path in run.parent.glob("*/parameters.json"))
+        raise ValueError(
+            f"resume: no run {run.name!r} in {run.parent}, there are: {', '.join(there) or 'none'}; "
+            "start it with resume False"
+        )
+    saved = _read_json(run / "parameters.json")
+    differing = [
+        f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
+        for name in saved | parameters
+        if name not in MAY_CHANGE and saved.get(name, "unknown") != parameters.get(name, "unknown")
+    ]
+    if differing:
+        hint = ""
+        if saved.get("epochs") != parameters.get("epochs"):
+            hint = "; epochs can't change because the schedule has spread the learning rate over them from the start"
+        raise ValueError(
+            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own parameters, or "
+            f"start another run_name with resume False{hint}"
+        )
+
+
+def describe_progress(run: Path, epochs: int) -> str:
+    """What is there of a run before it trains."""
+    if not (run / "last.pt").exists():
+        return f"{run.name}: starts from the beginning"
+    done = len(read_history(run)) if (run / "history.csv").exists() else 0
+    if done >= epochs:
+        return f"{run.name}: is finished, all {epochs} epochs are there; nothing changes"
+    return f"{run.name}: resumes, {done} of {epochs} epochs are there"
+
+
 def write_history(run: Path, history: list[dict]) -> None:
     """One row per epoch so far."""
-    write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
+    _write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
 
 
 def read_history(run: Path) -> pd.DataFrame:
@@ -57,31 +120,32 @@ def write_scores(run: Path, row: dict, names: np.ndarray, counts: np.ndarray) ->
         scores |= {"averaged_classes": averaged_classes(counts)}
         scores |= {"class_iou": dict(zip(CLASS_NAMES, iou(counts).round(6).tolist(), strict=True))}
     _write_json(scores, run / "scores.json")
-    partial = run / "counts.npz.partial"
-    with open(partial, "wb") as file:
-        np.savez_compressed(file, names=names, counts=counts)
-    os.replace(partial, run / "counts.npz")
+    write_atomically(run / "counts.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
 
 
 def read_scores(run: Path) -> dict:
     """What `write_scores` wrote, without the counts."""
-    return json.loads((run / "scores.json").read_text())
+    return _read_json(run / "scores.json")
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write beside the file, then put it in its place, so that no reader sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _write_text(text: str, path: Path) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _write_json(content: dict, path: Path) -> None:
-    write_text(json.dumps(content, indent=2) + "\n", path)
+    _write_text(json.dumps(content, indent=2) + "\n", path)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
 
 
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, results, per-class IoU and progression of a run."""
-    parameters = json.loads((run / "parameters.json").read_text())
+    parameters = _read_json(run / "parameters.json")
     scores, history = read_scores(run), read_history(run)
     sections = [
         f"# {run.name}",
@@ -93,7 +157,7 @@ def write_report(run: Path) -> Path:
         rows = [(name, "-" if value != value else f"{value:.3f}") for name, value in scores["class_iou"].items()]
         sections.append("## Per-class IoU\n\n" + _table(["class", "IoU"], rows))
     sections.append("## Training progression\n\n" + _progression(history, scores["best_epoch"]))
-    write_text("\n\n".join(sections) + "\n", run / "report.md")
+    _write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 
 

@@ -44,6 +44,11 @@ def scene_names(part: str) -> np.ndarray:
     return np.array([f"{index + index // VIEWS_PER_ROOM:06d}" for index in range(start, start + count)])
 
 
+def room_names(names: np.ndarray) -> np.ndarray:
+    """The room that each scene shows."""
+    return np.array([f"room_{int(name) // (VIEWS_PER_ROOM + 1):04d}" for name in names])
+
+
 def make_scenes(names: np.ndarray, seed: int = 0, size: tuple[int, int] = (96, 128)) -> Samples:
     """Render the scenes of the given names: the same pixels for the same (seed, name, size)."""
     image, depth = np.empty((len(names), *size, 3), np.uint8), np.empty((len(names), *size), np.uint16)

@@ -5,24 +5,28 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.data import Samples, check_choice, progress_bar
-from lib.dataset import Batch, encode_batch, training_loader
+from lib.data import CLASS_NAMES, Samples, check_choice, progress_bar
+from lib.dataset import Batch, RawBatch, encode_batch, training_loader
 from lib.evaluation import autocast, evaluate
 from lib.losses import Losses, total_loss
 from lib.metrics import mean_iou, pixel_accuracy
-from lib.model import Prediction, save_atomically, save_model
-from lib.runs import write_history, write_report, write_scores
+from lib.model import Prediction, load_checkpoint, save_checkpoint, save_model
+from lib.runs import release_run, write_history, write_report, write_scores
 
 SCHEDULES = ("cosine", "one_cycle")
 PRECISIONS = ("auto", "fp32", "bf16")
+CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
+FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
 def choose_device(device: str) -> torch.device:
@@ -101,15 +105,22 @@ def fit(
 ) -> Iterator[dict[str, float]]:
     """Train, and yield each epoch's row of the history once everything about it is on disk.
 
-    Into the run's folder go `history.csv`, `last.pt`, and of the epoch with the best validation mIoU
-    (the last one where nothing validates) `best.pt`, `scores.json` and `counts.npz`; in the end
-    `report.md`. Parameters mean what they mean in `train.ipynb`.
+    Where the run's folder holds a `last.pt`, training goes on from it, to the bit on a CPU, and the
+    rows of the epochs before it are yielded first. Into the folder go `history.csv`, `last.pt` (also
+    within long epochs) and, of the epoch with the best validation mIoU (the last one where nothing
+    validates), `best.pt`, `scores.json` and `counts.npz`; in the end `report.md`. Parameters mean
+    what they mean in `train.ipynb`.
 
     Raises:
         ValueError: a parameter out of range; it is named.
-        FloatingPointError: the loss of an epoch is not finite.
+        CheckpointError: `last.pt` can't be read.
+        FloatingPointError: a loss is not finite; the images of its batch are named.
+        OSError: something can't be written; what was there before is intact.
     """
-    _check_ranges(epochs=epochs, learning_rate=learning_rate)
+    check_ranges(
+        epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
+        soft_iou_weight=soft_iou_weight, depth_weight=depth_weight, seed=seed,
+    )  # fmt: skip
     where = choose_device(device)
     precision = choose_precision(precision, where)
     model.to(where)
@@ -121,44 +132,52 @@ def fit(
     def loss(prediction: Prediction, batch: Batch) -> Losses:
         return total_loss(*prediction, *batch[1:], soft_iou_weight, soft_iou_pooling, depth_weight)
 
-    history, best_miou = [], -math.inf
-    with progress_bar("training", epochs * len(loader)) as bar:
-        for epoch in range(1, epochs + 1):
+    def step(raw: RawBatch) -> torch.Tensor:
+        total = training_step(model, encode(raw), loss, optimizer, precision)
+        if schedule == "one_cycle":
+            scheduler.step()
+        return total
+
+    progress = restore_progress(run / "last.pt", model, optimizer, scheduler)
+    save = partial(save_progress, run / "last.pt", model, optimizer, scheduler, progress)
+    history = progress["history"]
+    yield from list(history)
+    bar = progress_bar("training", epochs * len(loader), len(history) * len(loader) + len(progress["losses"]))
+    try:
+        for epoch in range(len(history) + 1, epochs + 1):
             started = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {epochs}")
-            row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-            loader.batch_sampler.epoch = epoch
-            step = scheduler.step if schedule == "one_cycle" else None
-            row["train_loss"] = train_epoch(model, map(encode, loader), loss, optimizer, step, precision, bar)
-            if step is None:
+            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(progress["losses"])
+            row["train_loss"] = train_epoch(model, step, loader, progress["losses"], save, bar, train.names)
+            if schedule == "cosine":
                 scheduler.step()
-            counts = torch.zeros(0)
-            row |= dict.fromkeys(("valid_loss", "valid_depth_l1", "valid_miou", "valid_pixel_acc"), math.nan)
-            if len(valid):
-                counts, (row["valid_loss"], _, row["valid_depth_l1"]) = evaluate(
-                    model, valid, inputs, depth_encoding, batch_size, precision, loss
-                )
-                row |= {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}
-            row["seconds"] = time.perf_counter() - started
-            history.append(row)
-            if not len(valid) or row["valid_miou"] > best_miou:
-                best_miou = row["valid_miou"]
+            scores, counts = validate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
+            row |= scores | {"seconds": time.perf_counter() - started}
+            if not len(valid) or row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1):
                 save_model(model, run / "best.pt")
-                write_scores(run, row, valid.names, counts.numpy())
-            save_atomically(
-                {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scheduler": scheduler.state_dict()}, run / "last.pt",
-            )  # fmt: skip
+                write_scores(run, row, valid.names, counts)
+            history.append(row)
             write_history(run, history)
+            progress |= {"losses": [], "row": {}}
+            save()
             yield row
-    write_report(run)
+        if not (run / "report.md").exists():
+            write_report(run)
+    finally:
+        bar.close()
+        release_run(run)
 
 
-def _check_ranges(epochs: int, learning_rate: float) -> None:
+def check_ranges(epochs: int, learning_rate: float, **not_negative: float) -> None:
+    """Raise a ValueError that names a number out of its range."""
     if epochs < 1:
         raise ValueError(f"epochs: found {epochs}, expected 1 or more")
     if not 0 < learning_rate < 1:
         raise ValueError(f"learning_rate: found {learning_rate}, expected a number between 0 and 1, such as 0.0001")
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: found {value}, expected 0 or more")
 
 
 def build_schedule(
@@ -171,31 +190,101 @@ def build_schedule(
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * steps)
 
 
-def train_epoch(model, batches, loss, optimizer, after_step, precision: str, bar: tqdm) -> float:
-    """One pass over encoded batches; returns the mean loss over batches.
+def training_step(model: nn.Module, batch: Batch, loss: Callable, optimizer, precision: str) -> torch.Tensor:
+    """Forward, backward, update; returns the loss where it is, because `.item()` would make a GPU wait."""
+    with autocast(batch.inputs.device, precision):
+        prediction = model(batch.inputs)
+    total = loss(prediction, batch).total
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    return total.detach()
 
-    `after_step` is called after each optimizer step, or None.
+
+def train_epoch(
+    model: nn.Module,
+    step: Callable[[RawBatch], torch.Tensor],
+    loader: DataLoader,
+    losses: list[torch.Tensor],
+    save: Callable[[], None],
+    bar: tqdm,
+    names: np.ndarray,
+) -> float:
+    """Train on the batches that are left of an epoch; returns the mean loss over all of its batches.
+
+    Args:
+        model: set to training mode.
+        step: trains on one batch and returns its loss.
+        loader: the batches that are left.
+        losses: of the batches before these; grows.
+        save: called every few minutes.
+        bar: moved on by one a batch.
+        names: of the training images, for an error message.
 
     Raises:
-        FloatingPointError: that mean is not finite.
+        FloatingPointError: a loss is not finite.
     """
     model.train()
-    losses = []
-    for batch in batches:
-        with autocast(batch.inputs.device, precision):
-            prediction = model(batch.inputs)
-        total = loss(prediction, batch).total
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        if after_step is not None:
-            after_step()
-        losses.append(total.detach())  # no .item(): it would stop a GPU at every step
+    saved, positions = time.monotonic(), []
+    for raw in loader:
+        losses.append(step(raw))
+        positions.append(raw.position)
         bar.update()
-    mean = float(torch.stack(losses).double().mean())
-    if not math.isfinite(mean):
+        overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
+        if overdue or len(positions) % FINITE_STEPS == 0:
+            _check_finite(losses[-len(positions) :], positions, names)
+        if overdue:
+            save()
+            saved = time.monotonic()
+    _check_finite(losses[-len(positions) :], positions, names)
+    return float(torch.stack(losses).double().mean())
+
+
+def _check_finite(losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray) -> None:
+    wrong = (~torch.stack(losses).isfinite()).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
         raise FloatingPointError(
-            f"training loss: found {mean}, expected a number; best.pt holds the best epoch so far. Lower "
-            "learning_rate, or use precision fp32"
+            f"training loss: found {losses[first].item()}, expected a number, for the batch of the images "
+            f"{', '.join(names[positions[first].numpy()])}. last.pt and best.pt still hold the state before. Look at "
+            "these images; if they are sound, lower learning_rate or use precision fp32"
         )
-    return mean
+
+
+def validate(
+    model: nn.Module, valid: Samples, inputs: str, depth_encoding: str, batch_size: int, precision: str, loss: Callable
+) -> tuple[dict[str, float], np.ndarray]:
+    """The history's columns about validation and the counts per image; NaN where nothing validates."""
+    if not len(valid):
+        nothing = dict.fromkeys(("valid_loss", "valid_depth_l1", "valid_miou", "valid_pixel_acc"), math.nan)
+        return nothing, np.zeros((0, len(CLASS_NAMES), len(CLASS_NAMES)), np.int64)
+    counts, (total, _, depth_l1) = evaluate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
+    scores = {"valid_loss": total, "valid_depth_l1": depth_l1}
+    return scores | {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}, counts.numpy()
+
+
+def save_progress(path: Path, model: nn.Module, optimizer, scheduler, progress: dict) -> None:
+    """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
+    state = {part: owner.state_dict() for part, owner in _parts(model, optimizer, scheduler).items()}
+    state["rng"] = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    save_checkpoint(state | {"progress": progress}, path)
+
+
+def restore_progress(path: Path, model: nn.Module, optimizer, scheduler) -> dict:
+    """Undo `save_progress`; where there is no such file, nothing has been done yet."""
+    if not path.exists():
+        return {"history": [], "losses": [], "row": {}}
+    parts = _parts(model, optimizer, scheduler)
+    state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
+    for part, owner in parts.items():
+        owner.load_state_dict(state[part])
+    torch.set_rng_state(state["rng"][0])
+    if torch.cuda.is_available() and len(state["rng"]) > 1:
+        torch.cuda.set_rng_state_all(state["rng"][1:])
+    device = next(model.parameters()).device
+    state["progress"]["losses"] = [loss.to(device) for loss in state["progress"]["losses"]]
+    return state["progress"]
+
+
+def _parts(model: nn.Module, optimizer, scheduler) -> dict:
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}

@@ -1,10 +1,12 @@
+import os
+
 import huggingface_hub.errors
 import pytest
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
-from lib.model import build_model, load_model, save_model
+from lib.model import CheckpointError, build_model, load_model, save_model
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])
@@ -92,14 +94,63 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert torch.equal(load_model(tmp_path / "best.pt")(inputs).logits, model(inputs).logits)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "foreign"])
-def test_unreadable_checkpoints(tmp_path, damage):
+UNREADABLE = (
+    "can't be read ({}), expected a checkpoint that train.ipynb wrote; it was cut short or comes from elsewhere: "
+    "copy it again, or train again with resume False"
+)
+UNKNOWN = (
+    "found {}, expected config, weights; it was written by another version or comes from elsewhere: "
+    "train again with resume False, or use the version that wrote it"
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", UNREADABLE.format("no such file")),
+        ("cut", UNREADABLE.format("RuntimeError")),
+        ("empty", UNREADABLE.format("EOFError")),
+        ("foreign", UNKNOWN.format("state, weights")),
+        ("list", UNKNOWN.format("list")),
+    ],
+)
+def test_unreadable_checkpoints(tmp_path, damage, message):
     path = tmp_path / "best.pt"
     if damage != "missing":
         save_model(build_model(), path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100_000])
+    if damage == "empty":
+        path.write_bytes(b"")
     if damage == "foreign":
-        torch.save({"weights": {}}, path)
-    with pytest.raises(ValueError, match=r"best.pt: no readable model .* expected a best.pt that train.ipynb wrote"):
+        torch.save({"weights": {}, "state": 1}, path)
+    if damage == "list":
+        torch.save([1, 2], path)
+    with pytest.raises(CheckpointError) as error:
         load_model(path)
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    torch.save({"config": build_model(6).config, "weights": build_model(4).state_dict()}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"(?s)best.pt: its weights do not fit the network it describes .*conv1"):
+        load_model(tmp_path / "best.pt")
+
+
+class Malicious:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"config": Malicious(tmp_path / "executed"), "weights": {}}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"can't be read \(UnpicklingError\)"):
+        load_model(tmp_path / "best.pt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "best.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()  # so the file would have done it

@@ -125,6 +125,10 @@ def test_schedules():
     [
         ({"epochs": 0}, "epochs: found 0, expected 1 or more"),
         ({"learning_rate": -1.0}, "learning_rate: found -1.0, expected a number between 0 and 1"),
+        ({"learning_rate": math.nan}, "learning_rate: found nan, expected a number between 0 and 1"),
+        ({"depth_weight": -0.1}, "depth_weight: found -0.1, expected 0 or more"),
+        ({"soft_iou_weight": math.inf}, "soft_iou_weight: found inf, expected 0 or more"),
+        ({"seed": -1}, "seed: found -1, expected 0 or more"),
         ({"schedule": "step"}, "schedule: found 'step', expected one of cosine, one_cycle"),
         ({"augment": "flip"}, "augment: found 'flip', expected one of none, exp061, crops"),
         ({"precision": "fp16"}, "precision: found 'fp16', expected one of auto, fp32, bf16"),
@@ -143,7 +147,10 @@ def test_divergence_is_an_error(small):
     model = build_model()
     with torch.no_grad():
         model.net.segmentation_head[0].bias[0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"training loss: found nan, expected a number; best.pt holds"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"found nan, expected a number, for the batch of the images 00000\d, 00000\d, .* lower learning_rate",
+    ):
         list(fit(model, small[:4], small[4:6], start_run("nan", OPTIONS), **OPTIONS))
 
 

@@ -1,0 +1,173 @@
+"""The official `nyu_depth_v2_labeled.mat` as `Samples`, through a memory-mapped cache.
+
+MATLAB writes the file as HDF5 with every array transposed: `images` `(N, 3, 640, 480)` uint8,
+`depths` (holes filled) and `rawDepths` (0 = not measured) `(N, 640, 480)` float32 metres, `labels`
+`(N, 640, 480)` uint16 raw ids 0..894, `scenes` references to text. `tables/nyuv2_classes.csv` maps
+raw ids to the 13 classes (0 = unlabelled), `tables/nyuv2_split.csv` holds the official split; both
+were made from `classMapping40.mat`, `class13Mapping.mat` and `splits.mat`, as published.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from lib.data import IGNORE_INDEX, DataError, Samples, progress_bar, resize_samples
+
+TABLES = Path(__file__).parent / "tables"
+ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}
+CACHED = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ()), "measured": (np.bool_, ())}
+BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
+CACHE_VERSION = 1
+
+
+def frame_names(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Names (0-based ids) and scene names of the official training or test frames in the file."""
+    with _open(path) as file:
+        count, references = len(file["images"]), file["scenes"][:].ravel()
+        scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
+    table = _official_split(count)
+    ids = table.id[table.part == ("test" if part == "test" else "train")].to_numpy()
+    return np.array([f"{frame:06d}" for frame in ids]), scenes[ids]
+
+
+def read_frames(path: Path, names: np.ndarray, size: tuple[int, int] | None) -> Samples:
+    """The named frames at (height, width); the whole file is converted at the first call for a size."""
+    with _open(path) as file:
+        count, width, height = file["labels"].shape
+        status = path.stat()
+        key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        key |= {"count": count, "size": list(size or (height, width))}
+        folder = _cache_folder(path, *key["size"])
+        arrays = _open_cache(folder, key)
+        if arrays is None:
+            _fill_cache(file, folder, key)
+            arrays = _open_cache(folder, key)
+    rows = _rows(count)[[int(name) for name in names]]
+    if len(rows) and (np.diff(rows) == 1).all():
+        rows = slice(rows[0], rows[-1] + 1)  # stays on disk; other selections are read into memory
+    return Samples(np.asarray(names), *(array[rows] for array in arrays))
+
+
+def _official_split(count: int) -> pd.DataFrame:
+    table = pd.read_csv(TABLES / "nyuv2_split.csv")
+    return table[table.id < count]
+
+
+def _rows(count: int) -> np.ndarray:
+    """The row of each frame in the cache: the official training part first, then the test part."""
+    return np.argsort(_official_split(count).sort_values(["part", "id"], ascending=[False, True]).id.to_numpy())
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the parameter data")
+    try:
+        file = h5py.File(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB. A download that "
+            "was cut short has to be repeated"
+        ) from error
+    _check_layout(path, file)
+    return file
+
+
+def _check_layout(path: Path, file: h5py.File) -> None:
+    missing = [name for name in (*ARRAYS, "scenes") if name not in file]
+    if missing:
+        raise DataError(
+            f"{path}: found {', '.join(sorted(file)) or 'nothing'}, {', '.join(missing)} missing; expected the "
+            "labelled data set, nyu_depth_v2_labeled.mat"
+        )
+    count, *frame = file["labels"].shape
+    for name, (dtype, dimensions) in ARRAYS.items():
+        shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)
+        if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
+            raise DataError(
+                f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at most 1449 "
+                "frames as MATLAB writes them; use the file as it was published"
+            )
+
+
+def _cache_folder(path: Path, height: int, width: int) -> Path:
+    parent = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
+    return parent / f"{path.stem}.{height}x{width}.cache"
+
+
+def _open_cache(folder: Path, key: dict) -> list[np.ndarray] | None:
+    """The mapped arrays, or None where there are none or they were made from another file."""
+    try:
+        if json.loads((folder / "key.json").read_text()) != key:
+            return None
+        arrays = [np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in CACHED]
+    except (OSError, ValueError):  # missing, or cut short
+        return None
+    return arrays if all(array.shape[:3] == (key["count"], *key["size"]) for array in arrays) else None
+
+
+def _fill_cache(file: h5py.File, folder: Path, key: dict) -> None:
+    """Convert all frames block by block, beside the folder, and put it in its place at the end."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
+    rows, shape = _rows(key["count"]), (key["count"], *key["size"])
+    try:
+        unfinished.mkdir(parents=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(unfinished / f"{kind}.npy", "wb")) for kind in CACHED]
+            headers = [_write_header(*pair, shape) for pair in zip(files, CACHED.values(), strict=True)]
+            bar = stack.enter_context(progress_bar(f"reading {file.filename}", key["count"]))
+            for start in range(0, key["count"], BLOCK):
+                block = resize_samples(_read_block(file, start), tuple(key["size"]))
+                arrays = (block.image, block.depth, block.label, block.measured)
+                for opened, header, array in zip(files, headers, arrays, strict=True):
+                    for row, frame in zip(rows[start : start + BLOCK], array, strict=True):
+                        opened.seek(header + int(row) * frame.nbytes)
+                        opened.write(frame.tobytes())
+                bar.update(len(block))
+        (unfinished / "key.json").write_text(json.dumps(key))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the cache of {file.filename} could not be made ({error}); it needs "
+            f"{7 * np.prod(shape) / 1e9:.1f} GB there, and the .mat file must be whole"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_header(file, layout: tuple, shape: tuple[int, ...]) -> int:
+    dtype, channels = layout
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": description, "fortran_order": False, "shape": (*shape, *channels)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def _read_block(file: h5py.File, start: int) -> Samples:
+    """`BLOCK` frames as they are published, in our layout and units."""
+    images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
+    image, depth_m, label = images.transpose(0, 3, 2, 1), depths.transpose(0, 2, 1), labels.transpose(0, 2, 1)
+    if label.max() > 894:
+        raise DataError(f"{file.filename}: label {label.max()} in frames {start} on, expected raw ids 0..894")
+    if not (np.isfinite(depth_m).all() and 0.1 < np.median(depth_m) < 20):
+        raise DataError(
+            f"{file.filename}: median depth {np.median(depth_m):g} in frames {start} on, expected metres of an indoor "
+            "scene (0.1 to 20); use the file as it was published"
+        )
+    depth = np.rint(1000 * depth_m).clip(0, 65535).astype(np.uint16)
+    measured = raw_depths.transpose(0, 2, 1) > 0
+    arrays = image, depth, _class_table()[label], measured
+    return Samples(np.arange(start, start + len(depth)), *map(np.ascontiguousarray, arrays))
+
+
+def _class_table() -> np.ndarray:
+    """Class index of each raw id, `(895,)` uint8."""
+    class13 = pd.read_csv(TABLES / "nyuv2_classes.csv").class13.to_numpy()
+    return np.where(class13 == 0, IGNORE_INDEX, class13 - 1).astype(np.uint8)

@@ -74,7 +74,7 @@ def test_parts_do_not_overlap_and_limit_comes_first(folder):
     ("arguments", "message"),
     [
         (("valdi", "random"), "part: found 'valdi', expected one of train, valid, test"),
-        (("train", "rnd"), "split: found 'rnd', expected one of random, blocks, official"),
+        (("train", "rnd"), "split: found 'rnd', expected one of random, blocks, scenes, official"),
         (("train", "random", (0, 64)), "size: found (0, 64), expected a height and a width of at least 1 pixel"),
         (("train", "random", None, 0), "limit: found 0, expected a number of images of at least 1, or None for all"),
         (

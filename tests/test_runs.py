@@ -33,7 +33,7 @@ def test_an_older_run_of_the_name_is_kept(monkeypatch, tmp_path):
         run = start_run("trial", {"seed": seed})
         assert run == tmp_path / "trial"
         assert f'"seed": {seed}' in (run / "parameters.json").read_text()
-    kept = [path for path in tmp_path.iterdir() if path != run]
+    kept = [path for path in tmp_path.iterdir() if path != run and path.name != ".trial.lock"]
     assert len(kept) == 2
     assert all(path.name.startswith("trial.20") for path in kept)
 

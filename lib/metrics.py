@@ -4,6 +4,7 @@ IoU averaged over batches or images is another number than the mIoU that papers 
 score here pools counts first.
 """
 
+import cv2
 import numpy as np
 import torch
 
@@ -97,3 +98,81 @@ def pixel_accuracy(counts: Array) -> float:
     """
     pooled = _pool_labelled(counts)
     return float(np.trace(pooled) / pooled.sum())
+
+
+def class_accuracy(counts: Array) -> np.ndarray:
+    """Recall, `(C,)`: share of each class's pixels that are right; NaN for a class that is not in the truth."""
+    pooled = _pool(counts)
+    truth = pooled.sum(1)
+    return np.where(truth > 0, np.diagonal(pooled) / np.maximum(truth, 1), np.nan)
+
+
+def frequency_weighted_iou(counts: Array) -> float:
+    """IoU averaged over classes by their share of the labelled pixels."""
+    pooled = _pool_labelled(counts)
+    return float(np.nansum(iou(pooled) * pooled.sum(1)) / pooled.sum())
+
+
+def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02) -> np.ndarray:
+    """What boundary IoU is made of: only pixels near the edge of their segment count.
+
+    After Cheng et al., "Boundary IoU", CVPR 2021, with square neighbourhoods. Unlabelled pixels are
+    unlabelled in the prediction too, so that their edges cost neither side.
+
+    Args:
+        prediction: `(N, H, W)` classes.
+        labels: `(N, H, W)` classes, 255 = ignore.
+        class_count: C.
+        width: of the band inside each segment, as a share of the image's diagonal.
+
+    Returns:
+        `(N, C, 3)` int64: pixels of the class in both bands, in the truth's, in the prediction's.
+    """
+    reach = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    counts = np.zeros((len(labels), class_count, 3), np.int64)
+    for image, (truth, decided) in enumerate(zip(labels, prediction, strict=True)):
+        decided = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, decided).astype(np.uint8)
+        bands = [np.where(cv2.erode(mask, kernel) != cv2.dilate(mask, kernel), mask, 255) for mask in (truth, decided)]
+        both = np.where(bands[0] == bands[1], bands[0], 255)
+        for column, band in enumerate((both, *bands)):
+            counts[image, :, column] = np.bincount(band.ravel(), minlength=256)[:class_count]
+    return counts
+
+
+def boundary_iou(boundary: np.ndarray) -> np.ndarray:
+    """`(C,)` from `(N, C, 3)` `boundary_counts`, pooled over images; NaN for a class in neither band."""
+    both, truth, prediction = boundary.sum(0).T
+    union = truth + prediction - both
+    return np.where(union > 0, both / np.maximum(union, 1), np.nan)
+
+
+def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """`(4,)`: valid pixels, and over them sums of relative error, squared error, and ratios below 1.25."""
+    prediction, truth = np.maximum(prediction_m[valid], 1e-3), depth_m[valid]
+    close = np.maximum(prediction / truth, truth / prediction) < 1.25
+    errors = prediction - truth
+    return np.array([len(truth), (np.abs(errors) / truth).sum(), (errors**2).sum(), close.sum()], np.float64)
+
+
+def depth_scores(sums: np.ndarray) -> dict[str, float]:
+    """AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`; NaN without a pixel."""
+    valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
+    return {"abs_rel": relative / valid, "rmse_m": float(np.sqrt(squared / valid)), "delta_1.25": close / valid}
+
+
+def image_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Pixel accuracy of each image, `(N,)`; NaN for an image without a labelled pixel."""
+    total = counts.sum((1, 2))
+    return np.where(total > 0, np.trace(counts, axis1=1, axis2=2) / np.maximum(total, 1), np.nan)
+
+
+def all_scores(counts: Array) -> dict[str, float]:
+    """The scalar scores of a set of images."""
+    return {
+        "miou": mean_iou(counts),
+        "averaged_classes": averaged_classes(counts),
+        "pixel_accuracy": pixel_accuracy(counts),
+        "mean_class_accuracy": float(np.nanmean(class_accuracy(_pool_labelled(counts)))),
+        "frequency_weighted_iou": frequency_weighted_iou(counts),
+    }

@@ -71,32 +71,127 @@ def plot_class_iou(iou: np.ndarray, name: str) -> Figure:
     return figure
 
 
-def plot_predictions(image: np.ndarray, depth: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> Figure:
-    """Columns RGB, depth, truth, prediction; a row for each image, with a legend of the classes shown.
+def plot_predictions(
+    image: np.ndarray,
+    depth: np.ndarray,
+    label: np.ndarray,
+    prediction: np.ndarray,
+    row_titles: list[str] | None = None,
+    errors: bool = False,
+) -> Figure:
+    """Columns RGB, depth, truth, prediction and, if asked, errors; with a legend of the classes shown.
 
     Args:
-        image: `(N, H, W, 3)` uint8.
+        image: `(N, H, W, 3)` uint8, a row for each image.
         depth: `(N, H, W)` uint16 millimetres, 0 = missing (white).
         label: `(N, H, W)` uint8, 255 = ignore (white).
         prediction: `(N, H, W)` class indices.
+        row_titles: written beside the rows.
+        errors: add a column that shows wrong pixels in their predicted colour and right ones in grey.
     """
-    rows, (height, width) = len(image), image.shape[1:3]
+    rows, columns, (height, width) = len(image), 4 + errors, image.shape[1:3]
+    depth_m = np.where(depth == 0, np.nan, depth / 1000)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, WIDTH * rows * height / (4 * width) + 0.9), layout="constrained")
-        grid = figure.subplots(rows, 4, squeeze=False)
-        for axes, title in zip(grid[0], ("RGB", "depth (m)", "truth", "prediction"), strict=True):
+        figure = Figure(figsize=(WIDTH, WIDTH * rows * height / (columns * width) + 0.9), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, title in zip(grid[0], ("RGB", "depth (m)", "truth", "prediction", "errors"), strict=False):
             axes.set_title(title)
-        depth_m = np.where(depth == 0, np.nan, depth / 1000)
         for row in range(rows):
             grid[row, 0].imshow(image[row])
             shown = grid[row, 1].imshow(depth_m[row], cmap="viridis_r", vmin=0.5, vmax=np.nanmax(depth_m))
             grid[row, 2].imshow(colour_labels(label[row]))
             grid[row, 3].imshow(colour_labels(prediction[row]))
+            if errors:
+                grid[row, 4].imshow(_colour_errors(label[row], prediction[row]))
+            if row_titles:
+                grid[row, 0].set_ylabel(row_titles[row])
         for axes in grid.flat:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         figure.colorbar(shown, ax=grid[:, 1], location="bottom", shrink=0.8, aspect=30, pad=0.02)
         figure.legend(handles=_class_patches(np.union1d(label, prediction)), loc="outside lower center", ncols=7)
+    return figure
+
+
+def _colour_errors(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    right = (label == prediction)[..., None]
+    return np.where(right, 0.85, colour_labels(np.where(label == IGNORE_INDEX, IGNORE_INDEX, prediction)))
+
+
+def plot_class_comparison(table: pd.DataFrame, title: str, published: tuple[str, ...] = ()) -> Figure:
+    """IoU by class side by side: bars for up to three entries, dots for more.
+
+    Args:
+        table: `(C, entries)` IoU, a row for each class, a column for each run or published experiment.
+        title: what the figure says.
+        published: columns that are not runs of ours; drawn hatched or hollow.
+    """
+    order = table.mean(axis=1).sort_values(ascending=False).index
+    labels = {name: f"{name}: mean {table[name].mean():.3f}" for name in table}
+    colours = dict(zip(table, seaborn.color_palette("colorblind", len(table.columns)), strict=True))
+    offsets = np.linspace(-0.32, 0.32, 2 * len(labels) + 1)[1::2]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.1 * len(labels)), layout="constrained")
+        axes = figure.subplots()
+        for offset, name in zip(offsets, table, strict=True):
+            position, style = np.arange(len(order)) + offset, {"color": colours[name], "label": labels[name]}
+            if len(labels) <= 3:
+                hatch = "////" if name in published else None
+                axes.bar(position, table[name][order], 0.64 / len(labels), hatch=hatch, edgecolor="white", **style)
+            else:
+                fill = "none" if name in published else colours[name]
+                axes.plot(position, table[name][order], "o", markerfacecolor=fill, markersize=5, **style)
+        for boundary in np.arange(len(order) - 1) + 0.5:
+            axes.axvline(boundary, color="0.92", linewidth=0.8, zorder=0)
+        axes.set(title=title, ylabel="IoU", ylim=(0, 1), xlim=(-0.5, len(order) - 0.5))
+        axes.set_xticks(np.arange(len(order)), order, rotation=25, ha="right", rotation_mode="anchor")
+        figure.legend(loc="outside lower center", ncols=min(len(labels), 3))
+    return figure
+
+
+def plot_differences(results: dict, baseline: str) -> Figure:
+    """Difference to the baseline with 95 % intervals: the mIoU first, then each class.
+
+    Args:
+        results: `{run: PairedBootstrap of baseline and run}`; filled marks have p < 0.05 (Holm for classes).
+        baseline: the run that all are compared to.
+    """
+    rows = ["mIoU", *CLASS_NAMES]
+    offsets = np.linspace(0.3, -0.3, 2 * len(results) + 1)[1::2]
+    colours = seaborn.color_palette("colorblind", len(results) + 1)[1:]  # the first is the baseline's
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.9 * len(results)), layout="constrained")
+        axes = figure.subplots()
+        for offset, colour, (name, result) in zip(offsets, colours, results.items(), strict=True):
+            middle = np.append(result.difference, result.class_difference)
+            low, high = np.column_stack((result.interval, result.class_interval))
+            clear = np.append(result.p_value, result.class_p_value) < 0.05
+            position = -np.arange(len(rows)) + offset
+            axes.hlines(position, low, high, color=colour, linewidth=1.5)
+            axes.plot(middle[clear], position[clear], "o", color=colour, label=name)
+            axes.plot(middle[~clear], position[~clear], "o", color=colour, markerfacecolor="white")
+            if not clear.any():
+                axes.plot([], [], "o", color=colour, markerfacecolor="white", label=name)
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.axhline(-0.5, color="0.85", linewidth=0.8)
+        axes.set(title=f"Difference to {baseline}; filled: more than chance", xlabel="IoU difference, 95 % interval")
+        axes.set_yticks(-np.arange(len(rows)), rows)
+        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        axes.legend(loc="best")
+    return figure
+
+
+def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Validation mIoU by epoch of several runs."""
+    colours = seaborn.color_palette("colorblind", len(histories))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for colour, (name, history) in zip(colours, histories.items(), strict=True):
+            axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=name)
+        axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
+        if histories:
+            axes.legend(loc="lower right")
     return figure
 
 

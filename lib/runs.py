@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from filelock import FileLock, Timeout
 from lib.data import CLASS_NAMES, write_atomically
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
+NO_RECIPE = ("run_name", "seed", "workers", "device", "save_figures")  # what a recipe does not depend on
 MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
+TABLES = Path(__file__).parent / "tables"
 _LOCKS: dict[Path, FileLock] = {}
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
@@ -143,9 +146,193 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
 
 
+def find_run(run: str) -> Path:
+    """The folder of a trained run: `latest`, a name, or a path.
+
+    Raises:
+        ValueError: there is none; the message names the command that makes one.
+    """
+    trained = sorted(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if run == "latest" and trained:
+        return trained[-1].parent
+    folder = Path(run) if Path(run).is_absolute() else runs_folder() / run
+    if run == "latest" or not (folder / "best.pt").exists():
+        there = ", ".join(path.parent.name for path in trained) or "none"
+        raise ValueError(
+            f"run: found {run!r}, trained runs in {runs_folder()}: {there}. Make one with "
+            "`papermill train.ipynb out.ipynb`"
+        )
+    return folder
+
+
+def read_parameters(run: Path) -> dict:
+    """The parameters that a run was started with."""
+    return _read_json(run / "parameters.json")
+
+
+def write_evaluation(run: Path, part: str, names: np.ndarray, counts: np.ndarray, scores: dict) -> None:
+    """Counts per image `(N, C, C)` at native size and the scores made from them; completes the report."""
+    folder = run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"{part}.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
+    _write_json(scores, folder / f"{part}.json")
+    write_report(run)
+
+
+def write_submission(run: Path, part: str, names: np.ndarray, predicted: np.ndarray) -> Path:
+    """`submission.npy`: predicted classes `(N, H, W)` uint8 in the order of the names.
+
+    Raises:
+        ValueError: another type or shape, values that are no class, or names out of order.
+    """
+    classes = len(CLASS_NAMES)
+    if predicted.dtype != np.uint8 or predicted.ndim != 3 or len(predicted) != len(names) or predicted.max() >= classes:
+        raise ValueError(
+            f"submission: found {predicted.dtype} {predicted.shape} up to {predicted.max()}, expected uint8 "
+            f"({len(names)}, H, W) of classes 0..{classes - 1}"
+        )
+    if list(names) != sorted(names):
+        raise ValueError("submission: found names out of order, expected them sorted")
+    folder = run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    path = folder / ("submission.npy" if part == "test" else f"submission_{part}.npy")
+    write_atomically(path, lambda file: np.save(file, predicted))
+    return path
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A run on one part of one data set: counts per image `(N, C, C)` at native size, and their scores."""
+
+    name: str
+    parameters: dict
+    names: np.ndarray
+    counts: np.ndarray
+    scores: dict
+    history: pd.DataFrame
+
+
+def evaluated_runs(runs: str, part: str, data: str | None = None) -> list[EvaluatedRun]:
+    """The runs to compare, by name or `all`, checked to be comparable.
+
+    Args:
+        runs: `all`, or names of run folders with commas between them.
+        part: `train`, `valid` or `test`.
+        data: with `all`, only runs evaluated on this data; None takes that of the latest evaluation.
+
+    Raises:
+        ValueError: a run that is missing or not evaluated, or runs on different images, labels or sizes.
+    """
+    if runs == "all":
+        files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
+        if data is None and files:
+            data = _read_json(files[-1])["data"]
+        folders = sorted(path.parents[1] for path in files if _read_json(path)["data"] == data)
+    else:
+        folders = [find_run(name.strip()) for name in runs.split(",")]
+    evaluated = [_read_evaluated(folder, part) for folder in folders]
+    for other in evaluated[1:]:
+        _check_comparable(evaluated[0], other, part)
+    return evaluated
+
+
+def _read_evaluated(run: Path, part: str) -> EvaluatedRun:
+    path = run / "evaluation" / f"{part}.npz"
+    if not path.exists():
+        raise ValueError(
+            f"runs: {run.name!r} is not evaluated on part {part!r}; run "
+            f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"
+        )
+    with np.load(path) as saved:
+        names, counts = saved["names"], saved["counts"]
+    return EvaluatedRun(
+        run.name, read_parameters(run), names, counts, _read_json(path.with_suffix(".json")), read_history(run)
+    )
+
+
+def _check_comparable(first: EvaluatedRun, other: EvaluatedRun, part: str) -> None:
+    pair = f"runs: {first.name!r} and {other.name!r} can't be compared on part {part!r}: "
+    remedy = "; evaluate both on the same data and part"
+    if first.counts.shape[1:] != other.counts.shape[1:]:
+        raise ValueError(f"{pair}{first.counts.shape[1]} and {other.counts.shape[1]} classes{remedy}")
+    if list(first.names) != list(other.names):
+        only = sorted(set(first.names) ^ set(other.names))
+        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only"
+        raise ValueError(f"{pair}{found}{', such as ' + only[0] if only else ', in another order'}{remedy}")
+    differing = (first.counts.sum(2) != other.counts.sum(2)).any(1)
+    if differing.any():
+        raise ValueError(
+            f"{pair}the labels of {differing.sum()} of {len(differing)} images differ, such as those of "
+            f"{first.names[differing.argmax()]}{remedy}"
+        )
+
+
+def scores_by_recipe(evaluated: list[EvaluatedRun], baseline: str | None) -> pd.DataFrame:
+    """mIoU by seed (rows) and recipe (columns, named after their first run, the baseline's first).
+
+    Runs are of one recipe when their parameters differ in nothing that matters but the seed.
+    """
+    first_runs, scores = {}, {}
+    for run in sorted(evaluated, key=lambda run: run.name != baseline):
+        recipe = {name: value for name, value in run.parameters.items() if name not in NO_RECIPE}
+        name = first_runs.setdefault(json.dumps(recipe, sort_keys=True), run.name)
+        scores.setdefault(name, {})[run.parameters["seed"]] = run.scores["plain"]["miou"]
+    return pd.DataFrame(scores).sort_index()
+
+
+def read_published(table: str, experiments: str) -> pd.DataFrame:
+    """Published figures of some experiments, names with commas between: `experiments`, `class_iou` or `progression`."""
+    figures = pd.read_csv(TABLES / f"published_{table}.csv").set_index("experiment")
+    names = [name.strip() for name in experiments.split(",") if name.strip()]
+    unknown = sorted(set(names) - set(figures.index))
+    if unknown:
+        raise ValueError(f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}")
+    return figures.loc[names]
+
+
+def class_tables(evaluated: list[EvaluatedRun], published: str) -> dict[str, pd.DataFrame]:
+    """`{title: IoU by class and entry}`: published figures stand beside runs only where the data may be NYUv2's."""
+    theirs = read_published("class_iou", published).T.add_suffix(" (published)")
+    ours = pd.DataFrame({run.name: iou(run.counts) for run in evaluated}, index=list(CLASS_NAMES))
+    if evaluated and evaluated[0].scores["data"] != "synthetic":
+        note = "published figures are of NYUv2's validation images"
+        return {f"Runs on {evaluated[0].scores['data']}; {note}": pd.concat((ours, theirs), axis=1)}
+    tables = {"Runs on embedded scenes": ours, "Published, on 159 validation images of NYUv2": theirs}
+    return {title: table for title, table in tables.items() if table.size}
+
+
+def describe_selection(evaluated: list[EvaluatedRun], part: str) -> str:
+    """What is compared, or what is missing for a comparison."""
+    if len(evaluated) > 1:
+        names, first = ", ".join(run.name for run in evaluated), evaluated[0]
+        return f"{len(evaluated)} runs on {len(first.names)} {part} images of {first.scores['data']}: {names}."
+    there = f"only {evaluated[0].name}" if evaluated else "none"
+    return (
+        f"A comparison needs two runs that are evaluated on one part of one data set; for part {part} there is {there}."
+        " Make another with `papermill train.ipynb ce.out.ipynb -p run_name ce -p soft_iou_weight 0` and "
+        "`papermill evaluate.ipynb evaluate.out.ipynb -p run ce`. Until then, the published experiments are compared "
+        "with one another."
+    )
+
+
+def describe_published(experiments: str) -> str:
+    """What the published figures say of the first experiments against the last, and what they can't say."""
+    table = read_published("experiments", experiments)
+    against = [
+        f"{table.index[-1]} minus {name}: validation mIoU {table.valid_miou.iloc[-1] - row.valid_miou:+.4f}, "
+        f"test {table.lb_score.iloc[-1] - row.lb_score:+.4f}. "
+        for name, row in table.iloc[:-1].iterrows()
+    ]
+    return "".join(against) + (
+        "Published experiments are single runs, without counts for each image and without a second seed, so no "
+        "interval can be given: it can't be concluded whether the checkpoints differ on such images, nor whether the "
+        "recipes do. Split random puts frames of one scene on both sides, so their validation scores flatter."
+    )
+
+
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, results, per-class IoU and progression of a run."""
-    parameters = _read_json(run / "parameters.json")
+    parameters = read_parameters(run)
     scores, history = read_scores(run), read_history(run)
     sections = [
         f"# {run.name}",
@@ -157,6 +344,8 @@ def write_report(run: Path) -> Path:
         rows = [(name, "-" if value != value else f"{value:.3f}") for name, value in scores["class_iou"].items()]
         sections.append("## Per-class IoU\n\n" + _table(["class", "IoU"], rows))
     sections.append("## Training progression\n\n" + _progression(history, scores["best_epoch"]))
+    for path in sorted((run / "evaluation").glob("*.json")):
+        sections.append(_evaluation_section(path.stem, _read_json(path)))
     _write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 
@@ -175,6 +364,23 @@ def summarise(run: Path) -> str:
         f"{scores['averaged_classes']} classes, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
         f"Learned best: {best}. Learned least: {least}."
     )
+
+
+def _evaluation_section(part: str, scores: dict) -> str:
+    """Scores on one part, without and with test-time augmentation, then by class."""
+    shown = {"plain": scores["plain"], f"tta {scores['tta']}": scores["augmented"]}
+    rows = [(name, *(f"{column[name]:.4f}" for column in shown.values())) for name in scores["plain"]]
+    by_class = [
+        (name, *("-" if value != value else f"{value:.3f}" for value in values.values()))
+        for name, values in scores["classes"].items()
+    ]
+    header = list(next(iter(scores["classes"].values())))
+    return (
+        f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, scored at their own "
+        f"{scores['label_size'][0]}x{scores['label_size'][1]} pixels; the network works at "
+        f"{scores['working_size'][0]}x{scores['working_size'][1]}.\n\n"
+        + _table(["score", *shown], rows) + "\n\n" + _table(["class", *header], by_class)
+    )  # fmt: skip
 
 
 def _summary(scores: dict) -> dict[str, str]:

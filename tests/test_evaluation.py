@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
-from lib.data import Samples
-from lib.evaluation import evaluate, predict_batches, predict_labels
+from lib.data import Samples, resize_samples
+from lib.evaluation import evaluate, evaluate_native, predict_batches, predict_labels
 from lib.losses import total_loss
 from lib.metrics import confusion_counts
 from lib.model import build_model
@@ -47,3 +48,69 @@ def test_predicted_labels_are_those_counted(scenes):
 def test_held_back_labels_can_be_predicted(scenes):
     held_back = Samples(scenes.names[:2], scenes.image[:2], scenes.depth[:2])
     assert predict_labels(build_model(), held_back, "rgbd", "log", 2).shape == (2, 96, 128)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model()
+
+
+def native(model, samples, **options):
+    return evaluate_native(
+        model, samples, **{"size": (48, 64), "inputs": "rgbd", "depth_encoding": "inverse", "batch_size": 5} | options
+    )
+
+
+@pytest.mark.parametrize("tta", ["none", "flip", "scales"])
+def test_native_batch_size_changes_nothing(model, scenes, tta):
+    one, eight = (native(model, scenes[:9], batch_size=size, tta=tta) for size in (1, 8))
+    np.testing.assert_array_equal(one.counts, eight.counts)
+    np.testing.assert_array_equal(one.predicted, eight.predicted)
+    np.testing.assert_allclose(one.depth, eight.depth, rtol=1e-5)
+
+
+def test_native_scores_are_at_the_labels_size(model, scenes):
+    large = resize_samples(scenes[:3], (192, 256))
+    result = native(model, large)
+    assert result.predicted.shape == (3, 192, 256)
+    np.testing.assert_array_equal(result.counts.sum((1, 2)), (large.label != 255).sum((1, 2)))
+    np.testing.assert_array_equal(result.counts, confusion_counts(result.predicted, large.label, 13))
+
+
+def test_native_at_the_working_size_is_plain_evaluation(model, scenes):
+    result = native(model, scenes, size=scenes.size)
+    np.testing.assert_array_equal(result.counts, evaluate(model, scenes, "rgbd", "inverse", 5, "fp32", loss).counts)
+
+
+def test_flip_is_undone(scenes):
+    """A model that is told where it looks: averaging over mirrored views keeps left on the left."""
+
+    class Sides(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, inputs):
+            red = inputs[:, :1]
+            return torch.cat((red, -red), 1), red
+
+    left = scenes.image[:1].copy()
+    left[..., :64, :], left[..., 64:, :] = 255, 0
+    samples = Samples(scenes.names[:1], left, scenes.depth[:1], scenes.label[:1])
+    for tta in ("none", "flip", "scales"):
+        predicted = native(Sides(), samples, size=(96, 128), tta=tta).predicted[0]
+        assert (predicted[:, :60] == 0).all()
+        assert (predicted[:, 68:] == 1).all()
+
+
+def test_held_back_labels_are_predicted_without_counts(model, scenes):
+    result = native(model, Samples(scenes.names, scenes.image, scenes.depth))
+    assert not result.counts.any()
+    assert not result.boundary.any()
+    assert result.predicted.shape == scenes.depth.shape
+
+
+def test_unknown_tta(model, scenes):
+    with pytest.raises(ValueError, match="tta: found 'rotate', expected one of none, flip, scales"):
+        native(model, scenes, tta="rotate")

@@ -1,9 +1,23 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
-from lib.metrics import averaged_classes, confusion_counts, iou, mean_iou, pixel_accuracy
+from lib.metrics import (
+    all_scores,
+    averaged_classes,
+    boundary_counts,
+    boundary_iou,
+    class_accuracy,
+    confusion_counts,
+    depth_scores,
+    depth_sums,
+    frequency_weighted_iou,
+    image_accuracy,
+    iou,
+    mean_iou,
+    pixel_accuracy,
+)
 
 
 @pytest.fixture
@@ -92,3 +106,43 @@ def test_bad_input(prediction, labels, message):
 def test_counts_of_a_wrong_shape():
     with pytest.raises(ValueError, match=r"counts: found shape \(3, 4\), expected"):
         iou(np.zeros((3, 4)))
+
+
+def test_further_scores_equal_scikit_learn(random_labels):
+    prediction, labels = random_labels
+    counts, seen = confusion_counts(prediction, labels, 13), labels != 255
+    scores = all_scores(counts)
+    assert scores["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels[seen], prediction[seen]))
+    assert frequency_weighted_iou(counts) == pytest.approx(
+        jaccard_score(labels[seen], prediction[seen], average="weighted")
+    )
+    assert image_accuracy(counts)[2] == pytest.approx(accuracy_score(labels[2][seen[2]], prediction[2][seen[2]]))
+    assert np.isnan(class_accuracy(np.zeros((1, 3, 3)))).all()
+
+
+def test_boundary_counts_by_hand():
+    labels = np.zeros((1, 40, 40), np.uint8)
+    labels[:, :, 20:] = 1
+    shifted = np.roll(labels, 2, axis=2)
+    shifted[:, :, :2] = 0
+    counts = boundary_counts(shifted, labels, 3, width=3 / np.hypot(40, 40))
+    # bands of 3 columns on each side of the edge: 17..19 | 20..22 in the truth, 19..21 | 22..24 predicted
+    np.testing.assert_array_equal(counts[0], [[40, 120, 120], [40, 120, 120], [0, 0, 0]])
+    np.testing.assert_allclose(boundary_iou(counts), [40 / 200, 40 / 200, np.nan])
+    perfect = boundary_counts(labels, labels, 3)
+    np.testing.assert_allclose(boundary_iou(perfect), [1, 1, np.nan])
+
+
+def test_boundaries_of_what_is_not_labelled_cost_nothing():
+    labels = np.zeros((1, 40, 40), np.uint8)
+    labels[:, 10:20, 10:20] = 255
+    prediction = np.zeros_like(labels)
+    np.testing.assert_allclose(boundary_iou(boundary_counts(prediction, labels, 2)), [1, np.nan])
+
+
+def test_depth_scores_by_hand():
+    valid = np.array([True, True, False])
+    sums = depth_sums(np.array([2.0, 3.0, 9.0]), np.array([2.0, 2.0, 1.0]), valid)
+    scores = depth_scores(sums)
+    assert scores == {"abs_rel": 0.25, "rmse_m": pytest.approx(np.sqrt(0.5)), "delta_1.25": 0.5}
+    assert np.isnan(depth_scores(np.zeros(4))["rmse_m"])

@@ -42,6 +42,24 @@ def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
     assert message in result.stderr
 
 
+def test_evaluating_without_a_run_names_the_command_that_makes_one(tmp_path):
+    result = papermill(tmp_path, notebook="evaluate", RUNS_DIR=str(tmp_path))
+    assert result.returncode == 1
+    assert "run: found 'latest', trained runs in" in result.stderr
+    assert "Make one with `papermill train.ipynb out.ipynb`" in result.stderr
+
+
+def test_comparing_without_runs_shows_the_published_ones(tmp_path):
+    result = papermill(tmp_path, notebook="compare", RUNS_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
+    text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+    assert "A comparison needs two runs" in text
+    assert "it can't be concluded" in text
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
 @pytest.mark.parametrize("folder", [NOTEBOOKS, NOTEBOOKS.parent])
 def test_train_runs_from_both_folders_and_leaves_no_red(tmp_path, folder):
     small = {"run_name": "tiny", "limit": 12, "epochs": 2, "image_height": 48, "image_width": 64, "device": "cpu"}

@@ -1,10 +1,21 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.colors import to_rgb
 
 from lib.data import CLASS_NAMES
-from lib.plots import CLASS_COLOURS, colour_labels, plot_class_iou, plot_history, plot_predictions
+from lib.plots import (
+    CLASS_COLOURS,
+    colour_labels,
+    plot_class_comparison,
+    plot_class_iou,
+    plot_curves,
+    plot_differences,
+    plot_history,
+    plot_predictions,
+)
+from lib.significance import paired_bootstrap
 
 
 def draw(figure):
@@ -39,3 +50,36 @@ def test_a_class_has_one_colour():
     assert len(set(CLASS_COLOURS)) == len(CLASS_NAMES)
     coloured = colour_labels(np.array([[0, 12, 255]], np.uint8))
     np.testing.assert_allclose(coloured[0], [to_rgb(CLASS_COLOURS[0]), to_rgb(CLASS_COLOURS[12]), (1, 1, 1)])
+
+
+def test_errors_are_shown_in_their_colour_and_rows_are_named(scenes):
+    wrong = np.where(scenes.label == 11, 0, scenes.label)[:2]
+    figure = plot_predictions(scenes.image[:2], scenes.depth[:2], scenes.label[:2], wrong, ["one", "two"], errors=True)
+    assert {"errors", "one", "two"} <= set(draw(figure))
+    shown = figure.axes[4].images[0].get_array()
+    np.testing.assert_allclose(
+        shown[scenes.label[0] == 11], np.tile(to_rgb(CLASS_COLOURS[0]), ((scenes.label[0] == 11).sum(), 1))
+    )
+
+
+@pytest.mark.parametrize("entries", [1, 2, 8])
+def test_comparison_of_few_and_many(entries):
+    table = pd.DataFrame(
+        np.random.default_rng(0).random((13, entries)), CLASS_NAMES, [f"run{i}" for i in range(entries)]
+    )
+    texts = draw(plot_class_comparison(table, "who is better", ("run0",)))
+    assert {"who is better", *CLASS_NAMES, f"run0: mean {table.run0.mean():.3f}"} <= set(texts)
+
+
+def test_differences_mark_what_is_more_than_chance():
+    better = np.random.default_rng(0).integers(1, 50, (40, 13, 13))
+    better[:, range(13), range(13)] += 300
+    worse = np.roll(better, 1, axis=2) + better  # same truth after halving: every other hit goes astray
+    better = 2 * better
+    result = paired_bootstrap(worse, better, resamples=200)
+    assert {"mIoU", *CLASS_NAMES, "new"} <= set(draw(plot_differences({"new": result}, "old")))
+
+
+def test_curves():
+    history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
+    assert {"a", "b"} <= set(draw(plot_curves({"a": history, "b": history}, "curves")))

@@ -123,8 +123,8 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
             )  # fmt: skip
         else:
             ratio = width / height
-            geometry = albumentations.RandomResizedCrop(
-                size, scale=(0.35, 1.0), ratio=(0.85 * ratio, 1.18 * ratio), mask_interpolation=cv2.INTER_NEAREST
+            geometry = albumentations.RandomResizedCrop(  # plain INTER_NEAREST would shift masks against RGB
+                size, scale=(0.35, 1.0), ratio=(0.85 * ratio, 1.18 * ratio), mask_interpolation=cv2.INTER_NEAREST_EXACT
             )
         return albumentations.Compose(
             [albumentations.HorizontalFlip(p=0.5), geometry],
@@ -149,8 +149,10 @@ def _zoom(applied: list[tuple[str, dict]]) -> float:
 class TrainingSet(Dataset):
     """Augmented samples by (epoch, position): the same for any number of workers, another every epoch.
 
-    albumentations copies its generator into every worker, so that workers repeat one another and
-    epochs repeat the last; here each item seeds it anew from (seed, epoch, position).
+    albumentations copies its generators into every worker, so that workers repeat one another and
+    epochs repeat the last; here each item seeds them anew from (seed, epoch, position). Each transform
+    gets a seed of its own: `Compose.set_random_seed` gives all the same, and then the draw that decides
+    the flip also decides the zoom.
     """
 
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
@@ -166,12 +168,15 @@ class TrainingSet(Dataset):
         measured = depth > 0 if samples.measured is None else samples.measured[position]
         if self.augmentation is None:
             return image, depth, label, measured, np.int64(position)
-        seed = np.random.SeedSequence((self.seed, epoch, position)).generate_state(1)[0]
-        self.augmentation.set_random_seed(int(seed))
+        transforms = self.augmentation.transforms
+        seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(len(transforms))
+        for transform, seed in zip(transforms, seeds.tolist(), strict=True):
+            transform.set_random_seed(seed)
         shifted = label + np.uint8(1)  # 255 wraps to 0, the value that fills borders
         result = self.augmentation(image=image, mask=shifted, depth=depth, measured=measured.view(np.uint8))
         # enlarged by a zoom, things look as if they were nearer
-        depth = np.rint(result["depth"] / _zoom(result["applied_transforms"])).astype(np.uint16)
+        nearer = result["depth"] / _zoom(result["applied_transforms"])
+        depth = np.rint(nearer).clip(0, 65535).astype(np.uint16)
         label, measured = result["mask"] - np.uint8(1), result["measured"].astype(bool)
         return result["image"], depth, label, measured, np.int64(position)
 
@@ -235,4 +240,4 @@ def plain_batches(samples: Samples, batch_size: int) -> Iterator[RawBatch]:
         label = np.full(piece.depth.shape, IGNORE_INDEX, np.uint8) if piece.label is None else piece.label
         measured = piece.depth > 0 if piece.measured is None else piece.measured
         arrays = (piece.image, piece.depth, label, measured, np.arange(start, start + len(piece)))
-        yield RawBatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        yield RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only

@@ -112,6 +112,10 @@ def evaluate_native(
         tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
     """
     check_choice("tta", tta, VIEWS)
+    if not len(samples):
+        raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
     model.eval()
     parts, predicted = [], np.empty(samples.depth.shape, np.uint8)
     with progress_bar(f"predicting, tta {tta}", len(samples)) as bar:
@@ -143,7 +147,7 @@ def _predict_views(
     for zoom, flipped in views:
         resized = resize_samples(piece, tuple(round(zoom * length) for length in size))
         # enlarged by a zoom, things look as if they were nearer
-        nearer = np.rint(resized.depth / zoom).astype(np.uint16)
+        nearer = np.rint(resized.depth / zoom).clip(0, 65535).astype(np.uint16)
         columns = slice(None, None, -1 if flipped else 1)
         view = Samples(piece.names, resized.image[:, :, columns], nearer[:, :, columns])
         with torch.inference_mode(), autocast(device, precision):

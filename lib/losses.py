@@ -70,7 +70,8 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
             form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with the
             class present. `exp061`: per image I / (U + 1e-6), averaged over images x classes present
             in the batch; a pair whose class is absent from the image adds a constant 1 without
-            gradient, so a perfect prediction does not give 0. Kept to reproduce Exp061.
+            gradient, so a perfect prediction does not give 0 and an unlabelled image costs 1. Kept to
+            reproduce Exp061.
 
     Returns:
         A scalar; 0, with zero gradient, for a batch without a labelled pixel.

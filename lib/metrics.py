@@ -28,7 +28,8 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         ValueError: shapes that differ, or values that are no class.
     """
     if isinstance(prediction, np.ndarray):
-        return confusion_counts(torch.as_tensor(prediction), torch.as_tensor(labels), class_count).numpy()
+        copies = torch.from_numpy(np.array(prediction)), torch.from_numpy(np.array(labels))  # maps are read-only
+        return confusion_counts(*copies, class_count).numpy()
     if prediction.shape != labels.shape or prediction.ndim < 2:
         raise ValueError(
             f"prediction: found shape {tuple(prediction.shape)} with labels {tuple(labels.shape)}, "

@@ -167,11 +167,9 @@ def plot_differences(results: dict, baseline: str) -> Figure:
             low, high = np.column_stack((result.interval, result.class_interval))
             clear = np.append(result.p_value, result.class_p_value) < 0.05
             position = -np.arange(len(rows)) + offset
-            axes.hlines(position, low, high, color=colour, linewidth=1.5)
-            axes.plot(middle[clear], position[clear], "o", color=colour, label=name)
+            axes.hlines(position, low, high, color=colour, linewidth=1.5, label=name)
+            axes.plot(middle[clear], position[clear], "o", color=colour)
             axes.plot(middle[~clear], position[~clear], "o", color=colour, markerfacecolor="white")
-            if not clear.any():
-                axes.plot([], [], "o", color=colour, markerfacecolor="white", label=name)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.axhline(-0.5, color="0.85", linewidth=0.8)
         axes.set(title=f"Difference to {baseline}; filled: more than chance", xlabel="IoU difference, 95 % interval")

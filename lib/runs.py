@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from lib.data import CLASS_NAMES, write_atomically
+from lib.data import CLASS_NAMES, PARTS, check_choice, write_atomically
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
+SET_ASIDE = re.compile(r"\.\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d~*$")  # names of older runs, see start_run
 NO_RECIPE = ("run_name", "seed", "workers", "device", "save_figures")  # what a recipe does not depend on
 MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
 TABLES = Path(__file__).parent / "tables"
@@ -122,6 +125,7 @@ def write_scores(run: Path, row: dict, names: np.ndarray, counts: np.ndarray) ->
         scores |= {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}
         scores |= {"averaged_classes": averaged_classes(counts)}
         scores |= {"class_iou": dict(zip(CLASS_NAMES, iou(counts).round(6).tolist(), strict=True))}
+    shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     _write_json(scores, run / "scores.json")
     write_atomically(run / "counts.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
 
@@ -213,7 +217,7 @@ class EvaluatedRun:
 
 
 def evaluated_runs(runs: str, part: str, data: str | None = None) -> list[EvaluatedRun]:
-    """The runs to compare, by name or `all`, checked to be comparable.
+    """The runs to compare, by name or `all` (but for those set aside under a dated name), checked to be comparable.
 
     Args:
         runs: `all`, or names of run folders with commas between them.
@@ -223,8 +227,10 @@ def evaluated_runs(runs: str, part: str, data: str | None = None) -> list[Evalua
     Raises:
         ValueError: a run that is missing or not evaluated, or runs on different images, labels or sizes.
     """
+    check_choice("part", part, PARTS)
     if runs == "all":
         files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
+        files = [path for path in files if not SET_ASIDE.search(path.parents[1].name)]
         if data is None and files:
             data = _read_json(files[-1])["data"]
         folders = sorted(path.parents[1] for path in files if _read_json(path)["data"] == data)
@@ -270,14 +276,21 @@ def _check_comparable(first: EvaluatedRun, other: EvaluatedRun, part: str) -> No
 def scores_by_recipe(evaluated: list[EvaluatedRun], baseline: str | None) -> pd.DataFrame:
     """mIoU by seed (rows) and recipe (columns, named after their first run, the baseline's first).
 
-    Runs are of one recipe when their parameters differ in nothing that matters but the seed.
+    Runs are of one recipe when their parameters differ in nothing that matters but the seed. Runs that
+    repeat a seed count once, with their mean.
     """
-    first_runs, scores = {}, {}
+    first_runs, rows = {}, []
     for run in sorted(evaluated, key=lambda run: run.name != baseline):
         recipe = {name: value for name, value in run.parameters.items() if name not in NO_RECIPE}
-        name = first_runs.setdefault(json.dumps(recipe, sort_keys=True), run.name)
-        scores.setdefault(name, {})[run.parameters["seed"]] = run.scores["plain"]["miou"]
-    return pd.DataFrame(scores).sort_index()
+        if recipe.get("soft_iou_weight") == 0:
+            recipe.pop("soft_iou_pooling", None)
+        key = tuple(
+            sorted((name, str(float(value) if type(value) is int else value)) for name, value in recipe.items())
+        )
+        first = first_runs.setdefault(key, run.name)
+        rows.append({"recipe": first, "seed": run.parameters["seed"], "miou": run.scores["plain"]["miou"]})
+    table = pd.DataFrame(rows, columns=["recipe", "seed", "miou"])
+    return table.pivot_table("miou", "seed", "recipe", aggfunc="mean").reindex(columns=list(first_runs.values()))
 
 
 def read_published(table: str, experiments: str) -> pd.DataFrame:

@@ -79,6 +79,8 @@ def paired_bootstrap(
     Raises:
         ValueError: shapes or truths that differ, fewer than 2 images, nothing labelled.
     """
+    if resamples < 1:
+        raise ValueError(f"resamples: found {resamples}, expected 1 or more; 10000 give steady intervals")
     totals_a, totals_b = _totals(counts_a), _totals(counts_b)
     _check_pair(counts_a, counts_b, totals_a, totals_b)
     rng, images = np.random.default_rng(seed), len(totals_a)
@@ -98,7 +100,8 @@ def paired_bootstrap(
     extreme = (np.abs(swapped) >= np.abs(observed) - 1e-12).sum(0)
     p_values = np.where(compared, (1 + extreme) / (1 + resamples), np.nan)
 
-    error = drawn[:, 0].std()
+    # where a few images decide a rare class, the bootstrap's spread is too small and the swaps' is not
+    error = max(drawn[:, 0].std(), swapped[:, 0].std())
     needed = images * (DETECTABLE * error / abs(observed[0])) ** 2 if observed[0] else np.inf
     return PairedBootstrap(
         difference=float(observed[0]),
@@ -186,7 +189,10 @@ def describe_checkpoints(result: PairedBootstrap, name_a: str, name_b: str, imag
         f"{name_b} against {name_a}, on these {image_count} images: mIoU {result.difference:+.4f} "
         f"(95 % interval {low:+.4f} to {high:+.4f}, swap test p = {result.p_value:.3g}). "
     )
-    if result.p_value < 1 - CONFIDENCE and not low <= 0 <= high:
+    excluded, rejected = not low <= 0 <= high, result.p_value < 1 - CONFIDENCE
+    if excluded != rejected:
+        text += "Interval and test disagree, so a few images or a rare class decide. "
+    if excluded and rejected:
         text += f"The checkpoint {name_b if result.difference > 0 else name_a} is better on images like these. "
     else:
         text += (

@@ -15,10 +15,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.data import CLASS_NAMES, Samples, check_choice, progress_bar
-from lib.dataset import Batch, RawBatch, encode_batch, training_loader
+from lib.data import CLASS_NAMES, SPLITS, Samples, check_choice, progress_bar
+from lib.dataset import (
+    AUGMENTATIONS,
+    DEPTH_ENCODINGS,
+    INPUT_CHANNELS,
+    Batch,
+    RawBatch,
+    encode_batch,
+    training_loader,
+)
 from lib.evaluation import autocast, evaluate
-from lib.losses import Losses, total_loss
+from lib.losses import POOLINGS, Losses, total_loss
 from lib.metrics import mean_iou, pixel_accuracy
 from lib.model import Prediction, load_checkpoint, save_checkpoint, save_model
 from lib.runs import release_run, write_history, write_report, write_scores
@@ -109,7 +117,7 @@ def fit(
     rows of the epochs before it are yielded first. Into the folder go `history.csv`, `last.pt` (also
     within long epochs) and, of the epoch with the best validation mIoU (the last one where nothing
     validates), `best.pt`, `scores.json` and `counts.npz`; in the end `report.md`. Parameters mean
-    what they mean in `train.ipynb`.
+    what they mean in `train.ipynb`. The `seconds` of a resumed epoch count from where it was resumed.
 
     Raises:
         ValueError: a parameter out of range; it is named.
@@ -117,67 +125,77 @@ def fit(
         FloatingPointError: a loss is not finite; the images of its batch are named.
         OSError: something can't be written; what was there before is intact.
     """
-    check_ranges(
-        epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
-        soft_iou_weight=soft_iou_weight, depth_weight=depth_weight, seed=seed,
+    check_options(
+        inputs=inputs, depth_encoding=depth_encoding, soft_iou_pooling=soft_iou_pooling,
+        soft_iou_weight=soft_iou_weight, depth_weight=depth_weight, epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, augment=augment, workers=workers,
+        precision=precision, seed=seed,
     )  # fmt: skip
-    where = choose_device(device)
-    precision = choose_precision(precision, where)
-    model.to(where)
-    loader = training_loader(train, augment, batch_size, workers, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
-    scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
-    encode = partial(encode_batch, inputs=inputs, depth_encoding=depth_encoding, device=where)
-
-    def loss(prediction: Prediction, batch: Batch) -> Losses:
-        return total_loss(*prediction, *batch[1:], soft_iou_weight, soft_iou_pooling, depth_weight)
-
-    def step(raw: RawBatch) -> torch.Tensor:
-        total = training_step(model, encode(raw), loss, optimizer, precision)
-        if schedule == "one_cycle":
-            scheduler.step()
-        return total
-
-    progress = restore_progress(run / "last.pt", model, optimizer, scheduler)
-    save = partial(save_progress, run / "last.pt", model, optimizer, scheduler, progress)
-    history = progress["history"]
-    yield from list(history)
-    bar = progress_bar("training", epochs * len(loader), len(history) * len(loader) + len(progress["losses"]))
     try:
-        for epoch in range(len(history) + 1, epochs + 1):
-            started = time.perf_counter()
-            bar.set_description(f"epoch {epoch} of {epochs}")
-            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-            loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(progress["losses"])
-            row["train_loss"] = train_epoch(model, step, loader, progress["losses"], save, bar, train.names)
-            if schedule == "cosine":
+        where = choose_device(device)
+        precision = choose_precision(precision, where)
+        model.to(where)
+        loader = training_loader(train, augment, batch_size, workers, seed)
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
+        scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
+        encode = partial(encode_batch, inputs=inputs, depth_encoding=depth_encoding, device=where)
+
+        def loss(prediction: Prediction, batch: Batch) -> Losses:
+            return total_loss(*prediction, *batch[1:], soft_iou_weight, soft_iou_pooling, depth_weight)
+
+        def step(raw: RawBatch) -> torch.Tensor:
+            total = training_step(model, encode(raw), loss, optimizer, precision)
+            if schedule == "one_cycle":
                 scheduler.step()
-            scores, counts = validate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
-            row |= scores | {"seconds": time.perf_counter() - started}
-            if not len(valid) or row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1):
-                save_model(model, run / "best.pt")
-                write_scores(run, row, valid.names, counts)
-            history.append(row)
-            write_history(run, history)
-            progress |= {"losses": [], "row": {}}
-            save()
-            yield row
-        if not (run / "report.md").exists():
+            return total
+
+        progress = restore_progress(run / "last.pt", model, optimizer, scheduler, f"{where.type} in {precision}")
+        save = partial(save_progress, run / "last.pt", model, optimizer, scheduler, progress)
+        history = progress["history"]
+        first = len(history) + 1
+        yield from list(history)
+        with progress_bar(
+            "training", epochs * len(loader), len(history) * len(loader) + len(progress["losses"])
+        ) as bar:
+            for epoch in range(first, epochs + 1):
+                started = time.perf_counter()
+                bar.set_description(f"epoch {epoch} of {epochs}")
+                progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+                loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(progress["losses"])
+                row["train_loss"] = train_epoch(model, step, loader, progress["losses"], save, bar, train.names)
+                if schedule == "cosine":
+                    scheduler.step()
+                scores, counts = validate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
+                row |= scores | {"seconds": time.perf_counter() - started}
+                if not len(valid) or row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1):
+                    save_model(model, run / "best.pt")
+                    write_scores(run, row, valid.names, counts)
+                history.append(row)
+                write_history(run, history)
+                progress |= {"losses": [], "row": {}}
+                save()
+                yield row
+        if first <= epochs or not (run / "report.md").exists():
             write_report(run)
     finally:
-        bar.close()
         release_run(run)
 
 
-def check_ranges(epochs: int, learning_rate: float, **not_negative: float) -> None:
-    """Raise a ValueError that names a number out of its range."""
-    if epochs < 1:
-        raise ValueError(f"epochs: found {epochs}, expected 1 or more")
-    if not 0 < learning_rate < 1:
-        raise ValueError(f"learning_rate: found {learning_rate}, expected a number between 0 and 1, such as 0.0001")
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: found {value}, expected 0 or more")
+def check_options(**options: object) -> None:
+    """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
+    choices = {
+        "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
+        "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
+    }  # fmt: skip
+    least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
+    least |= dict.fromkeys(("weight_decay", "soft_iou_weight", "depth_weight"), 0)
+    for name, value in options.items():
+        if name in choices:
+            check_choice(name, value, choices[name])
+        elif name in least and not least[name] <= value < math.inf:
+            raise ValueError(f"{name}: found {value}, expected {least[name]} or more")
+        elif name == "learning_rate" and not 0 < value < 1:
+            raise ValueError(f"{name}: found {value}, expected a number between 0 and 1, such as 0.0001")
 
 
 def build_schedule(
@@ -232,22 +250,27 @@ def train_epoch(
         bar.update()
         overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
         if overdue or len(positions) % FINITE_STEPS == 0:
-            _check_finite(losses[-len(positions) :], positions, names)
+            _check_finite(model, losses[-len(positions) :], positions, names)
         if overdue:
             save()
             saved = time.monotonic()
-    _check_finite(losses[-len(positions) :], positions, names)
+    _check_finite(model, losses[-len(positions) :], positions, names)
     return float(torch.stack(losses).double().mean())
 
 
-def _check_finite(losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray) -> None:
-    wrong = (~torch.stack(losses).isfinite()).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
+def _check_finite(
+    model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
+) -> None:
+    """Losses, and the weights too: a finite loss can have a gradient that is not."""
+    wrong = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
+    finite = torch.stack([weights.isfinite().all() for weights in model.parameters()]).all()
+    if positions and (wrong or not finite):
+        batch = wrong[0] if wrong else -1
+        found = f"training loss: found {losses[batch].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
-            f"training loss: found {losses[first].item()}, expected a number, for the batch of the images "
-            f"{', '.join(names[positions[first].numpy()])}. last.pt and best.pt still hold the state before. Look at "
-            "these images; if they are sound, lower learning_rate or use precision fp32"
+            f"{found}, expected a number, for the batch of the images {', '.join(names[positions[batch].numpy()])}. "
+            "last.pt and best.pt still hold the state before. Look at these images; if they are sound, lower "
+            "learning_rate or use precision fp32"
         )
 
 
@@ -270,12 +293,22 @@ def save_progress(path: Path, model: nn.Module, optimizer, scheduler, progress: 
     save_checkpoint(state | {"progress": progress}, path)
 
 
-def restore_progress(path: Path, model: nn.Module, optimizer, scheduler) -> dict:
-    """Undo `save_progress`; where there is no such file, nothing has been done yet."""
+def restore_progress(path: Path, model: nn.Module, optimizer, scheduler, computed: str) -> dict:
+    """Undo `save_progress`; where there is no such file, nothing has been done yet.
+
+    Raises:
+        ValueError: what was saved was computed otherwise: `computed` names device and precision.
+    """
     if not path.exists():
-        return {"history": [], "losses": [], "row": {}}
+        return {"history": [], "losses": [], "row": {}, "computed": computed}
     parts = _parts(model, optimizer, scheduler)
     state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
+    before = state["progress"].get("computed", "an unknown device")
+    if before != computed:
+        raise ValueError(
+            f"resume: {path.parent.name!r} was trained on {before}, found {computed}; pass the same device and "
+            "precision, or start another run_name with resume False"
+        )
     for part, owner in parts.items():
         owner.load_state_dict(state[part])
     torch.set_rng_state(state["rng"][0])

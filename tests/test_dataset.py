@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,54 @@ def test_zoom_brings_things_nearer(augment):
             assert np.median(depth_mm[depth_mm > 0]) == pytest.approx(4000 / larger, rel=0.02)
             checked += abs(larger - 1) > 0.02
     assert checked > 5
+
+
+@pytest.mark.parametrize("augment", ["exp061", "crops"])
+def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
+    """Ramps to the right and down, in RGB and in depth: after any transform they say the same."""
+    monkeypatch.setattr("lib.dataset._zoom", lambda applied: 1.0)  # leave the depths as they are
+    down, right = np.mgrid[:192, :256].astype(np.uint8)
+    image, unlabelled = np.stack((right, down, down), -1)[None], np.zeros((1, 192, 256), np.uint8)
+    for channel, ramp in ((0, right), (1, down)):
+        training = TrainingSet(
+            Samples(np.array(["0"]), image, 1000 + 10 * ramp[None].astype(np.uint16), unlabelled), augment, 2
+        )
+        offsets = []
+        for epoch in range(60):
+            transformed, depth, label, _, _ = training[epoch, 0]
+            inside = cv2.erode((label == 0).astype(np.uint8), np.ones((9, 9), np.uint8)) == 1
+            offsets.append(((depth[inside].astype(float) - 1000) / 10 - transformed[..., channel][inside]).mean())
+        assert abs(np.mean(offsets)) < 0.15  # source pixels; INTER_NEAREST would make it 0.35 in a crop
+
+
+def test_flip_and_geometry_are_drawn_apart(scenes):
+    names = []
+    training = TrainingSet(scenes, "exp061", seed=0)
+    real = training.augmentation
+
+    class Recorder:
+        transforms = real.transforms
+
+        def __call__(self, **arrays):
+            result = real(**arrays)
+            names.append(tuple(name for name, _ in result["applied_transforms"]))
+            return result
+
+    training.augmentation = Recorder()
+    for epoch in range(400):
+        training[epoch, 0]
+    combinations = [(), ("HorizontalFlip",), ("Affine",), ("HorizontalFlip", "Affine")]
+    assert all(60 < names.count(combination) < 140 for combination in combinations)
+
+
+def test_crops_are_as_large_with_a_flip_as_without(scenes):
+    training, areas = TrainingSet(scenes, "crops", seed=0), {True: [], False: []}
+    for epoch in range(300):
+        training[epoch, 0]
+        geometry = dict(training.augmentation(image=scenes.image[0])["applied_transforms"])
+        left, top, right, bottom = geometry["RandomResizedCrop"]["crop_coords"]
+        areas["HorizontalFlip" in geometry].append((right - left) * (bottom - top) / (96 * 128))
+    assert np.mean(areas[True]) == pytest.approx(np.mean(areas[False]), abs=0.06)
 
 
 def test_no_augmentation_gives_the_samples(scenes):

@@ -104,6 +104,32 @@ def test_flip_is_undone(scenes):
         assert (predicted[:, 68:] == 1).all()
 
 
+def test_zoomed_views_are_nearer(scenes):
+    """A model that decides by depth alone sees 4 m as 4 m / zoom, as it was trained to."""
+    seen = []
+
+    class Depth(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, inputs):
+            seen.append((inputs.shape[-1], float(inputs[:, 3].median())))
+            return torch.zeros(len(inputs), 13, *inputs.shape[2:]), None
+
+    flat = Samples(scenes.names[:1], scenes.image[:1], np.full((1, 96, 128), 4000, np.uint16), scenes.label[:1])
+    native(Depth(), flat, size=(96, 128), depth_encoding="linear", tta="scales")
+    metres = {width: 0.71 + depth * (10 - 0.71) for width, depth in seen}
+    assert {width: round(depth, 2) for width, depth in metres.items()} == {128: 4.0, 102: 5.0, 160: 3.2}
+
+
+def test_empty_parts_and_batches_of_nothing(model, scenes):
+    with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
+        native(model, scenes[:0])
+    with pytest.raises(ValueError, match="batch_size: found 0, expected 1 or more"):
+        native(model, scenes, batch_size=0)
+
+
 def test_held_back_labels_are_predicted_without_counts(model, scenes):
     result = native(model, Samples(scenes.names, scenes.image, scenes.depth))
     assert not result.counts.any()

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,11 @@ def cells(path, kind="code"):
     return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
 
 
-def papermill(tmp_path, *arguments, cwd=NOTEBOOKS):
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(NOTEBOOKS / "train.ipynb"),
-        str(tmp_path / "out.ipynb"),
-        *arguments,
-    ]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def papermill(tmp_path, *arguments, notebook="train", cwd=NOTEBOOKS, **environment):
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / f"{notebook}.ipynb"), str(tmp_path / "out.ipynb")]
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib.data import DataError, load_samples
 from lib.parameters import check_parameters
-from lib.training import check_ranges
+from lib.training import check_options
 
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 KINDS = st.sampled_from(["image", "depth", "label"])
@@ -35,7 +35,8 @@ def loads_or_says_why(path, root):
         assert samples.label.max() == 255
         assert samples.image.shape == (3, 24, 32, 3)
     except DataError as error:
-        assert str(error).startswith(f"{path}: ")
+        assert str(error).startswith(str(root / "train"))
+        assert path.name in str(error)
         assert "\n" not in str(error)
 
 
@@ -137,7 +138,7 @@ def test_any_numbers(**numbers):
     right = numbers["epochs"] >= 1 and 0 < numbers["learning_rate"] < 1
     right = right and all(0 <= numbers[name] < math.inf for name in ("weight_decay", "soft_iou_weight", "seed"))
     try:
-        check_ranges(**numbers)
+        check_options(**numbers)
         assert right
     except ValueError as error:
         assert str(error).split(":")[0] in numbers

@@ -12,7 +12,7 @@ from small_run import OPTIONS, small_samples, train
 
 from lib import training
 from lib.data import write_atomically
-from lib.model import CheckpointError, load_model
+from lib.model import CheckpointError, build_model, load_model
 from lib.runs import describe_progress, release_run, runs_folder, start_run
 
 KILLS = int(os.environ.get("KILLS", "3"))  # random kills; 20 were run once by hand
@@ -62,23 +62,28 @@ def test_cosine_resumes_too(samples, monkeypatch):
     assert train("cosine", True, samples, schedule="cosine") == expected
 
 
-@pytest.mark.parametrize("trial", range(KILLS))
-def test_killed_run_equals_the_uninterrupted_one(samples, whole, trial):
-    name = f"killed-{trial}"
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "small_run.py"), name],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "training\n"
-    time.sleep(random.Random().uniform(0.2, 6))
-    process.kill()
-    process.wait()
-    run = runs_folder() / name
-    if (run / "parameters.json").exists():
-        print(describe_progress(run, OPTIONS["epochs"]), sorted(path.name for path in run.iterdir()))
-    history = train(name, (run / "parameters.json").exists(), samples)
-    assert history == whole[0]
-    assert load_model(run / "best.pt")
+def test_killed_runs_equal_the_uninterrupted_one(samples, whole):
+    interrupted = 0
+    for trial in range(KILLS):
+        name = f"killed-{trial}"
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "small_run.py"), name],
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout.readline() == "training\n"
+        wait = random.uniform(0.2, 6)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        run = runs_folder() / name
+        found = sorted(path.name for path in run.iterdir()) if run.exists() else []
+        interrupted += bool(found) and "report.md" not in found
+        print(f"{name}: killed after {wait:.1f} s, found {found}", flush=True)
+        history = train(name, "parameters.json" in found, samples)
+        assert history == whole[0]
+        assert load_model(run / "best.pt")
+        shutil.rmtree(run)
+    assert interrupted  # else the kills missed the training
 
 
 def test_a_finished_run_is_left_alone(samples, whole):
@@ -87,6 +92,19 @@ def test_a_finished_run_is_left_alone(samples, whole):
     assert train("whole", True, samples) == whole[0]
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before
     assert describe_progress(run, 3) == "whole: is finished, all 3 epochs are there; nothing changes"
+
+
+def test_another_precision_is_refused(samples, monkeypatch):
+    interrupt(samples, "precise", monkeypatch, 4)
+    release_run(start_run("precise", OPTIONS, resume=True))
+    with pytest.raises(
+        ValueError, match="resume: 'precise' was trained on cpu in fp32, found cpu in bf16; pass the same"
+    ):
+        train_as("precise", samples, precision="bf16")
+
+
+def train_as(name, samples, **options):
+    return list(training.fit(build_model(), samples[:13], samples[13:], runs_folder() / name, **OPTIONS | options))
 
 
 def test_progress_is_described(samples, monkeypatch):

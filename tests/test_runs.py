@@ -146,9 +146,21 @@ def test_all_means_the_runs_of_one_data_set(trained):
     trained("d", data="/nyu")
     assert [run.name for run in evaluated_runs("all", "test", "synthetic")] == ["a"]
     assert [run.name for run in evaluated_runs("all", "test", "/nyu")] == ["b", "d"]
-    assert len(evaluated_runs("all", "test")) in (1, 2)
+    for name, time in (("a", 9), ("b", 1), ("d", 2)):
+        os.utime(runs_folder() / name / "evaluation" / "test.json", (time, time))
+    assert [run.name for run in evaluated_runs("all", "test")] == ["a"]
     assert [run.name for run in evaluated_runs("d, a", "test")] == ["d", "a"]
     assert evaluated_runs("all", "valid") == []
+    with pytest.raises(ValueError, match="part: found 'valdi', expected one of train, valid, test"):
+        evaluated_runs("all", "valdi")
+
+
+def test_all_leaves_out_what_was_set_aside(trained):
+    first = trained("a")
+    trained("a")
+    assert first.exists()
+    assert len(list(first.parent.glob("a.2*"))) == 1
+    assert [run.name for run in evaluated_runs("all", "test")] == ["a"]
 
 
 def test_runs_that_cannot_be_compared(trained):
@@ -183,6 +195,9 @@ def test_recipes_are_runs_that_differ_in_the_seed_alone(trained):
     assert list(table.columns) == ["iou0", "ce0"]
     assert list(table.index) == [0, 1, 2]
     assert table["ce0"].notna().tolist() == [True, True, False]
+    trained("again", seed=1, soft_iou_weight=0.0, soft_iou_pooling="image")
+    table = scores_by_recipe(evaluated_runs("all", "test"), "ce0")
+    assert list(table.columns) == ["ce0", "iou0"]
 
 
 def test_published_figures():

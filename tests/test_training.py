@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
+from lib import training
 from lib.data import Samples
 from lib.dataset import encode_batch, plain_batches
 from lib.losses import total_loss
 from lib.metrics import confusion_counts, mean_iou
 from lib.model import build_model, load_model
-from lib.runs import start_run
+from lib.runs import runs_folder, start_run
 from lib.training import build_schedule, choose_device, choose_precision, describe_device, fit
 
 OPTIONS = {
@@ -30,6 +31,12 @@ def train(small, name, **options):
     torch.manual_seed(0)
     run = start_run(name, OPTIONS | options)
     return run, list(fit(build_model(), small[:9], small[9:], run, **OPTIONS | options))
+
+
+def train_on(small, name, **options):
+    """Resume a run to its end."""
+    options = OPTIONS | options
+    return list(training.fit(build_model(), small[:9], small[9:], start_run(name, options, resume=True), **options))
 
 
 def test_one_batch_can_be_learned_by_heart(small):
@@ -75,6 +82,28 @@ def test_same_seed_same_history_for_any_workers(small):
     first = without_time(train(small, "workers", epochs=2)[1])
     assert first == without_time(train(small, "workers", epochs=2, workers=2)[1])
     assert first != without_time(train(small, "workers", epochs=2, seed=1)[1])
+
+
+def test_resuming_renews_the_report_and_drops_the_evaluation(small, monkeypatch):
+    real, steps = training.training_step, []
+
+    def stop(*arguments):
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, "renewed")
+    monkeypatch.setattr(training, "training_step", real)
+    run = runs_folder() / "renewed"
+    (run / "report.md").write_text("of one epoch")
+    (run / "evaluation").mkdir()
+    train_on(small, "renewed")
+    assert "## Training progression" in (run / "report.md").read_text()
+    best = json.loads((run / "scores.json").read_text())["best_epoch"]
+    assert (run / "evaluation").exists() == (best == 1)
 
 
 def test_nothing_validates_in_the_official_split(small):
@@ -133,7 +162,7 @@ def test_schedules():
         ({"augment": "flip"}, "augment: found 'flip', expected one of none, exp061, crops"),
         ({"precision": "fp16"}, "precision: found 'fp16', expected one of auto, fp32, bf16"),
         ({"device": "gpu"}, "device: found 'gpu', torch .* has auto, .*cpu here"),
-        ({"batch_size": 1}, "batch_size: found 1 with 9 training images"),
+        ({"batch_size": 1}, "batch_size: found 1, expected 2 or more"),
         ({"soft_iou_pooling": "mean"}, "soft_iou_pooling: found 'mean', expected one of batch, image, exp061"),
     ],
 )
@@ -152,6 +181,25 @@ def test_divergence_is_an_error(small):
         match=r"found nan, expected a number, for the batch of the images 00000\d, 00000\d, .* lower learning_rate",
     ):
         list(fit(model, small[:4], small[4:6], start_run("nan", OPTIONS), **OPTIONS))
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, monkeypatch):
+    """A finite loss in the last step, whose gradient is not."""
+    real, steps = training.training_step, []
+
+    def step(model, *arguments):
+        loss = real(model, *arguments)
+        steps.append(loss)
+        if len(steps) == 6:  # the last one of the second epoch
+            with torch.no_grad():
+                model.net.segmentation_head[0].bias[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(training, "training_step", step)
+    with pytest.raises(FloatingPointError, match="weights: found nan or inf, expected a number, for the batch of the"):
+        train(small, "weights", batch_size=3)
+    monkeypatch.setattr(training, "training_step", real)
+    assert len(train_on(small, "weights", batch_size=3)) == 3
 
 
 def test_device_and_precision():

@@ -3,22 +3,17 @@
 import datetime
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from lib.data import CLASS_NAMES, PARTS, check_choice, write_atomically
+from lib.data import CLASS_NAMES, write_atomically
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
-SET_ASIDE = re.compile(r"\.\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d~*$")  # names of older runs, see start_run
-NO_RECIPE = ("run_name", "seed", "workers", "device", "save_figures")  # what a recipe does not depend on
 MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
-TABLES = Path(__file__).parent / "tables"
 _LOCKS: dict[Path, FileLock] = {}
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
@@ -82,7 +77,7 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             f"resume: no run {run.name!r} in {run.parent}, there are: {', '.join(there) or 'none'}; "
             "start it with resume False"
         )
-    saved = _read_json(run / "parameters.json")
+    saved = read_json(run / "parameters.json")
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
@@ -132,7 +127,7 @@ def write_scores(run: Path, row: dict, names: np.ndarray, counts: np.ndarray) ->
 
 def read_scores(run: Path) -> dict:
     """What `write_scores` wrote, without the counts."""
-    return _read_json(run / "scores.json")
+    return read_json(run / "scores.json")
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -143,7 +138,8 @@ def _write_json(content: dict, path: Path) -> None:
     _write_text(json.dumps(content, indent=2) + "\n", path)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The content of one of a run's JSON files; a ValueError says which one is damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -171,7 +167,7 @@ def find_run(run: str) -> Path:
 
 def read_parameters(run: Path) -> dict:
     """The parameters that a run was started with."""
-    return _read_json(run / "parameters.json")
+    return read_json(run / "parameters.json")
 
 
 def write_evaluation(run: Path, part: str, names: np.ndarray, counts: np.ndarray, scores: dict) -> None:
@@ -204,145 +200,6 @@ def write_submission(run: Path, part: str, names: np.ndarray, predicted: np.ndar
     return path
 
 
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """A run on one part of one data set: counts per image `(N, C, C)` at native size, and their scores."""
-
-    name: str
-    parameters: dict
-    names: np.ndarray
-    counts: np.ndarray
-    scores: dict
-    history: pd.DataFrame
-
-
-def evaluated_runs(runs: str, part: str, data: str | None = None) -> list[EvaluatedRun]:
-    """The runs to compare, by name or `all` (but for those set aside under a dated name), checked to be comparable.
-
-    Args:
-        runs: `all`, or names of run folders with commas between them.
-        part: `train`, `valid` or `test`.
-        data: with `all`, only runs evaluated on this data; None takes that of the latest evaluation.
-
-    Raises:
-        ValueError: a run that is missing or not evaluated, or runs on different images, labels or sizes.
-    """
-    check_choice("part", part, PARTS)
-    if runs == "all":
-        files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
-        files = [path for path in files if not SET_ASIDE.search(path.parents[1].name)]
-        if data is None and files:
-            data = _read_json(files[-1])["data"]
-        folders = sorted(path.parents[1] for path in files if _read_json(path)["data"] == data)
-    else:
-        folders = [find_run(name.strip()) for name in runs.split(",")]
-    evaluated = [_read_evaluated(folder, part) for folder in folders]
-    for other in evaluated[1:]:
-        _check_comparable(evaluated[0], other, part)
-    return evaluated
-
-
-def _read_evaluated(run: Path, part: str) -> EvaluatedRun:
-    path = run / "evaluation" / f"{part}.npz"
-    if not path.exists():
-        raise ValueError(
-            f"runs: {run.name!r} is not evaluated on part {part!r}; run "
-            f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"
-        )
-    with np.load(path) as saved:
-        names, counts = saved["names"], saved["counts"]
-    return EvaluatedRun(
-        run.name, read_parameters(run), names, counts, _read_json(path.with_suffix(".json")), read_history(run)
-    )
-
-
-def _check_comparable(first: EvaluatedRun, other: EvaluatedRun, part: str) -> None:
-    pair = f"runs: {first.name!r} and {other.name!r} can't be compared on part {part!r}: "
-    remedy = "; evaluate both on the same data and part"
-    if first.counts.shape[1:] != other.counts.shape[1:]:
-        raise ValueError(f"{pair}{first.counts.shape[1]} and {other.counts.shape[1]} classes{remedy}")
-    if list(first.names) != list(other.names):
-        only = sorted(set(first.names) ^ set(other.names))
-        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only"
-        raise ValueError(f"{pair}{found}{', such as ' + only[0] if only else ', in another order'}{remedy}")
-    differing = (first.counts.sum(2) != other.counts.sum(2)).any(1)
-    if differing.any():
-        raise ValueError(
-            f"{pair}the labels of {differing.sum()} of {len(differing)} images differ, such as those of "
-            f"{first.names[differing.argmax()]}{remedy}"
-        )
-
-
-def scores_by_recipe(evaluated: list[EvaluatedRun], baseline: str | None) -> pd.DataFrame:
-    """mIoU by seed (rows) and recipe (columns, named after their first run, the baseline's first).
-
-    Runs are of one recipe when their parameters differ in nothing that matters but the seed. Runs that
-    repeat a seed count once, with their mean.
-    """
-    first_runs, rows = {}, []
-    for run in sorted(evaluated, key=lambda run: run.name != baseline):
-        recipe = {name: value for name, value in run.parameters.items() if name not in NO_RECIPE}
-        if recipe.get("soft_iou_weight") == 0:
-            recipe.pop("soft_iou_pooling", None)
-        key = tuple(
-            sorted((name, str(float(value) if type(value) is int else value)) for name, value in recipe.items())
-        )
-        first = first_runs.setdefault(key, run.name)
-        rows.append({"recipe": first, "seed": run.parameters["seed"], "miou": run.scores["plain"]["miou"]})
-    table = pd.DataFrame(rows, columns=["recipe", "seed", "miou"])
-    return table.pivot_table("miou", "seed", "recipe", aggfunc="mean").reindex(columns=list(first_runs.values()))
-
-
-def read_published(table: str, experiments: str) -> pd.DataFrame:
-    """Published figures of some experiments, names with commas between: `experiments`, `class_iou` or `progression`."""
-    figures = pd.read_csv(TABLES / f"published_{table}.csv").set_index("experiment")
-    names = [name.strip() for name in experiments.split(",") if name.strip()]
-    unknown = sorted(set(names) - set(figures.index))
-    if unknown:
-        raise ValueError(f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}")
-    return figures.loc[names]
-
-
-def class_tables(evaluated: list[EvaluatedRun], published: str) -> dict[str, pd.DataFrame]:
-    """`{title: IoU by class and entry}`: published figures stand beside runs only where the data may be NYUv2's."""
-    theirs = read_published("class_iou", published).T.add_suffix(" (published)")
-    ours = pd.DataFrame({run.name: iou(run.counts) for run in evaluated}, index=list(CLASS_NAMES))
-    if evaluated and evaluated[0].scores["data"] != "synthetic":
-        note = "published figures are of NYUv2's validation images"
-        return {f"Runs on {evaluated[0].scores['data']}; {note}": pd.concat((ours, theirs), axis=1)}
-    tables = {"Runs on embedded scenes": ours, "Published, on 159 validation images of NYUv2": theirs}
-    return {title: table for title, table in tables.items() if table.size}
-
-
-def describe_selection(evaluated: list[EvaluatedRun], part: str) -> str:
-    """What is compared, or what is missing for a comparison."""
-    if len(evaluated) > 1:
-        names, first = ", ".join(run.name for run in evaluated), evaluated[0]
-        return f"{len(evaluated)} runs on {len(first.names)} {part} images of {first.scores['data']}: {names}."
-    there = f"only {evaluated[0].name}" if evaluated else "none"
-    return (
-        f"A comparison needs two runs that are evaluated on one part of one data set; for part {part} there is {there}."
-        " Make another with `papermill train.ipynb ce.out.ipynb -p run_name ce -p soft_iou_weight 0` and "
-        "`papermill evaluate.ipynb evaluate.out.ipynb -p run ce`. Until then, the published experiments are compared "
-        "with one another."
-    )
-
-
-def describe_published(experiments: str) -> str:
-    """What the published figures say of the first experiments against the last, and what they can't say."""
-    table = read_published("experiments", experiments)
-    against = [
-        f"{table.index[-1]} minus {name}: validation mIoU {table.valid_miou.iloc[-1] - row.valid_miou:+.4f}, "
-        f"test {table.lb_score.iloc[-1] - row.lb_score:+.4f}. "
-        for name, row in table.iloc[:-1].iterrows()
-    ]
-    return "".join(against) + (
-        "Published experiments are single runs, without counts for each image and without a second seed, so no "
-        "interval can be given: it can't be concluded whether the checkpoints differ on such images, nor whether the "
-        "recipes do. Split random puts frames of one scene on both sides, so their validation scores flatter."
-    )
-
-
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, results, per-class IoU and progression of a run."""
     parameters = read_parameters(run)
@@ -358,7 +215,7 @@ def write_report(run: Path) -> Path:
         sections.append("## Per-class IoU\n\n" + _table(["class", "IoU"], rows))
     sections.append("## Training progression\n\n" + _progression(history, scores["best_epoch"]))
     for path in sorted((run / "evaluation").glob("*.json")):
-        sections.append(_evaluation_section(path.stem, _read_json(path)))
+        sections.append(_evaluation_section(path.stem, read_json(path)))
     _write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 

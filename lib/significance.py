@@ -9,7 +9,6 @@ the same images about half of the time.
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -180,63 +179,3 @@ def paired_seeds(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedSeeds:
     spread = differences.std(ddof=1)
     needed = max(3.0, (DETECTABLE * spread / mean) ** 2 + 2) if mean else np.inf
     return PairedSeeds(mean, (float(interval.low), float(interval.high)), float(test.pvalue), count, float(needed))
-
-
-def describe_checkpoints(result: PairedBootstrap, name_a: str, name_b: str, image_count: int, classes: tuple) -> str:
-    """The verdict about two checkpoints on these images, in words."""
-    low, high = result.interval
-    text = (
-        f"{name_b} against {name_a}, on these {image_count} images: mIoU {result.difference:+.4f} "
-        f"(95 % interval {low:+.4f} to {high:+.4f}, swap test p = {result.p_value:.3g}). "
-    )
-    excluded, rejected = not low <= 0 <= high, result.p_value < 1 - CONFIDENCE
-    if excluded != rejected:
-        text += "Interval and test disagree, so a few images or a rare class decide. "
-    if excluded and rejected:
-        text += f"The checkpoint {name_b if result.difference > 0 else name_a} is better on images like these. "
-    else:
-        text += (
-            f"Cannot tell which checkpoint is better: {image_count} images show a difference of "
-            f"{result.detectable:.3f} or more (80 % power). "
-        )
-        text += f"One as small as this would take about {_rounded(result.images_needed)} images. "
-    clear = [
-        f"{name} ({difference:+.3f})"
-        for name, difference, p_value in zip(classes, result.class_difference, result.class_p_value, strict=True)
-        if p_value < 1 - CONFIDENCE
-    ]
-    return text + f"Classes that differ, after Holm's correction: {', '.join(clear) or 'none'}."
-
-
-def describe_recipes(scores: pd.DataFrame) -> list[str]:
-    """The verdicts about recipes in words: the first column of mIoU by seed against each other one."""
-    first, *others = scores.columns if len(scores) else [None]
-    sentences = []
-    for other in others:
-        both = scores[[first, other]].dropna()
-        sentence = f"{other} against {first} as recipes, over {len(both)} paired seeds: "
-        if len(both) < 3:
-            sentence += (
-                "at least 3 are needed. With fewer, nothing says whether the recipe or the seed made the difference; "
-                "train and evaluate both with more seeds (`-p seed 1`, `-p seed 2`, ...)."
-            )
-        else:
-            sentence += _describe_seeds(paired_seeds(both[first], both[other]), first, other)
-        sentences.append(sentence)
-    return sentences
-
-
-def _describe_seeds(result: PairedSeeds, name_a: str, name_b: str) -> str:
-    low, high = result.interval
-    text = f"mIoU {result.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, p = {result.p_value:.3g}). "
-    if not low <= 0 <= high:
-        return text + f"The recipe {name_b if result.difference > 0 else name_a} is better."
-    needed = f"A difference of this size would take about {_rounded(result.seeds_needed)} seeds."
-    return text + "Cannot tell which recipe is better. " + needed
-
-
-def _rounded(count: float) -> str:
-    """Two digits: more would pretend to know."""
-    if not count < 1e6:
-        return "a million or more"
-    return f"{int(float(f'{np.ceil(count):.2g}')):,}"

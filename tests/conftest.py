@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import lib  # noqa: F401  (before torch)
-from lib.data import Samples, load_samples
+from lib.data import CLASS_NAMES, Samples, load_samples
+from lib.metrics import all_scores
+from lib.runs import start_run, write_evaluation, write_history, write_scores
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,39 @@ def assert_equal_samples(first: Samples, second: Samples) -> None:
     assert list(first.names) == list(second.names)
     for kind in ("image", "depth", "label"):
         np.testing.assert_array_equal(getattr(first, kind), getattr(second, kind))
+
+
+def history(count):
+    return [
+        {"epoch": epoch, "train_loss": 2 / epoch, "valid_loss": 3 / epoch, "valid_miou": 0.1, "valid_pixel_acc": 0.5}
+        for epoch in range(1, count + 1)
+    ]
+
+
+def counts():
+    each = np.zeros((2, 13, 13), np.int64)
+    each[:, np.arange(12), np.arange(12)] = 6
+    each[:, 0, 1] = 2  # bed taken for books; window never occurs
+    return each
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """A function that makes the folder of a trained and, if wanted, evaluated run."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+
+    def make(name, evaluated=True, names=("a", "b"), matrices=None, data="synthetic", **parameters):
+        run = start_run(name, {"seed": 0, "run_name": name} | parameters)
+        (run / "best.pt").touch()
+        os.utime(run / "best.pt", (len(list(tmp_path.iterdir())),) * 2)
+        write_history(run, history(3))
+        write_scores(run, history(3)[2], np.array(["a", "b"]), counts())
+        if evaluated:
+            matrices = counts() if matrices is None else matrices
+            classes = {name: {"support": 0.1, "IoU": 0.5} for name in CLASS_NAMES}
+            scores = {"data": data, "images": 2, "label_size": [4, 6], "working_size": [2, 3], "tta": "flip"}
+            scores |= {"plain": all_scores(matrices), "augmented": all_scores(matrices), "classes": classes}
+            write_evaluation(run, "test", np.array(names), matrices, scores)
+        return run
+
+    return make

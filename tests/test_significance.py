@@ -1,12 +1,11 @@
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
 from lib.metrics import iou, mean_iou
-from lib.significance import describe_checkpoints, describe_recipes, holm, paired_bootstrap, paired_seeds
+from lib.significance import holm, paired_bootstrap, paired_seeds
 
 
 def simulate(rng, images, hit_a, hit_b, classes=4, pixels=200):
@@ -162,30 +161,3 @@ def test_images_alone_do_not_answer_for_recipes():
         hits = 0.7 + rng.normal(0, 0.015, 2)  # what the seed does to a whole run
         rejected += paired_bootstrap(*simulate(rng, 100, *hits), resamples=300, seed=trial).p_value < 0.05
     assert rejected > 25
-
-
-def test_verdict_about_checkpoints():
-    classes = ("w", "x", "y", "z")
-    rng = np.random.default_rng(6)
-    clear = describe_checkpoints(paired_bootstrap(*simulate(rng, 150, 0.6, 0.7), 2000), "old", "new", 150, classes)
-    assert clear.startswith("new against old, on these 150 images: mIoU +0.1")
-    assert "The checkpoint new is better on images like these." in clear
-    assert "Classes that differ, after Holm's correction: w (+0." in clear
-    close = describe_checkpoints(paired_bootstrap(*simulate(rng, 50, 0.7, 0.7), 2000), "old", "new", 50, classes)
-    assert "Cannot tell which checkpoint is better: 50 images show a difference of 0.0" in close
-    assert "One as small as this would take about" in close
-    assert close.endswith("Holm's correction: none.")
-
-
-def test_verdict_about_recipes():
-    scores = pd.DataFrame(
-        {"old": [0.50, 0.51, 0.49, 0.50], "new": [0.54, 0.55, 0.54, 0.53], "same": [0.51, 0.50, 0.50, 0.49]}
-    )
-    new, same = describe_recipes(scores)
-    assert new.startswith("new against old as recipes, over 4 paired seeds: mIoU +0.0400 (95 % interval")
-    assert new.endswith("The recipe new is better.")
-    assert "Cannot tell which recipe is better." in same
-    (few,) = describe_recipes(scores.loc[:1, ["old", "new"]])
-    assert few.startswith("new against old as recipes, over 2 paired seeds: at least 3 are needed.")
-    assert describe_recipes(scores[["old"]]) == []
-    assert describe_recipes(pd.DataFrame()) == []

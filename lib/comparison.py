@@ -188,7 +188,7 @@ def describe_recipes(scores: pd.DataFrame) -> list[str]:
     sentences = []
     for other in others:
         both = scores[[first, other]].dropna()
-        sentence = f"{other} against {first} as recipes, over {len(both)} paired seeds: "
+        sentence = f"{other} against {first} as recipes, over {len(both)} paired seed{'s' * (len(both) != 1)}: "
         if len(both) < 3:
             sentence += (
                 "at least 3 are needed. With fewer, nothing says whether the recipe or the seed made the difference; "

@@ -5,6 +5,7 @@ from conftest import assert_equal_samples, write_folder
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from lib import data
 from lib.data import DataError, Samples, load_samples, resize_image, resize_nearest, resize_samples, split_names
 
 
@@ -110,21 +111,48 @@ def replace(array=None, data=None, remove=False):
 
 
 SIZE = (96, 128)
+IMAGE_REMEDY = "expected 8-bit RGB (3 channels); convert the file, for example with Pillow's image.convert('RGB')"
+DEPTH_REMEDY = (
+    "expected one channel of 16 bits in millimetres; 8-bit depth has lost its scale, export it again from the source"
+)
+LABEL_REMEDY = "expected one channel of 8 bits with class indices"
+SCALE = (
+    "median depth {}, expected millimetres of an indoor scene (100 to 20000). This looks like {}, and write 16-bit PNG"
+)
+PARTNER = (
+    "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
+)
 BAD_FILES = {
-    "missing partner": ("depth", replace(remove=True), "1 of 12 files missing, the first is '000001'"),
-    "missing label": ("label", replace(remove=True), "1 of 12 files missing, the first is '000001'"),
-    "no image for a depth": ("image", replace(remove=True), "1 of 12 files missing, the first is '000001'"),
-    "grey image": ("image", replace(np.zeros(SIZE, np.uint8)), "found 1 channel of uint8, expected 8-bit RGB"),
-    "alpha": ("image", replace(np.zeros((*SIZE, 4), np.uint8)), "found 4 channels of uint8, expected 8-bit RGB"),
-    "8-bit depth": ("depth", replace(np.full(SIZE, 90, np.uint8)), "found 1 channel of uint8, expected one channel"),
-    "metres": ("depth", replace(np.full(SIZE, 3, np.uint16)), "median depth 3, expected millimetres"),
-    "tenths": ("depth", replace(np.full(SIZE, 30000, np.uint16)), "median depth 30000, expected millimetres"),
-    "label 20": ("label", replace(np.full(SIZE, 20, np.uint8)), r"label values \[20\], expected 0..12 and 255"),
-    "16-bit label": ("label", replace(np.full(SIZE, 2, np.uint16)), "found 1 channel of uint16, expected one"),
-    "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), "found 3 channels of uint8, expected one"),
-    "other size": ("depth", replace(np.full((48, 64), 900, np.uint16)), "48x64, but its image 000001.png is 96x128"),
-    "no image file": ("label", replace(data=b"nothing"), "can't be decoded"),
-    "empty": ("image", replace(data=b""), "can't be decoded"),
+    "missing partner": ("depth", replace(remove=True), PARTNER),
+    "missing label": ("label", replace(remove=True), PARTNER),
+    "no image for a depth": ("image", replace(remove=True), PARTNER),
+    "grey image": ("image", replace(np.zeros(SIZE, np.uint8)), f"found 1 channel of uint8, {IMAGE_REMEDY}"),
+    "alpha": ("image", replace(np.zeros((*SIZE, 4), np.uint8)), f"found 4 channels of uint8, {IMAGE_REMEDY}"),
+    "8-bit depth": ("depth", replace(np.full(SIZE, 90, np.uint8)), f"found 1 channel of uint8, {DEPTH_REMEDY}"),
+    "metres": ("depth", replace(np.full(SIZE, 3, np.uint16)), SCALE.format(3, "metres: multiply by 1000")),
+    "tenths": (
+        "depth",
+        replace(np.full(SIZE, 30000, np.uint16)),
+        SCALE.format(30000, "a finer unit: divide to get millimetres"),
+    ),
+    "label 20": (
+        "label",
+        replace(np.full(SIZE, 20, np.uint8)),
+        "label values [20], expected 0..12 and 255 = ignore; map other label sets to the 13 classes first "
+        "(bed = 0 .. window = 12)",
+    ),
+    "16-bit label": ("label", replace(np.full(SIZE, 2, np.uint16)), f"found 1 channel of uint16, {LABEL_REMEDY}"),
+    "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), f"found 3 channels of uint8, {LABEL_REMEDY}"),
+    "other size": (
+        "depth",
+        replace(np.full((48, 64), 900, np.uint16)),
+        "48x64, but its image 000001.png is 96x128; image, depth and label must have one size",
+    ),
+    "no image file": (
+        "label",
+        replace(data=b"nothing"),
+        "can't be decoded (cannot identify image file '{path}'); it is damaged or no image, copy it again",
+    ),
 }
 
 
@@ -133,10 +161,26 @@ def test_bad_file_is_named(folder, case):
     kind, damage, message = BAD_FILES[case]
     path = folder / "train" / kind / "000001.png"
     damage(path)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(DataError) as error:
         load_samples(folder, "train", "official", (48, 64))
-    named = path.parent if "missing" in message else path
-    assert str(error.value).startswith(f"{named}: ")
+    named = path.parent if message == PARTNER else path
+    assert str(error.value) == f"{named}: {message.format(path=path)}"
+
+
+def test_a_file_that_disappears_while_reading(folder, monkeypatch):
+    path, real = folder / "train" / "depth" / "000004.png", data._list_files
+
+    def list_then_lose(part):
+        files = real(part)
+        path.unlink()
+        return files
+
+    monkeypatch.setattr(data, "_list_files", list_then_lose)
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "train", "official")
+    assert str(error.value) == (
+        f"{path}: can't be decoded ([Errno 2] No such file or directory: '{path}'); it is damaged or no image, copy it again"
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -99,15 +97,6 @@ def test_absent_classes_are_left_out(pair):
     assert np.isnan(result.class_difference[4:]).all()
     assert np.isnan(result.class_p_value[4:]).all()
     assert result.difference == pytest.approx(paired_bootstrap(*pair, resamples=300).difference)
-
-
-def test_ten_thousand_resamples_are_quick():
-    rng = np.random.default_rng(4)
-    counts = rng.integers(0, 500, (654, 13, 13))
-    other = rng.permuted(counts, axis=2)
-    started = time.perf_counter()
-    paired_bootstrap(counts, other)
-    assert time.perf_counter() - started < 5  # 0.5 s where nothing else runs; see the note
 
 
 def test_holm_by_hand():

@@ -16,7 +16,7 @@ from lib.data import IGNORE_INDEX, Samples, check_choice
 
 INPUT_CHANNELS = {"rgb": 3, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")
-AUGMENTATIONS = ("none", "exp061", "crops")
+AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour")
 NEAREST_M, FARTHEST_M = 0.71, 10.0  # Exp061's clip of the depth
 RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)  # Exp061's, of RGB / 255
 
@@ -106,6 +106,8 @@ def encode_batch(raw: RawBatch, inputs: str, depth_encoding: str, device: torch.
 def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Compose | None:
     """`exp061`: flip, shift 5 %, scale 10 %, rotate 5 degrees; `crops`: random-resized crops and flip.
 
+    `crops_colour` also changes brightness, contrast, saturation and hue of the RGB image.
+
     Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
     is missing depth; labels are passed as label + 1 so that it is 255 for them.
     """
@@ -126,8 +128,11 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
             geometry = albumentations.RandomResizedCrop(  # plain INTER_NEAREST would shift masks against RGB
                 size, scale=(0.35, 1.0), ratio=(0.85 * ratio, 1.18 * ratio), mask_interpolation=cv2.INTER_NEAREST_EXACT
             )
+        colour = albumentations.ColorJitter(
+            brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8
+        )
         return albumentations.Compose(
-            [albumentations.HorizontalFlip(p=0.5), geometry],
+            [albumentations.HorizontalFlip(p=0.5), geometry, *[colour] * (augment == "crops_colour")],
             additional_targets={"depth": "mask", "measured": "mask"},
             save_applied_params=True,
         )

@@ -147,6 +147,19 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> SegmentationDe
     return model.to(device).eval()
 
 
+def copy_weights(model: SegmentationDepthNet, path: Path) -> None:
+    """Copy the weights of the network in a `best.pt` into a model of the same make.
+
+    Raises:
+        ValueError: the two differ in channels, encoder or heads.
+        CheckpointError: the file can't be used.
+    """
+    trained = load_model(path)
+    if trained.config != model.config:
+        raise ValueError(f"start_from: {path} holds {trained.config}, this run has {model.config}; make them equal")
+    model.load_state_dict(trained.state_dict())
+
+
 def save_checkpoint(state: dict, path: Path) -> None:
     """`torch.save` that never leaves half a file; raises OSError where it can't be written."""
     write_atomically(path, lambda file: torch.save(state, file))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -105,6 +106,7 @@ def fit(
     learning_rate: float,
     weight_decay: float,
     schedule: str,
+    ema_decay: float,
     augment: str,
     workers: int,
     precision: str,
@@ -116,7 +118,8 @@ def fit(
     Where the run's folder holds a `last.pt`, training goes on from it, to the bit on a CPU, and the
     rows of the epochs before it are yielded first. Into the folder go `history.csv`, `last.pt` (also
     within long epochs) and, of the epoch with the best validation mIoU (the last one where nothing
-    validates), `best.pt`, `scores.json` and `counts.npz`; in the end `report.md`. Parameters mean
+    validates), `best.pt`, `scores.json` and `counts.npz`; in the end `report.md`. With an `ema_decay`
+    the averaged weights are validated and kept as `best.pt`. Parameters mean
     what they mean in `train.ipynb`. The `seconds` of a resumed epoch count from where it was resumed.
 
     Raises:
@@ -128,8 +131,8 @@ def fit(
     check_options(
         inputs=inputs, depth_encoding=depth_encoding, soft_iou_pooling=soft_iou_pooling,
         soft_iou_weight=soft_iou_weight, depth_weight=depth_weight, epochs=epochs, batch_size=batch_size,
-        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, augment=augment, workers=workers,
-        precision=precision, seed=seed,
+        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, ema_decay=ema_decay, augment=augment,
+        workers=workers, precision=precision, seed=seed,
     )  # fmt: skip
     try:
         where = choose_device(device)
@@ -138,6 +141,8 @@ def fit(
         loader = training_loader(train, augment, batch_size, workers, seed)
         optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
         scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
+        average = build_average(model, ema_decay)
+        judged = model if average is None else average.module
         encode = partial(encode_batch, inputs=inputs, depth_encoding=depth_encoding, device=where)
 
         def loss(prediction: Prediction, batch: Batch) -> Losses:
@@ -147,10 +152,14 @@ def fit(
             total = training_step(model, encode(raw), loss, optimizer, precision)
             if schedule == "one_cycle":
                 scheduler.step()
+            if average is not None:
+                average.update_parameters(model)
             return total
 
-        progress = restore_progress(run / "last.pt", model, optimizer, scheduler, f"{where.type} in {precision}")
-        save = partial(save_progress, run / "last.pt", model, optimizer, scheduler, progress)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        parts |= {} if average is None else {"average": average}
+        progress = restore_progress(run / "last.pt", parts, f"{where.type} in {precision}")
+        save = partial(save_progress, run / "last.pt", parts, progress)
         history = progress["history"]
         first = len(history) + 1
         yield from list(history)
@@ -165,10 +174,10 @@ def fit(
                 row["train_loss"] = train_epoch(model, step, loader, progress["losses"], save, bar, train.names)
                 if schedule == "cosine":
                     scheduler.step()
-                scores, counts = validate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
+                scores, counts = validate(judged, valid, inputs, depth_encoding, batch_size, precision, loss)
                 row |= scores | {"seconds": time.perf_counter() - started}
                 if not len(valid) or row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1):
-                    save_model(model, run / "best.pt")
+                    save_model(judged, run / "best.pt")
                     write_scores(run, row, valid.names, counts)
                 history.append(row)
                 write_history(run, history)
@@ -188,12 +197,14 @@ def check_options(**options: object) -> None:
         "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
-    least |= dict.fromkeys(("weight_decay", "soft_iou_weight", "depth_weight"), 0)
+    least |= dict.fromkeys(("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight"), 0)
     for name, value in options.items():
         if name in choices:
             check_choice(name, value, choices[name])
         elif name in least and not least[name] <= value < math.inf:
             raise ValueError(f"{name}: found {value}, expected {least[name]} or more")
+        elif name == "ema_decay" and value >= 1:
+            raise ValueError(f"{name}: found {value}, expected a number below 1 such as 0.99, or 0 for no average")
         elif name == "learning_rate" and not 0 < value < 1:
             raise ValueError(f"{name}: found {value}, expected a number between 0 and 1, such as 0.0001")
 
@@ -206,6 +217,11 @@ def build_schedule(
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * steps)
+
+
+def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
+    """A copy of the model that will follow its weights and statistics as an exponential moving average."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
 
 
 def training_step(model: nn.Module, batch: Batch, loss: Callable, optimizer, precision: str) -> torch.Tensor:
@@ -286,14 +302,14 @@ def validate(
     return scores | {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}, counts.numpy()
 
 
-def save_progress(path: Path, model: nn.Module, optimizer, scheduler, progress: dict) -> None:
+def save_progress(path: Path, parts: dict, progress: dict) -> None:
     """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
-    state = {part: owner.state_dict() for part, owner in _parts(model, optimizer, scheduler).items()}
+    state = {part: owner.state_dict() for part, owner in parts.items()}
     state["rng"] = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     save_checkpoint(state | {"progress": progress}, path)
 
 
-def restore_progress(path: Path, model: nn.Module, optimizer, scheduler, computed: str) -> dict:
+def restore_progress(path: Path, parts: dict, computed: str) -> dict:
     """Undo `save_progress`; where there is no such file, nothing has been done yet.
 
     Raises:
@@ -301,7 +317,6 @@ def restore_progress(path: Path, model: nn.Module, optimizer, scheduler, compute
     """
     if not path.exists():
         return {"history": [], "losses": [], "row": {}, "computed": computed}
-    parts = _parts(model, optimizer, scheduler)
     state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
     before = state["progress"].get("computed", "an unknown device")
     if before != computed:
@@ -314,10 +329,6 @@ def restore_progress(path: Path, model: nn.Module, optimizer, scheduler, compute
     torch.set_rng_state(state["rng"][0])
     if torch.cuda.is_available() and len(state["rng"]) > 1:
         torch.cuda.set_rng_state_all(state["rng"][1:])
-    device = next(model.parameters()).device
+    device = next(parts["model"].parameters()).device
     state["progress"]["losses"] = [loss.to(device) for loss in state["progress"]["losses"]]
     return state["progress"]
-
-
-def _parts(model: nn.Module, optimizer, scheduler) -> dict:
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}

@@ -16,7 +16,7 @@ from lib.runs import start_run
 OPTIONS = {
     "inputs": "rgbd", "depth_encoding": "inverse", "soft_iou_weight": 0.5, "soft_iou_pooling": "batch",
     "depth_weight": 0.1, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "weight_decay": 1e-4,
-    "schedule": "one_cycle", "augment": "crops", "workers": 0, "precision": "fp32", "device": "cpu", "seed": 0,
+    "schedule": "one_cycle", "ema_decay": 0.0, "augment": "crops", "workers": 0, "precision": "fp32", "device": "cpu", "seed": 0,
 }  # fmt: skip
 
 

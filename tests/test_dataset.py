@@ -176,7 +176,18 @@ def test_no_augmentation_gives_the_samples(scenes):
     assert position == 3
 
 
-@pytest.mark.parametrize("augment", ["exp061", "crops"])
+def test_colours_change_and_nothing_else(scenes):
+    plain, coloured = TrainingSet(scenes, "crops", seed=0), TrainingSet(scenes, "crops_colour", seed=0)
+    changed = 0
+    for epoch in range(10):
+        first, second = plain[epoch, 2], coloured[epoch, 2]
+        changed += (first[0] != second[0]).any()
+        for kept, other in zip(first[1:], second[1:], strict=True):
+            np.testing.assert_array_equal(kept, other)
+    assert 5 <= changed <= 10
+
+
+@pytest.mark.parametrize("augment", ["exp061", "crops", "crops_colour"])
 def test_stream_is_the_same_for_any_number_of_workers(scenes, augment):
     streams = []
     for workers in (0, 1, 2):

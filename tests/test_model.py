@@ -6,7 +6,7 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
-from lib.model import CheckpointError, build_model, load_model, save_model
+from lib.model import CheckpointError, build_model, copy_weights, load_model, save_model
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])
@@ -154,3 +154,19 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "best.pt", weights_only=False)
     assert (tmp_path / "executed").exists()  # so the file would have done it
+
+
+def test_weights_to_begin_with(tmp_path):
+    trained, model = build_model(), build_model()
+    save_model(trained, tmp_path / "best.pt")
+    copy_weights(model, tmp_path / "best.pt")
+    assert all(
+        torch.equal(first, second)
+        for first, second in zip(model.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
+    with pytest.raises(ValueError) as error:
+        copy_weights(build_model(input_channels=3), tmp_path / "best.pt")
+    made = "{'input_channels': %d, 'class_count': 13, 'encoder': 'resnet18', 'depth_head': True}"
+    assert (
+        str(error.value) == f"start_from: {tmp_path}/best.pt holds {made % 4}, this run has {made % 3}; make them equal"
+    )

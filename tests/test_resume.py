@@ -222,3 +222,10 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(samples, whole, f
     assert not list(run.glob(".*unfinished"))
     subprocess.run(["mount", "-o", "remount,size=1g", str(full_disk)], check=True)
     assert train("full", True, samples) == whole[0]
+
+
+def test_averaged_weights_resume_too(samples, monkeypatch):
+    expected = train("averaged", False, samples, ema_decay=0.9)
+    assert expected != train("plain", False, samples)
+    interrupt(samples, "averaged", monkeypatch, 4, ema_decay=0.9)
+    assert train("averaged", True, samples, ema_decay=0.9) == expected

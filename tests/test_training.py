@@ -13,12 +13,12 @@ from lib.losses import total_loss
 from lib.metrics import confusion_counts, mean_iou
 from lib.model import build_model, load_model
 from lib.runs import runs_folder, start_run
-from lib.training import build_schedule, choose_device, choose_precision, describe_device, fit
+from lib.training import build_average, build_schedule, choose_device, choose_precision, describe_device, fit
 
 OPTIONS = {
     "inputs": "rgbd", "depth_encoding": "inverse", "soft_iou_weight": 0.5, "soft_iou_pooling": "batch",
     "depth_weight": 0.1, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "weight_decay": 1e-4,
-    "schedule": "cosine", "augment": "exp061", "workers": 0, "precision": "fp32", "device": "cpu", "seed": 0,
+    "schedule": "cosine", "ema_decay": 0.0, "augment": "exp061", "workers": 0, "precision": "fp32", "device": "cpu", "seed": 0,
 }  # fmt: skip
 
 
@@ -222,3 +222,25 @@ def test_an_unusable_gpu_is_told(monkeypatch):
 def test_gpu(small, precision):
     _, history = train(small, "gpu", device="cuda", precision=precision, epochs=2)
     assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_averaged_weights_are_validated_and_kept(small):
+    run, _ = train(small, "averaged", epochs=1, ema_decay=0.5)
+    kept = load_model(run / "best.pt").state_dict()
+    trained = torch.load(run / "last.pt", weights_only=True)
+    average = {name.removeprefix("module."): tensor for name, tensor in trained["average"].items()}
+    assert all(torch.equal(tensor, average[name]) for name, tensor in kept.items())
+    assert not all(torch.equal(tensor, trained["model"][name]) for name, tensor in kept.items())
+    with pytest.raises(ValueError, match="ema_decay: found 1.0, expected a number below 1 such as 0.99, or 0 for no"):
+        train(small, "averaged", ema_decay=1.0)
+
+
+def test_an_average_follows_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = build_average(model, 0.75)
+    for value in (1.0, 5.0, 9.0):
+        model.weight.data.fill_(value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
+    assert build_average(model, 0) is None

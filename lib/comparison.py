@@ -87,7 +87,7 @@ def _check_comparable(first: EvaluatedRun, other: EvaluatedRun, part: str) -> No
 
 
 def scores_by_recipe(evaluated: list[EvaluatedRun], baseline: str | None) -> pd.DataFrame:
-    """mIoU by seed (rows) and recipe (columns, named after their first run, the baseline's first).
+    """mIoU by seed (rows) and recipe (columns, named after their first run but for the seed, the baseline's first).
 
     Runs are of one recipe when their parameters differ in nothing that matters but the seed. Runs that
     repeat a seed count once, with their mean.
@@ -100,7 +100,8 @@ def scores_by_recipe(evaluated: list[EvaluatedRun], baseline: str | None) -> pd.
         key = tuple(
             sorted((name, str(float(value) if type(value) is int else value)) for name, value in recipe.items())
         )
-        first = first_runs.setdefault(key, run.name)
+        label = run.name.partition("-seed=")[0]  # as plan_runs names the runs of a sweep
+        first = first_runs.setdefault(key, run.name if label in first_runs.values() else label)
         rows.append({"recipe": first, "seed": run.parameters["seed"], "miou": run.scores["plain"]["miou"]})
     table = pd.DataFrame(rows, columns=["recipe", "seed", "miou"])
     return table.pivot_table("miou", "seed", "recipe", aggfunc="mean").reindex(columns=list(first_runs.values()))

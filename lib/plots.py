@@ -179,6 +179,24 @@ def plot_differences(results: dict, baseline: str) -> Figure:
     return figure
 
 
+def plot_recipes(scores: pd.DataFrame) -> Figure:
+    """mIoU by seed (rows) and recipe (columns): a dot for each run, a bar for the mean, runs of one seed joined."""
+    colours = seaborn.color_palette("colorblind", len(scores))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(scores.columns)), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(scores.columns))
+        for colour, (seed, by_recipe) in zip(colours, scores.iterrows(), strict=True):
+            axes.plot(by_recipe, rows, ".-", color=colour, linewidth=0.8, markersize=9, label=f"seed {seed}")
+        axes.plot(scores.mean(), rows, "|", color="black", markersize=20, label="mean")
+        axes.set_title(f"{scores.mean().idxmax()} has the highest mean" if scores.size else "No run is done")
+        axes.set(xlabel="mIoU", ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(rows, scores.columns)
+        if scores.size:
+            figure.legend(loc="outside lower center", ncols=min(len(scores) + 1, 6))
+    return figure
+
+
 def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
     """Validation mIoU by epoch of several runs."""
     colours = seaborn.color_palette("colorblind", len(histories))

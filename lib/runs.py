@@ -53,11 +53,11 @@ def start_run(run_name: str, parameters: dict[str, object], resume: bool = False
     return run
 
 
-def _lock(run: Path) -> None:
+def _lock(run: Path, seconds: float = 0) -> None:
     run.parent.mkdir(parents=True, exist_ok=True)
     lock = _LOCKS.setdefault(run, FileLock(run.with_name(f".{run.name}.lock")))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except Timeout:
         raise RuntimeError(
             f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another run_name"
@@ -68,6 +68,26 @@ def release_run(run: Path) -> None:
     """Let other processes have the run."""
     if run in _LOCKS:
         _LOCKS.pop(run).release(force=True)
+
+
+def wait_for_run(run: Path, seconds: float = 60) -> None:
+    """Wait until no process has the run: one that was just killed may still hold it.
+
+    Raises:
+        RuntimeError: another process has it all the time.
+    """
+    _lock(run, seconds)
+    release_run(run)
+
+
+def is_trained(run: Path, epochs: int) -> bool:
+    """Whether all epochs of a run are there."""
+    return (run / "report.md").exists() and len(read_history(run)) >= epochs
+
+
+def is_evaluated(run: Path, part: str) -> bool:
+    """Whether `evaluate.ipynb` has scored a run on a part, or predicted one whose labels are held back."""
+    return (run / "evaluation" / f"{part}.npz").exists() or _submission(run, part).exists()
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
@@ -193,11 +213,14 @@ def write_submission(run: Path, part: str, names: np.ndarray, predicted: np.ndar
         )
     if list(names) != sorted(names):
         raise ValueError("submission: found names out of order, expected them sorted")
-    folder = run / "evaluation"
-    folder.mkdir(exist_ok=True)
-    path = folder / ("submission.npy" if part == "test" else f"submission_{part}.npy")
+    path = _submission(run, part)
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda file: np.save(file, predicted))
     return path
+
+
+def _submission(run: Path, part: str) -> Path:
+    return run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
 
 
 def write_report(run: Path) -> Path:

@@ -1,0 +1,250 @@
+"""Many runs: a grid of parameters times seeds, each run a Ray task that executes the notebooks with papermill."""
+
+import ast
+import hashlib
+import itertools
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray loads: it would look for the network
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns that this will change
+
+import pandas as pd
+import papermill
+import ray
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from lib.data import check_choice
+from lib.runs import MAY_CHANGE, is_evaluated, is_trained, read_history, read_parameters, runs_folder, wait_for_run
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
+POLL_SECONDS = 2
+LOST_MACHINES = 10  # how often a run is started elsewhere
+OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
+
+
+def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds: list[int]) -> dict[str, dict]:
+    """Parameters of `train.ipynb` for every combination and seed, by run name; equal ones are planned once.
+
+    A name tells what varies and ends in a digest of all that differs from the notebook's defaults: it
+    depends on the parameters alone, not on their order or on what else is swept.
+
+    Args:
+        experiment: name of a file in `notebooks/experiments`, or None for the notebook's defaults.
+        fixed: parameters of every run, over those of the experiment.
+        grid: the values of each parameter that varies, over both.
+        seeds: of each combination.
+
+    Raises:
+        ValueError: no such experiment or parameter, or nothing to run.
+    """
+    if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
+        raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected lists of one value or more")
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    for name in (*fixed, *grid):
+        check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
+    base, runs = defaults | _read_experiment(experiment) | fixed, {}
+    for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
+        varied = dict(zip(grid, values, strict=True))
+        if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
+            varied |= {"soft_iou_pooling": defaults["soft_iou_pooling"]}
+        parameters = base | varied | {"seed": seed}
+        name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters, defaults)
+        runs[name] = parameters | {"run_name": name}
+    return runs
+
+
+def _read_experiment(experiment: str | None) -> dict:
+    if experiment is None:
+        return {}
+    check_choice("experiment", experiment, sorted(path.stem for path in (NOTEBOOKS / "experiments").glob("*.yaml")))
+    return yaml.safe_load((NOTEBOOKS / "experiments" / f"{experiment}.yaml").read_text())
+
+
+def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
+    differing = {
+        name: float(value) if type(defaults[name]) is float else value  # 1 and 1.0 are the same
+        for name, value in sorted(parameters.items())
+        if name not in NO_IDENTITY and value != defaults[name]
+    }
+    digest = hashlib.sha256(json.dumps(differing).encode()).hexdigest()[:6]
+    shown = "".join(f"-{name}={str(value).strip('/').replace('/', '_')}" for name, value in varied.items())
+    return f"{prefix}{shown}-seed={parameters['seed']}-{digest}"
+
+
+def execute_run(parameters: dict, part: str) -> None:
+    """Train and evaluate one run, going on from whatever there is of it; nothing is done twice.
+
+    The executed notebooks go into `notebooks/` in the folder of runs.
+
+    Raises:
+        PapermillExecutionError: a notebook failed; the message holds its error.
+        RuntimeError: another process has the run.
+    """
+    run = runs_folder() / parameters["run_name"]
+    wait_for_run(run)
+    if not is_trained(run, parameters["epochs"]):
+        _execute("train", run, parameters | {"resume": (run / "parameters.json").exists()})
+    if not is_evaluated(run, part):
+        _execute("evaluate", run, {"run": run.name, "part": part, "device": parameters["device"]})
+
+
+def _execute(notebook: str, run: Path, parameters: dict) -> None:
+    output = executed_notebook(run, notebook)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        NOTEBOOKS / f"{notebook}.ipynb", output, parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
+        progress_bar=False,
+    )  # fmt: skip
+
+
+def executed_notebook(run: Path, notebook: str) -> Path:
+    """Where a run of a sweep leaves its executed notebook."""
+    return run.parent / "notebooks" / f"{run.name}.{notebook}.ipynb"
+
+
+def sweep(
+    runs: dict[str, dict], part: str, where: str = "local", cpus_per_run: int = 1, gpus_per_run: float | None = None
+) -> Iterator[pd.DataFrame]:
+    """Train and evaluate all runs that are not there yet, as many at a time as fit; yield their table as it fills.
+
+    A run that fails fails alone, and one whose machine is lost goes on elsewhere from its last checkpoint.
+    On a cluster, every machine needs this repository, its Python packages, the data and the folder of
+    runs at the same paths.
+
+    Args:
+        runs: from `plan_runs`.
+        part: to evaluate on.
+        where: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
+        cpus_per_run: cores, and threads, of each run.
+        gpus_per_run: GPUs of each run, 0.5 lets two share one; None takes 1 where there are GPUs.
+
+    Raises:
+        ValueError: more than there is on any machine is asked for each run.
+    """
+    errors, tasks = {}, {}
+    (runs_folder() / "notebooks").mkdir(parents=True, exist_ok=True)
+    with _connected(where):
+        gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
+        _check_share(cpus_per_run, gpus)
+        task = _remote_task().options(num_cpus=cpus_per_run, num_gpus=gpus)
+        for name, parameters in runs.items():
+            if not _is_done(name, parameters, part):
+                executed_notebook(runs_folder() / name, "train").unlink(missing_ok=True)  # its presence says: running
+                tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, cpus_per_run)] = name
+        while tasks:
+            finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=POLL_SECONDS)
+            errors |= {tasks.pop(reference): _error(reference) for reference in finished}
+            yield progress_table(runs, part, errors)
+    yield progress_table(runs, part, errors)
+
+
+def _is_done(name: str, parameters: dict, part: str) -> bool:
+    run = runs_folder() / name
+    if not (is_trained(run, parameters["epochs"]) and is_evaluated(run, part)):
+        return False
+    saved = read_parameters(run)  # a parameter that came later is not in it
+    differing = [key for key in saved if key not in NO_IDENTITY and saved[key] != parameters.get(key)]
+    if differing:
+        raise ValueError(
+            f"{run}: found another {', '.join(differing)} than its name says, so a default has changed since; "
+            "rename or delete that folder"
+        )
+    return True
+
+
+@contextmanager
+def _connected(where: str) -> Iterator[None]:
+    here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        if ":" in where:  # Ray would try for two minutes
+            socket.create_connection(where.rsplit(":", 1), timeout=10).close()
+        ray.init(**(here if where == "local" else {"address": where}), logging_level="error", log_to_driver=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"where: found {where!r}, where no Ray cluster answers ({error}); expected local, or the address that "
+            "`ray start --head` printed"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _most(resource: str) -> float:
+    """What the machine with most of it has of a resource."""
+    return max(node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"])
+
+
+def _check_share(cpus: int, gpus: float) -> None:
+    for name, asked, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
+        if not 0 <= asked <= _most(resource) or (resource == "CPU" and asked < 1):
+            raise ValueError(f"{name}: found {asked}, the largest machine has {_most(resource):g} of them")
+
+
+def _remote_task():
+    """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
+
+    @ray.remote(max_retries=LOST_MACHINES)
+    def run_on_worker(root: str, runs: str, parameters: dict, part: str, cpus: int) -> str | None:
+        needed = [root + "/lib", runs + "/notebooks", *[parameters["data"]] * (parameters["data"] != "synthetic")]
+        missing = [path for path in needed if not Path(path).exists()]
+        if missing:
+            return (
+                f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, the data "
+                "and the folder of runs at the same paths, on a shared disk"
+            )
+        os.environ |= {"RUNS_DIR": runs, "OMP_NUM_THREADS": str(cpus)}
+        sys.path.insert(0, root)
+        from lib.sweep import try_run
+
+        return try_run(parameters, part)
+
+    return run_on_worker
+
+
+def try_run(parameters: dict, part: str) -> str | None:
+    """`execute_run`; returns its error in one line instead of raising it."""
+    try:
+        return execute_run(parameters, part)
+    except PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _error(task: ray.ObjectRef) -> str | None:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayError as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str]) -> pd.DataFrame:
+    """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
+    return pd.DataFrame([_progress(name, runs[name]["epochs"], part, errors.get(name)) for name in runs], list(runs))
+
+
+def _progress(name: str, epochs: int, part: str, error: str | None) -> dict:
+    run = runs_folder() / name
+    history = read_history(run) if (run / "history.csv").exists() else pd.DataFrame(columns=["valid_miou", "seconds"])
+    state = "running" if executed_notebook(run, "train").exists() else "waiting"
+    if is_trained(run, epochs) and is_evaluated(run, part):
+        state = "done"
+    minutes_left = (epochs - len(history)) * history.seconds.mean() / 60
+    return {
+        "state": "failed" if error else state,
+        "epochs": f"{len(history)} of {epochs}",
+        "valid_miou": history.valid_miou.max(),
+        "minutes_left": 0 if state == "done" else minutes_left,
+        "error": error or "",
+    }

@@ -63,7 +63,7 @@ def encode_depth(depth_mm: torch.Tensor, depth_encoding: str) -> torch.Tensor:
     check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
     depth_m = (depth_mm.float() / 1000).clip(NEAREST_M, FARTHEST_M)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M], device=depth_m.device)))
+    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M])))  # on the CPU, or a GPU would wait
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 
@@ -80,7 +80,7 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, inputs: str, dept
         `(B, C, H, W)` float32 with C of `INPUT_CHANNELS`.
     """
     check_choice("inputs", inputs, INPUT_CHANNELS)
-    mean, std = (torch.tensor(values, device=image.device) for values in (RGB_MEAN, RGB_STD))
+    mean, std = (torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD))
     channels = [((image / 255 - mean) / std).permute(0, 3, 1, 2)]
     if inputs != "rgb":
         channels.append(encode_depth(depth_mm, depth_encoding)[:, None])

@@ -63,7 +63,7 @@ def encode_depth(depth_mm: torch.Tensor, depth_encoding: str) -> torch.Tensor:
     check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
     depth_m = (depth_mm.float() / 1000).clip(NEAREST_M, FARTHEST_M)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M], device=depth_m.device)))
+    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M])))  # on the CPU, or a GPU would wait
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 
@@ -80,7 +80,7 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, inputs: str, dept
         `(B, C, H, W)` float32 with C of `INPUT_CHANNELS`.
     """
     check_choice("inputs", inputs, INPUT_CHANNELS)
-    mean, std = (torch.tensor(values, device=image.device) for values in (RGB_MEAN, RGB_STD))
+    mean, std = (torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD))
     channels = [((image / 255 - mean) / std).permute(0, 3, 1, 2)]
     if inputs != "rgb":
         channels.append(encode_depth(depth_mm, depth_encoding)[:, None])
@@ -169,21 +169,21 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
         epoch, position = key
         samples = self.samples
-        image, depth, label = samples.image[position], samples.depth[position], samples.label[position]
-        measured = depth > 0 if samples.measured is None else samples.measured[position]
-        if self.augmentation is None:
-            return image, depth, label, measured, np.int64(position)
-        transforms = self.augmentation.transforms
-        seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(len(transforms))
-        for transform, seed in zip(transforms, seeds.tolist(), strict=True):
-            transform.set_random_seed(seed)
-        shifted = label + np.uint8(1)  # 255 wraps to 0, the value that fills borders
-        result = self.augmentation(image=image, mask=shifted, depth=depth, measured=measured.view(np.uint8))
-        # enlarged by a zoom, things look as if they were nearer
-        nearer = result["depth"] / _zoom(result["applied_transforms"])
-        depth = np.rint(nearer).clip(0, 65535).astype(np.uint16)
-        label, measured = result["mask"] - np.uint8(1), result["measured"].astype(bool)
-        return result["image"], depth, label, measured, np.int64(position)
+        arrays = {"image": samples.image[position], "depth": samples.depth[position]}
+        arrays["mask"] = samples.label[position] + np.uint8(1)  # 255 wraps to 0, the value that fills borders
+        if samples.measured is not None:
+            arrays["measured"] = samples.measured[position].view(np.uint8)
+        if self.augmentation is not None:
+            transforms = self.augmentation.transforms
+            seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(len(transforms))
+            for transform, seed in zip(transforms, seeds.tolist(), strict=True):
+                transform.set_random_seed(seed)
+            arrays = self.augmentation(**arrays)
+            # enlarged by a zoom, things look as if they were nearer
+            arrays["depth"] = cv2.multiply(arrays["depth"], 1 / _zoom(arrays["applied_transforms"]))
+        image, depth, label = arrays["image"], arrays["depth"], arrays["mask"] - np.uint8(1)
+        measured = arrays["measured"].view(bool) if "measured" in arrays else depth > 0
+        return image, depth, label, measured, np.int64(position)
 
 
 class EpochBatches(Sampler):

@@ -59,9 +59,14 @@ def evaluate(
     counts, losses = [], []
     for prediction, batch in predict_batches(model, samples, inputs, depth_encoding, batch_size, precision):
         with torch.inference_mode():
-            counts.append(confusion_counts(prediction.logits.argmax(1), batch.label, len(CLASS_NAMES)))
+            counts.append(confusion_counts(decide(prediction.logits), batch.label, len(CLASS_NAMES)))
             losses.append(torch.stack(loss(prediction, batch)))
     return Evaluation(torch.cat(counts).cpu(), torch.stack(losses).double().mean(0).tolist())
+
+
+def decide(scores: torch.Tensor) -> torch.Tensor:
+    """The most likely class, `(N, H, W)`, from `(N, C, H, W)`: on a CPU `max` is thrice as fast as `argmax`."""
+    return scores.max(1).indices
 
 
 def predict_labels(
@@ -69,7 +74,7 @@ def predict_labels(
 ) -> np.ndarray:
     """The most likely class of each pixel, `(N, H, W)` uint8, at the samples' own size."""
     batches = predict_batches(model, samples, inputs, depth_encoding, batch_size, precision)
-    return np.concatenate([prediction.logits.argmax(1).byte().cpu().numpy() for prediction, _ in batches])
+    return np.concatenate([decide(prediction.logits).byte().cpu().numpy() for prediction, _ in batches])
 
 
 class NativeEvaluation(NamedTuple):
@@ -159,4 +164,4 @@ def _predict_views(
             if depth is not None and depth_m is None:
                 linear = interpolate(depth.float(), piece.size, mode="bilinear")[:, 0].cpu().numpy()
                 depth_m = NEAREST_M + linear * (FARTHEST_M - NEAREST_M)
-    return total.argmax(1).byte().cpu().numpy(), depth_m
+    return decide(total).byte().cpu().numpy(), depth_m

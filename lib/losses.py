@@ -1,5 +1,8 @@
 """Cross-entropy with soft IoU for segmentation, masked L1 for depth, and their total."""
 
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -7,6 +10,7 @@ import torch
 from lib.data import IGNORE_INDEX, check_choice
 
 POOLINGS = ("batch", "image", "exp061")
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**26  # logits at a time: of the size of a cache, or enough to fill a GPU
 
 
 class Losses(NamedTuple):
@@ -17,44 +21,88 @@ class Losses(NamedTuple):
     depth: torch.Tensor
 
 
+def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of `_ClassSums`, and the log-sum-exp `(N, P)` of each pixel: inf where it has no label."""
+    scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
+    labelled = labels.flatten(1) != IGNORE_INDEX
+    truth = torch.where(labelled, labels.flatten(1), 0).long()
+    log_partition = torch.where(labelled, scores.logsumexp(1), torch.inf)
+    softmax = (scores - log_partition[:, None]).exp()  # 0 where there is no label, so it adds nothing
+    log_truth = scores.gather(1, truth[:, None])[:, 0] - log_partition
+    by_class = torch.zeros((3, *logits.shape[:2]), dtype=scores.dtype, device=scores.device)
+    values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
+    by_class = by_class.scatter_add(2, truth.expand_as(values), values)
+    return torch.cat((by_class, softmax.sum(2)[None])), log_partition
+
+
+def _write_gradient(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    log_partition: torch.Tensor,
+    d_cross_entropy: torch.Tensor,
+    d_intersection: torch.Tensor,
+    d_prediction: torch.Tensor,
+) -> None:
+    """Loss by logits, from loss by the sums of `_ClassSums`, each `(N, C, 1)`."""
+    softmax = (logits.flatten(2).to(log_partition.dtype) - log_partition[:, None]).exp()
+    truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
+    at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
+    mean = (softmax * d_prediction + at_truth).sum(1, keepdim=True)
+    gradient.copy_((softmax * (d_prediction - mean) + at_truth).view(gradient.shape))
+
+
 class _ClassSums(torch.autograd.Function):
     """Sums over the labelled pixels of each image, by class, with the gradient in closed form.
 
-    Returns cross-entropy, intersection sum(p*y), prediction sum(p) and truth sum(y), each `(N, C)`,
+    Returns cross-entropy, intersection sum(p*y), truth sum(y) and prediction sum(p), as `(4, N, C)`,
     with p the softmax and y the one-hot truth. Only logits, labels and one log-sum-exp a pixel are
-    kept for the backward pass: no one-hot, no second softmax.
+    kept for the backward pass. Images pass in chunks of rows, so that a softmax stays in the cache.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
-        labelled = labels.flatten(1) != IGNORE_INDEX  # (N, P)
-        truth = torch.where(labelled, labels.flatten(1), 0).long()
-        log_partition = scores.logsumexp(1)
-        log_truth = torch.where(labelled, scores.gather(1, truth[:, None])[:, 0] - log_partition, 0)
-        prediction = ((scores - log_partition[:, None]).exp() * labelled[:, None]).sum(2)
-        ctx.save_for_backward(logits, labels, log_partition)
-
-        def by_class(values: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(prediction).scatter_add_(1, truth, values)
-
-        count = by_class(labelled.to(scores.dtype))
-        ctx.mark_non_differentiable(count)
-        return by_class(-log_truth), by_class(log_truth.exp() * labelled), prediction, count
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, compiled: bool) -> torch.Tensor:
+        function, rows = _compiler(logits.device.type, compiled)(_class_sums), _rows(logits)
+        pieces = zip(logits.split(rows, 2), labels.split(rows, 1), strict=True)
+        sums, log_partition = zip(*(function(*piece) for piece in pieces), strict=True)
+        ctx.save_for_backward(logits, labels, torch.cat(log_partition, 1))
+        ctx.compiled = compiled
+        return torch.stack(sums).sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_cross_entropy, d_intersection, d_prediction, _) -> tuple[torch.Tensor, None]:
+    def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels, log_partition = ctx.saved_tensors
-        labelled = labels.flatten(1) != IGNORE_INDEX
-        truth = torch.where(labelled, labels.flatten(1), 0).long()
-        softmax = (logits.flatten(2).to(log_partition.dtype) - log_partition[:, None]).exp()
-        truth_softmax = softmax.gather(1, truth[:, None])[:, 0]
-        at_truth = truth_softmax * d_intersection.gather(1, truth) - d_cross_entropy.gather(1, truth)
-        mean = torch.einsum("nc,ncp->np", d_prediction, softmax) + at_truth
-        gradient = softmax * (d_prediction[:, :, None] - mean[:, None])
-        gradient.scatter_add_(1, truth[:, None], at_truth[:, None])
-        return (gradient * labelled[:, None]).to(logits.dtype).view(logits.shape), None
+        function, rows = _compiler(logits.device.type, ctx.compiled)(_write_gradient), _rows(logits)
+        d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
+        gradient = torch.empty_like(logits)
+        pieces = gradient.split(rows, 2), logits.split(rows, 2), labels.split(rows, 1)
+        for piece in zip(*pieces, log_partition.split(rows * logits.shape[3], 1), strict=True):
+            function(*piece, d_cross_entropy, d_intersection, d_prediction)
+        return gradient, None, None
+
+
+def _rows(logits: torch.Tensor) -> int:
+    """How many rows of the images to take at a time."""
+    chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+    return max(1, chunk // max(1, logits[:, :, :1].numel()))
+
+
+@cache
+def _compiler(device: str, compiled: bool) -> Callable[[Callable], Callable]:
+    """`torch.compile`, where wanted and possible; else the function stays what it is."""
+    compiler = cache(torch.compile)
+    if compiled:
+        try:
+            compiler(torch.neg)(torch.zeros(2, device=device))
+            return compiler
+        except Exception as error:  # no compiler, no headers, no triton: each raises another kind
+            warnings.warn(
+                f"compiled: torch.compile does not work for {device} here ({type(error).__name__}); the loss goes on "
+                "uncompiled, to the same values. Install a C++ compiler such as g++, or set compiled to False",
+                stacklevel=2,
+            )
+    return lambda function: function
 
 
 def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "batch") -> torch.Tensor:
@@ -78,12 +126,12 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     """
     check_choice("soft_iou_pooling", pooling, POOLINGS)
     _check_labels(logits, labels)
-    return _soft_iou(*_ClassSums.apply(logits, labels)[1:], pooling)
+    return _soft_iou(*_ClassSums.apply(logits, labels, False)[1:], pooling)
 
 
-def _soft_iou(intersection: torch.Tensor, prediction: torch.Tensor, count: torch.Tensor, pooling: str) -> torch.Tensor:
+def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str) -> torch.Tensor:
     if pooling == "batch":
-        intersection, prediction, count = (sums.sum(0) for sums in (intersection, prediction, count))
+        intersection, count, prediction = (sums.sum(0) for sums in (intersection, count, prediction))
     union = prediction + count - intersection
     if pooling == "exp061":
         present = (count.sum(0) > 0).expand_as(count)
@@ -95,16 +143,24 @@ def _soft_iou(intersection: torch.Tensor, prediction: torch.Tensor, count: torch
 
 
 def segmentation_loss(
-    logits: torch.Tensor, labels: torch.Tensor, soft_iou_weight: float, soft_iou_pooling: str = "batch"
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    soft_iou_weight: float,
+    soft_iou_pooling: str = "batch",
+    compiled: bool = False,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels plus weighted soft IoU; arguments as `soft_iou_loss`."""
+    """Mean cross-entropy over labelled pixels plus weighted soft IoU; arguments as `soft_iou_loss`.
+
+    `compiled` passes it through `torch.compile`: half a minute at first, then three times as fast. Where
+    nothing can be compiled a warning says so once, and the loss goes on without.
+    """
     check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)
     _check_labels(logits, labels)
-    cross_entropy, intersection, prediction, count = _ClassSums.apply(logits, labels)
+    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels, compiled)
     loss = cross_entropy.sum() / count.sum().clip(min=1)
     if soft_iou_weight == 0:
         return loss
-    return loss + soft_iou_weight * _soft_iou(intersection, prediction, count, soft_iou_pooling)
+    return loss + soft_iou_weight * _soft_iou(intersection, count, prediction, soft_iou_pooling)
 
 
 def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -114,7 +170,7 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
             "expected (N, H, W) with (N, C, H, W)"
         )
     if labels.device.type == "cpu":  # elsewhere the check would wait for the device at every step
-        wrong = labels[(labels >= logits.shape[1]) & (labels != IGNORE_INDEX)]
+        wrong = labels[(labels < 0) | (labels >= logits.shape[1]) & (labels != IGNORE_INDEX)]
         if len(wrong):
             raise ValueError(
                 f"labels: found the value {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or {IGNORE_INDEX} = ignore"

@@ -35,21 +35,33 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
             f"prediction: found shape {tuple(prediction.shape)} with labels {tuple(labels.shape)}, "
             "expected one shape (N, H, W)"
         )
-    count = len(labels)
-    prediction, labels = prediction.reshape(count, -1).long(), labels.reshape(count, -1).long()
-    labelled = labels != IGNORE_INDEX
-    for name, values in (("prediction", prediction), ("labels", labels)):
-        wrong = labelled & ((values < 0) | (values >= class_count))
-        if wrong.any():
+    if not labels.numel():
+        return labels.new_zeros((len(labels), class_count, class_count), dtype=torch.int64)
+    # image by image the arrays stay in a CPU's cache
+    return torch.stack([_image_counts(*pair, class_count) for pair in zip(prediction.int(), labels.int(), strict=True)])
+
+
+def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: int) -> torch.Tensor:
+    """`(C, C)` of one image. Every label 0..255 is counted; those that are no class must have no pixel."""
+    if _outside(prediction, class_count):
+        prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # what is predicted there does not count
+    wrong = {"prediction": _outside(prediction, class_count), "labels": _outside(labels, 256)}
+    if not any(wrong.values()):
+        counts = torch.bincount((labels * class_count + prediction).flatten(), minlength=256 * class_count)
+        counts = counts.view(256, class_count)
+        wrong["labels"] = [row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()]
+    for name, values in wrong.items():
+        if values:
             raise ValueError(
-                f"{name}: found the value {int(values[wrong][0])}, expected 0..{class_count - 1}"
+                f"{name}: found the value {values[0]}, expected 0..{class_count - 1}"
                 + (f" or {IGNORE_INDEX} = ignore" if name == "labels" else "")
             )
-    # one more cell an image collects the ignored pixels
-    cell = torch.where(labelled, labels * class_count + prediction, class_count**2)
-    cell += (class_count**2 + 1) * torch.arange(count, device=cell.device)[:, None]
-    counts = torch.bincount(cell.flatten(), minlength=count * (class_count**2 + 1))
-    return counts.view(count, -1)[:, :-1].reshape(count, class_count, class_count)
+    return counts[:class_count]
+
+
+def _outside(values: torch.Tensor, count: int) -> list[int]:
+    """The least and the greatest value, if not within 0..count - 1."""
+    return [value for value in torch.stack(values.aminmax()).tolist() if not 0 <= value < count]
 
 
 def _pool(counts: Array) -> np.ndarray:

@@ -1,3 +1,9 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +159,48 @@ def test_memory_layout_does_not_matter(batch, pooling):
         other = segmentation_loss(layout, labels, 0.5, pooling)
         assert other.item() == pytest.approx(loss.item(), abs=1e-14)
         torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_is_equal(batch, monkeypatch):
+    logits, labels = batch
+    logits = logits.detach().float().requires_grad_()
+    monkeypatch.setattr("lib.losses.CPU_CHUNK", 4 * logits[:, :, :1].numel())  # 4, 4 and 1 of 9 rows
+    for truth in (labels, torch.full_like(labels, 255)):
+        for pooling in POOLINGS:
+            losses = [segmentation_loss(logits, truth, 0.5, pooling, compiled=compiled) for compiled in (True, False)]
+            gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
+    code = """
+import torch
+from lib.losses import segmentation_loss
+logits, labels = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (1, 4, 4))
+for _ in range(2):
+    loss = segmentation_loss(logits, labels, 0.5, compiled=True)
+    loss.backward()
+    assert loss == segmentation_loss(logits, labels, 0.5)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+        env=os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("compiled: torch.compile does not work for cpu here") == 1
+
+
+def test_chunks_of_rows_change_nothing(batch, monkeypatch):
+    logits, labels = batch
+    whole = segmentation_loss(logits, labels, 0.5)
+    expected = torch.autograd.grad(whole, logits)[0]
+    for chunk in (1, 4 * logits[:, :, :1].numel()):
+        monkeypatch.setattr("lib.losses.CPU_CHUNK", chunk)
+        loss = segmentation_loss(logits, labels, 0.5)
+        assert loss.item() == pytest.approx(whole.item(), abs=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected, rtol=0, atol=1e-14)
 
 
 def test_uint8_labels(batch):

@@ -53,6 +53,8 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
     for name in (*fixed, *grid):
         check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
     base, runs = defaults | _read_experiment(experiment) | fixed, {}
+    if base["data"] != "synthetic":
+        base["data"] = str(Path(base["data"]).resolve())  # workers have another working directory
     for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference

@@ -28,6 +28,11 @@ EDGES = {
 }
 DEPTH, DISTANCE, SEGMENT = EDGES
 REGION = "region of the image"
+IN_WORDS = {
+    DEPTH: "at {} m",
+    DISTANCE: "at {} % of the width from a boundary",
+    SEGMENT: "in segments of {} % of the image",
+}
 STRATA = {
     DEPTH: ("missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"),
     DISTANCE: ("0-1", "1-2", "2-4", "4-8", "8-16", "over 16"),
@@ -193,7 +198,8 @@ def describe_data(counts: DataCounts, leakage: dict[str, Leakage]) -> str:
     most, least = (", ".join(f"{name} {share:.2%}" for name, share in some.items()) for some in (common, rare))
     low, middle, high = depth_quantiles(counts.depth.sum(0), (0.05, 0.5, 0.95))
     return (
-        f"Of the pixels of {len(counts.pixels)} labelled images {counts.pixels[:, -1].sum() / total:.1%} have no label. "
+        f"Of the pixels of {len(counts.pixels)} labelled images, {counts.pixels[:, -1].sum() / total:.1%} have no "
+        "label. "
         f"Most of the others, {common.sum():.0%}, are {most}; the rarest classes are {least}, and each weighs as much "
         f"in the mIoU as {common.index[0]}. Half of the depths are below {middle:.1f} m, nine in ten between {low:.1f} "
         f"and {high:.1f} m; {counts.depth[:, 0].sum() / total:.1%} of the pixels have none. {describe_leakage(leakage)}"
@@ -381,16 +387,17 @@ def describe_errors(errors: ErrorCounts, names: np.ndarray, run: str, part: str)
         f"(mIoU {mean_iou(pooled):.3f}). Most often it takes {first.truth} for {first.named}, "
         f"{first['of all errors']:.0%} of its errors; least it finds of {CLASS_NAMES[np.nanargmin(recall)]} "
         f"({np.nanmin(recall):.0%} of the pixels). Within 1 % of the width from a boundary lie "
-        f"{edge[0].sum() / edge.sum():.0%} of the pixels and {_wrong(edge[0]) / max(_wrong(edge), 1):.0%} of the errors. "
-        f"Pixel accuracy is {'; '.join(_extremes(errors.strata[name], name) for name in EDGES)}. On average the network "
-        f"is {abs(gap):.3f} {'more' if gap > 0 else 'less'} sure than right (ECE "
+        f"{edge[0].sum() / edge.sum():.0%} of the pixels and {_wrong(edge[0]) / max(_wrong(edge), 1):.0%} of the "
+        f"errors. Pixel accuracy goes {', '.join(_extremes(errors, name) for name in IN_WORDS)}. On average the "
+        f"network is {abs(gap):.3f} {'more' if gap > 0 else 'less'} sure than right (ECE "
         f"{calibration_error(errors.calibration):.3f}). {_sure_and_wrong(errors)} The worst image is "
         f"{names[np.nanargmin(accuracy)]}, {np.nanmin(accuracy):.0%} right."
     )
 
 
-def _extremes(counts: np.ndarray, name: str) -> str:
+def _extremes(errors: ErrorCounts, name: str) -> str:
     """Where the accuracy is lowest and highest, among bins with 1 % of the pixels or more."""
-    table = score_strata(counts).set_index(np.array(STRATA[name]))
+    table = score_strata(errors.strata[name]).set_index(np.array(STRATA[name]))
     accuracy = table["pixel accuracy"][table.pixels >= 0.01]
-    return f"{accuracy.min():.2f} at {accuracy.idxmin()} and {accuracy.max():.2f} at {accuracy.idxmax()} in {name}"
+    least, best = (IN_WORDS[name].format(bin_name) for bin_name in (accuracy.idxmin(), accuracy.idxmax()))
+    return f"from {accuracy.min():.2f} {least} to {accuracy.max():.2f} {best}"

@@ -381,16 +381,19 @@ def plot_image_scores(confusion: np.ndarray) -> Figure:
         scatter, by_class = figure.subplots(1, 2)
         jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(classes))
         scatter.plot(classes + jitter, accuracy, ".", color=VALID_COLOUR, alpha=0.6)
-        correlation = pd.Series(classes).corr(pd.Series(accuracy), method="spearman")
         scatter.set(xlabel="classes in the image", ylabel="pixel accuracy", ylim=(0, 1))
-        effect = "more" if correlation < -0.2 else "fewer" if correlation > 0.2 else "as many"
-        scatter.set_title(f"More classes, {effect} errors (rank correlation {correlation:+.2f})")
+        if np.ptp(classes):  # else there is no correlation
+            correlation = pd.Series(classes).corr(pd.Series(accuracy), method="spearman")
+            effect = "more" if correlation < -0.2 else "fewer" if correlation > 0.2 else "as many"
+            scatter.set_title(f"More classes, {effect} errors (rank correlation {correlation:+.2f})")
         rows = np.arange(len(table))
         by_class.hlines(rows, table["without"], table["with"], color="0.8", zorder=0)
         by_class.plot(table["without"], rows, "o", color=GREY, markerfacecolor="white", label="images without it")
         by_class.scatter(table["with"], rows, color=[COLOUR[name] for name in table.index], edgecolor=GREY, zorder=2,
                          label="images with it")  # fmt: skip
         by_class.set_yticks(rows, table.index)
-        by_class.set(xlabel="mean pixel accuracy", title=f"Images with {table.index[0]} are harder than the others")
+        by_class.set(xlabel="mean pixel accuracy", title="Every class is in every image")
+        if len(table):
+            by_class.set_title(f"Images with {table.index[0]} are harder than the others")
         figure.legend(loc="outside lower right", ncols=2)
     return figure

@@ -22,19 +22,15 @@ def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidg
         interactive = runs_in_editor()
     if not interactive:
         return plot_sample(samples, 0)
-    index = ipywidgets.SelectionSlider(
-        options=list(enumerate_names(samples, "all")), description="index", continuous_update=False
-    )
+    index = ipywidgets.SelectionSlider(options=choices(samples, "all"), description="index", continuous_update=False)
     layer = ipywidgets.ToggleButtons(options=LAYERS, description="layer")
-    opacity = ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, continuous_update=False, description="opacity")
-    only = ipywidgets.Dropdown(options=("all", *CLASS_NAMES), description="only class")
+    opacity = ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, description="opacity", continuous_update=False)
+    found = [name for name in CLASS_NAMES if choices(samples, name)]
+    only = ipywidgets.Dropdown(options=["all", *found], description="only class")
     picture = ipywidgets.Image(format="png")
 
     def choose_class(change: dict) -> None:
-        options = enumerate_names(samples, change["new"])
-        index.disabled = not options
-        if options:
-            index.options = options
+        index.options = choices(samples, change["new"])
 
     def draw(_: dict | None = None) -> None:
         picture.value = small_png(plot_sample(samples, index.value, layer.value, opacity.value, only.value))
@@ -46,7 +42,7 @@ def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidg
     return ipywidgets.VBox([index, layer, opacity, only, picture])
 
 
-def enumerate_names(samples: Samples, only: str) -> list[tuple[str, int]]:
+def choices(samples: Samples, only: str) -> list[tuple[str, int]]:
     """(name, position) of the samples in which a class occurs; of all for `all`."""
     holds = np.ones(len(samples), bool) if only == "all" else (samples.label == CLASS_NAMES.index(only)).any((1, 2))
     return [(str(samples.names[position]), int(position)) for position in np.flatnonzero(holds)]

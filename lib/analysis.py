@@ -29,9 +29,9 @@ EDGES = {
 DEPTH, DISTANCE, SEGMENT = EDGES
 REGION = "region of the image"
 IN_WORDS = {
-    DEPTH: "at {} m",
-    DISTANCE: "at {} % of the width from a boundary",
-    SEGMENT: "in segments of {} % of the image",
+    DEPTH: ("at {} m", "at {} m"),
+    DISTANCE: ("at {} % of the width from a boundary", "at {} %"),
+    SEGMENT: ("in segments of {} % of the image", "of {} %"),
 }
 STRATA = {
     DEPTH: ("missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"),
@@ -182,11 +182,9 @@ def describe_leakage(leakage: dict[str, Leakage]) -> str:
     sentences = []
     for split, leak in leakage.items():
         count = len(leak.valid)
-        found = {"a near copy": leak.near_copies}
-        if leak.neighbours is not None:
-            found = {"a neighbouring id": leak.neighbours} | found
-        in_training = " and ".join(f"{number} ({number / count:.0%}) {sign}" for sign, number in found.items())
-        sentences.append(f"Of the {count} images that validate in split `{split}`, {in_training} have in training.")
+        found = {"a neighbouring id": leak.neighbours, "a near copy": leak.near_copies}
+        signs = [f"{number} ({number / count:.0%}) have {sign}" for sign, number in found.items() if number is not None]
+        sentences.append(f"Of the {count} images that validate in split `{split}`, {' and '.join(signs)} in training.")
     return " ".join(sentences) or "Too few images to split."
 
 
@@ -399,5 +397,8 @@ def _extremes(errors: ErrorCounts, name: str) -> str:
     """Where the accuracy is lowest and highest, among bins with 1 % of the pixels or more."""
     table = score_strata(errors.strata[name]).set_index(np.array(STRATA[name]))
     accuracy = table["pixel accuracy"][table.pixels >= 0.01]
-    least, best = (IN_WORDS[name].format(bin_name) for bin_name in (accuracy.idxmin(), accuracy.idxmax()))
-    return f"from {accuracy.min():.2f} {least} to {accuracy.max():.2f} {best}"
+    least, best = IN_WORDS[name]
+    return (
+        f"from {accuracy.min():.2f} {least.format(accuracy.idxmin())} to {accuracy.max():.2f} "
+        f"{best.format(accuracy.idxmax())}"
+    )

@@ -188,13 +188,10 @@ def plot_missing(counts: DataCounts) -> Figure:
         frame, by_class = figure.subplots(1, 2)
         shown = frame.imshow(counts.missing, cmap="Blues", vmin=0, vmax=max(counts.missing.max(), 0.01))
         figure.colorbar(shown, ax=frame, shrink=0.7, format=PercentFormatter(1, decimals=0))
-        frame.set_title(
-            f"{total:.1%} of the pixels have no depth" if total else "No depth is missing: holes are filled"
-        )
+        frame.set_title(f"{total:.1%} of the pixels have no depth")
         by_class.barh(shares.index, shares, color=[COLOUR[name] for name in shares.index], **EDGED)
         by_class.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        by_class.set_title(f"Most often on {shares.index[-1]}" if total else "", wrap=True)
-        by_class.set(xlabel="share of the class's pixels", xlim=(0, None if total else 1))
+        by_class.set(xlabel="share of the class's pixels", title=f"It is missing most often on {shares.index[-1]}")
         _hide_frames(frame)
     return figure
 

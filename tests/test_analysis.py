@@ -112,7 +112,7 @@ def test_leakage_finds_copies(scenes):
 def test_leakage_in_words(scenes):
     room_by_room = describe_leakage(find_leakage(scenes.names, scenes.image))
     assert "validate in split `random`" in room_by_room
-    assert "validate in split `blocks`, 0 (0%) a neighbouring id" in room_by_room
+    assert "validate in split `blocks`, 0 (0%) have a neighbouring id" in room_by_room
     unnumbered = find_leakage(np.array([f"room {index}" for index in range(12)]), scenes.image)
     assert set(unnumbered) == {"random"}
     assert "neighbouring" not in describe_leakage(unnumbered)

@@ -81,6 +81,7 @@ def plot_class_iou(iou: np.ndarray, name: str) -> Figure:
             text = "none\nseen" if np.isnan(value) else f"{value:.2f}"
             axes.text(position, np.nan_to_num(value) + 0.01, text, ha="center", color=GREY, fontsize="small")
         axes.set(xlabel="", ylabel="IoU", ylim=(0, 1))
+        axes.tick_params(axis="x", labelsize="small")  # else long names touch
         if np.isfinite(iou).any():
             best, least = CLASS_NAMES[np.nanargmax(iou)], CLASS_NAMES[np.nanargmin(iou)]
             axes.set_title(f"{name}: {best} is learned best, {least} least")

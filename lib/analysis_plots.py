@@ -69,7 +69,8 @@ def plot_sample(samples: Samples, index: int, layer: str = "labels", opacity: fl
                 label = np.where(label == CLASS_NAMES.index(only), label, IGNORE_INDEX)
             axes.imshow(blend_labels(image, label, opacity))
             write_names(axes, label)
-            figure.legend(handles=class_patches(np.unique(label)), loc="outside right center")
+            shown = np.unique(label[label != IGNORE_INDEX])
+            figure.legend(handles=class_patches(shown), loc="outside right center")
         axes.set_title(f"{samples.names[index]}: {layer}" + (f", only {only}" if only != "all" else ""))
         _hide_frames(axes)
     return figure

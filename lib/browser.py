@@ -23,11 +23,11 @@ def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidg
     if not interactive:
         return plot_sample(samples, 0)
     index = ipywidgets.SelectionSlider(options=choices(samples, "all"), description="index", continuous_update=False)
-    layer = ipywidgets.ToggleButtons(options=LAYERS, description="layer")
+    layer = ipywidgets.ToggleButtons(options=LAYERS, description="layer", style={"button_width": "70px"})
     opacity = ipywidgets.FloatSlider(0.6, min=0, max=1, step=0.05, description="opacity", continuous_update=False)
     found = [name for name in CLASS_NAMES if choices(samples, name)]
     only = ipywidgets.Dropdown(options=["all", *found], description="only class")
-    picture = ipywidgets.Image(format="png")
+    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # not stretched
 
     def choose_class(change: dict) -> None:
         index.options = choices(samples, change["new"])

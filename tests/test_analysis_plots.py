@@ -67,7 +67,8 @@ def test_layers_of_a_sample(scenes):
         assert f"{scenes.names[3]}: {layer}" in draw(plot_sample(scenes, 3, layer))
     texts = draw(plot_sample(scenes, 3, only="wall"))
     assert f"{scenes.names[3]}: labels, only wall" in texts
-    assert not {"floor", "furniture"} & set(texts)
+    assert "wall" in texts
+    assert not {"floor", "furniture", "unlabelled"} & set(texts)
 
 
 def test_opacity_mixes_colour_and_picture():

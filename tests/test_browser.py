@@ -116,8 +116,8 @@ def photograph(page, folder, name):
         is_light = str(theme == THEMES[0]).lower()
         page.wait_for_selector(f'body[data-jp-theme-light="{is_light}"]', state="attached")
         page.wait_for_timeout(1000)
-        cells = page.locator(".jp-Notebook .jp-Cell")
-        for number in range(0, cells.count(), 3):
+        cells = page.locator(".jp-Notebook .jp-CodeCell")
+        for number in range(0, cells.count(), 2):
             cells.nth(number).evaluate("cell => cell.scrollIntoView()")
             page.wait_for_timeout(300)
             page.screenshot(path=folder / f"{name}_{theme.split()[1].lower()}_{number:02d}.png")

@@ -117,16 +117,14 @@ def evaluate_native(
         tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
     """
     check_choice("tta", tta, VIEWS)
-    if not len(samples):
-        raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    _check_batches(samples, batch_size)
     model.eval()
     parts, predicted = [], np.empty(samples.depth.shape, np.uint8)
     with progress_bar(f"predicting, tta {tta}", len(samples)) as bar:
         for start in range(0, len(samples), batch_size):
             piece = samples[start : start + batch_size]
-            decided, depth_m = _predict_views(model, piece, size, inputs, depth_encoding, precision, VIEWS[tta])
+            scores, depth_m = _predict_views(model, piece, size, inputs, depth_encoding, precision, VIEWS[tta])
+            decided = decide(scores).byte().cpu().numpy()
             predicted[start : start + batch_size] = decided
             label = np.full(piece.depth.shape, IGNORE_INDEX, np.uint8) if piece.label is None else piece.label
             valid = piece.depth > 0 if piece.measured is None else (piece.depth > 0) & piece.measured
@@ -138,6 +136,26 @@ def evaluate_native(
     return NativeEvaluation(np.concatenate(counts), np.concatenate(boundary), np.sum(sums, axis=0), predicted)
 
 
+def predict_confidence(
+    model: nn.Module, samples: Samples, size: tuple[int, int], inputs: str, depth_encoding: str, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield classes `(B, H, W)` uint8 and their probabilities `(B, H, W)` float32, decided as in `evaluate_native`."""
+    _check_batches(samples, batch_size)
+    model.eval()
+    for start in range(0, len(samples), batch_size):
+        piece = samples[start : start + batch_size]
+        logits, _ = _predict_views(model, piece, size, inputs, depth_encoding, "fp32", VIEWS["none"])
+        probability, decided = logits.softmax(1).max(1)
+        yield decided.byte().cpu().numpy(), probability.cpu().numpy()
+
+
+def _check_batches(samples: Samples, batch_size: int) -> None:
+    if not len(samples):
+        raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+
+
 def _predict_views(
     model: nn.Module,
     piece: Samples,
@@ -146,8 +164,8 @@ def _predict_views(
     depth_encoding: str,
     precision: str,
     views: list[tuple[float, bool]],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Classes `(B, H, W)` of the mean over views, and depth in metres of the first, at the piece's size."""
+) -> tuple[torch.Tensor, np.ndarray | None]:
+    """At the piece's size logits `(B, C, H, W)`, of several views summed probabilities; the first's depth in metres."""
     device, total, depth_m = next(model.parameters()).device, 0, None
     for zoom, flipped in views:
         resized = resize_samples(piece, tuple(round(zoom * length) for length in size))
@@ -164,4 +182,4 @@ def _predict_views(
             if depth is not None and depth_m is None:
                 linear = interpolate(depth.float(), piece.size, mode="bilinear")[:, 0].cpu().numpy()
                 depth_m = NEAREST_M + linear * (FARTHEST_M - NEAREST_M)
-    return decide(total).byte().cpu().numpy(), depth_m
+    return total, depth_m

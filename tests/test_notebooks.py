@@ -9,6 +9,7 @@ import yaml
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
 EXPERIMENTS = sorted((NOTEBOOKS / "experiments").glob("*.yaml"))
 
 
@@ -38,8 +39,9 @@ def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
     assert message in result.stderr
 
 
-def test_evaluating_without_a_run_names_the_command_that_makes_one(tmp_path):
-    result = papermill(tmp_path, notebook="evaluate", RUNS_DIR=str(tmp_path))
+@pytest.mark.parametrize("notebook", ["evaluate", "error_analysis"])
+def test_without_a_run_the_command_that_makes_one_is_named(tmp_path, notebook):
+    result = papermill(tmp_path, notebook=notebook, RUNS_DIR=str(tmp_path))
     assert result.returncode == 1
     assert "run: found 'latest', trained runs in" in result.stderr
     assert "Make one with `papermill train.ipynb out.ipynb`" in result.stderr
@@ -54,6 +56,17 @@ def test_comparing_without_runs_shows_the_published_ones(tmp_path):
     assert "it can't be concluded" in text
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_exploring_a_folder(tmp_path, folder):
+    result = papermill(tmp_path, "-p", "data", str(folder), notebook="explore")
+    assert result.returncode == 0, result.stderr
+    outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+    assert "Of the pixels of 12 labelled images" in text
+    assert "validate in split `random`" in text
+    assert not [output for output in outputs if WIDGET in output.get("data", {})]
 
 
 @pytest.mark.parametrize("folder", [NOTEBOOKS, NOTEBOOKS.parent])
@@ -73,6 +86,7 @@ def test_train_runs_from_both_folders_and_leaves_no_red(tmp_path, folder):
 def test_committed_notebooks_are_executed_and_small(path):
     assert path.stat().st_size < 300_000
     code = cells(path)
+    assert not [output for cell in code for output in cell.outputs if WIDGET in output.get("data", {})]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
         assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs)

@@ -1,0 +1,148 @@
+"""JupyterLab as a person sees it: `pytest tests/test_browser.py --basetemp DIR` keeps the screenshots in DIR.
+
+Needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
+SETTINGS = {
+    "notebook-extension/tracker": '{"windowingMode": "none"}',  # else cells out of sight are not in the page
+    "apputils-extension/notification": '{"fetchNews": "false"}',
+}
+pytestmark = pytest.mark.browser
+
+
+@contextmanager
+def jupyter_lab(folder):
+    """The address of a JupyterLab that serves a folder, with settings of its own."""
+    settings = folder / "settings"
+    for name, content in SETTINGS.items():
+        path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--expose-app-in-browser"]
+    environment = {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *options],
+            env=os.environ | environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            wait_for(lambda: responds(f"http://127.0.0.1:{port}/api"), 60, folder / "lab.log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def responds(address):
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_for(condition, seconds, message):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {message}"
+        time.sleep(0.2)
+
+
+@contextmanager
+def browser_page():
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
+        yield browser.new_page(viewport={"width": 1100, "height": 900})
+        browser.close()
+
+
+def copy_project(folder, notebook, **parameters):
+    """A copy of lib and of one notebook without its outputs, with other values for some parameters."""
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "notebooks" / "experiments", folder / "notebooks" / "experiments")
+    content = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    declared = next(cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
+    declared.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    nbformat.write(content, folder / "notebooks" / f"{notebook}.ipynb")
+
+
+def run_all(page, address, notebook, seconds):
+    """Open a notebook, run all its cells, and return the text of what is red."""
+    page.goto(f"{address}/lab/tree/notebooks/{notebook}.ipynb")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    idle = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status == 'idle'"
+    page.wait_for_function(idle, timeout=60_000)
+    page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    red = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type*="error"]')
+
+    def finished():
+        return red.count() or all(text.strip("[]: ").isdigit() for text in prompts.all_inner_texts())
+
+    wait_for(finished, seconds, f"{notebook} has run")
+    return red.all_inner_texts()
+
+
+def photograph(page, folder, name):
+    """Screenshots of the whole notebook in both themes."""
+    for theme in THEMES:
+        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        is_light = str(theme == THEMES[0]).lower()
+        page.wait_for_selector(f'body[data-jp-theme-light="{is_light}"]', state="attached")
+        page.wait_for_timeout(1000)
+        cells = page.locator(".jp-Notebook .jp-CodeCell")
+        for number in range(0, cells.count(), 2):
+            cells.nth(number).evaluate("cell => cell.scrollIntoView()")
+            page.wait_for_timeout(300)
+            page.screenshot(path=folder / f"{name}_{theme.split()[1].lower()}_{number:02d}.png")
+
+
+def test_a_person_browses_samples_in_jupyterlab(tmp_path):
+    copy_project(tmp_path, "explore", limit=40, read_test=False)
+    with browser_page() as page, jupyter_lab(tmp_path) as address:
+        assert run_all(page, address, "explore", 120) == []
+        picture = page.locator("img.widget-image")
+        picture.scroll_into_view_if_needed()
+        seen = [picture.screenshot()]
+
+        def changes(act):
+            act()
+            wait_for(lambda: picture.screenshot() not in seen, 15, "the picture changes")
+            page.wait_for_timeout(500)  # of a class both the image and its labels may change
+            seen.append(picture.screenshot())
+
+        slider = page.locator(".widget-hslider", has_text="index").locator(".noUi-handle")
+        changes(lambda: slider.press("ArrowRight"))
+        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="depth").click())
+        opacity = page.locator(".widget-hslider", has_text="opacity").locator(".noUi-handle")
+        changes(lambda: opacity.press("ArrowLeft"))
+        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="labels").click())
+        changes(lambda: page.locator(".widget-dropdown select").select_option("ceiling"))
+        photograph(page, tmp_path, "explore")
+    assert len(list(tmp_path.glob("explore_*.png"))) >= 4

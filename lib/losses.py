@@ -26,13 +26,16 @@ def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX
     truth = torch.where(labelled, labels.flatten(1), 0).long()
-    log_partition = torch.where(labelled, scores.logsumexp(1), torch.inf)
-    softmax = (scores - log_partition[:, None]).exp()  # 0 where there is no label, so it adds nothing
+    highest = scores.amax(1)
+    shares = (scores - highest[:, None]).exp()  # of the softmax, before it is normalised
+    total = shares.sum(1)
+    prediction = (shares * (labelled / total)[:, None]).sum(2)
+    log_partition = torch.where(labelled, highest + total.log(), torch.inf)
     log_truth = scores.gather(1, truth[:, None])[:, 0] - log_partition
     by_class = torch.zeros((3, *logits.shape[:2]), dtype=scores.dtype, device=scores.device)
     values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
     by_class = by_class.scatter_add(2, truth.expand_as(values), values)
-    return torch.cat((by_class, softmax.sum(2)[None])), log_partition
+    return torch.cat((by_class, prediction[None])), log_partition
 
 
 def _write_gradient(
@@ -48,8 +51,8 @@ def _write_gradient(
     softmax = (logits.flatten(2).to(log_partition.dtype) - log_partition[:, None]).exp()
     truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
     at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
-    mean = (softmax * d_prediction + at_truth).sum(1, keepdim=True)
-    gradient.copy_((softmax * (d_prediction - mean) + at_truth).view(gradient.shape))
+    mean = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
+    gradient.copy_(at_truth.addcmul(softmax, d_prediction - mean).view(gradient.shape))
 
 
 class _ClassSums(torch.autograd.Function):

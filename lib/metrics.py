@@ -38,7 +38,7 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
     if not labels.numel():
         return labels.new_zeros((len(labels), class_count, class_count), dtype=torch.int64)
     # image by image the arrays stay in a CPU's cache
-    return torch.stack([_image_counts(*pair, class_count) for pair in zip(prediction.int(), labels.int(), strict=True)])
+    return torch.stack([_image_counts(*pair, class_count) for pair in zip(prediction, labels, strict=True)])
 
 
 def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: int) -> torch.Tensor:
@@ -47,7 +47,9 @@ def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: i
         prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # what is predicted there does not count
     wrong = {"prediction": _outside(prediction, class_count), "labels": _outside(labels, 256)}
     if not any(wrong.values()):
-        counts = torch.bincount((labels * class_count + prediction).flatten(), minlength=256 * class_count)
+        narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
+        cells = labels.to(narrow) * class_count + prediction.to(narrow)
+        counts = torch.bincount(cells.flatten(), minlength=256 * class_count)
         counts = counts.view(256, class_count)
         wrong["labels"] = [row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()]
     for name, values in wrong.items():

@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import seaborn
 from IPython import get_ipython
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -68,6 +67,8 @@ def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
 
 def plot_class_iou(iou: np.ndarray, name: str) -> Figure:
     """A bar for each class of the run of that name, best first; a class that does not occur (NaN) has none."""
+    import seaborn  # here: it takes a second or two to load, and training should not wait for it
+
     table = pd.DataFrame({"class": CLASS_NAMES, "IoU": iou}).sort_values("IoU", ascending=False)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
@@ -145,7 +146,7 @@ def plot_class_comparison(table: pd.DataFrame, title: str, published: tuple[str,
     """
     order = table.mean(axis=1).sort_values(ascending=False).index
     labels = {name: f"{name}: mean {table[name].mean():.3f}" for name in table}
-    colours = dict(zip(table, seaborn.color_palette("colorblind", len(table.columns)), strict=True))
+    colours = dict(zip(table, _colours(len(table.columns)), strict=True))
     offsets = np.linspace(-0.32, 0.32, 2 * len(labels) + 1)[1::2]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2 + 0.1 * len(labels)), layout="constrained")
@@ -175,7 +176,7 @@ def plot_differences(results: dict, baseline: str) -> Figure:
     """
     rows = ["mIoU", *CLASS_NAMES]
     offsets = np.linspace(0.3, -0.3, 2 * len(results) + 1)[1::2]
-    colours = seaborn.color_palette("colorblind", len(results) + 1)[1:]  # the first is the baseline's
+    colours = _colours(len(results) + 1)[1:]  # the first is the baseline's
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2 + 0.9 * len(results)), layout="constrained")
         axes = figure.subplots()
@@ -198,7 +199,7 @@ def plot_differences(results: dict, baseline: str) -> Figure:
 
 def plot_recipes(scores: pd.DataFrame) -> Figure:
     """mIoU by seed (rows) and recipe (columns): a dot for each run, a bar for the mean, runs of one seed joined."""
-    colours = seaborn.color_palette("colorblind", len(scores))
+    colours = _colours(len(scores))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(scores.columns)), layout="constrained")
         axes = figure.subplots()
@@ -216,7 +217,7 @@ def plot_recipes(scores: pd.DataFrame) -> Figure:
 
 def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
     """Validation mIoU by epoch of several runs."""
-    colours = seaborn.color_palette("colorblind", len(histories))
+    colours = _colours(len(histories))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -226,6 +227,13 @@ def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
         if histories:
             axes.legend(loc="lower right")
     return figure
+
+
+def _colours(count: int) -> list[tuple[float, float, float]]:
+    """That many colours for runs, apart for colour-blind readers."""
+    import seaborn  # here, see `plot_class_iou`
+
+    return seaborn.color_palette("colorblind", count)
 
 
 def colour_labels(label: np.ndarray) -> np.ndarray:

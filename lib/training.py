@@ -106,7 +106,7 @@ def fit(
     learning_rate: float,
     weight_decay: float,
     schedule: str,
-    ema_decay: float,
+    ema_decay: float = 0.0,
     augment: str,
     workers: int,
     precision: str,

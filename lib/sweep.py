@@ -93,25 +93,26 @@ def execute_run(parameters: dict, part: str) -> None:
         RuntimeError: another process has the run.
     """
     run = runs_folder() / parameters["run_name"]
+    trained, evaluated = executed_notebooks(run.name)
+    trained.parent.mkdir(parents=True, exist_ok=True)
     wait_for_run(run)
     if not is_trained(run, parameters["epochs"]):
-        _execute("train", run, parameters | {"resume": (run / "parameters.json").exists()})
+        _execute("train", trained, parameters | {"resume": (run / "parameters.json").exists()})
     if not is_evaluated(run, part):
-        _execute("evaluate", run, {"run": run.name, "part": part, "device": parameters["device"]})
+        _execute("evaluate", evaluated, {"run": run.name, "part": part, "device": parameters["device"]})
 
 
-def _execute(notebook: str, run: Path, parameters: dict) -> None:
-    output = executed_notebook(run, notebook)
-    output.parent.mkdir(parents=True, exist_ok=True)
+def _execute(notebook: str, output: Path, parameters: dict) -> None:
     papermill.execute_notebook(
         NOTEBOOKS / f"{notebook}.ipynb", output, parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
         progress_bar=False,
     )  # fmt: skip
 
 
-def executed_notebook(run: Path, notebook: str) -> Path:
-    """Where a run of a sweep leaves its executed notebook."""
-    return run.parent / "notebooks" / f"{run.name}.{notebook}.ipynb"
+def executed_notebooks(run_name: str) -> tuple[Path, Path]:
+    """Where a run of a sweep leaves its executed `train.ipynb` and `evaluate.ipynb`."""
+    folder = runs_folder() / "notebooks"
+    return folder / f"{run_name}.train.ipynb", folder / f"{run_name}.evaluate.ipynb"
 
 
 def sweep(
@@ -141,7 +142,8 @@ def sweep(
         task = _remote_task().options(num_cpus=cpus_per_run, num_gpus=gpus)
         for name, parameters in runs.items():
             if not _is_done(name, parameters, part):
-                executed_notebook(runs_folder() / name, "train").unlink(missing_ok=True)  # its presence says: running
+                for notebook in executed_notebooks(name):
+                    notebook.unlink(missing_ok=True)  # their presence says: running
                 tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, cpus_per_run)] = name
         while tasks:
             finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=POLL_SECONDS)
@@ -239,7 +241,7 @@ def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str]) -> 
 def _progress(name: str, epochs: int, part: str, error: str | None) -> dict:
     run = runs_folder() / name
     history = read_history(run) if (run / "history.csv").exists() else pd.DataFrame(columns=["valid_miou", "seconds"])
-    state = "running" if executed_notebook(run, "train").exists() else "waiting"
+    state = "running" if any(notebook.exists() for notebook in executed_notebooks(name)) else "waiting"
     if is_trained(run, epochs) and is_evaluated(run, part):
         state = "done"
     minutes_left = (epochs - len(history)) * history.seconds.mean() / 60

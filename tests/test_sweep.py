@@ -20,13 +20,12 @@ from lib.runs import (
     is_trained,
     read_history,
     release_run,
-    runs_folder,
     start_run,
     write_history,
     write_report,
     write_scores,
 )
-from lib.sweep import execute_run, executed_notebook, plan_runs, progress_table
+from lib.sweep import execute_run, executed_notebooks, plan_runs, progress_table
 
 SLOW = pytest.mark.skipif(
     not os.environ.get("SLOW"), reason="minutes long; run it with SLOW=1 pytest tests/test_sweep.py"
@@ -153,9 +152,8 @@ def test_a_default_that_changed_is_noticed(executed, runs):
 def test_the_table_tells_the_state_of_each_run(runs):
     planned = plan_runs(None, TINY, {}, [1, 2, 3])
     _, running, failed = planned
-    execute = executed_notebook(runs_folder() / running, "train")
-    execute.parent.mkdir()
-    execute.touch()
+    (runs / "notebooks").mkdir()
+    executed_notebooks(running)[1].touch()
     run = start_run(running, planned[running])
     write_history(run, [row | {"seconds": 60.0} for row in history(1)])
     table = progress_table(planned, "test", {failed: "ValueError: no"})
@@ -188,7 +186,7 @@ def test_a_failed_run_fails_alone(runs):
     assert "did you mean resnet18" in table.error[bad]
     assert is_trained(runs / good, 2)
     assert is_evaluated(runs / good, "test")
-    assert executed_notebook(runs / bad, "train").exists()
+    assert executed_notebooks(bad)[0].exists()
 
 
 def interrupt_when(process, condition):

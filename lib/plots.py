@@ -105,7 +105,7 @@ def plot_predictions(
         label: `(N, H, W)` uint8, 255 = ignore (white).
         prediction: `(N, H, W)` class indices.
         row_titles: written beside the rows.
-        errors: add a column that shows wrong pixels in their predicted colour and right ones in grey.
+        errors: add a column that shows wrong pixels in their predicted colour and nothing else.
     """
     rows, columns, (height, width) = len(image), 4 + errors, image.shape[1:3]
     depth_m = np.where(depth == 0, np.nan, depth / 1000)
@@ -125,15 +125,14 @@ def plot_predictions(
                 grid[row, 0].set_ylabel(row_titles[row])
         for axes in grid.flat:
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
         figure.colorbar(shown, ax=grid[:, 1], location="bottom", shrink=0.8, aspect=30, pad=0.02)
         figure.legend(handles=class_patches(np.union1d(label, prediction)), loc="outside lower center", ncols=7)
     return figure
 
 
 def _colour_errors(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    right = (label == prediction)[..., None]
-    return np.where(right, 0.85, colour_labels(np.where(label == IGNORE_INDEX, IGNORE_INDEX, prediction)))
+    return colour_labels(np.where((label == prediction) | (label == IGNORE_INDEX), IGNORE_INDEX, prediction))
 
 
 def plot_class_comparison(table: pd.DataFrame, title: str, published: tuple[str, ...] = ()) -> Figure:

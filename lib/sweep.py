@@ -20,7 +20,7 @@ import ray
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from lib.data import check_choice
+from lib.data import PARTS, check_choice
 from lib.runs import MAY_CHANGE, is_evaluated, is_trained, read_history, read_parameters, runs_folder, wait_for_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,8 +132,9 @@ def sweep(
         gpus_per_run: GPUs of each run, 0.5 lets two share one; None takes 1 where there are GPUs.
 
     Raises:
-        ValueError: more than there is on any machine is asked for each run.
+        ValueError: no such part or place, or more asked for each run than any machine has.
     """
+    check_choice("part", part, PARTS)
     errors, tasks = {}, {}
     (runs_folder() / "notebooks").mkdir(parents=True, exist_ok=True)
     with _connected(where):

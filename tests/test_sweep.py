@@ -167,6 +167,8 @@ def test_the_table_tells_the_state_of_each_run(runs):
 def test_places_and_shares_that_are_not_there(runs, monkeypatch):
     with pytest.raises(ValueError, match="where: found '127.0.0.1:1', where no Ray cluster answers"):
         next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
+    with pytest.raises(ValueError, match="part: found 'tset', expected one of train, valid, test"):
+        next(sweep.sweep({}, "tset"))
     monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
     for cpus, gpus, message in (
         (9, 0, "cpus_per_run: found 9"),

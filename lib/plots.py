@@ -206,8 +206,9 @@ def plot_recipes(scores: pd.DataFrame) -> Figure:
         for colour, (seed, by_recipe) in zip(colours, scores.iterrows(), strict=True):
             axes.plot(by_recipe, rows, ".-", color=colour, linewidth=0.8, markersize=9, label=f"seed {seed}")
         axes.plot(scores.mean(), rows, "|", color="black", markersize=20, label="mean")
-        axes.set_title(f"{scores.mean().idxmax()} has the highest mean" if scores.size else "No run is done")
-        axes.set(xlabel="mIoU", ylim=(len(rows) - 0.5, -0.5))
+        title = f"{scores.mean().idxmax()} has the highest mean" if scores.size else "No run is done"
+        figure.suptitle(title, x=0.01, ha="left", fontsize="medium")  # names are long
+        axes.set(xlabel="mIoU", ylim=(max(len(rows), 1) - 0.5, -0.5))
         axes.set_yticks(rows, scores.columns)
         if scores.size:
             figure.legend(loc="outside lower center", ncols=min(len(scores) + 1, 6))

@@ -14,6 +14,7 @@ from lib.plots import (
     plot_differences,
     plot_history,
     plot_predictions,
+    plot_recipes,
 )
 from lib.significance import paired_bootstrap
 
@@ -83,3 +84,14 @@ def test_differences_mark_what_is_more_than_chance():
 def test_curves():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
     assert {"a", "b"} <= set(draw(plot_curves({"a": history, "b": history}, "curves")))
+
+
+def test_recipes_show_each_run_and_the_mean():
+    scores = pd.DataFrame({"a": [0.1, 0.2], "b": [0.4, np.nan]}, index=pd.Index([1, 2], name="seed"))
+    figure = plot_recipes(scores)
+    first, second, mean = figure.axes[0].lines
+    assert (first.get_xdata() == [0.1, 0.4]).all()
+    assert second.get_xdata()[0] == 0.2
+    assert mean.get_xdata() == pytest.approx([0.15, 0.4])
+    assert figure.get_suptitle() == "b has the highest mean"
+    assert plot_recipes(pd.DataFrame()).get_suptitle() == "No run is done"

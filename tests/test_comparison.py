@@ -138,3 +138,13 @@ def test_verdict_about_recipes():
     assert few.startswith("new against old as recipes, over 2 paired seeds: at least 3 are needed.")
     assert describe_recipes(scores[["old"]]) == []
     assert describe_recipes(pd.DataFrame()) == []
+
+
+def test_recipes_of_a_sweep_are_named_without_the_seed(trained):
+    for weight in (0.0, 0.5):
+        for seed in (1, 2):
+            trained(f"sweep-weight={weight}-seed={seed}-abc{seed}", soft_iou_weight=weight, seed=seed)
+    trained("sweep-weight=0.5-seed=1-def", soft_iou_weight=0.5, seed=1, epochs=3)  # same label, another recipe
+    recipes = scores_by_recipe(evaluated_runs("all", "test"), None)
+    assert list(recipes) == ["sweep-weight=0.0", "sweep-weight=0.5", "sweep-weight=0.5-seed=1-def"]
+    assert recipes.notna().sum().tolist() == [2, 2, 1]

@@ -2,13 +2,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import counts, history
+from filelock import FileLock
 
 from lib.runs import (
     find_run,
+    is_evaluated,
+    is_trained,
     read_scores,
     runs_folder,
     start_run,
     summarise,
+    wait_for_run,
     write_history,
     write_report,
     write_scores,
@@ -103,3 +107,25 @@ def test_submission(tmp_path):
             write_submission(tmp_path, "test", np.array(["a", "b"]), wrong)
     with pytest.raises(ValueError, match="submission: found names out of order, expected them sorted"):
         write_submission(tmp_path, "test", np.array(["b", "a"]), predicted)
+
+
+def test_a_run_is_waited_for(tmp_path):
+    lock = FileLock(tmp_path / ".taken.lock")
+    with lock, pytest.raises(RuntimeError, match="run_name: 'taken' is being trained by another process"):
+        wait_for_run(tmp_path / "taken", seconds=0.1)
+    wait_for_run(tmp_path / "taken", seconds=0)
+    with lock.acquire(timeout=0):  # and it was let go
+        pass
+
+
+def test_what_there_is_of_a_run(trained):
+    run = trained("a", evaluated=False)
+    assert not is_trained(run, 3)  # no report yet
+    write_report(run)
+    assert is_trained(run, 3)
+    assert not is_trained(run, 4)
+    assert not is_evaluated(run, "test")
+    write_submission(run, "test", np.array(["a"]), np.zeros((1, 2, 2), np.uint8))
+    assert is_evaluated(run, "test")
+    assert not is_evaluated(run, "valid")
+    assert is_evaluated(trained("b"), "test")

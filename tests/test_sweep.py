@@ -11,8 +11,6 @@ import papermill
 import pytest
 import ray
 from conftest import history
-from ray._private.state import state
-from ray.cluster_utils import Cluster
 
 from lib import sweep
 from lib.runs import (
@@ -225,6 +223,8 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_to_the_same_history(runs,
     alone = parameters | {"run_name": "alone"}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     execute_run(alone, "test")
+    from ray.cluster_utils import Cluster  # no public part of Ray: here, or its change would fail the whole file
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
@@ -245,6 +245,8 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_to_the_same_history(runs,
 
 def _where_it_runs():
     """The Ray node that has no core left."""
+    from ray._private.state import state
+
     free = state.available_resources_per_node()
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     (node,) = (node for node in nodes if free[node].get("CPU", 0) < 1)

@@ -5,9 +5,10 @@ import numpy as np
 from IPython import get_ipython
 from matplotlib.figure import Figure
 
-from lib.analysis_plots import LAYERS, plot_sample
-from lib.data import CLASS_NAMES, Samples
-from lib.plots import small_png
+from lib.classes import CLASS_NAMES
+from lib.data.samples import Samples
+from lib.notebook import small_png
+from lib.plots import LAYERS, plot_sample
 
 
 def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidgets.VBox | Figure:

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.data import CLASS_NAMES, PARTS, check_choice
+from lib.classes import CLASS_NAMES
+from lib.data import PARTS
+from lib.files import read_json
 from lib.metrics import iou
-from lib.runs import find_run, read_history, read_json, read_parameters, runs_folder
+from lib.parameters import check_choice
+from lib.runs import find_run, read_history, read_parameters, runs_folder
 from lib.significance import CONFIDENCE, PairedBootstrap, PairedSeeds, paired_seeds
 
-TABLES = Path(__file__).parent / "tables"
+TABLES = Path(__file__).parent / "data" / "tables"
 SET_ASIDE = re.compile(r"\.\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d~*$")  # names of older runs, see start_run
 NO_RECIPE = ("run_name", "seed", "workers", "device", "save_figures")  # what a recipe does not depend on
 

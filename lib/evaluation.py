@@ -1,7 +1,6 @@
 """A model over samples: predictions, counts per image, losses; at the working size or the labels' own."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +8,13 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from lib.data import CLASS_NAMES, IGNORE_INDEX, Samples, check_choice, progress_bar, resize_samples
-from lib.dataset import FARTHEST_M, NEAREST_M, Batch, encode_batch, plain_batches
+from lib.batches import FARTHEST_M, NEAREST_M, Batch, encode_batch, plain_batches
+from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.data.samples import Samples, resize_samples
+from lib.device import autocast
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
+from lib.notebook import progress_bar
+from lib.parameters import check_choice
 
 # Test-time augmentation averages the class probabilities of these (zoom, flipped) views.
 VIEWS = {
@@ -26,11 +29,6 @@ class Evaluation(NamedTuple):
 
     counts: torch.Tensor
     losses: list[float]
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Mixed precision for `bf16`, nothing for `fp32`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def predict_batches(

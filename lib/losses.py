@@ -3,22 +3,14 @@
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
-from lib.data import IGNORE_INDEX, check_choice
+from lib.classes import IGNORE_INDEX
+from lib.parameters import check_choice
 
 POOLINGS = ("batch", "image", "exp061")
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**26  # logits at a time: of the size of a cache, or enough to fill a GPU
-
-
-class Losses(NamedTuple):
-    """Scalar terms of one batch; `total` is what is minimised."""
-
-    total: torch.Tensor
-    segmentation: torch.Tensor
-    depth: torch.Tensor
 
 
 def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,24 +181,3 @@ def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tenso
         )
     difference = torch.where(valid, prediction.float() - target, 0)
     return difference.abs().sum() / valid.sum().clip(min=1)
-
-
-def total_loss(
-    logits: torch.Tensor,
-    depth: torch.Tensor | None,
-    labels: torch.Tensor,
-    depth_target: torch.Tensor,
-    valid_depth: torch.Tensor,
-    soft_iou_weight: float,
-    soft_iou_pooling: str,
-    depth_weight: float,
-) -> Losses:
-    """Segmentation loss plus weighted depth loss; without a depth head (None) the latter is 0.
-
-    Shapes: logits `(N, C, H, W)`, labels `(N, H, W)`, the depths and the mask `(N, 1, H, W)`.
-    """
-    segmentation = segmentation_loss(logits, labels, soft_iou_weight, soft_iou_pooling)
-    if depth is None:
-        return Losses(segmentation, segmentation, torch.zeros_like(segmentation))
-    depth_l1 = masked_l1(depth, depth_target, valid_depth)
-    return Losses(segmentation + depth_weight * depth_l1, segmentation, depth_l1)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 
-from lib.data import IGNORE_INDEX
+from lib.classes import IGNORE_INDEX
 
 Array = np.ndarray | torch.Tensor
 

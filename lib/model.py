@@ -11,14 +11,10 @@ from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.encoders import encoders, get_encoder_names
 from torch import nn
 
-from lib.data import write_atomically
+from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 
 OUTPUT_STRIDE = 16  # of the encoder in DeepLabV3+
 DECODER_CHANNELS = 256
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message names the file and the remedy."""
 
 
 class Prediction(NamedTuple):
@@ -158,31 +154,3 @@ def copy_weights(model: SegmentationDepthNet, path: Path) -> None:
     if trained.config != model.config:
         raise ValueError(f"start_from: {path} holds {trained.config}, this run has {model.config}; make them equal")
     model.load_state_dict(trained.state_dict())
-
-
-def save_checkpoint(state: dict, path: Path) -> None:
-    """`torch.save` that never leaves half a file; raises OSError where it can't be written."""
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str, ...]) -> dict:
-    """What `save_checkpoint` wrote: data only, nothing in the file is executed.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, from elsewhere, or lacks an expected entry.
-    """
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged or foreign file
-        reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it was cut short or "
-            "comes from elsewhere: copy it again, or train again with resume False"
-        ) from error
-    found = sorted(map(str, saved)) if isinstance(saved, dict) else [type(saved).__name__]
-    if not set(expected) <= set(found):
-        raise CheckpointError(
-            f"{path}: found {', '.join(found) or 'nothing'}, expected {', '.join(expected)}; it was written by another "
-            "version or comes from elsewhere: train again with resume False, or use the version that wrote it"
-        )
-    return saved

@@ -1,18 +1,18 @@
 """Figures from arrays: every function returns a `Figure`, none shows or saves it."""
 
-import io
 from pathlib import Path
 
+import cv2
 import matplotlib
 import numpy as np
 import pandas as pd
-from IPython import get_ipython
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 
-from lib.data import CLASS_NAMES, IGNORE_INDEX
+from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.data.samples import Samples
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"  # where notebooks save what the README shows
 
@@ -30,19 +30,6 @@ STYLE = {
     "axes.titlelocation": "left", "axes.titlesize": "medium", "legend.frameon": False,
     "image.interpolation": "nearest",
 }  # fmt: skip
-
-
-def show_small_figures() -> None:
-    """Let the running notebook keep its figures as PNGs of 256 colours, a third of their size."""
-    get_ipython().display_formatter.formatters["image/png"].for_type(Figure, small_png)
-
-
-def small_png(figure: Figure) -> bytes:
-    """A PNG of 256 colours, chosen by an octree, which keeps those that are rare."""
-    picture, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight")
-    Image.open(picture).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(reduced, "PNG", optimize=True)
-    return reduced.getvalue()
 
 
 def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
@@ -253,3 +240,106 @@ def class_patches(present: np.ndarray) -> list[Patch]:
     if IGNORE_INDEX in present:
         patches.append(Patch(facecolor=IGNORE_COLOUR, edgecolor=GREY, linewidth=0.5, label="unlabelled"))
     return patches
+
+
+COLOUR = dict(zip(CLASS_NAMES, CLASS_COLOURS, strict=True))
+EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that the pale classes stand out from white
+LAYERS = ("labels", "depth", "RGB")
+
+
+def plot_samples(samples: Samples) -> Figure:
+    """A row for each sample: RGB, depth with its scale, labels over RGB with their names."""
+    count, (height, width) = len(samples), samples.size
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, WIDTH / 3 * count * height / width + 0.7), layout="constrained")
+        grid = figure.subplots(count, 3, squeeze=False)
+        for row, axes in enumerate(grid):
+            axes[0].imshow(samples.image[row])
+            shown = axes[1].imshow(_depth_m(samples.depth[row]), cmap="viridis_r", vmin=0.5, vmax=_farthest(samples))
+            axes[2].imshow(blend_labels(samples.image[row], samples.label[row], 0.65))
+            write_names(axes[2], samples.label[row])
+            axes[0].set_ylabel(samples.names[row])
+        for axes, title in zip(grid[0], ("RGB", "depth (m)", "labels"), strict=True):
+            axes.set_title(title)
+        _hide_frames(grid)
+        figure.colorbar(shown, ax=grid, location="bottom", shrink=0.3, aspect=30, pad=0.02)
+    return figure
+
+
+def plot_sample(samples: Samples, index: int, layer: str = "labels", opacity: float = 0.6, only: str = "all") -> Figure:
+    """One sample large: a layer of `LAYERS` over RGB, the labels of all classes or of only one."""
+    image, (height, width) = samples.image[index], samples.size
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.7 * WIDTH, 0.55 * WIDTH * height / width + 0.3), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(image)
+        if layer == "depth":
+            shown = axes.imshow(
+                _depth_m(samples.depth[index]), cmap="viridis_r", vmin=0.5, vmax=_farthest(samples), alpha=opacity
+            )
+            figure.colorbar(shown, ax=axes, label="m")
+        elif layer == "labels":
+            label = samples.label[index]
+            if only != "all":
+                label = np.where(label == CLASS_NAMES.index(only), label, IGNORE_INDEX)
+            axes.imshow(blend_labels(image, label, opacity))
+            write_names(axes, label)
+            shown = np.unique(label[label != IGNORE_INDEX])
+            figure.legend(handles=class_patches(shown), loc="outside right center")
+        axes.set_title(f"{samples.names[index]}: {layer}" + (f", only {only}" if only != "all" else ""))
+        _hide_frames(axes)
+    return figure
+
+
+def blend_labels(image: np.ndarray, label: np.ndarray, opacity: float) -> np.ndarray:
+    """Class colours over RGB `(H, W, 3)`, 0..1; unlabelled pixels keep theirs."""
+    weight = np.where(label == IGNORE_INDEX, 0, opacity)[..., None]
+    return weight * colour_labels(label) + (1 - weight) * image / 255
+
+
+def write_names(axes: Axes, label: np.ndarray, least: float = 0.012) -> None:
+    """The class's name in the middle of each segment that takes 1.2 % of the image or more."""
+    for index in np.unique(label[label != IGNORE_INDEX]):
+        # with a rim, so that a segment ends where the picture does
+        mask = np.pad((label == index).astype(np.uint8), 1)
+        count, segment, stats, _ = cv2.connectedComponentsWithStats(mask)
+        for number in range(1, count):
+            if stats[number, cv2.CC_STAT_AREA] >= least * label.size:
+                room = cv2.distanceTransform((segment == number).astype(np.uint8), cv2.DIST_L2, 5)
+                row, column = np.unravel_index(room.argmax(), room.shape)
+                box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
+                axes.text(
+                    column - 1, row - 1, CLASS_NAMES[index], ha="center", va="center", fontsize=7, bbox=box,
+                    clip_on=True,
+                )  # fmt: skip
+
+
+def _depth_m(depth: np.ndarray) -> np.ndarray:
+    return np.where(depth == 0, np.nan, depth / 1000)
+
+
+def _farthest(samples: Samples) -> float:
+    return float(np.percentile(samples.depth[:: len(samples) // 50 + 1], 99.5)) / 1000
+
+
+def _hide_frames(grid: np.ndarray | Axes) -> None:
+    for axes in np.ravel(grid):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+
+
+def _plot_matrix(shares: np.ndarray, title: str, rows: str, columns: str) -> Figure:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.66 * WIDTH), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.005:
+                colour = "white" if share > 0.55 else "black"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize="small")
+        axes.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+        axes.set(title=title, ylabel=rows, xlabel=columns)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    return figure

@@ -1,7 +1,6 @@
 """A run's folder: parameters, history, scores, counts, report."""
 
 import datetime
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from lib.data import CLASS_NAMES, write_atomically
+from lib.classes import CLASS_NAMES
+from lib.files import read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
 MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
@@ -49,7 +49,7 @@ def start_run(run_name: str, parameters: dict[str, object], resume: bool = False
             older = older.with_name(older.name + "~")
         run.rename(older)
     run.mkdir()
-    _write_json(parameters, run / "parameters.json")
+    write_json(parameters, run / "parameters.json")
     return run
 
 
@@ -125,7 +125,7 @@ def describe_progress(run: Path, epochs: int) -> str:
 
 def write_history(run: Path, history: list[dict]) -> None:
     """One row per epoch so far."""
-    _write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
+    write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
 
 
 def read_history(run: Path) -> pd.DataFrame:
@@ -141,29 +141,13 @@ def write_scores(run: Path, row: dict, names: np.ndarray, counts: np.ndarray) ->
         scores |= {"averaged_classes": averaged_classes(counts)}
         scores |= {"class_iou": dict(zip(CLASS_NAMES, iou(counts).round(6).tolist(), strict=True))}
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
-    _write_json(scores, run / "scores.json")
+    write_json(scores, run / "scores.json")
     write_atomically(run / "counts.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
 
 
 def read_scores(run: Path) -> dict:
     """What `write_scores` wrote, without the counts."""
     return read_json(run / "scores.json")
-
-
-def _write_text(text: str, path: Path) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_json(content: dict, path: Path) -> None:
-    _write_text(json.dumps(content, indent=2) + "\n", path)
-
-
-def read_json(path: Path) -> dict:
-    """The content of one of a run's JSON files; a ValueError says which one is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
 
 
 def find_run(run: str) -> Path:
@@ -195,7 +179,7 @@ def write_evaluation(run: Path, part: str, names: np.ndarray, counts: np.ndarray
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / f"{part}.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
-    _write_json(scores, folder / f"{part}.json")
+    write_json(scores, folder / f"{part}.json")
     write_report(run)
 
 
@@ -239,7 +223,7 @@ def write_report(run: Path) -> Path:
     sections.append("## Training progression\n\n" + _progression(history, scores["best_epoch"]))
     for path in sorted((run / "evaluation").glob("*.json")):
         sections.append(_evaluation_section(path.stem, read_json(path)))
-    _write_text("\n\n".join(sections) + "\n", run / "report.md")
+    write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 
 

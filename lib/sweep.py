@@ -20,7 +20,8 @@ import ray
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from lib.data import PARTS, check_choice
+from lib.data import PARTS
+from lib.parameters import check_choice
 from lib.runs import MAY_CHANGE, is_evaluated, is_trained, read_history, read_parameters, runs_folder, wait_for_run
 
 ROOT = Path(__file__).resolve().parents[1]

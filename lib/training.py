@@ -1,13 +1,11 @@
 """Train a network: the device, one epoch, and `fit` with its checkpoints."""
 
 import math
-import shutil
-import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,78 +14,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.data import CLASS_NAMES, SPLITS, Samples, check_choice, progress_bar
-from lib.dataset import (
-    AUGMENTATIONS,
-    DEPTH_ENCODINGS,
-    INPUT_CHANNELS,
-    Batch,
-    RawBatch,
-    encode_batch,
-    training_loader,
-)
-from lib.evaluation import autocast, evaluate
-from lib.losses import POOLINGS, Losses, total_loss
+from lib.batches import AUGMENTATIONS, DEPTH_ENCODINGS, INPUT_CHANNELS, Batch, RawBatch, encode_batch, training_loader
+from lib.classes import CLASS_NAMES
+from lib.data.samples import Samples
+from lib.data.splits import SPLITS
+from lib.device import PRECISIONS, autocast, choose_device, choose_precision
+from lib.evaluation import evaluate
+from lib.files import load_checkpoint, save_checkpoint
+from lib.losses import POOLINGS, masked_l1, segmentation_loss
 from lib.metrics import mean_iou, pixel_accuracy
-from lib.model import Prediction, load_checkpoint, save_checkpoint, save_model
+from lib.model import Prediction, save_model
+from lib.notebook import progress_bar
+from lib.parameters import check_choice
 from lib.runs import release_run, write_history, write_report, write_scores
 
 SCHEDULES = ("cosine", "one_cycle")
-PRECISIONS = ("auto", "fp32", "bf16")
 CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu; anything else must be there.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # describe_device tells of a driver that is too old
-        if torch.cuda.is_available():
-            available.insert(0, "cuda")
-    if device == "auto":
-        return torch.device(available[0])
-    if device.split(":")[0] not in available:
-        raise ValueError(f"device: found {device!r}, torch {torch.__version__} has auto, {', '.join(available)} here")
-    return torch.device(device)
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the hardware computes in it, else fp32."""
-    check_choice("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
-    if device.type == "cpu":  # emulated, bf16 is several times slower than fp32
-        capabilities = torch.cpu.get_capabilities()
-        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-    return "fp32"
-
-
-def describe_device(device: str, precision: str) -> str:
-    """What `fit` will run on, and a GPU that is there but can't be used."""
-    chosen = choose_device(device)
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
-    line = f"{chosen.type} ({name}), {choose_precision(precision, chosen)}, torch {torch.__version__}"
-    if chosen.type == "cpu" and device == "auto" and _has_nvidia_gpu():
-        line += (
-            "\nAn NVIDIA GPU is installed, but this torch can't use it and trains on the CPU. The usual reason is a "
-            f"driver older than CUDA {torch.version.cuda}: update it, or install a torch and torchvision built for it"
-        )
-    return line
-
-
-def _has_nvidia_gpu() -> bool:
-    if shutil.which("nvidia-smi") is None:
-        return False
-    return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
 
 
 def fit(
@@ -335,3 +278,32 @@ def restore_progress(path: Path, parts: dict, computed: str) -> dict:
     device = next(parts["model"].parameters()).device
     state["progress"]["losses"] = [loss.to(device) for loss in state["progress"]["losses"]]
     return state["progress"]
+
+
+class Losses(NamedTuple):
+    """Scalar terms of one batch; `total` is what is minimised."""
+
+    total: torch.Tensor
+    segmentation: torch.Tensor
+    depth: torch.Tensor
+
+
+def total_loss(
+    logits: torch.Tensor,
+    depth: torch.Tensor | None,
+    labels: torch.Tensor,
+    depth_target: torch.Tensor,
+    valid_depth: torch.Tensor,
+    soft_iou_weight: float,
+    soft_iou_pooling: str,
+    depth_weight: float,
+) -> Losses:
+    """Segmentation loss plus weighted depth loss; without a depth head (None) the latter is 0.
+
+    Shapes: logits `(N, C, H, W)`, labels `(N, H, W)`, the depths and the mask `(N, 1, H, W)`.
+    """
+    segmentation = segmentation_loss(logits, labels, soft_iou_weight, soft_iou_pooling)
+    if depth is None:
+        return Losses(segmentation, segmentation, torch.zeros_like(segmentation))
+    depth_l1 = masked_l1(depth, depth_target, valid_depth)
+    return Losses(segmentation + depth_weight * depth_l1, segmentation, depth_l1)

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import lib  # noqa: F401  (before torch)
-from lib.data import CLASS_NAMES, Samples, load_samples
+from lib.classes import CLASS_NAMES
+from lib.data import load_samples
+from lib.data.samples import Samples
 from lib.metrics import all_scores
 from lib.runs import start_run, write_evaluation, write_history, write_scores
 

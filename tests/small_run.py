@@ -9,7 +9,8 @@ import torch
 
 import lib  # noqa: F401
 from lib import training
-from lib.data import Samples, load_samples
+from lib.data import load_samples
+from lib.data.samples import Samples
 from lib.model import build_model
 from lib.runs import start_run
 

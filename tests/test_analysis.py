@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib.analysis import (
+from lib.classes import CLASS_NAMES
+from lib.data import load_samples
+from lib.data.nyuv2 import TABLES
+from lib.data.samples import Samples
+from lib.data.splits import split_names
+from lib.errors import (
     CLASSES,
     CONFIDENCE_BINS,
     DISTANCE,
@@ -13,26 +18,26 @@ from lib.analysis import (
     STRATA,
     boundary_distance,
     calibration_error,
-    class_shares,
-    count_data,
     count_errors,
-    depth_quantiles,
     describe_confusions,
-    describe_data,
     describe_errors,
-    describe_leakage,
     describe_sure_errors,
-    find_leakage,
-    has_neighbour,
     pixel_strata,
     score_strata,
     segment_shares,
     top_confusions,
     with_and_without,
 )
-from lib.comparison import TABLES
-from lib.data import CLASS_NAMES, Samples, load_samples, split_names
 from lib.evaluation import evaluate_native
+from lib.explore import (
+    class_shares,
+    count_data,
+    depth_quantiles,
+    describe_data,
+    describe_leakage,
+    find_leakage,
+    has_neighbour,
+)
 from lib.metrics import mean_iou
 from lib.model import Prediction
 

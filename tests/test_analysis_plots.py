@@ -6,28 +6,31 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from test_plots import draw
 
-from lib.analysis import CONFIDENCE_BINS, STRATA, ErrorCounts, count_data, find_leakage
-from lib.analysis_plots import (
-    LAYERS,
-    blend_labels,
-    plot_batch,
+from lib.browser import browse_samples, choices
+from lib.classes import CLASS_NAMES
+from lib.errors import (
+    CONFIDENCE_BINS,
+    STRATA,
+    ErrorCounts,
     plot_calibration,
-    plot_class_shares,
     plot_confusion,
-    plot_depth,
     plot_image_scores,
+    plot_strata,
+    plot_worst,
+)
+from lib.explore import (
+    count_data,
+    find_leakage,
+    plot_batch,
+    plot_class_shares,
+    plot_depth,
     plot_leakage,
     plot_meetings,
     plot_missing,
     plot_places,
-    plot_sample,
-    plot_samples,
-    plot_strata,
-    plot_worst,
 )
-from lib.browser import browse_samples, choices
-from lib.data import CLASS_NAMES
-from lib.plots import CLASS_COLOURS, small_png
+from lib.notebook import small_png
+from lib.plots import CLASS_COLOURS, LAYERS, blend_labels, plot_sample, plot_samples
 
 WALL = CLASS_NAMES.index("wall")
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import counts
 from test_significance import simulate
 
+from lib.classes import CLASS_NAMES
 from lib.comparison import (
     class_tables,
     describe_checkpoints,
@@ -16,7 +17,6 @@ from lib.comparison import (
     read_published,
     scores_by_recipe,
 )
-from lib.data import CLASS_NAMES
 from lib.runs import runs_folder
 from lib.significance import paired_bootstrap
 

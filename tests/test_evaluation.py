@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import Samples, resize_samples
+from lib.data.samples import Samples, resize_samples
 from lib.evaluation import evaluate, evaluate_native, predict_batches, predict_labels
-from lib.losses import total_loss
 from lib.metrics import confusion_counts
 from lib.model import build_model
+from lib.training import total_loss
 
 
 def loss(prediction, batch):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.losses import POOLINGS, masked_l1, segmentation_loss, soft_iou_loss, total_loss
+from lib.losses import POOLINGS, masked_l1, segmentation_loss, soft_iou_loss
+from lib.training import total_loss
 
 
 def naive_soft_iou(logits, labels, pooling):

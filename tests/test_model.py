@@ -6,7 +6,8 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 
-from lib.model import CheckpointError, build_model, copy_weights, load_model, save_model
+from lib.files import CheckpointError
+from lib.model import build_model, copy_weights, load_model, save_model
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from lib.data import CLASS_NAMES
+from lib.classes import CLASS_NAMES
 from lib.plots import (
     CLASS_COLOURS,
     colour_labels,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
-from lib.data import DataError, load_samples
-from lib.parameters import check_parameters
+from lib.data import load_samples
+from lib.data.samples import DataError
+from lib.notebook import check_parameters
 from lib.training import check_options
 
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -111,7 +112,7 @@ def test_any_injected_parameters(monkeypatch, injected):
     defaults = {"epochs": 1, "rate": 0.1, "resume": False, "name": "a", "limit": None}
     cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in injected.items())
     shell.user_ns |= defaults | injected | {"__annotations__": DECLARED, "In": ["", cell]}
-    monkeypatch.setattr("lib.parameters.get_ipython", lambda: shell)
+    monkeypatch.setattr("lib.notebook.get_ipython", lambda: shell)
     wrong = {name for name, value in injected.items() if name not in DECLARED or not fits(value, DECLARED[name])}
     try:
         assert check_parameters() == defaults | injected

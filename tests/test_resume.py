@@ -11,8 +11,8 @@ import torch
 from small_run import OPTIONS, small_samples, train
 
 from lib import training
-from lib.data import write_atomically
-from lib.model import CheckpointError, build_model, load_model
+from lib.files import CheckpointError, write_atomically
+from lib.model import build_model, load_model
 from lib.runs import describe_progress, release_run, runs_folder, start_run
 
 KILLS = int(os.environ.get("KILLS", "3"))  # random kills; 20 were run once by hand

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lib import training
-from lib.data import Samples
-from lib.dataset import encode_batch, plain_batches
-from lib.losses import total_loss
+from lib.batches import encode_batch, plain_batches
+from lib.data.samples import Samples
+from lib.device import choose_device, choose_precision, describe_device
 from lib.metrics import confusion_counts, mean_iou
 from lib.model import build_model, load_model
 from lib.runs import runs_folder, start_run
-from lib.training import build_average, build_schedule, choose_device, choose_precision, describe_device, fit
+from lib.training import build_average, build_schedule, fit, total_loss
 
 OPTIONS = {
     "inputs": "rgbd", "depth_encoding": "inverse", "soft_iou_weight": 0.5, "soft_iou_pooling": "batch",
@@ -210,7 +210,7 @@ def test_device_and_precision():
 
 
 def test_an_unusable_gpu_is_told(monkeypatch):
-    monkeypatch.setattr("lib.training._has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("lib.device._has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert "An NVIDIA GPU is installed, but this torch can't use it" in describe_device("auto", "fp32")

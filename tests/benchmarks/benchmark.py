@@ -35,13 +35,15 @@ from plain_recipe import naive_soft_iou, plain_epochs
 from torch.profiler import ProfilerActivity, profile
 
 import lib  # noqa: F401
-from lib.data import Samples, load_samples
-from lib.dataset import Batch, TrainingSet, encode_batch, training_loader
-from lib.losses import Losses, segmentation_loss, total_loss
+from lib.batches import Batch, TrainingSet, encode_batch, training_loader
+from lib.data import load_samples
+from lib.data.samples import Samples
+from lib.device import choose_precision
+from lib.losses import segmentation_loss
 from lib.metrics import confusion_counts
 from lib.model import Prediction, build_model
 from lib.runs import start_run
-from lib.training import choose_precision, fit, training_step
+from lib.training import Losses, fit, total_loss, training_step
 
 ROUNDS = 9
 SMALL = {

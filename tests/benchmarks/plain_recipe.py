@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.dataset import build_augmentation
+from lib.batches import build_augmentation
 
 
 def naive_soft_iou(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from conftest import assert_equal_samples
 
-from lib.data import CLASS_NAMES, IGNORE_INDEX, load_samples
-from lib.scenes import make_scenes, render_scene, scene_names
+from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.data import load_samples
+from lib.data.scenes import make_scenes, render_scene, scene_names
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from conftest import assert_equal_samples, write_folder
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from lib import data
-from lib.data import DataError, Samples, load_samples, resize_image, resize_nearest, resize_samples, split_names
+from lib.data import folder as data_folder
+from lib.data import load_samples
+from lib.data.samples import DataError, Samples, resize_image, resize_nearest, resize_samples
+from lib.data.splits import split_names
 
 
 def test_folder_gives_back_what_was_written(folder, scenes):
@@ -168,14 +170,14 @@ def test_bad_file_is_named(folder, case):
 
 
 def test_a_file_that_disappears_while_reading(folder, monkeypatch):
-    path, real = folder / "train" / "depth" / "000004.png", data._list_files
+    path, real = folder / "train" / "depth" / "000004.png", data_folder._list_files
 
     def list_then_lose(part):
         files = real(part)
         path.unlink()
         return files
 
-    monkeypatch.setattr(data, "_list_files", list_then_lose)
+    monkeypatch.setattr("lib.data._list_files", "_list_files", list_then_lose)
     with pytest.raises(DataError) as error:
         load_samples(folder, "train", "official")
     assert str(error.value) == (

@@ -1,23 +1,35 @@
-"""What explore and error_analysis count, each in one pass over the images, and what the counts say in words."""
+"""Where and why a run is wrong: counts in one pass of the model, and their figures."""
 
 from dataclasses import dataclass
 
 import cv2
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
-from lib.data import CLASS_NAMES, IGNORE_INDEX, Samples, progress_bar, split_names
+from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.data.samples import Samples
 from lib.evaluation import predict_confidence
 from lib.metrics import class_accuracy, image_accuracy, iou, mean_iou, pixel_accuracy
+from lib.notebook import progress_bar
+from lib.plots import (
+    COLOUR,
+    EDGED,
+    GREY,
+    STYLE,
+    TRAIN_COLOUR,
+    VALID_COLOUR,
+    WIDTH,
+    _hide_frames,
+    _plot_matrix,
+    class_patches,
+    colour_labels,
+)
 
 CLASSES = len(CLASS_NAMES)
-CELLS = (24, 32)  # of the frame, in which places are counted
-DEPTH_STEPS_M = np.linspace(0, 10, 101)
-NEARBY = 0.025  # of the width: classes meet over the unlabelled slivers that people leave between them
-UNRELATED_IDS = 50  # frames with ids farther apart are taken to be of different scenes
-CHANCE = 1e-4  # share of unrelated pairs of images that pass for near copies
-
 CONFIDENCE_BINS = 15
 SURE = 0.9  # the confidence from which the network counts as sure
 # pixels are told apart by these edges
@@ -41,44 +53,6 @@ STRATA = {
 }
 
 
-@dataclass(frozen=True)
-class DataCounts:
-    """What is in labelled images.
-
-    Attributes:
-        pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
-        depth: `(C + 1, 101)` pixels by class and depth: missing, then `DEPTH_STEPS_M`.
-        meetings: `(C, C)` pairs of nearby pixels of two classes, symmetric.
-        places: `(C, 24, 32)` pixels of each class by cell of the frame.
-        missing: `(24, 32)` share of pixels without measured depth by cell.
-    """
-
-    pixels: np.ndarray
-    depth: np.ndarray
-    meetings: np.ndarray
-    places: np.ndarray
-    missing: np.ndarray
-
-
-def count_data(samples: Samples) -> DataCounts:
-    """Count labelled images, one at a time."""
-    pixels = np.zeros((len(samples), CLASSES + 1), np.int64)
-    depths = np.zeros((CLASSES + 1, len(DEPTH_STEPS_M)), np.int64)
-    meetings, cell = np.zeros((CLASSES, CLASSES), np.int64), _cells(samples.size, CELLS)
-    places, missing = np.zeros((CLASSES + 1, *CELLS), np.int64), np.zeros(CELLS)
-    for index in range(len(samples)):
-        depth = samples.depth[index] if samples.measured is None else samples.depth[index] * samples.measured[index]
-        label = np.minimum(samples.label[index], CLASSES).astype(np.int64)  # 255 becomes one more class
-        step = np.where(depth == 0, 0, 1 + np.minimum(depth // 100, len(DEPTH_STEPS_M) - 2))
-        pixels[index] = np.bincount(label.ravel(), minlength=CLASSES + 1)
-        depths += _joint_counts(label, step, depths.shape)
-        places += _joint_counts(label, cell, (CLASSES + 1, places[0].size)).reshape(places.shape)
-        missing += np.bincount(cell[depth == 0], minlength=missing.size).reshape(CELLS)
-        meetings += _count_meetings(label)
-    frame = np.bincount(cell.ravel(), minlength=missing.size).reshape(CELLS)
-    return DataCounts(pixels, depths, meetings, places[:CLASSES], missing / np.maximum(len(samples) * frame, 1))
-
-
 def _cells(size: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
     """The cell that each pixel of `(height, width)` belongs to."""
     row, column = (np.arange(length) * count // length for length, count in zip(size, cells, strict=True))
@@ -87,121 +61,6 @@ def _cells(size: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
 
 def _joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.bincount((first * shape[1] + second).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _count_meetings(label: np.ndarray) -> np.ndarray:
-    reach, counts = max(1, round(NEARBY * label.shape[1])), 0
-    for one, other in ((label[:, :-reach], label[:, reach:]), (label[:-reach], label[reach:])):
-        counts = counts + _joint_counts(one, other, (CLASSES + 1, CLASSES + 1))[:CLASSES, :CLASSES]
-    return (counts + counts.T) * ~np.eye(CLASSES, dtype=bool)
-
-
-def class_shares(counts: DataCounts) -> pd.DataFrame:
-    """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
-    total, depth = counts.pixels.sum(0)[:CLASSES], counts.depth[:CLASSES]
-    shares = {
-        "pixels": total / max(total.sum(), 1),
-        "images": (counts.pixels[:, :CLASSES] > 0).mean(0),
-        "without depth": np.where(total > 0, depth[:, 0] / np.maximum(total, 1), np.nan),
-    }
-    return pd.DataFrame(shares, index=list(CLASS_NAMES)).sort_values("pixels", ascending=False)
-
-
-def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Metres below which these shares of the measured pixels lie, from a row of `DataCounts.depth`."""
-    measured = np.cumsum(np.append(0, histogram[1:]))
-    return np.interp(np.multiply(shares, measured[-1]), measured, DEPTH_STEPS_M)
-
-
-@dataclass(frozen=True)
-class Leakage:
-    """What of a split's validation images is in training already.
-
-    Attributes:
-        train_count: images that train.
-        valid: `(V,)` positions of those that validate.
-        match: `(V,)` for each the position of the training image whose colours are most alike.
-        similarity: `(V,)` of the two, 0..1.
-        threshold: similarity from which two images count as near copies.
-        neighbours: how many have a neighbouring id in training; None where names are no numbers.
-    """
-
-    train_count: int
-    valid: np.ndarray
-    match: np.ndarray
-    similarity: np.ndarray
-    threshold: float
-    neighbours: int | None
-
-    @property
-    def near_copies(self) -> int:
-        """How many have a near copy in training."""
-        return int((self.similarity > self.threshold).sum())
-
-
-def find_leakage(names: np.ndarray, image: np.ndarray) -> dict[str, Leakage]:
-    """Of each split that these images allow, `random` and `blocks`.
-
-    Images are compared by their colours alone, which a step aside does not change much. Near copies are
-    more alike than 9,999 of 10,000 unrelated pairs: on NYUv2 9 % of the pairs of neighbouring ids are, and
-    0.6 % where thumbnails are compared instead.
-    """
-    alike = _colour_signatures(image) @ _colour_signatures(image).T
-    numbers = np.array([int(name) for name in names]) if all(name.isdecimal() for name in names.tolist()) else None
-    order = np.arange(len(names)) if numbers is None else numbers
-    unrelated = np.abs(order[:, None] - order) > min(UNRELATED_IDS, len(names) // 4)
-    threshold = float(np.quantile(alike[unrelated], 1 - CHANCE)) if unrelated.any() else 1.0
-    found = {}
-    for split in ("random", "blocks") if numbers is not None else ("random",):
-        train, valid = split_names(names, split)
-        if min(len(train), len(valid)):
-            best = alike[np.ix_(valid, train)].argmax(1)
-            near = None if numbers is None else int(has_neighbour(numbers[valid], numbers[train]).sum())
-            match = train[best]
-            found[split] = Leakage(len(train), valid, match, alike[valid, match], threshold, near)
-    return found
-
-
-def has_neighbour(ids: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the ids have the one before or after them among the others."""
-    return np.isin(ids - 1, others) | np.isin(ids + 1, others)
-
-
-def _colour_signatures(image: np.ndarray) -> np.ndarray:
-    """`(N, 4096)` unit vectors: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
-    counts = np.empty((len(image), 4096), np.float32)
-    for index, picture in enumerate(image):
-        light, green_red, blue_yellow = np.moveaxis(cv2.cvtColor(picture, cv2.COLOR_RGB2LAB).astype(np.int64), -1, 0)
-        colour = (light // 64 * 32 + green_red // 8) * 32 + blue_yellow // 8
-        counts[index] = np.bincount(colour.ravel(), minlength=4096)
-    return np.sqrt(counts / counts.sum(1, keepdims=True))
-
-
-def describe_leakage(leakage: dict[str, Leakage]) -> str:
-    """A sentence for each split."""
-    sentences = []
-    for split, leak in leakage.items():
-        count = len(leak.valid)
-        found = {"a neighbouring id": leak.neighbours, "a near copy": leak.near_copies}
-        signs = [f"{number} ({number / count:.0%}) have {sign}" for sign, number in found.items() if number is not None]
-        sentences.append(f"Of the {count} images that validate in split `{split}`, {' and '.join(signs)} in training.")
-    return " ".join(sentences) or "Too few images to split."
-
-
-def describe_data(counts: DataCounts, leakage: dict[str, Leakage]) -> str:
-    """The findings of explore in words."""
-    shares, total = class_shares(counts), counts.pixels.sum()
-    shares = shares[shares.pixels > 0]
-    common, rare = shares.pixels.head(4), shares.pixels.tail(2)
-    most, least = (", ".join(f"{name} {share:.2%}" for name, share in some.items()) for some in (common, rare))
-    low, middle, high = depth_quantiles(counts.depth.sum(0), (0.05, 0.5, 0.95))
-    return (
-        f"Of the pixels of {len(counts.pixels)} labelled images, {counts.pixels[:, -1].sum() / total:.1%} have no "
-        "label. "
-        f"Most of the others, {common.sum():.0%}, are {most}; the rarest classes are {least}, and each weighs as much "
-        f"in the mIoU as {common.index[0]}. Half of the depths are below {middle:.1f} m, nine in ten between {low:.1f} "
-        f"and {high:.1f} m; {counts.depth[:, 0].sum() / total:.1%} of the pixels have none. {describe_leakage(leakage)}"
-    )
 
 
 @dataclass(frozen=True)
@@ -402,3 +261,128 @@ def _extremes(errors: ErrorCounts, name: str) -> str:
         f"from {accuracy.min():.2f} {least.format(accuracy.idxmin())} to {accuracy.max():.2f} "
         f"{best.format(accuracy.idxmax())}"
     )
+
+
+def plot_confusion(confusion: np.ndarray) -> Figure:
+    """Row-normalised confusion of `(..., C, C)` counts."""
+    pooled = confusion.reshape(-1, *confusion.shape[-2:]).sum(0)
+    total, recall = pooled.sum(1, keepdims=True), class_accuracy(pooled)
+    shares = np.where(total > 0, pooled / np.maximum(total, 1), np.nan)
+    best, least = CLASS_NAMES[np.nanargmax(recall)], CLASS_NAMES[np.nanargmin(recall)]
+    title = f"Of {best} {np.nanmax(recall):.0%} is found, of {least} {np.nanmin(recall):.0%}; in % of the true class"
+    return _plot_matrix(shares, title, "truth", "prediction")
+
+
+def plot_strata(errors: ErrorCounts) -> Figure:
+    """Accuracy and mIoU by depth, distance to a boundary and size of the segment, and the mIoU by region."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+        grid = figure.subplots(2, 2)
+        for axes, (name, counts) in zip(grid.flat, errors.strata.items(), strict=True):
+            table = score_strata(counts)
+            if name == REGION:
+                _draw_region(axes, table["mIoU"].to_numpy().reshape(3, 3))
+                continue
+            kept = table.pixels > 0
+            table, bins = table[kept], np.array(STRATA[name])[kept]
+            axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
+            axes.plot(bins, table["pixel accuracy"], color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
+            axes.plot(bins, table["mIoU"], color=VALID_COLOUR, marker=".", label="mIoU")
+            common = table["mIoU"].to_numpy() * np.where(table.pixels < 0.01, np.nan, 1)
+            best, least = np.nanargmax(common), np.nanargmin(common)
+            axes.set(xlabel=name, ylim=(0, 1))
+            axes.set_title(f"mIoU {common[best]:.2f} at {bins[best]}, {common[least]:.2f} at {bins[least]}")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_region(axes: Axes, miou: np.ndarray) -> None:
+    axes.imshow(miou, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), score in np.ndenumerate(miou):
+        colour = "white" if score > 0.55 else "black"
+        axes.text(column, row, f"{score:.2f}", ha="center", va="center", color=colour)
+    names = STRATA[REGION]
+    axes.set_title(f"mIoU: best {names[np.nanargmax(miou)]}, worst {names[np.nanargmin(miou)]}")
+    axes.set(xticks=[], yticks=[], xlabel=REGION)
+    axes.spines[:].set_visible(False)
+
+
+def plot_calibration(calibration: np.ndarray) -> Figure:
+    """Reliability diagram of all classes together; the gap between confidence and accuracy of each class."""
+    pixels, confidence, right = np.moveaxis(calibration.sum(0), -1, 0)
+    used = pixels > 0
+    error = pd.Series([calibration_error(one) for one in calibration], index=CLASS_NAMES).dropna().sort_values()
+    sums = calibration.sum(1)
+    over = {name: total[1] >= total[2] for name, total in zip(CLASS_NAMES, sums, strict=True)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        diagram, by_class = figure.subplots(1, 2)
+        edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
+        diagram.stairs(pixels / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels")
+        diagram.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="as right as sure")
+        diagram.plot(confidence[used] / pixels[used], right[used] / pixels[used], color=VALID_COLOUR, marker=".",
+                     label="this network")  # fmt: skip
+        gap = (confidence.sum() - right.sum()) / pixels.sum()
+        diagram.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+        diagram.set_title(
+            f"{abs(gap):.3f} {'more' if gap > 0 else 'less'} sure than right; ECE {calibration_error(calibration):.3f}"
+        )
+        diagram.legend(loc="upper left")
+        by_class.barh(error.index, error, color=[COLOUR[name] for name in error.index], **EDGED)
+        for row, (name, value) in enumerate(error.items()):
+            by_class.text(
+                value, row, " too sure" if over[name] else " too doubtful", va="center", fontsize="small", color=GREY
+            )
+        by_class.set(title=f"Least to be trusted: {error.index[-1]}", xlabel="ECE of the pixels named so")
+        by_class.set_xlim(0, 1.3 * error.max())
+    return figure
+
+
+def plot_worst(samples: Samples, predicted: np.ndarray, confidence: np.ndarray, row_titles: list[str]) -> Figure:
+    """A row for each sample: RGB, truth, prediction, errors in the colour named, pale where the network doubted."""
+    count, (height, width) = len(samples), samples.size
+    wrong = (samples.label != IGNORE_INDEX) & (samples.label != predicted)
+    strength = np.where(wrong, np.where(confidence >= SURE, 1.0, 0.35), 0)[..., None]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, WIDTH / 4 * count * height / width + 0.9), layout="constrained")
+        grid = figure.subplots(count, 4, squeeze=False)
+        for row in range(count):
+            grid[row, 0].imshow(samples.image[row])
+            grid[row, 1].imshow(colour_labels(samples.label[row]))
+            grid[row, 2].imshow(colour_labels(predicted[row]))
+            grid[row, 3].imshow(strength[row] * colour_labels(predicted[row]) + (1 - strength[row]) * 0.93)
+            grid[row, 0].set_ylabel(row_titles[row])
+        for axes, title in zip(grid[0], ("RGB", "truth", "prediction", f"errors, solid if sure ({SURE})"), strict=True):
+            axes.set_title(title)
+        _hide_frames(grid)
+        figure.legend(handles=class_patches(np.union1d(samples.label, predicted)), loc="outside lower center", ncols=7)
+    return figure
+
+
+def plot_image_scores(confusion: np.ndarray) -> Figure:
+    """Accuracy of each image against its number of classes; of images with and without each class."""
+    accuracy, truth = image_accuracy(confusion), confusion.sum(2)
+    classes = (truth > 0.01 * truth.sum(1, keepdims=True)).sum(1)
+    table = with_and_without(confusion).dropna()
+    table = table.iloc[np.argsort(table["with"] - table["without"])]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        scatter, by_class = figure.subplots(1, 2)
+        jitter = np.random.default_rng(0).uniform(-0.2, 0.2, len(classes))
+        scatter.plot(classes + jitter, accuracy, ".", color=VALID_COLOUR, alpha=0.6)
+        scatter.set(xlabel="classes in the image", ylabel="pixel accuracy", ylim=(0, 1))
+        if np.ptp(classes):  # else there is no correlation
+            correlation = pd.Series(classes).corr(pd.Series(accuracy), method="spearman")
+            effect = "more" if correlation < -0.2 else "fewer" if correlation > 0.2 else "as many"
+            scatter.set_title(f"More classes, {effect} errors (rank correlation {correlation:+.2f})")
+        rows = np.arange(len(table))
+        by_class.hlines(rows, table["without"], table["with"], color="0.8", zorder=0)
+        by_class.plot(table["without"], rows, "o", color=GREY, markerfacecolor="white", label="images without it")
+        by_class.scatter(table["with"], rows, color=[COLOUR[name] for name in table.index], edgecolor=GREY, zorder=2,
+                         label="images with it")  # fmt: skip
+        by_class.set_yticks(rows, table.index)
+        by_class.set(xlabel="mean pixel accuracy", title="Every class is in every image")
+        if len(table):
+            by_class.set_title(f"Images with {table.index[0]} are harder than the others")
+        figure.legend(loc="outside lower right", ncols=2)
+    return figure

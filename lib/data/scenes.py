@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lib.data import CLASS_NAMES, IGNORE_INDEX, Samples
+from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.data.samples import Samples
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width

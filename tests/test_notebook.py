@@ -3,7 +3,7 @@ import typing
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from lib.parameters import check_parameters
+from lib.notebook import check_parameters
 
 DECLARED = """epochs: int = 3
 limit: typing.Optional[int] = None
@@ -21,7 +21,7 @@ def notebook(monkeypatch):
     def run(*cells):
         shell = InteractiveShell()
         shell.user_ns["typing"] = typing
-        monkeypatch.setattr("lib.parameters.get_ipython", lambda: shell)
+        monkeypatch.setattr("lib.notebook.get_ipython", lambda: shell)
         for cell in cells:
             shell.run_cell(cell, store_history=True).raise_error()
         return check_parameters()
@@ -68,5 +68,5 @@ def test_all_mistakes_at_once(notebook):
 
 
 def test_outside_a_notebook(monkeypatch):
-    monkeypatch.setattr("lib.parameters.get_ipython", lambda: None)
+    monkeypatch.setattr("lib.notebook.get_ipython", lambda: None)
     assert check_parameters() == {}

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.data import IGNORE_INDEX, Samples, check_choice
+from lib.classes import IGNORE_INDEX
+from lib.data.samples import Samples
+from lib.parameters import check_choice
 
 INPUT_CHANNELS = {"rgb": 3, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")

@@ -7,11 +7,12 @@ import pytest
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
-from lib import matfile
-from lib.data import CLASS_NAMES, DataError, Samples, load_samples
-from lib.scenes import make_scenes
+from lib.classes import CLASS_NAMES
+from lib.data import load_samples, nyuv2
+from lib.data.samples import DataError, Samples
+from lib.data.scenes import make_scenes
 
-SHARED = Path(__file__).parents[2] / "shared" / "nyuv2"
+SHARED = Path(__file__).parents[3] / "shared" / "nyuv2"
 COUNT = 40
 RAW_IDS = [157, 85, 4, 5, 11, 3, 2, 64, 83, 19, 172, 21, 59]  # bed .. window
 
@@ -49,7 +50,7 @@ def mat(tmp_path, frames):
 
 
 def official(frames, part):
-    table = pd.read_csv(matfile.TABLES / "nyuv2_split.csv")
+    table = pd.read_csv(nyuv2.TABLES / "nyuv2_split.csv")
     return frames[table.id[(table.part == part) & (table.id < COUNT)].to_numpy()]
 
 
@@ -69,9 +70,9 @@ def test_measured_is_where_raw_depth_is(mat, frames):
 
 
 def test_scenes_split_keeps_scenes_whole(mat, frames):
-    _, scenes = matfile.frame_names(mat, "train")
+    _, scenes = nyuv2.frame_names(mat, "train")
     names = {part: load_samples(mat, part, "scenes").names for part in ("train", "valid")}
-    by_name = dict(zip(matfile.frame_names(mat, "train")[0], scenes, strict=True))
+    by_name = dict(zip(nyuv2.frame_names(mat, "train")[0], scenes, strict=True))
     rooms = {part: {by_name[name] for name in found} for part, found in names.items()}
     assert not rooms["train"] & rooms["valid"]
     assert len(rooms["valid"]) == int(np.ceil(0.2 * len(set(scenes))))
@@ -118,8 +119,8 @@ def test_cache_that_does_not_match_is_made_again(mat, frames, change):
 
 
 def test_read_only_folder_gets_its_cache_elsewhere(mat, tmp_path, monkeypatch):
-    monkeypatch.setattr(matfile.os, "access", lambda *arguments: False)
-    monkeypatch.setattr(matfile.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(nyuv2.os, "access", lambda *arguments: False)
+    monkeypatch.setattr(nyuv2.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     load_samples(mat, "test", size=(24, 32))
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["nyu_depth_v2_labeled.24x32.cache"]
@@ -166,9 +167,9 @@ def test_truncated_and_missing_files(mat):
 
 
 def test_class_table():
-    table = pd.read_csv(matfile.TABLES / "nyuv2_classes.csv").set_index("raw")
+    table = pd.read_csv(nyuv2.TABLES / "nyuv2_classes.csv").set_index("raw")
     assert len(table) == 895
-    mapped = matfile._class_table()
+    mapped = nyuv2._class_table()
     assert mapped[0] == 255
     by_name = {name: CLASS_NAMES[mapped[raw]] for raw, name in table.name.items() if raw}
     same = ("bed", "ceiling", "chair", "floor", "picture", "sofa", "table", "wall", "window")
@@ -184,8 +185,8 @@ def test_tables_are_those_published():
     scipy_io = pytest.importorskip("scipy.io")
     to_40 = np.append(0, scipy_io.loadmat(SHARED / "classMapping40.mat")["mapClass"].ravel())
     to_13 = np.append(0, scipy_io.loadmat(SHARED / "class13Mapping.mat")["classMapping13"][0][0][0][0])
-    np.testing.assert_array_equal(matfile._class_table(), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1))
-    table = pd.read_csv(matfile.TABLES / "nyuv2_split.csv")
+    np.testing.assert_array_equal(nyuv2._class_table(), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1))
+    table = pd.read_csv(nyuv2.TABLES / "nyuv2_split.csv")
     splits = scipy_io.loadmat(SHARED / "splits.mat")
     for part in ("train", "test"):
         np.testing.assert_array_equal(table.id[table.part == part] + 1, np.sort(splits[f"{part}Ndxs"].ravel()))

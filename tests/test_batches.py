@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import Samples
-from lib.dataset import (
+from lib.batches import (
     EpochBatches,
     TrainingSet,
     build_augmentation,
@@ -15,6 +14,7 @@ from lib.dataset import (
     stack_items,
     training_loader,
 )
+from lib.data.samples import Samples
 
 
 def millimetres(*values):
@@ -123,7 +123,7 @@ def test_zoom_brings_things_nearer(augment):
 @pytest.mark.parametrize("augment", ["exp061", "crops"])
 def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
     """Ramps to the right and down, in RGB and in depth: after any transform they say the same."""
-    monkeypatch.setattr("lib.dataset._zoom", lambda applied: 1.0)  # leave the depths as they are
+    monkeypatch.setattr("lib.batches._zoom", lambda applied: 1.0)  # leave the depths as they are
     down, right = np.mgrid[:192, :256].astype(np.uint8)
     image, unlabelled = np.stack((right, down, down), -1)[None], np.zeros((1, 192, 256), np.uint8)
     for channel, ramp in ((0, right), (1, down)):

@@ -18,7 +18,9 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from lib.data import IGNORE_INDEX, DataError, Samples, progress_bar, resize_samples
+from lib.classes import IGNORE_INDEX
+from lib.data.samples import DataError, Samples, resize_samples
+from lib.notebook import progress_bar
 
 TABLES = Path(__file__).parent / "tables"
 ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}

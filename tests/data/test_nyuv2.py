@@ -88,7 +88,7 @@ def test_folders_have_no_scenes(tmp_path, frames):
 
 def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
     first = load_samples(mat, "train", "official", (48, 64))
-    monkeypatch.setattr(matfile, "_read_block", None)  # nothing is read again
+    monkeypatch.setattr(nyuv2, "_read_block", None)  # nothing is read again
     again = load_samples(mat, "train", "official", (48, 64))
     assert_equal_samples(first, again)
     assert isinstance(again.image, np.memmap)

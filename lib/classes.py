@@ -1,7 +1,29 @@
-"""Class indices and their names."""
+"""Class sets: names in the order of their indices. Which one is meant is a property of the data."""
 
-CLASS_NAMES = (
+IGNORE_INDEX = 255
+MOST_CLASSES = IGNORE_INDEX  # a label is one byte, and 255 is taken
+
+NYUV2_13 = (
     "bed", "books", "ceiling", "chair", "floor", "furniture", "objects",
     "picture", "sofa", "table", "tv", "wall", "window",
 )  # fmt: skip
-IGNORE_INDEX = 255
+
+# spelt as published by Gupta, Arbelaez and Malik, CVPR 2013
+NYUV2_40 = (
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
+    "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling", "books",
+    "refridgerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
+    "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop",
+)  # fmt: skip
+
+
+def check_same_classes(classes: tuple[str, ...], others: tuple[str, ...], whose: str, whose_others: str) -> None:
+    """Raise a ValueError that names the first difference where two class sets that meet are not the same."""
+    if classes == others:
+        return
+    if len(classes) != len(others):
+        found, other = (f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (classes, others))
+    else:
+        index = next(index for index, pair in enumerate(zip(classes, others, strict=True)) if pair[0] != pair[1])
+        found, other = (f"{names[index]!r} as class {index}" for names in (classes, others))
+    raise ValueError(f"classes: {whose} has {found}, {whose_others} has {other}; use what has the same classes")

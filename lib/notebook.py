@@ -79,12 +79,12 @@ class _Bar(tqdm):
             self.handle.update(text, raw=True)
 
 
-def progress_bar(label: str, total: int, initial: int = 0) -> tqdm:
+def progress_bar(label: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
     """A bar for notebooks and terminals; call its `update()`, in the end its `close()`."""
     options = {"desc": label, "total": total, "initial": initial, "mininterval": 0.5, "ncols": 100, "ascii": False}
-    if getattr(get_ipython(), "kernel", None) is not None:
+    if not disable and getattr(get_ipython(), "kernel", None) is not None:
         return _Bar(file=io.StringIO(), **options)  # a closing tqdm ends the line of its file
-    return tqdm(disable=None, **options)  # None: silent where there is no terminal
+    return tqdm(disable=disable or None, **options)  # None: silent where there is no terminal
 
 
 def show_small_figures() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 
-def check_choice(parameter: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(parameter: str, value: object, choices: Iterable) -> None:
     """Raise a ValueError that names the parameter and what there is."""
     if value not in choices:
-        raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}")

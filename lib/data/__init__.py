@@ -1,18 +1,19 @@
 """Samples of a data set, whatever its source."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from lib.data.folder import _list_files, _read_folder
-from lib.data.nyuv2 import frame_names, read_frames
-from lib.data.samples import DataError, Samples, resize_samples
-from lib.data.scenes import make_scenes, room_names, scene_names
-from lib.data.splits import SPLITS, _select, split_names
+from lib.data.folder import open_folder
+from lib.data.nyuv2 import open_file
+from lib.data.samples import DataError, Pieces, Samples, Source
+from lib.data.scenes import open_scenes
+from lib.data.splits import SPLITS, choose_split, select_part
 from lib.parameters import check_choice
 
-__all__ = ["PARTS", "DataError", "Samples", "load_samples", "split_names"]
+__all__ = ["PARTS", "DataError", "Pieces", "Samples", "iterate_samples", "load_samples"]
 
 PARTS = ("train", "valid", "test")
 
@@ -20,42 +21,83 @@ PARTS = ("train", "valid", "test")
 def load_samples(
     source: str | os.PathLike,
     part: str,
-    split: str = "random",
+    split: str = "auto",
     size: tuple[int, int] | None = None,
     limit: int | None = None,
+    classes: str | None = None,
+    fold: int = 4,
 ) -> Samples:
     """Read one part of a data set.
 
     Args:
         source: `"synthetic"` for the embedded scenes; the path of `nyu_depth_v2_labeled.mat`; or a
             folder with `train/{image,depth,label}` and `test/{image,depth}`: images png or jpg, depth
-            16-bit PNG in millimetres, labels 8-bit PNG with 0..12 and 255 = ignore.
+            16-bit PNG in millimetres, labels 8-bit PNG with class indices and 255 = ignore. A
+            `dataset.yaml` in it names the classes, if they are not NYUv2's 13.
         part: `"train"`, `"valid"` (both cut from the training images by `split`) or `"test"`.
         split: `"random"` (20 % of the images validate, as in Exp061), `"blocks"` (every fifth run
-            of consecutive ids validates), `"scenes"` (20 % of the named scenes validate, where the
-            source has names) or `"official"` (all train, `"valid"` is empty).
+            of neighbouring ids validates), `"scenes"` (a fifth of the scenes validates, where they
+            are known), `"official"` (all train, `"valid"` is empty), or `"auto"`: `scenes` for the .mat
+            file, `blocks` for the embedded scenes and for folders whose names are numbers, else `random`.
         size: (height, width) to resize to, RGB by area, depth and label by nearest neighbour;
             None keeps the native size.
         limit: use only the first N images, before splitting.
+        classes: class set of the .mat file, `nyuv2_13` (None) or `nyuv2_40`; other sources know theirs.
+        fold: which of the five folds of `blocks` or `scenes` validates, 0 to 4.
 
     Raises:
         ValueError: an unknown part or split, or a limit that leaves a part empty.
         DataError: a missing folder or partner, a damaged file, sizes that differ, or values
             that can't be RGB, millimetres or class indices.
     """
+    pieces = iterate_samples(source, part, split, size, limit, classes, fold)
+    first, *others = pieces[np.arange(len(pieces))]
+    if others:
+        raise DataError(
+            f"{source}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} is "
+            f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native size into "
+            "one array: give a size, or read them with iterate_samples"
+        )
+    made_with = {"data": str(source), "split": split, "limit": limit, "classes": classes, "fold": fold}
+    if size is not None:
+        made_with |= {"image_height": size[0], "image_width": size[1]}
+    return replace(first, made_with=made_with)
+
+
+def iterate_samples(
+    source: str | os.PathLike,
+    part: str,
+    split: str = "auto",
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    classes: str | None = None,
+    fold: int = 4,
+    batch_size: int = 8,
+) -> Pieces:
+    """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is iterated over."""
     check_choice("part", part, PARTS)
     check_choice("split", split, SPLITS)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: found {limit}, expected a number of images of at least 1, or None for all")
-    if source == "synthetic":
-        names = scene_names(part)[:limit]
-        samples = make_scenes(_select(names, part, split, room_names(names)))
-        return samples if size is None else resize_samples(samples, size)
-    if Path(source).suffix == ".mat":
-        names, scenes = (array[:limit] for array in frame_names(Path(source), part))
-        return read_frames(Path(source), _select(names, part, split, scenes), size)
-    files = _list_files(Path(source) / ("test" if part == "test" else "train"))
-    names = np.array(sorted(files))[:limit]
-    return _read_folder([files[name] for name in _select(names, part, split)], size)
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: found {value}, expected a number of images of at least 1")
+    opened = _open_source(source, part, classes)
+    opened = opened.select(np.arange(len(opened.names))[:limit])
+    if part != "test":
+        names, scene = opened.names, opened.scene
+        chosen = choose_split(split, opened.usual_split, names, scene, fold)
+        opened = opened.select(select_part(names, part, chosen, scene, fold))
+    return Pieces(opened, size, batch_size)
+
+
+def _open_source(source: str | os.PathLike, part: str, classes: str | None) -> Source:
+    path = Path(source).expanduser()
+    if path.suffix == ".mat":
+        return open_file(path, part, classes)
+    if classes not in (None, "nyuv2_13") or (classes and source != "synthetic"):
+        raise ValueError(
+            f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves a choice. "
+            "A folder names its classes in DATA/dataset.yaml"
+        )
+    return open_scenes(part) if source == "synthetic" else open_folder(path, part)

@@ -3,7 +3,7 @@
 MATLAB writes the file as HDF5 with every array transposed: `images` `(N, 3, 640, 480)` uint8,
 `depths` (holes filled) and `rawDepths` (0 = not measured) `(N, 640, 480)` float32 metres, `labels`
 `(N, 640, 480)` uint16 raw ids 0..894, `scenes` references to text. `tables/nyuv2_classes.csv` maps
-raw ids to the 13 classes (0 = unlabelled), `tables/nyuv2_split.csv` holds the official split; both
+raw ids to the 13 and 40 classes (0 = unlabelled), `tables/nyuv2_split.csv` holds the official split; both
 were made from `classMapping40.mat`, `class13Mapping.mat` and `splits.mat`, as published.
 """
 
@@ -18,43 +18,59 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from lib.classes import IGNORE_INDEX
-from lib.data.samples import DataError, Samples, resize_samples
+from lib.classes import IGNORE_INDEX, NYUV2_13, NYUV2_40
+from lib.data.samples import DataError, Samples, Source, resize_samples
 from lib.notebook import progress_bar
+from lib.parameters import check_choice
 
 TABLES = Path(__file__).parent / "tables"
 ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}
 CACHED = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ()), "measured": (np.bool_, ())}
 BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
-def frame_names(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Names (0-based ids) and scene names of the official training or test frames in the file."""
+CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
+
+
+def open_file(path: Path, part: str, classes: str | None) -> Source:
+    """The official training or test frames of the file, named by their 0-based ids, with its own scene names.
+
+    Args:
+        path: of `nyu_depth_v2_labeled.mat`.
+        part: `"test"`, or any other for the training frames.
+        classes: `nyuv2_13` (None) or `nyuv2_40`.
+    """
+    class_set = classes or "nyuv2_13"
+    check_choice("classes", class_set, CLASS_SETS)
     with _open(path) as file:
         count, references = len(file["images"]), file["scenes"][:].ravel()
         scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
     table = _official_split(count)
     ids = table.id[table.part == ("test" if part == "test" else "train")].to_numpy()
-    return np.array([f"{frame:06d}" for frame in ids]), scenes[ids]
+
+    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
+        return [_read_frames(path, ids[positions], size, class_set)]
+
+    return Source(np.array([f"{frame:06d}" for frame in ids]), scenes[ids], CLASS_SETS[class_set][1], read, "scenes")
 
 
-def read_frames(path: Path, names: np.ndarray, size: tuple[int, int] | None) -> Samples:
-    """The named frames at (height, width); the whole file is converted at the first call for a size."""
+def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, class_set: str) -> Samples:
+    """Frames at (height, width); the whole file is converted at the first call for a size and a class set."""
     with _open(path) as file:
         count, width, height = file["labels"].shape
         status = path.stat()
         key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        key |= {"count": count, "size": list(size or (height, width))}
-        folder = _cache_folder(path, *key["size"])
+        key |= {"count": count, "size": list(size or (height, width)), "classes": class_set}
+        folder = _cache_folder(path, key)
         arrays = _open_cache(folder, key)
         if arrays is None:
             _fill_cache(file, folder, key)
             arrays = _open_cache(folder, key)
-    rows = _rows(count)[[int(name) for name in names]]
+    rows = _rows(count)[ids]
     if len(rows) and (np.diff(rows) == 1).all():
         rows = slice(rows[0], rows[-1] + 1)  # stays on disk; other selections are read into memory
-    return Samples(np.asarray(names), *(array[rows] for array in arrays))
+    return Samples(np.array([f"{frame:06d}" for frame in ids]), *(array[rows] for array in arrays))
 
 
 def _official_split(count: int) -> pd.DataFrame:
@@ -98,9 +114,10 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             )
 
 
-def _cache_folder(path: Path, height: int, width: int) -> Path:
+def _cache_folder(path: Path, key: dict) -> Path:
     parent = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
-    return parent / f"{path.stem}.{height}x{width}.cache"
+    height, width = key["size"]
+    return parent / f"{path.stem}.{height}x{width}.{key['classes']}.cache"
 
 
 def _open_cache(folder: Path, key: dict) -> list[np.ndarray] | None:
@@ -125,7 +142,7 @@ def _fill_cache(file: h5py.File, folder: Path, key: dict) -> None:
             headers = [_write_header(*pair, shape) for pair in zip(files, CACHED.values(), strict=True)]
             bar = stack.enter_context(progress_bar(f"reading {file.filename}", key["count"]))
             for start in range(0, key["count"], BLOCK):
-                block = resize_samples(_read_block(file, start), tuple(key["size"]))
+                block = resize_samples(_read_block(file, start, key["classes"]), tuple(key["size"]))
                 arrays = (block.image, block.depth, block.label, block.measured)
                 for opened, header, array in zip(files, headers, arrays, strict=True):
                     for row, frame in zip(rows[start : start + BLOCK], array, strict=True):
@@ -152,7 +169,7 @@ def _write_header(file, layout: tuple, shape: tuple[int, ...]) -> int:
     return file.tell()
 
 
-def _read_block(file: h5py.File, start: int) -> Samples:
+def _read_block(file: h5py.File, start: int, class_set: str) -> Samples:
     """`BLOCK` frames as they are published, in our layout and units."""
     images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
     image, depth_m, label = images.transpose(0, 3, 2, 1), depths.transpose(0, 2, 1), labels.transpose(0, 2, 1)
@@ -165,11 +182,11 @@ def _read_block(file: h5py.File, start: int) -> Samples:
         )
     depth = np.rint(1000 * depth_m).clip(0, 65535).astype(np.uint16)
     measured = raw_depths.transpose(0, 2, 1) > 0
-    arrays = image, depth, _class_table()[label], measured
+    arrays = image, depth, _class_table(class_set)[label], measured
     return Samples(np.arange(start, start + len(depth)), *map(np.ascontiguousarray, arrays))
 
 
-def _class_table() -> np.ndarray:
+def _class_table(class_set: str) -> np.ndarray:
     """Class index of each raw id, `(895,)` uint8."""
-    class13 = pd.read_csv(TABLES / "nyuv2_classes.csv").class13.to_numpy()
-    return np.where(class13 == 0, IGNORE_INDEX, class13 - 1).astype(np.uint8)
+    index = pd.read_csv(TABLES / "nyuv2_classes.csv")[CLASS_SETS[class_set][0]].to_numpy()
+    return np.where(index == 0, IGNORE_INDEX, index - 1).astype(np.uint8)

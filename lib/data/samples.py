@@ -1,9 +1,12 @@
 """RGB-D samples as arrays with one common index, and their resizing."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import cv2
 import numpy as np
+
+from lib.classes import IGNORE_INDEX, NYUV2_13
 
 
 class DataError(ValueError):
@@ -17,16 +20,22 @@ class Samples:
     Attributes:
         names: `(N,)` file names without suffix.
         image: `(N, H, W, 3)` uint8 RGB.
-        depth: `(N, H, W)` uint16 millimetres, 0 = missing.
+        depth: `(N, H, W)` uint16 millimetres, 0 = missing; None where the data set has no depth.
         label: `(N, H, W)` uint8 class indices, 255 = ignore; None where labels are held back.
         measured: `(N, H, W)` bool, where the sensor measured; None where depth is not hole-filled.
+        scene: `(N,)` the scene an image belongs to; None where that is unknown.
+        classes: names of the classes, in the order of their indices.
+        made_with: the parameters of `load_samples` by the names they have in the notebooks.
     """
 
     names: np.ndarray
     image: np.ndarray
-    depth: np.ndarray
+    depth: np.ndarray | None = None
     label: np.ndarray | None = None
     measured: np.ndarray | None = None
+    scene: np.ndarray | None = None
+    classes: tuple[str, ...] = NYUV2_13
+    made_with: dict | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -38,20 +47,99 @@ class Samples:
 
     def __getitem__(self, index: slice | np.ndarray) -> "Samples":
         """The samples at a slice, or at an array of positions."""
-        arrays = (self.names, self.image, self.depth, self.label, self.measured)
-        return Samples(*(None if array is None else array[index] for array in arrays))
+        return self.map(lambda array: array[index])
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Samples":
+        """The same change to every array that is there."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(array) for name, array in arrays.items() if isinstance(array, np.ndarray)})
+
+    @property
+    def labels_or_ignored(self) -> np.ndarray:
+        """The labels; 255 everywhere where they are held back."""
+        return np.full(self.image.shape[:3], IGNORE_INDEX, np.uint8) if self.label is None else self.label
+
+    @property
+    def depth_or_missing(self) -> np.ndarray:
+        """The depth; 0 everywhere where the data set has none."""
+        return np.zeros(self.image.shape[:3], np.uint16) if self.depth is None else self.depth
+
+    @property
+    def measured_depth(self) -> np.ndarray:
+        """`(N, H, W)` bool: where a sensor measured depth."""
+        there = self.depth_or_missing > 0
+        return there if self.measured is None else there & self.measured
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one part that are still where they come from.
+
+    Attributes:
+        names, scene, classes: as in `Samples`.
+        read: (positions, size) to a list of `Samples` in that order, more than one where sizes differ.
+        usual_split: what `auto` means, where the images allow it.
+    """
+
+    names: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+    read: Callable[[np.ndarray, tuple[int, int] | None], list[Samples]]
+    usual_split: str
+
+    def select(self, positions: np.ndarray) -> "Source":
+        """Only the images at these positions."""
+        scene = None if self.scene is None else self.scene[positions]
+        return replace(
+            self, names=self.names[positions], scene=scene, read=lambda at, size: self.read(positions[at], size)
+        )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A part of a data set, read piece by piece each time that it is iterated over.
+
+    Attributes:
+        source: of the images.
+        size: (height, width) to resize to, or None.
+        batch_size: images of a piece, at most.
+    """
+
+    source: Source
+    size: tuple[int, int] | None
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Samples]:
+        for start in range(0, len(self), self.batch_size):
+            yield from self[np.arange(start, min(start + self.batch_size, len(self)))]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.source.names)
+
+    def __getitem__(self, positions: np.ndarray) -> list[Samples]:
+        """The images at these positions, as `Samples` of one size each."""
+        source = self.source
+        read, start = [], 0
+        for samples in source.read(np.asarray(positions), self.size):
+            at = positions[start : start + len(samples)]
+            scene = None if source.scene is None else source.scene[at]
+            read.append(replace(samples, scene=scene, classes=source.classes))
+            start += len(samples)
+        return read
 
 
 def resize_samples(samples: Samples, size: tuple[int, int]) -> Samples:
     """RGB by area (linear when enlarging); depth, label and measured by nearest neighbour."""
     if samples.size == tuple(size):
         return samples
-    nearest = [
-        None if stack is None else _stack([resize_nearest(array, size) for array in stack], stack, size)
-        for stack in (samples.depth, samples.label, samples.measured)
-    ]
+    nearest = {
+        name: _stack([resize_nearest(array, size) for array in stack], stack, size)
+        for name in ("depth", "label", "measured")
+        if (stack := getattr(samples, name)) is not None
+    }
     image = _stack([resize_image(image, size) for image in samples.image], samples.image, size)
-    return Samples(samples.names, image, *nearest)
+    return replace(samples, image=image, **nearest)
 
 
 def _stack(arrays: list[np.ndarray], like: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lib.classes import CLASS_NAMES, IGNORE_INDEX
-from lib.data.samples import Samples
+from lib.classes import IGNORE_INDEX, NYUV2_13
+from lib.data.samples import Samples, Source, resize_samples
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
@@ -39,29 +39,33 @@ TEXTURES = {
 }
 
 
-def scene_names(part: str) -> np.ndarray:
-    """Numeric names; ids leave a gap after each room, so that split `blocks` keeps rooms whole."""
+def open_scenes(part: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Source:
+    """The embedded scenes of a part, rendered when they are read: the same pixels for the same (seed, name, size).
+
+    Names are numbers that leave a gap after each room, so that split `blocks` keeps rooms whole.
+    """
     start, count = (TRAIN_COUNT, TEST_COUNT) if part == "test" else (0, TRAIN_COUNT)
-    return np.array([f"{index + index // VIEWS_PER_ROOM:06d}" for index in range(start, start + count)])
+    ids = np.arange(start, start + count)
+    names = np.array([f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids])
+    rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
+
+    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
+        samples = _render_scenes(names[positions], ids[positions], seed, native_size)
+        return [samples if size is None else resize_samples(samples, size)]
+
+    return Source(names, rooms, NYUV2_13, read, "blocks")
 
 
-def room_names(names: np.ndarray) -> np.ndarray:
-    """The room that each scene shows."""
-    return np.array([f"room_{int(name) // (VIEWS_PER_ROOM + 1):04d}" for name in names])
-
-
-def make_scenes(names: np.ndarray, seed: int = 0, size: tuple[int, int] = (96, 128)) -> Samples:
-    """Render the scenes of the given names: the same pixels for the same (seed, name, size)."""
-    image, depth = np.empty((len(names), *size, 3), np.uint8), np.empty((len(names), *size), np.uint16)
-    label = np.empty((len(names), *size), np.uint8)
+def _render_scenes(names: np.ndarray, ids: np.ndarray, seed: int, size: tuple[int, int]) -> Samples:
+    image, depth = np.empty((len(ids), *size, 3), np.uint8), np.empty((len(ids), *size), np.uint16)
+    label = np.empty((len(ids), *size), np.uint8)
 
     def render(position: int) -> None:
-        index = int(names[position]) - int(names[position]) // (VIEWS_PER_ROOM + 1)
-        image[position], depth[position], label[position] = render_scene(seed, index, size)
+        image[position], depth[position], label[position] = render_scene(seed, int(ids[position]), size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(render, range(len(names))))
-    return Samples(np.asarray(names), image, depth, label)
+        list(pool.map(render, range(len(ids))))
+    return Samples(names, image, depth, label)
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,7 +237,7 @@ def _pack(parts: list) -> dict[str, np.ndarray]:
     centre = _turn(np.array(centres, float), -yaw)
     centre[:, [0, 2]] += foot
     return {
-        "label": np.array([CLASS_NAMES.index(name) for name in names], np.uint8),
+        "label": np.array([NYUV2_13.index(name) for name in names], np.uint8),
         "centre": centre,
         "half": np.array(halves),
         "yaw": yaw,
@@ -318,7 +322,7 @@ def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
     light = ambient + (1.1 - ambient) * np.clip(facing, 0, None) * 4 / (2 + distance**2 / 3)
     from_corner = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
     light *= 0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)
-    glows = boxes["label"][box] == CLASS_NAMES.index("window")
+    glows = boxes["label"][box] == NYUV2_13.index("window")
     return np.clip(colour, 0.01, 1.2) * np.where(glows, 1.0, light)[:, None]
 
 
@@ -335,7 +339,7 @@ def _measure(rng, depth, label, cosine) -> np.ndarray:
     disparity = np.round(8 * (DISPARITY / depth + rng.normal(0, 0.06, depth.shape))) / 8
     right = np.pad(depth, ((0, 0), (0, 2)), "edge")
     shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # the projector stands to one side
-    glass = np.isin(label, [CLASS_NAMES.index("window"), CLASS_NAMES.index("tv")]) & (rng.random() < 0.5)
+    glass = np.isin(label, [NYUV2_13.index("window"), NYUV2_13.index("tv")]) & (rng.random() < 0.5)
     lost = shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
     return np.where(lost, 0, np.rint(1000 * (DISPARITY / disparity.clip(1)).clip(0.4, 10))).astype(np.uint16)
 
@@ -344,7 +348,7 @@ def _annotate(rng, label, box) -> np.ndarray:
     """A person's labels: an empty border, unlabelled slivers along edges, some objects left out."""
     edge = (box != np.roll(box, 1, 0)) | (box != np.roll(box, 1, 1))
     sloppy = rng.random((8, 8))[np.ix_(*(np.arange(count) * 8 // count for count in label.shape))] < 0.6
-    skipped = (rng.random(box.max() + 1) < 0.1)[box] & (label == CLASS_NAMES.index("objects"))
+    skipped = (rng.random(box.max() + 1) < 0.1)[box] & (label == NYUV2_13.index("objects"))
     annotated = np.where((edge & sloppy) | skipped, IGNORE_INDEX, label).astype(np.uint8)
     rim = max(1, round(0.03 * len(label)))
     return np.pad(annotated[rim:-rim, rim:-rim], rim, constant_values=IGNORE_INDEX)

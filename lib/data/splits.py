@@ -1,19 +1,34 @@
-"""Which images validate."""
+"""Which images validate, and which belong to one scene where nothing but their ids tells."""
 
 import math
 
 import numpy as np
 
-SPLITS = ("random", "blocks", "scenes", "official")
+from lib.parameters import check_choice
+
+SPLITS = ("auto", "random", "blocks", "scenes", "official")
 SPLIT_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
+FOLDS = 5
 
 
-def split_names(names: np.ndarray, split: str, scenes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the sorted `names` that train and that validate; `scenes` names the scene of each.
+def split_names(
+    names: np.ndarray, split: str, scene: np.ndarray | None = None, fold: int = FOLDS - 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the sorted `(N,)` names that train and that validate.
 
-    `random` equals scikit-learn's `train_test_split(test_size=0.2, random_state=42)`, order
-    included, because batches of the validation loss form in that order.
+    Args:
+        names: of the images, sorted.
+        split: `random`: 20 % of the images validate; equals scikit-learn's `train_test_split(test_size=0.2,
+            random_state=42)`, order included, because batches of the validation loss form in that order.
+            `blocks`: every fifth run of neighbouring ids validates. `scenes`: a fifth of the scenes validates.
+            `official`: all train.
+        scene: `(N,)` the scene of each image, where it is known.
+        fold: which of the five folds of `blocks` and `scenes` validates.
+
+    Raises:
+        ValueError: a split that these names do not allow, or another fold.
     """
+    check_choice("fold", fold, range(FOLDS))
     everything = np.arange(len(names))
     if split == "official":
         return everything, everything[:0]
@@ -22,36 +37,69 @@ def split_names(names: np.ndarray, split: str, scenes: np.ndarray | None = None)
         valid_count = math.ceil(0.2 * len(names))
         return order[valid_count:], order[:valid_count]
     if split == "scenes":
-        if scenes is None:
-            raise ValueError("split: 'scenes' needs the .mat file, folders do not name their scenes; use 'blocks'")
-        found = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scenes))
-        validates = np.isin(scenes, found[: math.ceil(0.2 * len(found))])
-        return everything[~validates], everything[validates]
-    blocks = _consecutive_blocks(names)
-    valid = np.concatenate(blocks[4::5]) if len(blocks) >= 5 else everything[:0]
-    return np.setdiff1d(everything, valid), valid
+        validates = np.isin(scene, _scenes_of_fold(scene, fold))
+    else:
+        validates = np.isin(_runs_or_error(names), np.arange(fold, len(names), FOLDS))
+    return everything[~validates], everything[validates]
 
 
-def _consecutive_blocks(names: np.ndarray) -> list[np.ndarray]:
-    """Maximal runs of consecutive ids, as positions: nearly the scenes of NYUv2."""
-    try:
-        ids = np.array([int(name) for name in names.tolist()])
-    except ValueError as error:
-        found = str(error).rsplit(maxsplit=1)[-1]
+def _scenes_of_fold(scene: np.ndarray | None, fold: int) -> np.ndarray:
+    if scene is None:
+        raise ValueError("split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'")
+    shuffled = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scene))
+    return np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS]
+
+
+def _runs_or_error(names: np.ndarray) -> np.ndarray:
+    runs = number_runs(names)
+    if runs is None:
         raise ValueError(
-            f"split: 'blocks' needs numbers as file names, found {found}; use split 'random' or 'official'"
-        ) from None
+            f"split: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
+            "...; use split 'random' or 'official'"
+        )
+    return runs
+
+
+def number_runs(names: np.ndarray) -> np.ndarray | None:
+    """`(N,)` number of the run of neighbouring ids that an image belongs to: nearly the scenes of NYUv2.
+
+    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are. None where names are no
+    numbers, or where most images would be alone.
+    """
+    if not len(names) or not all(name.isdecimal() for name in names.tolist()):
+        return None
+    ids = np.array([int(name) for name in names.tolist()])
     order = np.argsort(ids)
-    return np.split(order, np.flatnonzero(np.diff(ids[order]) != 1) + 1)
+    gaps = np.diff(ids[order])
+    steps, counts = np.unique(gaps, return_counts=True)
+    usual = steps[counts.argmax()] if len(steps) else 1
+    runs = np.empty(len(ids), int)
+    runs[order] = np.cumsum(np.append(0, gaps > usual))
+    alone = np.bincount(runs)[runs] == 1
+    return None if alone.mean() > 0.5 else runs
 
 
-def _select(names: np.ndarray, part: str, split: str, scenes: np.ndarray | None = None) -> np.ndarray:
-    if part == "test":
-        return names
-    train, valid = split_names(names, split, scenes)
+def choose_split(split: str, usual: str, names: np.ndarray, scene: np.ndarray | None, fold: int) -> str:
+    """What `auto` means for these images: the usual split of their source where they allow it, else `random`."""
+    if split != "auto":
+        return split
+    try:
+        train, valid = split_names(names, usual, scene, fold)
+    except ValueError:
+        return "random"
+    return usual if min(len(train), len(valid)) else "random"
+
+
+def select_part(names: np.ndarray, part: str, split: str, scene: np.ndarray | None, fold: int) -> np.ndarray:
+    """Positions of the images of part `train` or `valid`.
+
+    Raises:
+        ValueError: a split that leaves one of the two empty.
+    """
+    train, valid = split_names(names, split, scene, fold)
     if split != "official" and min(len(train), len(valid)) == 0:
         raise ValueError(
             f"split: {split!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
             f"{len(names)}; raise limit, or use split 'random' (2 images or more) or 'official'"
         )
-    return names[train if part == "train" else valid]
+    return train if part == "train" else valid

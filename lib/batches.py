@@ -1,9 +1,10 @@
-"""From `Samples` to training tensors: augment each image, batch, encode each batch."""
+"""From `Samples` to training tensors and back: augment each image, batch, encode and decode."""
 
 import math
 import multiprocessing
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import albumentations
@@ -12,14 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples
+from lib.model import DEPTH_ENCODINGS, ModelConfig
 from lib.parameters import check_choice
 
-INPUT_CHANNELS = {"rgb": 3, "rgbd": 4, "rgbd_xy": 6}
-DEPTH_ENCODINGS = ("inverse", "linear", "log")
 AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour")
-NEAREST_M, FARTHEST_M = 0.71, 10.0  # Exp061's clip of the depth
 RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)  # Exp061's, of RGB / 255
 
 
@@ -45,9 +43,9 @@ class Batch(NamedTuple):
     """A batch as the network and the losses take it.
 
     Attributes:
-        inputs: `(B, C, H, W)` float32, C = 3, 4 or 6.
+        inputs: `(B, C, H, W)` float32, C = 1, 3, 4 or 6.
         label: `(B, H, W)` int64, 255 = ignore.
-        depth: `(B, 1, H, W)` float32 target, 0 at 0.71 m to 1 at 10 m.
+        depth: `(B, 1, H, W)` float32 target, 0 at the nearest and 1 at the farthest end of the range.
         valid_depth: `(B, 1, H, W)` bool, where that target was measured.
     """
 
@@ -57,50 +55,56 @@ class Batch(NamedTuple):
     valid_depth: torch.Tensor
 
 
-def encode_depth(depth_mm: torch.Tensor, depth_encoding: str) -> torch.Tensor:
-    """Depth clipped to 0.71..10 m as 0..1, in any shape; missing depth (0) stays 0.
+def encode_depth(depth_mm: torch.Tensor, depth_encoding: str, depth_range_m: tuple[float, float]) -> torch.Tensor:
+    """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at 0.71 m, `inverse` is 0 at 10 m.
+    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest.
     """
     check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
-    depth_m = (depth_mm.float() / 1000).clip(NEAREST_M, FARTHEST_M)
+    depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    low, high = sorted(scale(torch.tensor([NEAREST_M, FARTHEST_M])))  # on the CPU, or a GPU would wait
+    low, high = sorted(scale(torch.tensor(depth_range_m)))  # on the CPU, or a GPU would wait
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 
-def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, inputs: str, depth_encoding: str) -> torch.Tensor:
+def decode_depth(linear: torch.Tensor, depth_range_m: tuple[float, float]) -> torch.Tensor:
+    """Metres from depth as `encode_depth` makes it `linear`, in any shape."""
+    nearest, farthest = depth_range_m
+    return nearest + linear * (farthest - nearest)
+
+
+def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The network's input.
 
     Args:
         image: `(B, H, W, 3)` uint8 RGB.
         depth_mm: `(B, H, W)` millimetres, 0 = missing.
-        inputs: `rgb`, `rgbd` or `rgbd_xy`: x and y run 0..1 left to right and top to bottom.
-        depth_encoding: see `encode_depth`.
+        config: of the network, which says what it takes.
 
     Returns:
-        `(B, C, H, W)` float32 with C of `INPUT_CHANNELS`.
+        `(B, C, H, W)` float32: RGB, then depth, then x and y, which run 0..1 left to right and top to bottom.
     """
-    check_choice("inputs", inputs, INPUT_CHANNELS)
-    mean, std = (torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD))
-    channels = [((image / 255 - mean) / std).permute(0, 3, 1, 2)]
-    if inputs != "rgb":
-        channels.append(encode_depth(depth_mm, depth_encoding)[:, None])
-    if inputs == "rgbd_xy":
+    channels = []
+    if config.inputs != "depth":
+        mean, std = (torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD))
+        channels.append(((image / 255 - mean) / std).permute(0, 3, 1, 2))
+    if config.inputs != "rgb":
+        channels.append(encode_depth(depth_mm, config.depth_encoding, config.depth_range_m)[:, None])
+    if config.inputs == "rgbd_xy":
         count, height, width = depth_mm.shape
         y, x = (torch.linspace(0, 1, length, device=image.device) for length in (height, width))
         channels.append(torch.stack(torch.meshgrid(x, y, indexing="xy")).expand(count, 2, height, width))
     return torch.cat(channels, 1)
 
 
-def encode_batch(raw: RawBatch, inputs: str, depth_encoding: str, device: torch.device) -> Batch:
+def encode_batch(raw: RawBatch, config: ModelConfig, device: torch.device) -> Batch:
     """Move a batch to the device, small as it is, and encode it there."""
     image, depth_mm, label, measured = (tensor.to(device, non_blocking=True) for tensor in raw[:4])
     depth_mm = depth_mm.float()  # torch knows few operations on uint16
     return Batch(
-        encode_inputs(image, depth_mm, inputs, depth_encoding),
+        encode_inputs(image, depth_mm, config),
         label.long(),
-        encode_depth(depth_mm, "linear")[:, None],
+        encode_depth(depth_mm, "linear", config.depth_range_m)[:, None],
         ((depth_mm > 0) & measured)[:, None],
     )
 
@@ -165,7 +169,7 @@ class TrainingSet(Dataset):
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
         if samples.label is None:
             raise ValueError("train: these samples have no labels; train on part 'train'")
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed = replace(samples, depth=samples.depth_or_missing), seed
         self.augmentation = build_augmentation(augment, samples.size)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -240,11 +244,8 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def plain_batches(samples: Samples, batch_size: int) -> Iterator[RawBatch]:
-    """The samples in order, without augmentation; labels that are held back are all 255."""
-    for start in range(0, len(samples), batch_size):
-        piece = samples[start : start + batch_size]
-        label = np.full(piece.depth.shape, IGNORE_INDEX, np.uint8) if piece.label is None else piece.label
-        measured = piece.depth > 0 if piece.measured is None else piece.measured
-        arrays = (piece.image, piece.depth, label, measured, np.arange(start, start + len(piece)))
-        yield RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only
+def plain_batch(samples: Samples) -> RawBatch:
+    """Samples as they are, without augmentation; labels that are held back are all 255."""
+    position = np.arange(len(samples))
+    arrays = (samples.image, samples.depth_or_missing, samples.labels_or_ignored, samples.measured_depth, position)
+    return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only

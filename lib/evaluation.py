@@ -1,19 +1,23 @@
-"""A model over samples: predictions, counts per image, losses; at the working size or the labels' own."""
+"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
-from lib.batches import FARTHEST_M, NEAREST_M, Batch, encode_batch, plain_batches
-from lib.classes import CLASS_NAMES, IGNORE_INDEX
-from lib.data.samples import Samples, resize_samples
+from lib.batches import Batch, decode_depth, encode_batch, plain_batch
+from lib.classes import check_same_classes
+from lib.data import Samples
+from lib.data.samples import resize_samples
 from lib.device import autocast
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
-from lib.notebook import progress_bar
+from lib.model import Prediction
 from lib.parameters import check_choice
 
 # Test-time augmentation averages the class probabilities of these (zoom, flipped) views.
@@ -22,44 +26,103 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
+Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
 
-class Evaluation(NamedTuple):
-    """Counts per image `(N, C, C)` int64 tensor, and the plain mean over batches of each loss term."""
+class Predicted(NamedTuple):
+    """Samples and what is said of them, at their own size.
 
-    counts: torch.Tensor
-    losses: list[float]
+    Attributes:
+        samples: a batch.
+        labels: `(B, H, W)` uint8 class indices.
+        confidence: `(B, H, W)` float32 probability of that class; None where it was not asked for.
+        depth_m: `(B, H, W)` float32; None without a depth head.
+        losses: terms of the loss at the working size; None where no loss was given.
+    """
+
+    samples: Samples
+    labels: np.ndarray
+    confidence: np.ndarray | None = None
+    depth_m: np.ndarray | None = None
+    losses: torch.Tensor | None = None
 
 
-def predict_batches(
-    model: nn.Module, samples: Samples, inputs: str, depth_encoding: str, batch_size: int, precision: str
-) -> Iterator[tuple[NamedTuple, Batch]]:
-    """Yield (`Prediction`, `Batch`) in sample order, one batch in memory at a time."""
-    model.eval()
-    device = next(model.parameters()).device
-    for raw in plain_batches(samples, batch_size):
-        with torch.inference_mode(), autocast(device, precision):
-            batch = encode_batch(raw, inputs, depth_encoding, device)
-            prediction = model(batch.inputs)
-        yield prediction, batch  # outside: a generator would leave its caller in inference mode
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of predictions on samples; where labels are held back all counts are 0.
+
+    Attributes:
+        names: `(N,)` of the images.
+        scene: `(N,)` scene of each image; None where that is unknown.
+        classes: names of the C classes.
+        counts: `(N, C, C)` int64, rows = truth.
+        predicted: `(N, H, W)` uint8, a list of `(H, W)` where sizes differ, None where they were saved.
+        boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
+        depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
+        losses: the plain mean over batches of each term of the loss; None without a loss.
+    """
+
+    names: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    predicted: np.ndarray | list[np.ndarray] | None
+    boundary: np.ndarray | None
+    depth: np.ndarray | None
+    losses: list[float] | None
 
 
 def evaluate(
     model: nn.Module,
-    samples: Samples,
-    inputs: str,
-    depth_encoding: str,
-    batch_size: int,
-    precision: str,
-    loss: Callable[[NamedTuple, Batch], tuple[torch.Tensor, ...]],
+    samples: Samples | Iterable[Samples],
+    batch_size: int = 8,
+    tta: str = "none",
+    precision: str = "fp32",
+    loss: Loss | None = None,
 ) -> Evaluation:
-    """Counts and losses of labelled samples at their own size."""
-    counts, losses = [], []
-    for prediction, batch in predict_batches(model, samples, inputs, depth_encoding, batch_size, precision):
-        with torch.inference_mode():
-            counts.append(confusion_counts(decide(prediction.logits), batch.label, len(CLASS_NAMES)))
-            losses.append(torch.stack(loss(prediction, batch)))
-    return Evaluation(torch.cat(counts).cpu(), torch.stack(losses).double().mean(0).tolist())
+    """Score a network on samples at their own size.
+
+    Its inputs shrink to the size it works at, and class scores grow back before the decision. One batch
+    of scores is in memory at a time.
+
+    Args:
+        model: from `build_model` or `load_model`.
+        samples: `Samples`, or pieces of them as `iterate_samples` reads them, of which sizes may differ.
+        batch_size: images at a time; changes nothing but speed.
+        tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
+        precision: fp32 or bf16.
+        loss: of a prediction and a batch at the working size, for the means of its terms.
+
+    Raises:
+        ValueError: no image, or classes that are not the network's.
+    """
+    return count_predictions(predict(model, samples, batch_size, tta, precision, loss))
+
+
+def predict(
+    model: nn.Module,
+    samples: Samples | Iterable[Samples],
+    batch_size: int = 8,
+    tta: str = "none",
+    precision: str = "fp32",
+    loss: Loss | None = None,
+    confidence: bool = False,
+) -> Iterator[Predicted]:
+    """Yield batch after batch in the order of the samples; arguments as `evaluate`."""
+    check_choice("tta", tta, VIEWS)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    model.eval()
+    for piece in [samples] if isinstance(samples, Samples) else samples:
+        check_same_classes(model.config.classes, piece.classes, "the network", "the data")
+        for start in range(0, len(piece), batch_size):
+            batch = piece[start : start + batch_size]
+            scores, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
+            how_sure = None
+            if confidence:
+                shares = scores.softmax(1) if tta == "none" else scores / len(VIEWS[tta])
+                how_sure = shares.amax(1).cpu().numpy()
+            yield Predicted(batch, decide(scores).byte().cpu().numpy(), how_sure, depth_m, losses)
 
 
 def decide(scores: torch.Tensor) -> torch.Tensor:
@@ -67,117 +130,91 @@ def decide(scores: torch.Tensor) -> torch.Tensor:
     return scores.max(1).indices
 
 
-def predict_labels(
-    model: nn.Module, samples: Samples, inputs: str, depth_encoding: str, batch_size: int, precision: str = "fp32"
-) -> np.ndarray:
-    """The most likely class of each pixel, `(N, H, W)` uint8, at the samples' own size."""
-    batches = predict_batches(model, samples, inputs, depth_encoding, batch_size, precision)
-    return np.concatenate([decide(prediction.logits).byte().cpu().numpy() for prediction, _ in batches])
+def _predict_views(
+    model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
+) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor | None]:
+    """Logits `(B, C, H, W)` at the batch's size, of several views summed probabilities; the first's depth and loss."""
+    config, total, first = model.config, 0, None
+    for zoom, flipped in views:
+        view = _look(batch, zoom, flipped, config.size)
+        with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
+            encoded = encode_batch(plain_batch(view), config, next(model.parameters()).device)
+            prediction = model(encoded.inputs)
+        with torch.inference_mode():
+            grown = _grow(prediction.logits.flip(-1) if flipped else prediction.logits, batch.size)
+            total = total + (grown.softmax(1) if len(views) > 1 else grown)
+            if first is None:
+                linear = None if prediction.depth is None else _grow(prediction.depth, batch.size)[:, 0]
+                depth_m = None if linear is None else decode_depth(linear, config.depth_range_m).cpu().numpy()
+                first = depth_m, None if loss is None else torch.stack(loss(prediction, encoded))
+    return total, *first
 
 
-class NativeEvaluation(NamedTuple):
-    """What is known of a model on samples at the size of their labels.
-
-    Attributes:
-        counts: `(N, C, C)` int64, rows = truth.
-        boundary: `(N, C, 3)` int64, see `boundary_counts`.
-        depth: `(4,)` float64, see `depth_sums`; zeros without a depth head.
-        predicted: `(N, H, W)` uint8.
-    """
-
-    counts: np.ndarray
-    boundary: np.ndarray
-    depth: np.ndarray
-    predicted: np.ndarray
+def _look(batch: Samples, zoom: float, flipped: bool, size: tuple[int, int]) -> Samples:
+    """The batch as one view shows it to a network that works at this size."""
+    view = resize_samples(batch, tuple(round(zoom * length) for length in size))
+    if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
+        view = replace(view, depth=np.rint(view.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
+    return view.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else view
 
 
-def evaluate_native(
-    model: nn.Module,
-    samples: Samples,
-    size: tuple[int, int],
-    inputs: str,
-    depth_encoding: str,
-    batch_size: int,
-    precision: str = "fp32",
-    tta: str = "none",
-) -> NativeEvaluation:
-    """Score samples at their own size: inputs shrink to `size`, class scores grow back before the decision.
+def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Of the network's size to that of the samples, in float32."""
+    if scores.shape[2:] == size:
+        return scores.float()
+    return interpolate(scores.float(), size, mode="bilinear")
 
-    One batch of scores is in memory at a time. Where labels are held back all counts are 0.
+
+def count_predictions(batches: Iterable[Predicted], thorough: bool = False, save_to: Path | None = None) -> Evaluation:
+    """Counts of predictions, whoever made them.
 
     Args:
-        model: the network.
-        samples: at their native size.
-        size: (height, width) that the network works at.
-        inputs, depth_encoding: as in training.
-        batch_size: images at a time; changes nothing but speed.
-        precision: fp32 or bf16.
-        tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
+        batches: from `predict`, or from elsewhere.
+        thorough: count outlines and depth, too.
+        save_to: folder for the predictions, a PNG of class indices for each image, instead of keeping them.
+
+    Raises:
+        ValueError: no image.
     """
-    check_choice("tta", tta, VIEWS)
-    _check_batches(samples, batch_size)
-    model.eval()
-    parts, predicted = [], np.empty(samples.depth.shape, np.uint8)
-    with progress_bar(f"predicting, tta {tta}", len(samples)) as bar:
-        for start in range(0, len(samples), batch_size):
-            piece = samples[start : start + batch_size]
-            scores, depth_m = _predict_views(model, piece, size, inputs, depth_encoding, precision, VIEWS[tta])
-            decided = decide(scores).byte().cpu().numpy()
-            predicted[start : start + batch_size] = decided
-            label = np.full(piece.depth.shape, IGNORE_INDEX, np.uint8) if piece.label is None else piece.label
-            valid = piece.depth > 0 if piece.measured is None else (piece.depth > 0) & piece.measured
-            sums = np.zeros(4) if depth_m is None else depth_sums(depth_m, piece.depth / 1000, valid)
-            counts = confusion_counts(decided, label, len(CLASS_NAMES))
-            parts.append((counts, boundary_counts(decided, label, len(CLASS_NAMES)), sums))
-            bar.update(len(piece))
-    counts, boundary, sums = zip(*parts, strict=True)
-    return NativeEvaluation(np.concatenate(counts), np.concatenate(boundary), np.sum(sums, axis=0), predicted)
-
-
-def predict_confidence(
-    model: nn.Module, samples: Samples, size: tuple[int, int], inputs: str, depth_encoding: str, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield classes `(B, H, W)` uint8 and their probabilities `(B, H, W)` float32, decided as in `evaluate_native`."""
-    _check_batches(samples, batch_size)
-    model.eval()
-    for start in range(0, len(samples), batch_size):
-        piece = samples[start : start + batch_size]
-        logits, _ = _predict_views(model, piece, size, inputs, depth_encoding, "fp32", VIEWS["none"])
-        probability, decided = logits.softmax(1).max(1)
-        yield decided.byte().cpu().numpy(), probability.cpu().numpy()
-
-
-def _check_batches(samples: Samples, batch_size: int) -> None:
-    if not len(samples):
+    names, scenes, counts, boundary, depth, predicted, losses = [], [], [], [], [], [], []
+    classes = None
+    for batch in batches:
+        samples, labels, classes = batch.samples, batch.labels, batch.samples.classes
+        names.append(samples.names)
+        scenes.append(samples.scene)
+        counts.append(confusion_counts(labels, samples.labels_or_ignored, len(classes)))
+        if thorough:
+            boundary.append(boundary_counts(labels, samples.labels_or_ignored, len(classes)))
+            depth.append(_depth_of(batch))
+        if save_to is None:
+            predicted.extend(labels)
+        else:
+            save_masks(save_to, samples.names, labels)
+        losses.append(batch.losses)
+    if not names:
         raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    one_size = len({labels.shape for labels in predicted}) == 1
+    return Evaluation(
+        names=np.concatenate(names),
+        scene=None if scenes[0] is None else np.concatenate(scenes),
+        classes=classes,
+        counts=np.concatenate(counts),
+        predicted=(np.stack(predicted) if one_size else predicted) if save_to is None else None,
+        boundary=np.concatenate(boundary) if thorough else None,
+        depth=np.sum(depth, axis=0) if thorough else None,
+        losses=None if losses[0] is None else torch.stack(losses).double().mean(0).tolist(),
+    )
 
 
-def _predict_views(
-    model: nn.Module,
-    piece: Samples,
-    size: tuple[int, int],
-    inputs: str,
-    depth_encoding: str,
-    precision: str,
-    views: list[tuple[float, bool]],
-) -> tuple[torch.Tensor, np.ndarray | None]:
-    """At the piece's size logits `(B, C, H, W)`, of several views summed probabilities; the first's depth in metres."""
-    device, total, depth_m = next(model.parameters()).device, 0, None
-    for zoom, flipped in views:
-        resized = resize_samples(piece, tuple(round(zoom * length) for length in size))
-        # enlarged by a zoom, things look as if they were nearer
-        nearer = np.rint(resized.depth / zoom).clip(0, 65535).astype(np.uint16)
-        columns = slice(None, None, -1 if flipped else 1)
-        view = Samples(piece.names, resized.image[:, :, columns], nearer[:, :, columns])
-        with torch.inference_mode(), autocast(device, precision):
-            batch = encode_batch(next(plain_batches(view, len(view))), inputs, depth_encoding, device)
-            logits, depth = model(batch.inputs)
-        with torch.inference_mode():
-            grown = interpolate(logits.float().flip(-1) if flipped else logits.float(), piece.size, mode="bilinear")
-            total = total + (grown.softmax(1) if len(views) > 1 else grown)
-            if depth is not None and depth_m is None:
-                linear = interpolate(depth.float(), piece.size, mode="bilinear")[:, 0].cpu().numpy()
-                depth_m = NEAREST_M + linear * (FARTHEST_M - NEAREST_M)
-    return total, depth_m
+def _depth_of(batch: Predicted) -> np.ndarray:
+    if batch.depth_m is None:
+        return np.zeros(4)
+    return depth_sums(batch.depth_m, batch.samples.depth_or_missing / 1000, batch.samples.measured_depth)
+
+
+def save_masks(folder: Path, names: np.ndarray, labels: np.ndarray) -> None:
+    """A PNG of class indices, `NAME.png`, for each image."""
+    for name, mask in zip(names.tolist(), labels, strict=True):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)

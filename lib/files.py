@@ -1,6 +1,7 @@
 """Files that are whole or not there: checkpoints, JSON, text."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,53 @@ import torch
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message names the file and the remedy."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place: no reader ever sees half a file.
+
+    Raises:
+        OSError: it can't be written, a full disk for example; an earlier file is intact.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: could not be written ({error}); an earlier file of that name is intact. "
+            "Free disk space or check the permissions, then resume the run"
+        ) from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """A text file, whole or not there."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(content: dict, path: Path) -> None:
+    """A JSON file, whole or not there; NaN and infinity become null, which JSON knows."""
+    write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", path)
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_json(path: Path) -> dict:
+    """The content of one of a run's JSON files; a ValueError says which one is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -39,40 +87,3 @@ def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str,
             "version or comes from elsewhere: train again with resume False, or use the version that wrote it"
         )
     return saved
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place: no reader ever sees half a file.
-
-    Raises:
-        OSError: it can't be written, a full disk for example; an earlier file is intact.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: could not be written ({error}); an earlier file of that name is intact. "
-            "Free disk space or check the permissions, then resume the run"
-        ) from error
-
-
-def write_text(text: str, path: Path) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(content: dict, path: Path) -> None:
-    write_text(json.dumps(content, indent=2) + "\n", path)
-
-
-def read_json(path: Path) -> dict:
-    """The content of one of a run's JSON files; a ValueError says which one is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error

@@ -1,9 +1,5 @@
 """Cross-entropy with soft IoU for segmentation, masked L1 for depth, and their total."""
 
-import warnings
-from collections.abc import Callable
-from functools import cache
-
 import torch
 
 from lib.classes import IGNORE_INDEX
@@ -56,48 +52,30 @@ class _ClassSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, compiled: bool) -> torch.Tensor:
-        function, rows = _compiler(logits.device.type, compiled)(_class_sums), _rows(logits)
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = _rows(logits)
         pieces = zip(logits.split(rows, 2), labels.split(rows, 1), strict=True)
-        sums, log_partition = zip(*(function(*piece) for piece in pieces), strict=True)
+        sums, log_partition = zip(*(_class_sums(*piece) for piece in pieces), strict=True)
         ctx.save_for_backward(logits, labels, torch.cat(log_partition, 1))
-        ctx.compiled = compiled
         return torch.stack(sums).sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, labels, log_partition = ctx.saved_tensors
-        function, rows = _compiler(logits.device.type, ctx.compiled)(_write_gradient), _rows(logits)
+        rows = _rows(logits)
         d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
         gradient = torch.empty_like(logits)
         pieces = gradient.split(rows, 2), logits.split(rows, 2), labels.split(rows, 1)
         for piece in zip(*pieces, log_partition.split(rows * logits.shape[3], 1), strict=True):
-            function(*piece, d_cross_entropy, d_intersection, d_prediction)
-        return gradient, None, None
+            _write_gradient(*piece, d_cross_entropy, d_intersection, d_prediction)
+        return gradient, None
 
 
 def _rows(logits: torch.Tensor) -> int:
     """How many rows of the images to take at a time."""
     chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
     return max(1, chunk // max(1, logits[:, :, :1].numel()))
-
-
-@cache
-def _compiler(device: str, compiled: bool) -> Callable[[Callable], Callable]:
-    """`torch.compile`, where wanted and possible; else the function stays what it is."""
-    compiler = cache(torch.compile)
-    if compiled:
-        try:
-            compiler(torch.neg)(torch.zeros(2, device=device))
-            return compiler
-        except Exception as error:  # no compiler, no headers, no triton: each raises another kind
-            warnings.warn(
-                f"compiled: torch.compile does not work for {device} here ({type(error).__name__}); the loss goes on "
-                "uncompiled, to the same values. Install a C++ compiler such as g++, or set compiled to False",
-                stacklevel=2,
-            )
-    return lambda function: function
 
 
 def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "batch") -> torch.Tensor:
@@ -121,7 +99,7 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     """
     check_choice("soft_iou_pooling", pooling, POOLINGS)
     _check_labels(logits, labels)
-    return _soft_iou(*_ClassSums.apply(logits, labels, False)[1:], pooling)
+    return _soft_iou(*_ClassSums.apply(logits, labels)[1:], pooling)
 
 
 def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -142,16 +120,11 @@ def segmentation_loss(
     labels: torch.Tensor,
     soft_iou_weight: float,
     soft_iou_pooling: str = "batch",
-    compiled: bool = False,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels plus weighted soft IoU; arguments as `soft_iou_loss`.
-
-    `compiled` passes it through `torch.compile`: half a minute at first, then three times as fast. Where
-    nothing can be compiled a warning says so once, and the loss goes on without.
-    """
+    """Mean cross-entropy over labelled pixels plus weighted soft IoU; arguments as `soft_iou_loss`."""
     check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)
     _check_labels(logits, labels)
-    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels, compiled)
+    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
     loss = cross_entropy.sum() / count.sum().clip(min=1)
     if soft_iou_weight == 0:
         return loss

@@ -1,7 +1,8 @@
-"""DeepLabV3+ with a segmentation and a depth head: build, save, load."""
+"""DeepLabV3+ with a segmentation and a depth head, which knows what it eats and what it names."""
 
 import difflib
 import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,13 @@ from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.encoders import encoders, get_encoder_names
 from torch import nn
 
-from lib.files import CheckpointError, load_checkpoint, save_checkpoint
+from lib.classes import NYUV2_13, check_same_classes
+from lib.files import CheckpointError, load_checkpoint, read_json, save_checkpoint
+from lib.parameters import check_choice
 
+INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
+DEPTH_ENCODINGS = ("inverse", "linear", "log")
+DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
 OUTPUT_STRIDE = 16  # of the encoder in DeepLabV3+
 DECODER_CHANNELS = 256
 
@@ -22,11 +28,43 @@ class Prediction(NamedTuple):
 
     Attributes:
         logits: `(N, C, H, W)` class scores before softmax.
-        depth: `(N, 1, H, W)` depth as `encode_depth(..., "linear")`, or None without a depth head.
+        depth: `(N, 1, H, W)` depth as `encode_depth` makes it `linear`, or None without a depth head.
     """
 
     logits: torch.Tensor
     depth: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that is needed to build a network, and to feed it.
+
+    Attributes:
+        classes: names of the classes, in the order of their indices.
+        inputs: `rgb`, `depth`, `rgbd` or `rgbd_xy` (pixel coordinates too).
+        depth_encoding: `inverse`, `linear` or `log`.
+        depth_range_m: (nearest, farthest) that depth is clipped to.
+        size: (height, width) it works at.
+        encoder: of segmentation-models-pytorch.
+        depth_head: whether it predicts depth, too.
+    """
+
+    classes: tuple[str, ...] = NYUV2_13
+    inputs: str = "rgbd"
+    depth_encoding: str = "inverse"
+    depth_range_m: tuple[float, float] = DEPTH_RANGE_M
+    size: tuple[int, int] = (96, 128)
+    encoder: str = "resnet18"
+    depth_head: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("inputs", self.inputs, INPUT_CHANNELS)
+        check_choice("depth_encoding", self.depth_encoding, DEPTH_ENCODINGS)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's first layer."""
+        return INPUT_CHANNELS[self.inputs]
 
 
 class SegmentationDepthNet(nn.Module):
@@ -36,16 +74,16 @@ class SegmentationDepthNet(nn.Module):
     Segmentation", ECCV 2018, as in segmentation-models-pytorch.
     """
 
-    def __init__(self, input_channels: int, class_count: int, encoder: str, depth_head: bool) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = {
-            "input_channels": input_channels, "class_count": class_count, "encoder": encoder, "depth_head": depth_head,
-        }  # fmt: skip
+        self.config = config
         self.net = smp.DeepLabV3Plus(
-            encoder, encoder_weights=None, encoder_output_stride=OUTPUT_STRIDE,
-            decoder_channels=DECODER_CHANNELS, in_channels=input_channels, classes=class_count,
+            config.encoder, encoder_weights=None, encoder_output_stride=OUTPUT_STRIDE,
+            decoder_channels=DECODER_CHANNELS, in_channels=config.input_channels, classes=len(config.classes),
         )  # fmt: skip
-        self.depth_head = SegmentationHead(DECODER_CHANNELS, 1, kernel_size=3, upsampling=4) if depth_head else None
+        self.depth_head = None
+        if config.depth_head:
+            self.depth_head = SegmentationHead(DECODER_CHANNELS, 1, kernel_size=3, upsampling=4)
 
     def forward(self, inputs: torch.Tensor) -> Prediction:
         """`(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
@@ -58,35 +96,33 @@ class SegmentationDepthNet(nn.Module):
 
 
 def build_model(
-    input_channels: int = 4,
-    class_count: int = 13,
-    encoder: str = "resnet18",
-    encoder_weights: str | None = None,
-    depth_head: bool = True,
+    encoder_weights: str | None = None, start_from: Path | None = None, **config: object
 ) -> SegmentationDepthNet:
     """A network ready to train.
 
     Args:
-        input_channels: 3, 4 or 6; pretrained first-layer weights are repeated over the channels and
-            rescaled, as segmentation-models-pytorch does.
-        class_count: number of classes.
-        encoder: any encoder of segmentation-models-pytorch that can be dilated, `tu-` ones of timm too.
-        encoder_weights: None for random weights, or a name such as `imagenet` (fetched once, then cached).
-        depth_head: also predict depth.
+        encoder_weights: None for random weights, or a name such as `imagenet` (fetched once, then cached);
+            those of the first layer are repeated over the channels and rescaled, as
+            segmentation-models-pytorch does.
+        start_from: a `best.pt` whose weights to begin with; its network must be the same.
+        config: see `ModelConfig`.
 
     Raises:
         ValueError: an unknown encoder or weights, or an encoder that can't be dilated.
         RuntimeError: the weights can't be fetched.
     """
-    _check_encoder(encoder, encoder_weights)
+    config = ModelConfig(**config)
+    _check_encoder(config.encoder, encoder_weights)
     try:
-        model = SegmentationDepthNet(input_channels, class_count, encoder, depth_head)
+        model = SegmentationDepthNet(config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"encoder: {encoder!r} can't be used in DeepLabV3+ ({error}); choose another, such as 'resnet18'"
+            f"encoder: {config.encoder!r} can't be used in DeepLabV3+ ({error}); choose another, such as 'resnet18'"
         ) from error
     if encoder_weights is not None:
-        model.net.encoder = _pretrained_encoder(encoder, encoder_weights, input_channels)
+        model.net.encoder = _pretrained_encoder(config.encoder, encoder_weights, config.input_channels)
+    if start_from is not None:
+        _copy_weights(model, start_from)
     return model
 
 
@@ -122,18 +158,19 @@ def _pretrained_encoder(encoder: str, encoder_weights: str, input_channels: int)
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:
     """Write weights and what is needed to build the network again."""
-    save_checkpoint({"config": model.config, "weights": model.state_dict()}, path)
+    save_checkpoint({"config": asdict(model.config), "weights": model.state_dict()}, path)
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> SegmentationDepthNet:
-    """The network that `save_model` wrote, in evaluation mode.
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> SegmentationDepthNet:
+    """The network that `save_model` wrote, in evaluation mode: all that evaluation and prediction need.
 
     Raises:
         CheckpointError: the file is missing, damaged or no model of this project.
     """
+    path = Path(path)
     saved = load_checkpoint(path, device, ("config", "weights"))
     try:
-        model = SegmentationDepthNet(**saved["config"])
+        model = SegmentationDepthNet(_read_config(saved["config"], path))
         model.load_state_dict(saved["weights"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -143,14 +180,23 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> SegmentationDe
     return model.to(device).eval()
 
 
-def copy_weights(model: SegmentationDepthNet, path: Path) -> None:
-    """Copy the weights of the network in a `best.pt` into a model of the same make.
+def _read_config(saved: dict, path: Path) -> ModelConfig:
+    """Older files know channels alone, of NYUv2's 13 classes; the parameters of their run have the rest."""
+    config = dict(saved)
+    if "input_channels" in config:
+        by_channels = {channels: inputs for inputs, channels in INPUT_CHANNELS.items()}
+        config["inputs"] = by_channels[config.pop("input_channels")]
+        config["classes"] = NYUV2_13[: config.pop("class_count")]
+        trained = read_json(path.with_name("parameters.json"))
+        config["size"] = trained["image_height"], trained["image_width"]
+        config["depth_encoding"] = trained["depth_encoding"]
+    return ModelConfig(**config)
 
-    Raises:
-        ValueError: the two differ in channels, encoder or heads.
-        CheckpointError: the file can't be used.
-    """
+
+def _copy_weights(model: SegmentationDepthNet, path: Path) -> None:
+    """Copy the weights of the network in a `best.pt` into a model of the same make, at whatever size it works."""
     trained = load_model(path)
-    if trained.config != model.config:
+    check_same_classes(trained.config.classes, model.config.classes, f"start_from: {path}", "the data")
+    if replace(trained.config, size=model.config.size) != model.config:
         raise ValueError(f"start_from: {path} holds {trained.config}, this run has {model.config}; make them equal")
     model.load_state_dict(trained.state_dict())

@@ -1,93 +1,105 @@
-"""A run's folder: parameters, history, scores, counts, report."""
+"""A run's folder: open it, say what is there of it, write and read it, report."""
 
 import datetime
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
+from PIL import Image
 
-from lib.classes import CLASS_NAMES
+from lib.classes import NYUV2_13
+from lib.data import Samples
+from lib.evaluation import Evaluation
 from lib.files import read_json, write_atomically, write_json, write_text
-from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
+from lib.metrics import all_scores, averaged_classes, boundary_iou, depth_scores, iou, mean_iou, pixel_accuracy
 
 MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
-_LOCKS: dict[Path, FileLock] = {}
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed")
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
 def runs_folder() -> Path:
     """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
-    return Path(os.environ.get("RUNS_DIR") or Path(__file__).resolve().parents[1] / "runs")
+    named = os.environ.get("RUNS_DIR")
+    return Path(named).expanduser() if named else Path(__file__).resolve().parents[1] / "runs"
 
 
-def start_run(run_name: str, parameters: dict[str, object], resume: bool = False) -> Path:
-    """Make the folder of a new run, or return that of an interrupted one.
+@contextmanager
+def open_run(
+    parameters: dict[str, object], resume: bool = False, samples: Iterable[Samples] = (), wait_seconds: float = 0
+) -> Iterator[Path]:
+    """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
-    An older run of that name is kept under a dated name. The run is this process's own until
-    `release_run` or the end of the process.
+    An older run of that name is kept under a dated name in `older/`.
+
+    Args:
+        parameters: of the notebook, `run_name` among them.
+        resume: go on with the run of that name.
+        samples: what it will train and validate on, refused if loaded with other parameters than these.
+        wait_seconds: for another process to let go of it.
 
     Raises:
         ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
         RuntimeError: another process has the run.
     """
-    if not run_name or run_name.startswith(".") or set(run_name) & set('/\\:*?"<>|'):
+    run_name = parameters["run_name"]
+    if not run_name or run_name in ("older", "notebooks") or set(run_name) & set('/\\:*?"<>|') or run_name[0] == ".":
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
-    parameters = {name: value for name, value in parameters.items() if name != "resume"}
+    saved = {name: value for name, value in parameters.items() if name != "resume"}
+    for part in samples:
+        _check_made_with(saved, part)
     if resume:
-        _check_resumable(run, parameters)
-    _lock(run)
-    if resume:
-        return run
-    if run.exists():
-        finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
-        older = run.with_name(f"{run_name}.{finished:%Y-%m-%dT%H-%M-%S}")
-        while older.exists():
-            older = older.with_name(older.name + "~")
-        run.rename(older)
-    run.mkdir()
-    write_json(parameters, run / "parameters.json")
-    return run
+        _check_resumable(run, saved)
+    with hold_run(run, wait_seconds):
+        if not resume:
+            _set_aside(run)
+            run.mkdir()
+            write_json(saved, run / "parameters.json")
+        yield run
 
 
-def _lock(run: Path, seconds: float = 0) -> None:
+@contextmanager
+def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Let no other process have the run: one that was just killed may still hold it for a while.
+
+    Raises:
+        RuntimeError: another process has it all the time.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
-    lock = _LOCKS.setdefault(run, FileLock(run.with_name(f".{run.name}.lock")))
     try:
-        lock.acquire(timeout=seconds)
+        with FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds):
+            yield
     except Timeout:
         raise RuntimeError(
             f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another run_name"
         ) from None
 
 
-def release_run(run: Path) -> None:
-    """Let other processes have the run."""
-    if run in _LOCKS:
-        _LOCKS.pop(run).release(force=True)
+def _set_aside(run: Path) -> None:
+    if run.exists():
+        finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
+        older = run.parent / "older" / f"{run.name}.{finished:%Y-%m-%dT%H-%M-%S}"
+        while older.exists():
+            older = older.with_name(older.name + "~")
+        older.parent.mkdir(exist_ok=True)
+        run.rename(older)
 
 
-def wait_for_run(run: Path, seconds: float = 60) -> None:
-    """Wait until no process has the run: one that was just killed may still hold it.
-
-    Raises:
-        RuntimeError: another process has it all the time.
-    """
-    _lock(run, seconds)
-    release_run(run)
-
-
-def is_trained(run: Path, epochs: int) -> bool:
-    """Whether all epochs of a run are there."""
-    return (run / "report.md").exists() and len(read_history(run)) >= epochs
-
-
-def is_evaluated(run: Path, part: str) -> bool:
-    """Whether `evaluate.ipynb` has scored a run on a part, or predicted one whose labels are held back."""
-    return (run / "evaluation" / f"{part}.npz").exists() or _submission(run, part).exists()
+def _check_made_with(parameters: dict[str, object], samples: Samples) -> None:
+    """Samples that were loaded before a parameter was edited are another run's."""
+    for name, value in (samples.made_with or {}).items():
+        if name in parameters and parameters[name] != value:
+            raise ValueError(
+                f"{name}: is {parameters[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
+                "loads the data again, and then this one"
+            )
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
@@ -113,14 +125,46 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
         )
 
 
-def describe_progress(run: Path, epochs: int) -> str:
-    """What is there of a run before it trains."""
-    if not (run / "last.pt").exists():
-        return f"{run.name}: starts from the beginning"
+class RunState(NamedTuple):
+    """What is there of a run.
+
+    Attributes:
+        epochs: that it was started for; 0 where nothing is there, or where it was not trained here.
+        done: epochs that are finished.
+        trained: whether all of them are, with the report.
+        evaluated: parts that it was scored on, or predicted where labels are held back.
+    """
+
+    epochs: int
+    done: int
+    trained: bool
+    evaluated: tuple[str, ...]
+
+    def describe(self) -> str:
+        """In words, before it trains."""
+        if self.trained:
+            return f"is finished, all {self.epochs} epochs are there; nothing changes"
+        if self.done:
+            return f"resumes, {self.done} of {self.epochs} epochs are there"
+        return "starts from the beginning"
+
+
+def run_state(run: Path) -> RunState:
+    """See `RunState`; of any folder, also one that does not exist."""
+    epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
     done = len(read_history(run)) if (run / "history.csv").exists() else 0
-    if done >= epochs:
-        return f"{run.name}: is finished, all {epochs} epochs are there; nothing changes"
-    return f"{run.name}: resumes, {done} of {epochs} epochs are there"
+    evaluated = tuple(sorted(path.stem for path in (run / "evaluation").glob("*.json")))
+    trained = 0 < epochs <= done and (run / "report.md").exists()
+    return RunState(epochs, done, trained, evaluated)
+
+
+def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
+    """What makes runs the same recipe: every parameter that matters for the result, but the seed; hashable."""
+    kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
+    if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
+        kept.pop("soft_iou_pooling", None)
+    as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
+    return tuple(sorted((name, str(value)) for name, value in as_float.items()))
 
 
 def write_history(run: Path, history: list[dict]) -> None:
@@ -133,21 +177,49 @@ def read_history(run: Path) -> pd.DataFrame:
     return pd.read_csv(run / "history.csv")
 
 
-def write_scores(run: Path, row: dict, names: np.ndarray, counts: np.ndarray) -> None:
-    """The best epoch's row and its scores and counts per image `(N, C, C)`, at the working size."""
+def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
+    """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
-    if len(counts):
-        scores |= {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}
-        scores |= {"averaged_classes": averaged_classes(counts)}
-        scores |= {"class_iou": dict(zip(CLASS_NAMES, iou(counts).round(6).tolist(), strict=True))}
+    if valid is not None:
+        scores |= {"valid_miou": mean_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
+        scores |= {"averaged_classes": averaged_classes(valid.counts)}
+        scores |= {"class_iou": dict(zip(valid.classes, iou(valid.counts).round(6).tolist(), strict=True))}
+        _write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     write_json(scores, run / "scores.json")
-    write_atomically(run / "counts.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
+
+
+def _write_counts(path: Path, evaluation: Evaluation) -> None:
+    arrays = {"names": evaluation.names, "counts": evaluation.counts, "classes": np.array(evaluation.classes)}
+    if evaluation.scene is not None:
+        arrays["scene"] = evaluation.scene
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+class Counts(NamedTuple):
+    """What `counts.npz` and `evaluation/*.npz` hold; see `Evaluation`."""
+
+    names: np.ndarray
+    counts: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+
+
+def read_counts(path: Path) -> Counts:
+    """Older files hold names and counts of NYUv2's 13 classes alone."""
+    with np.load(path) as saved:
+        classes = tuple(saved["classes"].tolist()) if "classes" in saved else NYUV2_13
+        return Counts(saved["names"], saved["counts"], saved.get("scene"), classes)
 
 
 def read_scores(run: Path) -> dict:
     """What `write_scores` wrote, without the counts."""
     return read_json(run / "scores.json")
+
+
+def read_parameters(run: Path) -> dict:
+    """The parameters that a run was started with."""
+    return read_json(run / "parameters.json")
 
 
 def find_run(run: str) -> Path:
@@ -159,7 +231,7 @@ def find_run(run: str) -> Path:
     trained = sorted(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if run == "latest" and trained:
         return trained[-1].parent
-    folder = Path(run) if Path(run).is_absolute() else runs_folder() / run
+    folder = runs_folder() / Path(run).expanduser()  # an absolute path stays what it is
     if run == "latest" or not (folder / "best.pt").exists():
         there = ", ".join(path.parent.name for path in trained) or "none"
         raise ValueError(
@@ -169,58 +241,68 @@ def find_run(run: str) -> Path:
     return folder
 
 
-def read_parameters(run: Path) -> dict:
-    """The parameters that a run was started with."""
-    return read_json(run / "parameters.json")
+def write_evaluation(
+    run: Path, part: str, facts: dict, tta: str, augmented: Evaluation, plain: Evaluation | None
+) -> dict[str, object]:
+    """What `evaluation/PART.json` holds, and counts per image at native size; completes the report.
 
-
-def write_evaluation(run: Path, part: str, names: np.ndarray, counts: np.ndarray, scores: dict) -> None:
-    """Counts per image `(N, C, C)` at native size and the scores made from them; completes the report."""
+    Args:
+        run: its folder.
+        part: that was scored.
+        facts: about the data and the network, kept as they are.
+        tta: the test-time augmentation.
+        augmented: thorough counts with it.
+        plain: and without; None where labels are held back.
+    """
+    scores = facts | {"images": len(augmented.names), "tta": tta}
     folder = run / "evaluation"
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"{part}.npz", lambda file: np.savez_compressed(file, names=names, counts=counts))
+    folder.mkdir(parents=True, exist_ok=True)
+    if plain is not None:
+        columns = {"support": plain.counts.sum((0, 2)) / max(plain.counts.sum(), 1), "IoU": iou(plain.counts)}
+        columns |= {f"IoU, tta {tta}": iou(augmented.counts), "boundary IoU": boundary_iou(plain.boundary)}
+        scores |= {"plain": _scores(plain), "augmented": _scores(augmented), "depth": depth_scores(plain.depth)}
+        scores |= {"classes": pd.DataFrame(columns, index=list(plain.classes)).to_dict("index")}
+        _write_counts(folder / f"{part}.npz", plain)
     write_json(scores, folder / f"{part}.json")
     write_report(run)
+    return scores
 
 
-def write_submission(run: Path, part: str, names: np.ndarray, predicted: np.ndarray) -> Path:
-    """`submission.npy`: predicted classes `(N, H, W)` uint8 in the order of the names.
+def _scores(evaluation: Evaluation) -> dict[str, float]:
+    return all_scores(evaluation.counts) | {"boundary_miou": float(np.nanmean(boundary_iou(evaluation.boundary)))}
 
-    Raises:
-        ValueError: another type or shape, values that are no class, or names out of order.
-    """
-    classes = len(CLASS_NAMES)
-    if predicted.dtype != np.uint8 or predicted.ndim != 3 or len(predicted) != len(names) or predicted.max() >= classes:
-        raise ValueError(
-            f"submission: found {predicted.dtype} {predicted.shape} up to {predicted.max()}, expected uint8 "
-            f"({len(names)}, H, W) of classes 0..{classes - 1}"
-        )
-    if list(names) != sorted(names):
-        raise ValueError("submission: found names out of order, expected them sorted")
-    path = _submission(run, part)
-    path.parent.mkdir(exist_ok=True)
+
+def masks_folder(run: Path, part: str) -> Path:
+    """Where a run keeps its predictions for a part, as PNGs of class indices."""
+    return run / "evaluation" / part
+
+
+def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
+    """The predictions of these images, `(H, W)` uint8 each."""
+    return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
+
+
+def write_submission(run: Path, part: str, names: np.ndarray) -> Path:
+    """`submission.npy`: predicted classes `(N, H, W)` uint8 in the order of the sorted names, from the saved masks."""
+    path = run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
+    predicted = np.stack(read_masks(masks_folder(run, part), sorted(names)))
     write_atomically(path, lambda file: np.save(file, predicted))
     return path
 
 
-def _submission(run: Path, part: str) -> Path:
-    return run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
-
-
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, results, per-class IoU and progression of a run."""
-    parameters = read_parameters(run)
-    scores, history = read_scores(run), read_history(run)
+    scores = read_scores(run)
     sections = [
         f"# {run.name}",
         summarise(run),
-        "## Configuration\n\n" + _table(["parameter", "value"], parameters.items()),
-        "## Results summary\n\n" + _table(["validation", "value"], _summary(scores).items()),
+        "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown(),
+        "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
     ]
     if "class_iou" in scores:
-        rows = [(name, "-" if value != value else f"{value:.3f}") for name, value in scores["class_iou"].items()]
-        sections.append("## Per-class IoU\n\n" + _table(["class", "IoU"], rows))
-    sections.append("## Training progression\n\n" + _progression(history, scores["best_epoch"]))
+        by_class = pd.Series(scores["class_iou"], name="IoU", dtype=float)
+        sections.append("## Per-class IoU\n\n" + by_class.to_markdown(floatfmt=".3f"))
+    sections.append("## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]))
     for path in sorted((run / "evaluation").glob("*.json")):
         sections.append(_evaluation_section(path.stem, read_json(path)))
     write_text("\n\n".join(sections) + "\n", run / "report.md")
@@ -228,7 +310,7 @@ def write_report(run: Path) -> Path:
 
 
 def summarise(run: Path) -> str:
-    """One sentence in Markdown: the best epoch, its scores, the classes learned best and least."""
+    """One sentence in Markdown: the kept epoch, its scores, the classes learned best and least."""
     scores, epochs = read_scores(run), len(read_history(run))
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
@@ -236,28 +318,12 @@ def summarise(run: Path) -> str:
     best, least = (
         ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:3], ranked[-3:])
     )
+    kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
     return (
-        f"Epoch {scores['best_epoch']} of {epochs} is the best: validation **mIoU {scores['valid_miou']:.3f}** over "
+        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** over "
         f"{scores['averaged_classes']} classes, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
         f"Learned best: {best}. Learned least: {least}."
     )
-
-
-def _evaluation_section(part: str, scores: dict) -> str:
-    """Scores on one part, without and with test-time augmentation, then by class."""
-    shown = {"plain": scores["plain"], f"tta {scores['tta']}": scores["augmented"]}
-    rows = [(name, *(f"{column[name]:.4f}" for column in shown.values())) for name in scores["plain"]]
-    by_class = [
-        (name, *("-" if value != value else f"{value:.3f}" for value in values.values()))
-        for name, values in scores["classes"].items()
-    ]
-    header = list(next(iter(scores["classes"].values())))
-    return (
-        f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, scored at their own "
-        f"{scores['label_size'][0]}x{scores['label_size'][1]} pixels; the network works at "
-        f"{scores['working_size'][0]}x{scores['working_size'][1]}.\n\n"
-        + _table(["score", *shown], rows) + "\n\n" + _table(["class", *header], by_class)
-    )  # fmt: skip
 
 
 def _summary(scores: dict) -> dict[str, str]:
@@ -265,22 +331,24 @@ def _summary(scores: dict) -> dict[str, str]:
         return {"best epoch": f"{scores['best_epoch']} (the last: nothing validates in this split)"}
     return {
         "best epoch": str(scores["best_epoch"]),
-        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(CLASS_NAMES)} classes",
+        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} classes",
         "pixel accuracy": f"{scores['valid_pixel_acc']:.4f}",
         "loss": f"{scores['valid_loss']:.4f}",
     }
 
 
 def _progression(history: pd.DataFrame, best_epoch: int) -> str:
-    shown = history[history.epoch.isin([1, best_epoch, history.epoch.max()]) | (history.epoch % REPORTED_EPOCHS == 0)]
+    shown = history.epoch.isin([1, best_epoch, history.epoch.max()]) | (history.epoch % REPORTED_EPOCHS == 0)
     columns = ["epoch", "train_loss", "valid_loss", "valid_miou", "valid_pixel_acc"]
-    rows = []
-    for row in shown.itertuples():
-        cells = [str(row.epoch)] + [f"{getattr(row, column):.4f}" for column in columns[1:]]
-        rows.append([f"**{cell}**" for cell in cells] if row.epoch == best_epoch else cells)
-    return _table(columns, rows)
+    return history.loc[shown, columns].to_markdown(index=False, floatfmt=".4f")
 
 
-def _table(header: list[str], rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def _evaluation_section(part: str, scores: dict) -> str:
+    """Scores on one part, without and with test-time augmentation, then by class."""
+    text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
+    if "plain" not in scores:
+        return f"{text}: predicted with tta {scores['tta']}; their labels are held back."
+    overall = pd.DataFrame({"plain": scores["plain"], f"tta {scores['tta']}": scores["augmented"]}, dtype=float)
+    by_class = pd.DataFrame(scores["classes"], dtype=float).T
+    tables = overall.to_markdown(floatfmt=".4f"), by_class.to_markdown(floatfmt=".3f")
+    return "\n\n".join((f"{text}; the network works at {'x'.join(map(str, scores['working_size']))}.", *tables))

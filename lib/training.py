@@ -1,7 +1,8 @@
-"""Train a network: the device, one epoch, and `fit` with its checkpoints."""
+"""Train a network: the total loss of a batch, an epoch, and `fit` with its checkpoints."""
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,133 +15,179 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.batches import AUGMENTATIONS, DEPTH_ENCODINGS, INPUT_CHANNELS, Batch, RawBatch, encode_batch, training_loader
-from lib.classes import CLASS_NAMES
-from lib.data.samples import Samples
-from lib.data.splits import SPLITS
+from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
+from lib.data import Samples
+from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision
-from lib.evaluation import evaluate
+from lib.evaluation import Evaluation, evaluate
 from lib.files import load_checkpoint, save_checkpoint
 from lib.losses import POOLINGS, masked_l1, segmentation_loss
 from lib.metrics import mean_iou, pixel_accuracy
-from lib.model import Prediction, save_model
+from lib.model import DEPTH_ENCODINGS, INPUT_CHANNELS, Prediction, SegmentationDepthNet, build_model, save_model
 from lib.notebook import progress_bar
 from lib.parameters import check_choice
-from lib.runs import release_run, write_history, write_report, write_scores
+from lib.runs import find_run, write_history, write_report, write_scores
 
 SCHEDULES = ("cosine", "one_cycle")
+KEEP = ("best", "last")
 CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
+class Losses(NamedTuple):
+    """Scalar terms of one batch; `total` is what is minimised."""
+
+    total: torch.Tensor
+    segmentation: torch.Tensor
+    depth: torch.Tensor
+
+
+def total_loss(
+    prediction: Prediction, batch: Batch, soft_iou_weight: float, soft_iou_pooling: str, depth_weight: float
+) -> Losses:
+    """Segmentation loss plus weighted depth loss; without a depth head the latter is 0."""
+    segmentation = segmentation_loss(prediction.logits, batch.label, soft_iou_weight, soft_iou_pooling)
+    if prediction.depth is None:
+        return Losses(segmentation, segmentation, torch.zeros_like(segmentation))
+    depth_l1 = masked_l1(prediction.depth, batch.depth, batch.valid_depth)
+    return Losses(segmentation + depth_weight * depth_l1, segmentation, depth_l1)
+
+
+def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDepthNet:
+    """The network that the parameters of `train.ipynb` describe, with the weights that their seed gives it."""
+    torch.manual_seed(parameters["seed"])
+    start_from = parameters["start_from"]
+    return build_model(
+        encoder_weights=parameters["encoder_weights"],
+        start_from=find_run(start_from) / "best.pt" if start_from else None,
+        classes=classes,
+        size=(parameters["image_height"], parameters["image_width"]),
+        depth_head=parameters["depth_weight"] > 0,
+        **{name: parameters[name] for name in ("inputs", "depth_encoding", "encoder")},
+    )
+
+
 def fit(
-    model: nn.Module,
-    train: Samples,
+    build: Callable[[], nn.Module],
+    loader: DataLoader,
     valid: Samples,
     run: Path,
     *,
-    inputs: str,
-    depth_encoding: str,
-    soft_iou_weight: float,
-    soft_iou_pooling: str,
-    depth_weight: float,
+    loss: Callable[[Prediction, Batch], Losses],
     epochs: int,
-    batch_size: int,
     learning_rate: float,
     weight_decay: float,
-    schedule: str,
+    schedule: str = "one_cycle",
     ema_decay: float = 0.0,
-    augment: str,
-    workers: int,
-    precision: str,
-    device: str,
-    seed: int,
+    keep: str = "best",
+    precision: str = "auto",
+    device: str = "auto",
 ) -> Iterator[dict[str, float]]:
     """Train, and yield each epoch's row of the history once everything about it is on disk.
 
     Where the run's folder holds a `last.pt`, training goes on from it, to the bit on a CPU, and the
     rows of the epochs before it are yielded first. Into the folder go `history.csv`, `last.pt` (also
-    within long epochs) and, of the epoch with the best validation mIoU (the last one where nothing
-    validates), `best.pt`, `scores.json` and `counts.npz`; in the end `report.md`. With an `ema_decay`
-    the averaged weights are validated and kept as `best.pt`. Parameters mean
-    what they mean in `train.ipynb`. The `seconds` of a resumed epoch count from where it was resumed.
+    within long epochs) and, of the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`; in the
+    end `report.md`. The `seconds` of a resumed epoch count from where it was resumed.
+
+    Args:
+        build: makes the network, the same each time: what a cell trained before is never trained on.
+        loader: from `training_loader`.
+        valid: scored after each epoch; may be empty.
+        run: the folder, held by `open_run`.
+        loss: of a prediction and a batch.
+        epochs, learning_rate, weight_decay, schedule: see `train.ipynb`.
+        ema_decay: of an average of the weights, which is then validated and kept; 0 for none.
+        keep: `best`, the epoch of the highest validation mIoU (the last where nothing validates), or `last`.
+        precision, device: `auto` for what suits this machine.
 
     Raises:
-        ValueError: a parameter out of range; it is named.
+        ValueError: a parameter out of range, or data that changed since the run was started; it is named.
         CheckpointError: `last.pt` can't be read.
         FloatingPointError: a loss is not finite; the images of its batch are named.
         OSError: something can't be written; what was there before is intact.
     """
-    check_options(
-        inputs=inputs, depth_encoding=depth_encoding, soft_iou_pooling=soft_iou_pooling,
-        soft_iou_weight=soft_iou_weight, depth_weight=depth_weight, epochs=epochs, batch_size=batch_size,
-        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, ema_decay=ema_decay, augment=augment,
-        workers=workers, precision=precision, seed=seed,
-    )  # fmt: skip
-    try:
-        where = choose_device(device)
-        precision = choose_precision(precision, where)
-        model.to(where)
-        if where.type == "cuda":  # where channels_last and a search for the fastest convolutions pay
-            model.to(memory_format=torch.channels_last)
-            torch.backends.cudnn.benchmark = True
-        loader = training_loader(train, augment, batch_size, workers, seed)
-        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
-        scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
-        average = build_average(model, ema_decay)
-        judged = model if average is None else average.module
-        encode = partial(encode_batch, inputs=inputs, depth_encoding=depth_encoding, device=where)
+    check_options(epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule,
+                  ema_decay=ema_decay, keep=keep)  # fmt: skip
+    where = choose_device(device)
+    precision = choose_precision(precision, where)
+    model = _place(build(), where)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
+    scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
+    average = build_average(model, ema_decay)
+    judged = model if average is None else average.module
+    train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
 
-        def loss(prediction: Prediction, batch: Batch) -> Losses:
-            return total_loss(*prediction, *batch[1:], soft_iou_weight, soft_iou_pooling, depth_weight)
+    def step(raw: RawBatch) -> torch.Tensor:
+        total = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)
+        if schedule == "one_cycle":
+            scheduler.step()
+        if average is not None:
+            average.update_parameters(model)
+        return total
 
-        def step(raw: RawBatch) -> torch.Tensor:
-            total = training_step(model, encode(raw), loss, optimizer, precision)
-            if schedule == "one_cycle":
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts |= {} if average is None else {"average": average}
+    made_of = {"computed": f"{where.type} in {precision}", "data": checksums(train) | checksums(valid)}
+    progress = restore_progress(run / "last.pt", parts, made_of, where)
+    save = partial(save_progress, run / "last.pt", parts, progress, where)
+    history, losses = progress["history"], progress["losses"]
+    first = len(history) + 1
+    yield from list(history)
+    with progress_bar("training", epochs * len(loader), len(history) * len(loader) + len(losses)) as bar:
+        for epoch in range(first, epochs + 1):
+            started = time.perf_counter()
+            bar.set_description(f"epoch {epoch} of {epochs}")
+            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(losses)
+            row["train_loss"] = train_epoch(model, step, loader, losses, save, bar)
+            if schedule == "cosine":
                 scheduler.step()
-            if average is not None:
-                average.update_parameters(model)
-            return total
+            scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
+            by_score = keep == "best" and scored is not None
+            if _is_best(row, history) if by_score else epoch == epochs:
+                save_model(judged, run / "best.pt")
+                write_scores(run, row, scored)
+            history.append(row)
+            write_history(run, history)
+            losses.clear()
+            progress["row"] = {}
+            save()
+            yield row
+    if first <= epochs or not (run / "report.md").exists():
+        write_report(run)
 
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        parts |= {} if average is None else {"average": average}
-        progress = restore_progress(run / "last.pt", parts, f"{where.type} in {precision}")
-        save = partial(save_progress, run / "last.pt", parts, progress)
-        history = progress["history"]
-        first = len(history) + 1
-        yield from list(history)
-        with progress_bar(
-            "training", epochs * len(loader), len(history) * len(loader) + len(progress["losses"])
-        ) as bar:
-            for epoch in range(first, epochs + 1):
-                started = time.perf_counter()
-                bar.set_description(f"epoch {epoch} of {epochs}")
-                progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-                loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(progress["losses"])
-                row["train_loss"] = train_epoch(model, step, loader, progress["losses"], save, bar, train.names)
-                if schedule == "cosine":
-                    scheduler.step()
-                scores, counts = validate(judged, valid, inputs, depth_encoding, batch_size, precision, loss)
-                row |= scores | {"seconds": time.perf_counter() - started}
-                if not len(valid) or row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1):
-                    save_model(judged, run / "best.pt")
-                    write_scores(run, row, valid.names, counts)
-                history.append(row)
-                write_history(run, history)
-                progress |= {"losses": [], "row": {}}
-                save()
-                yield row
-        if first <= epochs or not (run / "report.md").exists():
-            write_report(run)
-    finally:
-        release_run(run)
+
+def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, there in the layout and with the search for convolutions that pay."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        return model.to(device, memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def _is_best(row: dict[str, float], history: list[dict[str, float]]) -> bool:
+    return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
+
+
+def checksums(samples: Samples) -> dict[str, int]:
+    """Of what each image, its depth and its label hold, by name."""
+    arrays = [array for array in (samples.image, samples.depth, samples.label) if array is not None]
+    sums = {}
+    for position, name in enumerate(samples.names.tolist()):
+        sums[name] = 0
+        for array in arrays:
+            sums[name] = zlib.crc32(np.ascontiguousarray(array[position]), sums[name])
+    return sums
 
 
 def check_options(**options: object) -> None:
     """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
     choices = {
         "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
-        "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
+        "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS, "keep": KEEP,
+        "fold": range(FOLDS),
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
     least |= dict.fromkeys(("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight"), 0)
@@ -188,7 +235,6 @@ def train_epoch(
     losses: list[torch.Tensor],
     save: Callable[[], None],
     bar: tqdm,
-    names: np.ndarray,
 ) -> float:
     """Train on the batches that are left of an epoch; returns the mean loss over all of its batches.
 
@@ -199,12 +245,12 @@ def train_epoch(
         losses: of the batches before these; grows.
         save: called every few minutes.
         bar: moved on by one a batch.
-        names: of the training images, for an error message.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
+    names = loader.dataset.samples.names
     saved, positions = time.monotonic(), []
     for raw in loader:
         losses.append(step(raw))
@@ -236,74 +282,55 @@ def _check_finite(
         )
 
 
-def validate(
-    model: nn.Module, valid: Samples, inputs: str, depth_encoding: str, batch_size: int, precision: str, loss: Callable
-) -> tuple[dict[str, float], np.ndarray]:
-    """The history's columns about validation and the counts per image; NaN where nothing validates."""
-    if not len(valid):
-        nothing = dict.fromkeys(("valid_loss", "valid_depth_l1", "valid_miou", "valid_pixel_acc"), math.nan)
-        return nothing, np.zeros((0, len(CLASS_NAMES), len(CLASS_NAMES)), np.int64)
-    counts, (total, _, depth_l1) = evaluate(model, valid, inputs, depth_encoding, batch_size, precision, loss)
+def describe_validation(scored: Evaluation | None) -> dict[str, float]:
+    """The history's columns about validation; NaN where nothing validates."""
+    if scored is None:
+        return dict.fromkeys(("valid_loss", "valid_depth_l1", "valid_miou", "valid_pixel_acc"), math.nan)
+    total, _, depth_l1 = scored.losses
     scores = {"valid_loss": total, "valid_depth_l1": depth_l1}
-    return scores | {"valid_miou": mean_iou(counts), "valid_pixel_acc": pixel_accuracy(counts)}, counts.numpy()
+    return scores | {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
 
 
-def save_progress(path: Path, parts: dict, progress: dict) -> None:
+def save_progress(path: Path, parts: dict, progress: dict, device: torch.device) -> None:
     """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
     state = {part: owner.state_dict() for part, owner in parts.items()}
-    state["rng"] = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    state["rng"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     save_checkpoint(state | {"progress": progress}, path)
 
 
-def restore_progress(path: Path, parts: dict, computed: str) -> dict:
+def restore_progress(path: Path, parts: dict, made_of: dict, device: torch.device) -> dict:
     """Undo `save_progress`; where there is no such file, nothing has been done yet.
 
     Raises:
-        ValueError: what was saved was computed otherwise: `computed` names device and precision.
+        ValueError: what was saved was computed otherwise or from other data than `made_of` says.
     """
     if not path.exists():
-        return {"history": [], "losses": [], "row": {}, "computed": computed}
+        return {"history": [], "losses": [], "row": {}} | made_of
     state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
-    before = state["progress"].get("computed", "an unknown device")
-    if before != computed:
-        raise ValueError(
-            f"resume: {path.parent.name!r} was trained on {before}, found {computed}; pass the same device and "
-            "precision, or start another run_name with resume False"
-        )
+    progress = state["progress"]
+    _check_made_of(path.parent.name, progress, made_of)
     for part, owner in parts.items():
         owner.load_state_dict(state[part])
     torch.set_rng_state(state["rng"][0])
-    if torch.cuda.is_available() and len(state["rng"]) > 1:
-        torch.cuda.set_rng_state_all(state["rng"][1:])
-    device = next(parts["model"].parameters()).device
-    state["progress"]["losses"] = [loss.to(device) for loss in state["progress"]["losses"]]
-    return state["progress"]
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng"][1], device)
+    progress["losses"] = [loss.to(device) for loss in progress["losses"]]
+    return progress
 
 
-class Losses(NamedTuple):
-    """Scalar terms of one batch; `total` is what is minimised."""
-
-    total: torch.Tensor
-    segmentation: torch.Tensor
-    depth: torch.Tensor
-
-
-def total_loss(
-    logits: torch.Tensor,
-    depth: torch.Tensor | None,
-    labels: torch.Tensor,
-    depth_target: torch.Tensor,
-    valid_depth: torch.Tensor,
-    soft_iou_weight: float,
-    soft_iou_pooling: str,
-    depth_weight: float,
-) -> Losses:
-    """Segmentation loss plus weighted depth loss; without a depth head (None) the latter is 0.
-
-    Shapes: logits `(N, C, H, W)`, labels `(N, H, W)`, the depths and the mask `(N, 1, H, W)`.
-    """
-    segmentation = segmentation_loss(logits, labels, soft_iou_weight, soft_iou_pooling)
-    if depth is None:
-        return Losses(segmentation, segmentation, torch.zeros_like(segmentation))
-    depth_l1 = masked_l1(depth, depth_target, valid_depth)
-    return Losses(segmentation + depth_weight * depth_l1, segmentation, depth_l1)
+def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
+    before = saved.get("computed", "an unknown device")
+    if before != made_of["computed"]:
+        raise ValueError(
+            f"resume: {run_name!r} was trained on {before}, found {made_of['computed']}; pass the same device and "
+            "precision, or start another run_name with resume False"
+        )
+    old, new = saved.get("data", made_of["data"]), made_of["data"]
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed:
+        name = changed[0]
+        how = "is not the same" if name in old and name in new else "is missing now" if name in old else "is new"
+        raise ValueError(
+            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
+            f"{name!r}, which {how}; put the data back, or start another run_name with resume False"
+        )

@@ -3,6 +3,7 @@
 import datetime
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from lib.evaluation import Evaluation
 from lib.files import read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 
-MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
+MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
 NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed")
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
@@ -60,8 +61,16 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
-            write_json(saved, run / "parameters.json")
+            write_json(saved | {"commit": _commit()}, run / "parameters.json")
         yield run
+
+
+def _commit() -> str | None:
+    """Of the code that makes the run; None where it is not under git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Score a run, or anybody's predictions, on a part of its data, and leave what a comparison needs in its folder."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ from PIL import Image
 from lib.data import DataError, Pieces, iterate_samples
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
-from lib.files import write_atomically, write_json
+from lib.files import read_json, write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, iou
 from lib.model import load_model
 from lib.notebook import progress_bar
-from lib.runs import find_run, open_run, read_parameters, write_counts, write_report
+from lib.runs import find_run, open_run, read_counts, read_history, read_parameters, write_counts, write_report
 from lib.significance import compare_checkpoints, score_interval
 
 READ_WITH = ("data", "split", "limit", "classes", "fold")  # parameters that say which images a part holds
@@ -70,6 +71,7 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
     parameters, labelled = read_parameters(run), next(iter(pieces)).label is not None
     (run / "evaluation" / f"{part}.json").unlink(missing_ok=True)  # until it is there again, this part is not scored
     facts = {"data": str(parameters["data"]), "images": len(pieces), "labelled": labelled}
+    facts |= {"split": None if part == "test" else pieces.split}
     if "predictions" in parameters:
         passes = {"plain": read_predictions(Path(parameters["predictions"]).expanduser(), pieces)}
     else:
@@ -180,3 +182,48 @@ def _read_mask(path: Path, size: tuple[int, int], class_count: int) -> np.ndarra
             "unlabelled pixel is no prediction"
         )
     return mask
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run on one part of one data set, or on all five folds of it; `names` to `classes` as in `Counts`."""
+
+    name: str
+    parameters: dict
+    data: str
+    split: str | None
+    names: np.ndarray
+    counts: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+    history: pd.DataFrame | None
+    folds: int = 1
+
+    @property
+    def score(self) -> float:
+        """mIoU over the classes in the truth, pooled over all images."""
+        return score_interval(self.counts, self.scene).score
+
+
+def read_scored(run: Path, part: str) -> ScoredRun:
+    """A run as `score_run` left it, of which the weights are not needed.
+
+    Raises:
+        ValueError: it is not scored on that part.
+    """
+    path = run / "evaluation" / f"{part}.npz"
+    if not path.exists():
+        raise ValueError(
+            f"runs: {run.name!r} is not evaluated on part {part!r}; run "
+            f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"
+        )
+    facts, history = read_json(path.with_suffix(".json")), run / "history.csv"
+    counts = read_counts(path)
+    return ScoredRun(
+        name=run.name,
+        parameters=read_parameters(run),
+        data=facts["data"],
+        split=facts.get("split"),
+        history=read_history(run) if history.exists() else None,
+        **counts._asdict(),
+    )

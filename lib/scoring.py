@@ -114,7 +114,8 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
         gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
         described["gain"] = {"difference": gain.difference, "interval": gain.interval, "p_value": gain.p_value}
     columns["boundary IoU"] = boundary_iou(plain.boundary)
-    return described | {"classes": pd.DataFrame(columns, index=list(plain.classes)).to_dict("index")}
+    by_class = pd.DataFrame(columns, index=list(plain.classes)).sort_values("support", ascending=False)
+    return described | {"classes": by_class.to_dict("index")}
 
 
 def _watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:

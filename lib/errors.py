@@ -13,7 +13,7 @@ from torch import nn
 from lib.classes import CLASS_NAMES, IGNORE_INDEX
 from lib.data.samples import Samples
 from lib.evaluation import predict_confidence
-from lib.metrics import class_accuracy, image_accuracy, iou, mean_iou, pixel_accuracy
+from lib.metrics import class_accuracy, fill_unlabelled, image_accuracy, iou, mean_iou, pixel_accuracy
 from lib.notebook import progress_bar
 from lib.plots import (
     COLOUR,
@@ -131,12 +131,7 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
     Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
     slivers between segments, and where nothing is labelled on one side there is none.
     """
-    if (label == IGNORE_INDEX).any() and (label != IGNORE_INDEX).any():
-        unlabelled = (label == IGNORE_INDEX).astype(np.uint8)
-        _, source = cv2.distanceTransformWithLabels(unlabelled, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-        classes = np.zeros(source.max() + 1, np.uint8)
-        classes[source[unlabelled == 0]] = label[unlabelled == 0]
-        label = classes[source]
+    label = fill_unlabelled(label)
     inside = np.ones(label.shape, np.uint8)
     across, down = label[:, 1:] == label[:, :-1], label[1:] == label[:-1]
     for half, same in ((inside[:, 1:], across), (inside[:, :-1], across), (inside[1:], down), (inside[:-1], down)):

@@ -12,7 +12,7 @@ from lib.data import DataError, Pieces, iterate_samples
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
 from lib.files import read_json, write_atomically, write_json
-from lib.metrics import all_scores, boundary_iou, depth_scores, iou
+from lib.metrics import all_scores, boundary_iou, depth_scores, iou, mean_truth_iou
 from lib.model import load_model
 from lib.notebook import progress_bar
 from lib.runs import find_run, open_run, read_counts, read_history, read_parameters, write_counts, write_report
@@ -203,7 +203,7 @@ class ScoredRun:
     @property
     def score(self) -> float:
         """mIoU over the classes in the truth, pooled over all images."""
-        return score_interval(self.counts, self.scene).score
+        return mean_truth_iou(self.counts)
 
 
 def read_scored(run: Path, part: str) -> ScoredRun:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lib.classes import check_same_classes
 from lib.data import PARTS
+from lib.data.splits import FOLDS
 from lib.files import read_json
 from lib.metrics import pixel_accuracy
 from lib.parameters import check_choice
@@ -18,7 +19,6 @@ from lib.significance import score_interval
 LIB = Path(__file__).resolve().parent
 TABLES = LIB / "data" / "tables"
 EVIDENCE = LIB.parent / "notebooks" / "experiments" / "results"  # committed runs, without weights
-FOLDS = range(5)
 
 
 def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
@@ -92,11 +92,11 @@ def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     for run in runs:
         key = recipe(run.parameters), run.parameters["seed"]
         groups.setdefault(key, {})[run.parameters["fold"]] = run
-    whole = [folds for folds in groups.values() if set(folds) == set(FOLDS)]
+    whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
         there = "; ".join(f"seed {key[1]}: {sorted(folds)}" for key, folds in groups.items())
         raise ValueError(f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs")
-    return [_join([folds[fold] for fold in FOLDS]) for folds in whole]
+    return [_join([folds[fold] for fold in range(FOLDS)]) for folds in whole]
 
 
 def _join(folds: list[ScoredRun]) -> ScoredRun:

@@ -18,9 +18,15 @@ from lib.data import Samples
 from lib.evaluation import Evaluation
 from lib.files import read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
+from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
-NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed")
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold")
+# what runs did before a parameter was there
+BEFORE = {
+    "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
+    "class_weights": "none", "lovasz_weight": 0.0, "start_from": None,
+}  # fmt: skip
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
@@ -53,6 +59,8 @@ def open_run(
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
+    if digest := weights_digest(parameters.get("encoder_weights")):
+        saved["encoder_weights_digest"] = digest
     for part in samples:
         _check_made_with(saved, part)
     if resume:
@@ -167,8 +175,10 @@ def run_state(run: Path) -> RunState:
 
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
-    """What makes runs the same recipe: every parameter that matters for the result, but the seed; hashable."""
-    kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
+    """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
+    kept = {name: value for name, value in (BEFORE | parameters).items() if name not in NO_RECIPE}
+    if "encoder_weights_digest" in kept:  # the same file may lie elsewhere
+        kept.pop("encoder_weights")
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}

@@ -25,10 +25,12 @@ from lib.data import PARTS
 from lib.parameters import check_choice
 from lib.runs import MAY_CHANGE, hold_run, read_history, read_parameters, run_state, runs_folder
 from lib.scoring import iterate_part, score_run
+from lib.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
+PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 SLIM = ("parameters.json", "history.csv", "scores.json", "evaluation/*.npz", "evaluation/*.json")
 POLL_SECONDS = 2
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
@@ -85,7 +87,9 @@ def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
 
 def _identity(parameters: dict, defaults: dict) -> dict:
     """What makes a run that run, wherever its data lies: all that differs from the notebook's defaults."""
+    digest = weights_digest(parameters["encoder_weights"])
     named = parameters | {"data": Path(parameters["data"]).name}
+    named |= {"encoder_weights": digest} if digest else {}
     return {
         name: float(value) if type(defaults[name]) is float else value  # 1 and 1.0 are the same
         for name, value in sorted(named.items())
@@ -196,7 +200,7 @@ def _is_done(run: Path, parameters: dict, part: str) -> bool:
         return False
     saved = read_parameters(run)  # a parameter that came later is not in it
     differing = [
-        key for key in saved if key not in (*NO_IDENTITY, "data") and saved[key] != parameters.get(key, saved[key])
+        key for key in saved if key not in (*NO_IDENTITY, *PLACES) and saved[key] != parameters.get(key, saved[key])
     ]
     if differing:
         raise ValueError(

@@ -124,16 +124,16 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
         if scores.ndim != 1 or not np.isfinite(scores).all():
             raise ValueError(f"{name}: found {scores.tolist()}, expected (S,) numbers, the score of each run")
     _check_runs("scores", len(scores_a), len(scores_b))
-    difference, variance = float(scores_b.mean() - scores_a.mean()), scores_a.var(ddof=1) + scores_b.var(ddof=1)
-    _check_varies("scores", difference, np.sqrt(variance))
-    if variance < ROUNDING**2:
-        return SeedComparison(difference, (difference, difference), 1.0, np.nan, (np.nan, np.nan))
-    test = stats.ttest_ind(scores_b, scores_a, equal_var=False)
-    low, high = test.confidence_interval(CONFIDENCE)
-    needed = _needed(_detectable(np.sqrt(variance), test.df) ** 2, (low, high), 2.0)
-    if min(len(scores_a), len(scores_b)) < MIN_SEEDS_TO_PLAN:
-        needed = (np.nan, np.nan)
-    return SeedComparison(difference, (float(low), float(high)), float(test.pvalue), float(test.df), needed)
+    difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
+    variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]])
+    runs = np.array([[len(scores_a)], [len(scores_b)]])
+    error, degrees = _crossed_error(variances / runs, runs, np.zeros(1), 1)  # scipy's warns where one side is constant
+    _check_varies("scores", difference[0], error[0])
+    (low, high), p_value = _t_test(difference, error, degrees)
+    interval, needed = (float(low[0]), float(high[0])), (np.nan, np.nan)
+    if runs.min() >= MIN_SEEDS_TO_PLAN:
+        needed = _needed(_detectable(np.sqrt(variances.sum()), degrees[0]) ** 2, interval, 2.0)
+    return SeedComparison(float(difference[0]), interval, float(p_value[0]), float(degrees[0]), needed)
 
 
 def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False) -> RecipeComparison:

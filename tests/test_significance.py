@@ -142,6 +142,20 @@ def test_a_class_in_one_scene_has_no_verdict(scene):
     np.testing.assert_array_equal(checkpoints.class_p_value[:4], compare_checkpoints(*without, scene).class_p_value)
 
 
+def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
+    """Of twelve scenes of one image three have class 0, so that little is known of it."""
+    a, b = two_classes([5] * 12), two_classes([6, 7, 9] + [5] * 9)
+    for counts in (a, b):
+        counts[3:, 0] = 0
+    result = compare_checkpoints(a, b, None)
+    left_out = np.array([16 / 20, 15 / 20, 13 / 20])  # of b without each; a has 5 of 10 throughout
+    values = np.append(left_out - 0.5, np.full(9, 22 / 30 - 0.5))
+    error = np.sqrt(11 / 12 * ((values - values.mean()) ** 2).sum())
+    low, high = result.class_interval[:, 0]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    assert (np.diff(result.interval) / 2 / stats.t.ppf(0.975, 11)).item() < error
+
+
 def test_fewer_than_six_scenes_give_no_verdict(pair, recipes):
     scene = np.arange(197) % 5
     for result in (compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene)):

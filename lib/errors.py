@@ -13,7 +13,7 @@ from torch import nn
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.evaluation import predict
-from lib.metrics import class_accuracy, confusion_counts, image_accuracy, iou, mean_iou, pixel_accuracy
+from lib.metrics import class_accuracy, confusion_counts, fill_unlabelled, image_accuracy, iou, mean_iou, pixel_accuracy
 from lib.notebook import progress_bar
 from lib.plots import (
     EDGED,
@@ -125,12 +125,7 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
     Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
     slivers between segments, and where nothing is labelled on one side there is none.
     """
-    if (label == IGNORE_INDEX).any() and (label != IGNORE_INDEX).any():
-        unlabelled = (label == IGNORE_INDEX).astype(np.uint8)
-        _, source = cv2.distanceTransformWithLabels(unlabelled, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-        classes = np.zeros(source.max() + 1, np.uint8)
-        classes[source[unlabelled == 0]] = label[unlabelled == 0]
-        label = classes[source]
+    label = fill_unlabelled(label)
     inside = np.ones(label.shape, np.uint8)
     across, down = label[:, 1:] == label[:, :-1], label[1:] == label[:-1]
     for half, same in ((inside[:, 1:], across), (inside[:, :-1], across), (inside[1:], down), (inside[:-1], down)):
@@ -227,15 +222,17 @@ def plot_confusion(errors: ErrorCounts) -> Figure:
     pooled, classes = errors.confusion.sum(0), errors.classes
     total = pooled.sum(1, keepdims=True)
     shares = np.where(total > 0, pooled / np.maximum(total, 1), np.nan)
-    table = pd.DataFrame(shares, pd.Index(classes, name="truth"), pd.Index(classes, name="prediction"))
-    return plot_matrix(table, f"What each class was taken for, in % of its pixels; {len(errors.names)} images")
+    images = (errors.confusion.sum(2) > 0).sum(0)
+    truth = [f"{name} ({count})" for name, count in zip(classes, images, strict=True)]
+    table = pd.DataFrame(shares, pd.Index(truth, name="truth (images)"), pd.Index(classes, name="prediction"))
+    return plot_matrix(table, "What each class was taken for, in % of its pixels")
 
 
 @styled
 def plot_strata(errors: ErrorCounts) -> Figure:
     """Pixel accuracy and mIoU by depth, where it is known, distance to a boundary and size of the segment."""
     known = {name: counts for name, counts in errors.strata.items() if name != DEPTH or counts[1:].any()}
-    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
     grid = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     for axes, (name, counts) in zip(grid, known.items(), strict=True):
         table = score_strata(counts)
@@ -270,7 +267,7 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     drawn = bars.barh(range(len(gap)), gap, color=[colours[name] for name in gap.index], **EDGED)
     bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=GREY)
     bars.axvline(0, color=GREY, linewidth=1)
-    bars.margins(x=0.15)
+    bars.margins(x=0.2)
     label_rows(bars, gap.index)
     bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
     add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
@@ -288,11 +285,8 @@ def plot_image_scores(errors: ErrorCounts) -> Figure:
     axes.scatter(table.difference, rows, c=[colours[name] for name in table.index], zorder=2, **EDGED)
     axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
     label_rows(axes, [f"{shorten(row.Index)} ({row[1]}, {row[2]})" for row in table.itertuples()])
-    axes.set(ylabel="class (images with it, without it)")
-    axes.set(xlabel="mean pixel accuracy of images with the class minus without it")
+    axes.set_xlabel("pixel accuracy of the images with it minus that of the others, 95 % interval")
     harder = table.index[table.high < 0][::-1]
-    title = (
-        f"Images with {' or '.join(harder)} are harder" if len(harder) else "Images with a class against those without"
-    )
-    add_title(figure, title if len(table) else "No class has 10 images with it and 10 without")
+    title = f"Images with {' or '.join(harder)} are harder" if len(harder) else "Images with a class and without it"
+    add_title(figure, f"{title} (beside the names: how many there are)" if len(table) else "Too few images to compare")
     return figure

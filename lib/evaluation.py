@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -56,7 +54,7 @@ class Evaluation:
         scene: `(N,)` scene of each image; None where that is unknown.
         classes: names of the C classes.
         counts: `(N, C, C)` int64, rows = truth.
-        predicted: `(N, H, W)` uint8, a list of `(H, W)` where sizes differ, None where they were saved.
+        predicted: `(N, H, W)` uint8; a list of `(H, W)` where sizes differ, and empty unless asked for.
         boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
         losses: the plain mean over batches of each term of the loss; None without a loss.
@@ -66,7 +64,7 @@ class Evaluation:
     scene: np.ndarray | None
     classes: tuple[str, ...]
     counts: np.ndarray
-    predicted: np.ndarray | list[np.ndarray] | None
+    predicted: np.ndarray | list[np.ndarray]
     boundary: np.ndarray | None
     depth: np.ndarray | None
     losses: list[float] | None
@@ -96,7 +94,7 @@ def evaluate(
     Raises:
         ValueError: no image, or classes that are not the network's.
     """
-    return count_predictions(predict(model, samples, batch_size, tta, precision, loss))
+    return count_predictions(predict(model, samples, batch_size, tta, precision, loss), keep=True)
 
 
 def predict(
@@ -165,13 +163,13 @@ def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return interpolate(scores.float(), size, mode="bilinear")
 
 
-def count_predictions(batches: Iterable[Predicted], thorough: bool = False, save_to: Path | None = None) -> Evaluation:
+def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep: bool = False) -> Evaluation:
     """Counts of predictions, whoever made them.
 
     Args:
         batches: from `predict`, or from elsewhere.
         thorough: count outlines and depth, too.
-        save_to: folder for the predictions, a PNG of class indices for each image, instead of keeping them.
+        keep: the predictions themselves, which takes a byte for each pixel.
 
     Raises:
         ValueError: no image.
@@ -186,10 +184,8 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, save
         if thorough:
             boundary.append(boundary_counts(labels, samples.labels_or_ignored, len(classes)))
             depth.append(_depth_of(batch))
-        if save_to is None:
+        if keep:
             predicted.extend(labels)
-        else:
-            save_masks(save_to, samples.names, labels)
         losses.append(batch.losses)
     if not names:
         raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
@@ -199,7 +195,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, save
         scene=None if scenes[0] is None else np.concatenate(scenes),
         classes=classes,
         counts=np.concatenate(counts),
-        predicted=(np.stack(predicted) if one_size else predicted) if save_to is None else None,
+        predicted=np.stack(predicted) if one_size else predicted,
         boundary=np.concatenate(boundary) if thorough else None,
         depth=np.sum(depth, axis=0) if thorough else None,
         losses=None if losses[0] is None else torch.stack(losses).double().mean(0).tolist(),
@@ -210,11 +206,3 @@ def _depth_of(batch: Predicted) -> np.ndarray:
     if batch.depth_m is None:
         return np.zeros(4)
     return depth_sums(batch.depth_m, batch.samples.depth_or_missing / 1000, batch.samples.measured_depth)
-
-
-def save_masks(folder: Path, names: np.ndarray, labels: np.ndarray) -> None:
-    """A PNG of class indices, `NAME.png`, for each image."""
-    for name, mask in zip(names.tolist(), labels, strict=True):
-        path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(path)

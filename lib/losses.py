@@ -1,5 +1,6 @@
-"""Cross-entropy with soft IoU for segmentation, masked L1 for depth, and their total."""
+"""Cross-entropy and soft IoU for segmentation, masked L1 for depth."""
 
+import numpy as np
 import torch
 
 from lib.classes import IGNORE_INDEX
@@ -115,20 +116,59 @@ def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch
     return torch.where(present, 1 - iou, 0).sum() / present.sum().clip(min=1)
 
 
+def segmentation_terms(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    soft_iou_pooling: str = "batch",
+    class_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy over labelled pixels, and soft IoU, in one pass; arguments as `segmentation_loss`."""
+    check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)
+    _check_labels(logits, labels)
+    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
+    soft_iou = _soft_iou(intersection, count, prediction, soft_iou_pooling)
+    if class_weights is None:
+        return cross_entropy.sum() / count.sum().clip(min=1), soft_iou
+    pixels = (class_weights * count).sum()
+    return (class_weights * cross_entropy).sum() / torch.where(pixels > 0, pixels, 1), soft_iou
+
+
 def segmentation_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     soft_iou_weight: float,
     soft_iou_pooling: str = "batch",
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels plus weighted soft IoU; arguments as `soft_iou_loss`."""
-    check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)
-    _check_labels(logits, labels)
-    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
-    loss = cross_entropy.sum() / count.sum().clip(min=1)
-    if soft_iou_weight == 0:
-        return loss
-    return loss + soft_iou_weight * _soft_iou(intersection, count, prediction, soft_iou_pooling)
+    """Mean cross-entropy over labelled pixels plus weighted soft IoU; other arguments as `soft_iou_loss`.
+
+    Args:
+        soft_iou_weight: 0 for cross-entropy alone.
+        class_weights: `(C,)` of the classes in the cross-entropy, a weighted mean as `torch.nn.CrossEntropyLoss`
+            takes it; None weighs every pixel alike.
+    """
+    cross_entropy, soft_iou = segmentation_terms(logits, labels, soft_iou_pooling, class_weights)
+    return cross_entropy if soft_iou_weight == 0 else cross_entropy + soft_iou_weight * soft_iou
+
+
+def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tensor:
+    """`(C,)` float32: median frequency over the frequency of each class, 1 for a class that does not occur.
+
+    The frequency of a class is its share of the labelled pixels of the images that have it: Eigen and Fergus,
+    "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale Convolutional Architecture",
+    ICCV 2015.
+
+    Args:
+        labels: `(N, H, W)` of the training images, 255 = ignore.
+        class_count: C.
+    """
+    pixels = np.stack([np.bincount(image.ravel(), minlength=256)[:class_count] for image in labels])
+    where_present = np.where(pixels > 0, pixels.sum(1, keepdims=True), 0).sum(0)
+    occurs = where_present > 0
+    frequency = pixels.sum(0)[occurs] / where_present[occurs]
+    weights = np.ones(class_count, np.float32)
+    weights[occurs] = np.median(frequency) / frequency
+    return torch.from_numpy(weights)
 
 
 def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -100,6 +100,16 @@ def mean_iou(counts: Array) -> float:
     return float(np.nanmean(iou(_pool_labelled(counts))))
 
 
+def mean_truth_iou(counts: Array) -> float:
+    """Mean of `iou` over the classes in the truth: for all runs on the same images the same classes.
+
+    Raises:
+        ValueError: no labelled pixel.
+    """
+    pooled = _pool_labelled(counts)
+    return float(iou(pooled)[pooled.sum(1) > 0].mean())
+
+
 def averaged_classes(counts: Array) -> int:
     """How many classes `mean_iou` averages."""
     return int(np.isfinite(iou(counts)).sum())
@@ -128,11 +138,24 @@ def frequency_weighted_iou(counts: Array) -> float:
     return float(np.nansum(iou(pooled) * pooled.sum(1)) / pooled.sum())
 
 
-def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02) -> np.ndarray:
-    """What boundary IoU is made of: only pixels near the edge of their segment count.
+def fill_unlabelled(label: np.ndarray) -> np.ndarray:
+    """`(H, W)` with the nearest label in every unlabelled pixel; unchanged where nothing is labelled."""
+    unlabelled = (label == IGNORE_INDEX).astype(np.uint8)
+    if unlabelled.all() or not unlabelled.any():
+        return label
+    _, source = cv2.distanceTransformWithLabels(unlabelled, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    nearest = np.zeros(source.max() + 1, label.dtype)
+    nearest[source[unlabelled == 0]] = label[unlabelled == 0]
+    return nearest[source]
 
-    After Cheng et al., "Boundary IoU", CVPR 2021, with square neighbourhoods. Unlabelled pixels are
-    unlabelled in the prediction too, so that their edges cost neither side.
+
+def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02) -> np.ndarray:
+    """What boundary IoU is made of: only pixels near the contour of their segment count.
+
+    After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here have
+    unlabelled slivers around nearly every segment: the truth's contours run where they do once every unlabelled
+    pixel has the nearest label, the prediction's where the prediction alone has them, and of both bands only labelled
+    pixels count. The border of the image is no contour. Bands are pooled over images, as the IoU is.
 
     Args:
         prediction: `(N, H, W)` classes.
@@ -141,18 +164,23 @@ def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int
         width: of the band inside each segment, as a share of the image's diagonal.
 
     Returns:
-        `(N, C, 3)` int64: pixels of the class in both bands, in the truth's, in the prediction's.
+        `(N, C, 3)` int64: labelled pixels of the class in both bands, in the truth's, in the prediction's.
     """
     reach = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
-    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
     counts = np.zeros((len(labels), class_count, 3), np.int64)
     for image, (truth, decided) in enumerate(zip(labels, prediction, strict=True)):
-        decided = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, decided).astype(np.uint8)
-        bands = [np.where(cv2.erode(mask, kernel) != cv2.dilate(mask, kernel), mask, 255) for mask in (truth, decided)]
-        both = np.where(bands[0] == bands[1], bands[0], 255)
+        segments = fill_unlabelled(truth), decided.astype(np.uint8)
+        bands = [np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(segment, reach)) for segment in segments]
+        both = np.where(bands[0] == bands[1], bands[0], IGNORE_INDEX)
         for column, band in enumerate((both, *bands)):
             counts[image, :, column] = np.bincount(band.ravel(), minlength=256)[:class_count]
     return counts
+
+
+def _inner_band(segments: np.ndarray, reach: int) -> np.ndarray:
+    """The class of each pixel that has another class at most `reach` rows and columns away, 255 elsewhere."""
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    return np.where(cv2.erode(segments, kernel) != cv2.dilate(segments, kernel), segments, IGNORE_INDEX)
 
 
 def boundary_iou(boundary: np.ndarray) -> np.ndarray:

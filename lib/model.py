@@ -1,13 +1,13 @@
-"""DeepLabV3+ with a segmentation and a depth head, which knows what it eats and what it names."""
+"""A network with a segmentation and a depth head, which knows what it eats and what it names."""
 
 import difflib
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import segmentation_models_pytorch as smp
 import torch
+from segmentation_models_pytorch import MODEL_ARCHITECTURES_MAPPING
 from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.encoders import encoders, get_encoder_names
 from torch import nn
@@ -15,12 +15,14 @@ from torch import nn
 from lib.classes import NYUV2_13, check_same_classes
 from lib.files import CheckpointError, load_checkpoint, read_json, save_checkpoint
 from lib.parameters import check_choice
+from lib.weights import load_encoder_weights
 
 INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")
 DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
-OUTPUT_STRIDE = 16  # of the encoder in DeepLabV3+
-DECODER_CHANNELS = 256
+ARCHITECTURES = sorted(MODEL_ARCHITECTURES_MAPPING)
+OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
+UNDILATED = "fpn, unet or upernet"  # architectures for encoders that can't be dilated
 
 
 class Prediction(NamedTuple):
@@ -45,6 +47,7 @@ class ModelConfig:
         depth_encoding: `inverse`, `linear` or `log`.
         depth_range_m: (nearest, farthest) that depth is clipped to.
         size: (height, width) it works at.
+        architecture: of segmentation-models-pytorch.
         encoder: of segmentation-models-pytorch.
         depth_head: whether it predicts depth, too.
     """
@@ -54,12 +57,14 @@ class ModelConfig:
     depth_encoding: str = "inverse"
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
     size: tuple[int, int] = (96, 128)
+    architecture: str = "deeplabv3plus"
     encoder: str = "resnet18"
     depth_head: bool = True
 
     def __post_init__(self) -> None:
         check_choice("inputs", self.inputs, INPUT_CHANNELS)
         check_choice("depth_encoding", self.depth_encoding, DEPTH_ENCODINGS)
+        check_choice("architecture", self.architecture, ARCHITECTURES)
 
     @property
     def input_channels(self) -> int:
@@ -70,26 +75,30 @@ class ModelConfig:
 class SegmentationDepthNet(nn.Module):
     """A shared encoder and decoder with one or two heads, for images of any size.
 
-    DeepLabV3+: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
-    Segmentation", ECCV 2018, as in segmentation-models-pytorch.
+    By default DeepLabV3+: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
+    Segmentation", ECCV 2018, as in segmentation-models-pytorch. The depth head is like the segmentation head, on
+    the same decoder output.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.net = smp.DeepLabV3Plus(
-            config.encoder, encoder_weights=None, encoder_output_stride=OUTPUT_STRIDE,
-            decoder_channels=DECODER_CHANNELS, in_channels=config.input_channels, classes=len(config.classes),
+        self.net = smp.create_model(
+            config.architecture, config.encoder, None, config.input_channels, len(config.classes),
+            **OPTIONS.get(config.architecture, {}),
         )  # fmt: skip
         self.depth_head = None
         if config.depth_head:
-            self.depth_head = SegmentationHead(DECODER_CHANNELS, 1, kernel_size=3, upsampling=4)
+            channels, grown = self.net.segmentation_head[0].in_channels, self.net.segmentation_head[1]
+            upsampling = int(getattr(grown, "scale_factor", 1))
+            self.depth_head = SegmentationHead(channels, 1, kernel_size=3, upsampling=upsampling)
 
     def forward(self, inputs: torch.Tensor) -> Prediction:
         """`(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
         height, width = inputs.shape[-2:]
-        padding = (0, -width % OUTPUT_STRIDE, 0, -height % OUTPUT_STRIDE)
-        features = self.net.decoder(self.net.encoder(nn.functional.pad(inputs, padding, mode="replicate")))
+        stride = self.net.encoder.output_stride
+        padded = nn.functional.pad(inputs, (0, -width % stride, 0, -height % stride), mode="replicate")
+        features = self.net.decoder(self.net.encoder(padded))
         logits = self.net.segmentation_head(features)[..., :height, :width]
         depth = None if self.depth_head is None else self.depth_head(features)[..., :height, :width]
         return Prediction(logits, depth)
@@ -98,62 +107,43 @@ class SegmentationDepthNet(nn.Module):
 def build_model(
     encoder_weights: str | None = None, start_from: Path | None = None, **config: object
 ) -> SegmentationDepthNet:
-    """A network ready to train.
+    """A network ready to train, in float32 on the CPU.
 
     Args:
-        encoder_weights: None for random weights, or a name such as `imagenet` (fetched once, then cached);
-            those of the first layer are repeated over the channels and rescaled, as
-            segmentation-models-pytorch does.
+        encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or the
+            path of a file, see `lib.weights`.
         start_from: a `best.pt` whose weights to begin with; its network must be the same.
         config: see `ModelConfig`.
 
     Raises:
-        ValueError: an unknown encoder or weights, or an encoder that can't be dilated.
+        ValueError: an unknown architecture, encoder or weights, or two that don't go together.
         RuntimeError: the weights can't be fetched.
+        CheckpointError: a file of weights that can't be used.
     """
     config = ModelConfig(**config)
-    _check_encoder(config.encoder, encoder_weights)
+    _check_encoder(config.encoder)
     try:
         model = SegmentationDepthNet(config)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"encoder: {config.encoder!r} can't be used in DeepLabV3+ ({error}); choose another, such as 'resnet18'"
+            f"encoder: {config.encoder!r} can't be used in {config.architecture} ({error}); an encoder that can't be "
+            f"dilated goes with architecture {UNDILATED}, and resnet18 with nearly all"
         ) from error
     if encoder_weights is not None:
-        model.net.encoder = _pretrained_encoder(config.encoder, encoder_weights, config.input_channels)
+        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, config.input_channels)
     if start_from is not None:
         _copy_weights(model, start_from)
     return model
 
 
-def _check_encoder(encoder: str, encoder_weights: str | None) -> None:
-    from_timm = encoder.startswith("tu-")
-    if not from_timm and encoder not in encoders:
+def _check_encoder(encoder: str) -> None:
+    if not encoder.startswith("tu-") and encoder not in encoders:
         close = difflib.get_close_matches(encoder, get_encoder_names(), 3)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise ValueError(
             f"encoder: found {encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
             "and tu-NAME for any model NAME of timm"
         )
-    known = ["imagenet"] if from_timm else list(encoders[encoder]["pretrained_settings"])
-    if encoder_weights is not None and encoder_weights not in known:
-        raise ValueError(f"encoder_weights: found {encoder_weights!r}, {encoder} has {', '.join(known)}, or None")
-
-
-def _pretrained_encoder(encoder: str, encoder_weights: str, input_channels: int) -> nn.Module:
-    weights = True if encoder.startswith("tu-") else encoder_weights
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            return smp.encoders.get_encoder(
-                encoder, in_channels=input_channels, weights=weights, output_stride=OUTPUT_STRIDE
-            )
-    except Exception as error:  # whatever the hub, the network or the cache raise
-        raise RuntimeError(
-            f"encoder_weights: {encoder_weights!r} for {encoder} could not be fetched ({type(error).__name__}). "
-            "They are downloaded once and then cached: run once while online, or train from scratch with "
-            "`-p encoder_weights None`"
-        ) from error
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:

@@ -219,11 +219,11 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 
     few = len(shares) <= FEW
     numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if few else None
-    names = [shorten(name) for name in shares.index]
+    across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
     figure = Figure(figsize=(WIDTH, rows_height(len(shares)) + 1.5), layout="constrained")
     axes = figure.subplots()
     seaborn.heatmap(
-        shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=names, yticklabels=names,
+        shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=across, yticklabels=down,
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
         cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
     )  # fmt: skip

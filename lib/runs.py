@@ -3,6 +3,7 @@
 import datetime
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from lib.classes import NYUV2_13
 from lib.data import Samples
 from lib.evaluation import Evaluation
 from lib.files import read_json, write_atomically, write_json, write_text
-from lib.metrics import all_scores, averaged_classes, boundary_iou, depth_scores, iou, mean_iou, pixel_accuracy
+from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
+from lib.weights import weights_digest
 
-MAY_CHANGE = ("workers", "save_figures")  # between the parts of a resumed run; neither changes its result
-NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed")
+MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold")
+# what runs did before a parameter was there
+BEFORE = {
+    "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
+    "class_weights": "none", "lovasz_weight": 0.0, "start_from": None,
+}  # fmt: skip
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
@@ -53,6 +59,8 @@ def open_run(
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
+    if digest := weights_digest(parameters.get("encoder_weights")):
+        saved["encoder_weights_digest"] = digest
     for part in samples:
         _check_made_with(saved, part)
     if resume:
@@ -61,8 +69,16 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
-            write_json(saved, run / "parameters.json")
+            write_json(saved | {"commit": _commit()}, run / "parameters.json")
         yield run
+
+
+def _commit() -> str | None:
+    """Of the code that makes the run; None where it is not under git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 @contextmanager
@@ -159,8 +175,10 @@ def run_state(run: Path) -> RunState:
 
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
-    """What makes runs the same recipe: every parameter that matters for the result, but the seed; hashable."""
-    kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
+    """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
+    kept = {name: value for name, value in (BEFORE | parameters).items() if name not in NO_RECIPE}
+    if "encoder_weights_digest" in kept:  # the same file may lie elsewhere
+        kept.pop("encoder_weights")
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
@@ -184,12 +202,12 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
         scores |= {"valid_miou": mean_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
         scores |= {"averaged_classes": averaged_classes(valid.counts)}
         scores |= {"class_iou": dict(zip(valid.classes, iou(valid.counts).round(6).tolist(), strict=True))}
-        _write_counts(run / "counts.npz", valid)
+        write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     write_json(scores, run / "scores.json")
 
 
-def _write_counts(path: Path, evaluation: Evaluation) -> None:
+def write_counts(path: Path, evaluation: Evaluation) -> None:
     arrays = {"names": evaluation.names, "counts": evaluation.counts, "classes": np.array(evaluation.classes)}
     if evaluation.scene is not None:
         arrays["scene"] = evaluation.scene
@@ -241,72 +259,28 @@ def find_run(run: str) -> Path:
     return folder
 
 
-def write_evaluation(
-    run: Path, part: str, facts: dict, tta: str, augmented: Evaluation, plain: Evaluation | None
-) -> dict[str, object]:
-    """What `evaluation/PART.json` holds, and counts per image at native size; completes the report.
-
-    Args:
-        run: its folder.
-        part: that was scored.
-        facts: about the data and the network, kept as they are.
-        tta: the test-time augmentation.
-        augmented: thorough counts with it.
-        plain: and without; None where labels are held back.
-    """
-    scores = facts | {"images": len(augmented.names), "tta": tta}
-    folder = run / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    if plain is not None:
-        columns = {"support": plain.counts.sum((0, 2)) / max(plain.counts.sum(), 1), "IoU": iou(plain.counts)}
-        columns |= {f"IoU, tta {tta}": iou(augmented.counts), "boundary IoU": boundary_iou(plain.boundary)}
-        scores |= {"plain": _scores(plain), "augmented": _scores(augmented), "depth": depth_scores(plain.depth)}
-        scores |= {"classes": pd.DataFrame(columns, index=list(plain.classes)).to_dict("index")}
-        _write_counts(folder / f"{part}.npz", plain)
-    write_json(scores, folder / f"{part}.json")
-    write_report(run)
-    return scores
-
-
-def _scores(evaluation: Evaluation) -> dict[str, float]:
-    return all_scores(evaluation.counts) | {"boundary_miou": float(np.nanmean(boundary_iou(evaluation.boundary)))}
-
-
-def masks_folder(run: Path, part: str) -> Path:
-    """Where a run keeps its predictions for a part, as PNGs of class indices."""
-    return run / "evaluation" / part
-
-
-def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
-    """The predictions of these images, `(H, W)` uint8 each."""
-    return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
-
-
-def write_submission(run: Path, part: str, names: np.ndarray) -> Path:
-    """`submission.npy`: predicted classes `(N, H, W)` uint8 in the order of the sorted names, from the saved masks."""
-    path = run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
-    predicted = np.stack(read_masks(masks_folder(run, part), sorted(names)))
-    write_atomically(path, lambda file: np.save(file, predicted))
-    return path
-
-
 def write_report(run: Path) -> Path:
-    """`report.md`: configuration, results, per-class IoU and progression of a run."""
-    scores = read_scores(run)
-    sections = [
-        f"# {run.name}",
-        summarise(run),
-        "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown(),
-        "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
-    ]
-    if "class_iou" in scores:
-        by_class = pd.Series(scores["class_iou"], name="IoU", dtype=float)
-        sections.append("## Per-class IoU\n\n" + by_class.to_markdown(floatfmt=".3f"))
-    sections.append("## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]))
+    """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
+    configuration = pd.Series(read_parameters(run), name="value").to_markdown()
+    sections = [f"# {run.name}", "## Configuration\n\n" + configuration]
+    if (run / "scores.json").exists():
+        sections += _training_sections(run, read_scores(run))
     for path in sorted((run / "evaluation").glob("*.json")):
         sections.append(_evaluation_section(path.stem, read_json(path)))
     write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
+
+
+def _training_sections(run: Path, scores: dict) -> list[str]:
+    sections = [
+        summarise(run),
+        "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
+        "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
+    ]
+    if "class_iou" in scores:
+        by_class = pd.Series(scores["class_iou"], name="IoU", dtype=float)
+        sections.append("## Per-class IoU\n\n" + by_class.to_markdown(floatfmt=".3f"))
+    return sections
 
 
 def summarise(run: Path) -> str:
@@ -346,9 +320,21 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
 def _evaluation_section(part: str, scores: dict) -> str:
     """Scores on one part, without and with test-time augmentation, then by class."""
     text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
-    if "plain" not in scores:
-        return f"{text}: predicted with tta {scores['tta']}; their labels are held back."
-    overall = pd.DataFrame({"plain": scores["plain"], f"tta {scores['tta']}": scores["augmented"]}, dtype=float)
+    if not scores["labelled"]:
+        return f"{text}, predicted with tta {scores['tta']}; their labels are held back."
+    columns = [name for name in ("plain", "augmented") if name in scores]
+    overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float)
     by_class = pd.DataFrame(scores["classes"], dtype=float).T
-    tables = overall.to_markdown(floatfmt=".4f"), by_class.to_markdown(floatfmt=".3f")
-    return "\n\n".join((f"{text}; the network works at {'x'.join(map(str, scores['working_size']))}.", *tables))
+    low, high = scores["intervals"]["plain"]
+    return (
+        f"{text}: mIoU {scores['plain']['miou']:.4f} ({describe_interval(low, high, scores['scenes'])}).\n\n"
+        f"{overall.to_markdown(floatfmt='.4f')}\n\n{by_class.to_markdown(floatfmt='.3f')}"
+    )
+
+
+def describe_interval(low: float | None, high: float | None, scenes: int | None) -> str:
+    """A 95 % interval, and over what it was taken."""
+    over = "images taken as independent, because their scenes are unknown" if scenes is None else f"{scenes} scenes"
+    if low is None or np.isnan(low):
+        return f"no interval: too few scenes, {scenes}"
+    return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -1,10 +1,11 @@
-"""Many runs: a grid of parameters times seeds, each run a Ray task that executes the notebooks with papermill."""
+"""Many runs: a grid of parameters times seeds, each run a Ray task that executes train.ipynb with papermill."""
 
 import ast
 import hashlib
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,12 +23,17 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.data import PARTS
 from lib.parameters import check_choice
-from lib.runs import MAY_CHANGE, is_evaluated, is_trained, read_history, read_parameters, runs_folder, wait_for_run
+from lib.runs import MAY_CHANGE, hold_run, read_history, read_parameters, run_state, runs_folder
+from lib.scoring import iterate_part, score_run
+from lib.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
+PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
+SLIM = ("parameters.json", "history.csv", "scores.json", "evaluation/*.npz", "evaluation/*.json")
 POLL_SECONDS = 2
+WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
 LOST_MACHINES = 10  # how often a run is started elsewhere
 OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
 
@@ -55,7 +61,7 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
         check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
     base, runs = defaults | _read_experiment(experiment) | fixed, {}
     if base["data"] != "synthetic":
-        base["data"] = str(Path(base["data"]).resolve())  # workers have another working directory
+        base["data"] = str(Path(base["data"]).expanduser().resolve())  # workers have another working directory
     for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
@@ -74,52 +80,74 @@ def _read_experiment(experiment: str | None) -> dict:
 
 
 def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
-    differing = {
-        name: float(value) if type(defaults[name]) is float else value  # 1 and 1.0 are the same
-        for name, value in sorted(parameters.items())
-        if name not in NO_IDENTITY and value != defaults[name]
-    }
-    digest = hashlib.sha256(json.dumps(differing).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(json.dumps(_identity(parameters, defaults)).encode()).hexdigest()[:6]
     shown = "".join(f"-{name}={str(value).strip('/').replace('/', '_')}" for name, value in varied.items())
     return f"{prefix}{shown}-seed={parameters['seed']}-{digest}"
 
 
-def execute_run(parameters: dict, part: str) -> None:
-    """Train and evaluate one run, going on from whatever there is of it; nothing is done twice.
+def _identity(parameters: dict, defaults: dict) -> dict:
+    """What makes a run that run, wherever its data lies: all that differs from the notebook's defaults."""
+    digest = weights_digest(parameters["encoder_weights"])
+    named = parameters | {"data": Path(parameters["data"]).name}
+    named |= {"encoder_weights": digest} if digest else {}
+    return {
+        name: float(value) if type(defaults[name]) is float else value  # 1 and 1.0 are the same
+        for name, value in sorted(named.items())
+        if name in defaults and name not in NO_IDENTITY and value != defaults[name]
+    }
 
-    The executed notebooks go into `notebooks/` in the folder of runs.
+
+def execute_run(parameters: dict, part: str, results: Path | None = None) -> None:
+    """Train and score one run, going on from whatever there is of it; nothing is done twice.
+
+    Args:
+        parameters: of `train.ipynb`; the executed notebook goes into `notebooks/` in the folder of runs.
+        part: to score it on.
+        results: folder in which it also leaves what a comparison needs, without weights; or None.
 
     Raises:
-        PapermillExecutionError: a notebook failed; the message holds its error.
+        PapermillExecutionError: the notebook failed; the message holds its error.
         RuntimeError: another process has the run.
     """
     run = runs_folder() / parameters["run_name"]
-    trained, evaluated = executed_notebooks(run.name)
-    trained.parent.mkdir(parents=True, exist_ok=True)
-    wait_for_run(run)
-    if not is_trained(run, parameters["epochs"]):
-        _execute("train", trained, parameters | {"resume": (run / "parameters.json").exists()})
-    if not is_evaluated(run, part):
-        _execute("evaluate", evaluated, {"run": run.name, "part": part, "device": parameters["device"]})
+    output = executed_notebook(run.name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with hold_run(run, WAIT_SECONDS):
+        pass
+    if not run_state(run).trained:
+        papermill.execute_notebook(
+            NOTEBOOKS / "train.ipynb", output, parameters | {"resume": (run / "parameters.json").exists()},
+            cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
+        )  # fmt: skip
+    if part not in run_state(run).evaluated:
+        score_run(run, part, iterate_part(run, part), device=parameters["device"])
+    if results is not None:
+        copy_slim(run, results / run.name)
 
 
-def _execute(notebook: str, output: Path, parameters: dict) -> None:
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{notebook}.ipynb", output, parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
-        progress_bar=False,
-    )  # fmt: skip
+def copy_slim(run: Path, to: Path) -> None:
+    """Copy what a comparison needs of a run: no weights, no predictions."""
+    for pattern in SLIM:
+        for path in run.glob(pattern):
+            copy = to / path.relative_to(run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
-def executed_notebooks(run_name: str) -> tuple[Path, Path]:
-    """Where a run of a sweep leaves its executed `train.ipynb` and `evaluate.ipynb`."""
-    folder = runs_folder() / "notebooks"
-    return folder / f"{run_name}.train.ipynb", folder / f"{run_name}.evaluate.ipynb"
+def executed_notebook(run_name: str) -> Path:
+    """Where a run of a sweep leaves its executed `train.ipynb`."""
+    return runs_folder() / "notebooks" / f"{run_name}.train.ipynb"
 
 
 def sweep(
-    runs: dict[str, dict], part: str, where: str = "local", cpus_per_run: int = 1, gpus_per_run: float | None = None
+    runs: dict[str, dict],
+    part: str,
+    where: str = "local",
+    cpus_per_run: int = 1,
+    gpus_per_run: float | None = None,
+    results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Train and evaluate all runs that are not there yet, as many at a time as fit; yield their table as it fills.
+    """Train and score all runs that are not there yet, as many at a time as fit; yield their table as it fills.
 
     A run that fails fails alone, and one whose machine is lost goes on elsewhere from its last checkpoint.
     On a cluster, every machine needs this repository, its Python packages, the data and the folder of
@@ -127,39 +155,53 @@ def sweep(
 
     Args:
         runs: from `plan_runs`.
-        part: to evaluate on.
+        part: to score them on.
         where: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
         cpus_per_run: cores, and threads, of each run.
         gpus_per_run: GPUs of each run, 0.5 lets two share one; None takes 1 where there are GPUs.
+        results: folder in which each finished run is left without its weights; one that is there is done.
 
     Raises:
         ValueError: no such part or place, or more asked for each run than any machine has.
     """
     check_choice("part", part, PARTS)
     errors, tasks = {}, {}
-    (runs_folder() / "notebooks").mkdir(parents=True, exist_ok=True)
+    kept = None if results is None else Path(results).expanduser().resolve()
+    executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
     with _connected(where):
         gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
         _check_share(cpus_per_run, gpus)
         task = _remote_task().options(num_cpus=cpus_per_run, num_gpus=gpus)
         for name, parameters in runs.items():
-            if not _is_done(name, parameters, part):
-                for notebook in executed_notebooks(name):
-                    notebook.unlink(missing_ok=True)  # their presence says: running
-                tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, cpus_per_run)] = name
+            if not any(_is_done(folder, parameters, part) for folder in _homes(name, kept)):
+                executed_notebook(name).unlink(missing_ok=True)  # its presence says: running
+                tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, kept, cpus_per_run)] = name
         while tasks:
             finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=POLL_SECONDS)
             errors |= {tasks.pop(reference): _error(reference) for reference in finished}
-            yield progress_table(runs, part, errors)
-    yield progress_table(runs, part, errors)
+            yield progress_table(runs, part, errors, kept)
+    yield progress_table(runs, part, errors, kept)
 
 
-def _is_done(name: str, parameters: dict, part: str) -> bool:
-    run = runs_folder() / name
-    if not (is_trained(run, parameters["epochs"]) and is_evaluated(run, part)):
+def _homes(name: str, kept: Path | None) -> list[Path]:
+    """Where a run may be."""
+    return [runs_folder() / name] + ([kept / name] if kept else [])
+
+
+def scored_folders(names: list[str], results: str | None = None) -> str:
+    """These runs for `read_runs`: by name, or by their path in the folder of results."""
+    kept = None if results is None else Path(results).expanduser().resolve()
+    return ",".join(str(next(home for home in _homes(name, kept) if home.exists())) for name in names)
+
+
+def _is_done(run: Path, parameters: dict, part: str) -> bool:
+    state = run_state(run)
+    if state.done < parameters["epochs"] or part not in state.evaluated:
         return False
     saved = read_parameters(run)  # a parameter that came later is not in it
-    differing = [key for key in saved if key not in NO_IDENTITY and saved[key] != parameters.get(key)]
+    differing = [
+        key for key in saved if key not in (*NO_IDENTITY, *PLACES) and saved[key] != parameters.get(key, saved[key])
+    ]
     if differing:
         raise ValueError(
             f"{run}: found another {', '.join(differing)} than its name says, so a default has changed since; "
@@ -201,7 +243,7 @@ def _remote_task():
     """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
 
     @ray.remote(max_retries=LOST_MACHINES)
-    def run_on_worker(root: str, runs: str, parameters: dict, part: str, cpus: int) -> str | None:
+    def run_on_worker(root: str, runs: str, parameters: dict, part: str, kept: Path | None, cpus: int) -> str | None:
         needed = [root + "/lib", runs + "/notebooks", *[parameters["data"]] * (parameters["data"] != "synthetic")]
         missing = [path for path in needed if not Path(path).exists()]
         if missing:
@@ -209,19 +251,19 @@ def _remote_task():
                 f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, the data "
                 "and the folder of runs at the same paths, on a shared disk"
             )
-        os.environ |= {"RUNS_DIR": runs, "OMP_NUM_THREADS": str(cpus)}
+        os.environ |= {"RUNS_DIR": runs, "OMP_NUM_THREADS": str(cpus)}  # before torch
         sys.path.insert(0, root)
         from lib.sweep import try_run
 
-        return try_run(parameters, part)
+        return try_run(parameters, part, kept)
 
     return run_on_worker
 
 
-def try_run(parameters: dict, part: str) -> str | None:
+def try_run(parameters: dict, part: str, results: Path | None) -> str | None:
     """`execute_run`; returns its error in one line instead of raising it."""
     try:
-        return execute_run(parameters, part)
+        return execute_run(parameters, part, results)
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}"
     except Exception as error:
@@ -235,22 +277,23 @@ def _error(task: ray.ObjectRef) -> str | None:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str]) -> pd.DataFrame:
+def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str], kept: Path | None = None) -> pd.DataFrame:
     """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
-    return pd.DataFrame([_progress(name, runs[name]["epochs"], part, errors.get(name)) for name in runs], list(runs))
+    rows = [_progress(_homes(name, kept), runs[name]["epochs"], part, errors.get(name)) for name in runs]
+    return pd.DataFrame(rows, list(runs))
 
 
-def _progress(name: str, epochs: int, part: str, error: str | None) -> dict:
-    run = runs_folder() / name
-    history = read_history(run) if (run / "history.csv").exists() else pd.DataFrame(columns=["valid_miou", "seconds"])
-    state = "running" if any(notebook.exists() for notebook in executed_notebooks(name)) else "waiting"
-    if is_trained(run, epochs) and is_evaluated(run, part):
+def _progress(homes: list[Path], epochs: int, part: str, error: str | None) -> dict:
+    run = max(homes, key=lambda folder: run_state(folder).done)
+    done = run_state(run).done
+    history = read_history(run) if done else pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
+    state = "running" if executed_notebook(run.name).exists() else "waiting"
+    if done >= epochs and part in run_state(run).evaluated:
         state = "done"
-    minutes_left = (epochs - len(history)) * history.seconds.mean() / 60
     return {
         "state": "failed" if error else state,
-        "epochs": f"{len(history)} of {epochs}",
+        "epochs": f"{done} of {epochs}",
         "valid_miou": history.valid_miou.max(),
-        "minutes_left": 0 if state == "done" else minutes_left,
+        "minutes_left": 0 if state == "done" else (epochs - done) * history.seconds.mean() / 60,
         "error": error or "",
     }

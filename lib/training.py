@@ -2,11 +2,9 @@
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +14,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
-from lib.data import Samples
+from lib.checkpoints import checksums, restore_progress, save_progress
+from lib.data.samples import Samples
 from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision
 from lib.evaluation import Evaluation, evaluate
-from lib.files import load_checkpoint, save_checkpoint
-from lib.losses import POOLINGS, masked_l1, segmentation_loss
+from lib.losses import POOLINGS
 from lib.metrics import mean_iou, pixel_accuracy
-from lib.model import DEPTH_ENCODINGS, INPUT_CHANNELS, Prediction, SegmentationDepthNet, build_model, save_model
+from lib.model import (
+    ARCHITECTURES,
+    DEPTH_ENCODINGS,
+    INPUT_CHANNELS,
+    Prediction,
+    SegmentationDepthNet,
+    build_model,
+    save_model,
+)
 from lib.notebook import progress_bar
+from lib.objective import CLASS_WEIGHTS, Losses
 from lib.parameters import check_choice
 from lib.runs import find_run, write_history, write_report, write_scores
 
@@ -32,25 +39,6 @@ SCHEDULES = ("cosine", "one_cycle")
 KEEP = ("best", "last")
 CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
-
-
-class Losses(NamedTuple):
-    """Scalar terms of one batch; `total` is what is minimised."""
-
-    total: torch.Tensor
-    segmentation: torch.Tensor
-    depth: torch.Tensor
-
-
-def total_loss(
-    prediction: Prediction, batch: Batch, soft_iou_weight: float, soft_iou_pooling: str, depth_weight: float
-) -> Losses:
-    """Segmentation loss plus weighted depth loss; without a depth head the latter is 0."""
-    segmentation = segmentation_loss(prediction.logits, batch.label, soft_iou_weight, soft_iou_pooling)
-    if prediction.depth is None:
-        return Losses(segmentation, segmentation, torch.zeros_like(segmentation))
-    depth_l1 = masked_l1(prediction.depth, batch.depth, batch.valid_depth)
-    return Losses(segmentation + depth_weight * depth_l1, segmentation, depth_l1)
 
 
 def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDepthNet:
@@ -63,7 +51,7 @@ def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDep
         classes=classes,
         size=(parameters["image_height"], parameters["image_width"]),
         depth_head=parameters["depth_weight"] > 0,
-        **{name: parameters[name] for name in ("inputs", "depth_encoding", "encoder")},
+        **{name: parameters[name] for name in ("inputs", "depth_encoding", "architecture", "encoder")},
     )
 
 
@@ -78,6 +66,7 @@ def fit(
     learning_rate: float,
     weight_decay: float,
     schedule: str = "one_cycle",
+    encoder_lr_scale: float = 1.0,
     ema_decay: float = 0.0,
     keep: str = "best",
     precision: str = "auto",
@@ -96,7 +85,7 @@ def fit(
         valid: scored after each epoch; may be empty.
         run: the folder, held by `open_run`.
         loss: of a prediction and a batch.
-        epochs, learning_rate, weight_decay, schedule: see `train.ipynb`.
+        epochs, learning_rate, weight_decay, schedule, encoder_lr_scale: see `train.ipynb`.
         ema_decay: of an average of the weights, which is then validated and kept; 0 for none.
         keep: `best`, the epoch of the highest validation mIoU (the last where nothing validates), or `last`.
         precision, device: `auto` for what suits this machine.
@@ -108,23 +97,23 @@ def fit(
         OSError: something can't be written; what was there before is intact.
     """
     check_options(epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule,
-                  ema_decay=ema_decay, keep=keep)  # fmt: skip
+                  encoder_lr_scale=encoder_lr_scale, ema_decay=ema_decay, keep=keep)  # fmt: skip
     where = choose_device(device)
     precision = choose_precision(precision, where)
     model = _place(build(), where)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
-    scheduler = build_schedule(schedule, optimizer, learning_rate, epochs, len(loader))
+    optimizer = build_optimizer(model, learning_rate, encoder_lr_scale, weight_decay)
+    scheduler = build_schedule(schedule, optimizer, epochs, len(loader))
     average = build_average(model, ema_decay)
     judged = model if average is None else average.module
     train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
 
     def step(raw: RawBatch) -> torch.Tensor:
-        total = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)
+        terms = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)
         if schedule == "one_cycle":
             scheduler.step()
         if average is not None:
             average.update_parameters(model)
-        return total
+        return terms
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {} if average is None else {"average": average}
@@ -138,9 +127,9 @@ def fit(
         for epoch in range(first, epochs + 1):
             started = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {epochs}")
-            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[-1]}
             loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(losses)
-            row["train_loss"] = train_epoch(model, step, loader, losses, save, bar)
+            row |= _columns("train", train_epoch(model, step, loader, losses, save, bar))
             if schedule == "cosine":
                 scheduler.step()
             scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
@@ -171,26 +160,18 @@ def _is_best(row: dict[str, float], history: list[dict[str, float]]) -> bool:
     return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
 
 
-def checksums(samples: Samples) -> dict[str, int]:
-    """Of what each image, its depth and its label hold, by name."""
-    arrays = [array for array in (samples.image, samples.depth, samples.label) if array is not None]
-    sums = {}
-    for position, name in enumerate(samples.names.tolist()):
-        sums[name] = 0
-        for array in arrays:
-            sums[name] = zlib.crc32(np.ascontiguousarray(array[position]), sums[name])
-    return sums
-
-
 def check_options(**options: object) -> None:
     """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
     choices = {
         "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
         "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS, "keep": KEEP,
+        "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES,
         "fold": range(FOLDS),
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
-    least |= dict.fromkeys(("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight"), 0)
+    least |= dict.fromkeys(
+        ("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"), 0
+    )
     for name, value in options.items():
         if name in choices:
             check_choice(name, value, choices[name])
@@ -202,14 +183,26 @@ def check_options(**options: object) -> None:
             raise ValueError(f"{name}: found {value}, expected a number between 0 and 1, such as 0.0001")
 
 
+def build_optimizer(
+    model: SegmentationDepthNet, learning_rate: float, encoder_lr_scale: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW, with a share of the learning rate for the encoder."""
+    encoder = list(model.net.encoder.parameters())
+    known = {id(weights) for weights in encoder}
+    others = [weights for weights in model.parameters() if id(weights) not in known]
+    groups = [{"params": encoder, "lr": encoder_lr_scale * learning_rate}, {"params": others}]
+    return torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay, fused=True)
+
+
 def build_schedule(
-    schedule: str, optimizer: torch.optim.Optimizer, learning_rate: float, epochs: int, steps: int
+    schedule: str, optimizer: torch.optim.Optimizer, epochs: int, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """`cosine`: to 0 over the epochs, stepped once an epoch; `one_cycle`: stepped after every batch."""
     check_choice("schedule", schedule, SCHEDULES)
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=epochs * steps)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=highest, total_steps=epochs * steps)
 
 
 def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
@@ -218,14 +211,14 @@ def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
 
 
 def training_step(model: nn.Module, batch: Batch, loss: Callable, optimizer, precision: str) -> torch.Tensor:
-    """Forward, backward, update; returns the loss where it is, because `.item()` would make a GPU wait."""
+    """Forward, backward, update; returns the terms where they are, because `.item()` would make a GPU wait."""
     with autocast(batch.inputs.device, precision):
         prediction = model(batch.inputs)
-    total = loss(prediction, batch).total
+    losses = loss(prediction, batch)
     optimizer.zero_grad()
-    total.backward()
+    losses.total.backward()
     optimizer.step()
-    return total.detach()
+    return torch.stack(losses).detach()
 
 
 def train_epoch(
@@ -235,12 +228,12 @@ def train_epoch(
     losses: list[torch.Tensor],
     save: Callable[[], None],
     bar: tqdm,
-) -> float:
-    """Train on the batches that are left of an epoch; returns the mean loss over all of its batches.
+) -> list[float]:
+    """Train on the batches that are left of an epoch; returns the mean of each term over all of its batches.
 
     Args:
         model: set to training mode.
-        step: trains on one batch and returns its loss.
+        step: trains on one batch and returns the terms of its loss.
         loader: the batches that are left.
         losses: of the batches before these; grows.
         save: called every few minutes.
@@ -263,18 +256,18 @@ def train_epoch(
             save()
             saved = time.monotonic()
     _check_finite(model, losses[-len(positions) :], positions, names)
-    return float(torch.stack(losses).double().mean())
+    return torch.stack(losses).double().mean(0).tolist()
 
 
 def _check_finite(
     model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
 ) -> None:
     """Losses, and the weights too: a finite loss can have a gradient that is not."""
-    wrong = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
+    wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist() if losses else []
     finite = torch.stack([weights.isfinite().all() for weights in model.parameters()]).all()
     if positions and (wrong or not finite):
         batch = wrong[0] if wrong else -1
-        found = f"training loss: found {losses[batch].item()}" if wrong else "weights: found nan or inf"
+        found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
             f"{found}, expected a number, for the batch of the images {', '.join(names[positions[batch].numpy()])}. "
             "last.pt and best.pt still hold the state before. Look at these images; if they are sound, lower "
@@ -285,52 +278,15 @@ def _check_finite(
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """The history's columns about validation; NaN where nothing validates."""
     if scored is None:
-        return dict.fromkeys(("valid_loss", "valid_depth_l1", "valid_miou", "valid_pixel_acc"), math.nan)
-    total, _, depth_l1 = scored.losses
-    scores = {"valid_loss": total, "valid_depth_l1": depth_l1}
-    return scores | {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
+        return _columns("valid", [math.nan] * len(Losses._fields)) | {
+            "valid_miou": math.nan,
+            "valid_pixel_acc": math.nan,
+        }
+    scores = {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
+    return _columns("valid", scored.losses) | scores
 
 
-def save_progress(path: Path, parts: dict, progress: dict, device: torch.device) -> None:
-    """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
-    state = {part: owner.state_dict() for part, owner in parts.items()}
-    state["rng"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    save_checkpoint(state | {"progress": progress}, path)
-
-
-def restore_progress(path: Path, parts: dict, made_of: dict, device: torch.device) -> dict:
-    """Undo `save_progress`; where there is no such file, nothing has been done yet.
-
-    Raises:
-        ValueError: what was saved was computed otherwise or from other data than `made_of` says.
-    """
-    if not path.exists():
-        return {"history": [], "losses": [], "row": {}} | made_of
-    state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
-    progress = state["progress"]
-    _check_made_of(path.parent.name, progress, made_of)
-    for part, owner in parts.items():
-        owner.load_state_dict(state[part])
-    torch.set_rng_state(state["rng"][0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"][1], device)
-    progress["losses"] = [loss.to(device) for loss in progress["losses"]]
-    return progress
-
-
-def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
-    before = saved.get("computed", "an unknown device")
-    if before != made_of["computed"]:
-        raise ValueError(
-            f"resume: {run_name!r} was trained on {before}, found {made_of['computed']}; pass the same device and "
-            "precision, or start another run_name with resume False"
-        )
-    old, new = saved.get("data", made_of["data"]), made_of["data"]
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    if changed:
-        name = changed[0]
-        how = "is not the same" if name in old and name in new else "is missing now" if name in old else "is new"
-        raise ValueError(
-            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
-            f"{name!r}, which {how}; put the data back, or start another run_name with resume False"
-        )
+def _columns(prefix: str, terms: list[float]) -> dict[str, float]:
+    """Columns of the history: `train_loss` is the total, then each term by itself."""
+    names = [f"{prefix}_{'loss' if name == 'total' else name}" for name in Losses._fields]
+    return dict(zip(names, terms, strict=True))

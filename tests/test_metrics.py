@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,12 @@ from lib.metrics import (
     confusion_counts,
     depth_scores,
     depth_sums,
+    fill_unlabelled,
     frequency_weighted_iou,
     image_accuracy,
     iou,
     mean_iou,
+    mean_truth_iou,
     pixel_accuracy,
 )
 
@@ -133,11 +136,61 @@ def test_boundary_counts_by_hand():
     np.testing.assert_allclose(boundary_iou(perfect), [1, 1, np.nan])
 
 
-def test_boundaries_of_what_is_not_labelled_cost_nothing():
+def rooms_with_slivers(images=3):
+    """Segments of 4 classes with an unlabelled sliver around every outline, and what lies below the slivers."""
+    rng = np.random.default_rng(0)
+    whole = np.zeros((images, 96, 128), np.uint8)
+    for image in whole:
+        for index in (1, 2, 3, 1, 2):
+            top, left = rng.integers(5, 50, 2)
+            image[top : top + rng.integers(15, 40), left : left + rng.integers(15, 60)] = index
+    kernel = np.ones((5, 5), np.uint8)
+    outline = np.stack([cv2.erode(image, kernel) != cv2.dilate(image, kernel) for image in whole])
+    return whole, np.where(outline, 255, whole).astype(np.uint8)
+
+
+def test_boundaries_beside_slivers_are_measured():
+    whole, labels = rooms_with_slivers()
+
+    def score(prediction):
+        return np.nanmean(boundary_iou(boundary_counts(prediction, labels, 4, width=0.03)))
+
+    constant = boundary_counts(np.zeros_like(whole), labels, 4, width=0.03)
+    assert constant[..., 1].any(1).all()
+    assert not constant[..., [0, 2]].any()  # no outline, nothing hit
+    assert score(whole) > 0.9
+    perfect = np.stack([fill_unlabelled(label) for label in labels])
+    assert score(perfect) == 1
+    shifted = [score(np.roll(perfect, shift, axis=2)) for shift in (2, 4, 8)]
+    assert 0.9 > shifted[0] > shifted[1] > shifted[2] > 0
+
+
+def test_what_is_predicted_where_nothing_is_labelled_makes_outlines_but_no_pixels():
     labels = np.zeros((1, 40, 40), np.uint8)
-    labels[:, 10:20, 10:20] = 255
+    labels[:, :10] = 255
     prediction = np.zeros_like(labels)
-    np.testing.assert_allclose(boundary_iou(boundary_counts(prediction, labels, 2)), [1, np.nan])
+    prediction[:, :5] = 1
+    reach_3, reach_6 = (boundary_counts(prediction, labels, 2, width / np.hypot(40, 40))[0] for width in (3, 6))
+    assert not reach_3.any()  # rows 5 to 7 of class 0 are unlabelled
+    np.testing.assert_array_equal(reach_6, [[0, 0, 40], [0, 0, 0]])  # row 10
+
+
+def test_filling_takes_the_nearest_label():
+    label = np.full((3, 9), 255, np.uint8)
+    label[:, 0], label[:, 8] = 4, 7
+    filled = fill_unlabelled(label)
+    assert (filled[:, :4] == 4).all()
+    assert (filled[:, 5:] == 7).all()
+    for untouched in (filled, np.full((3, 9), 255, np.uint8)):
+        np.testing.assert_array_equal(fill_unlabelled(untouched), untouched)
+
+
+def test_classes_of_the_truth_alone():
+    counts = np.array([[8, 0, 2], [0, 5, 5], [0, 0, 0]])
+    assert mean_truth_iou(counts) == pytest.approx((8 / 10 + 5 / 10) / 2)
+    assert mean_iou(counts) == pytest.approx((8 / 10 + 5 / 10) / 3)
+    with pytest.raises(ValueError, match="counts: all zero; without a labelled pixel there is no score"):
+        mean_truth_iou(0 * counts)
 
 
 def test_depth_scores_by_hand():

@@ -1,152 +1,382 @@
+import itertools
+
 import numpy as np
 import pytest
+from clustered import VALID_SIZES, confuse, scenes_of, simulate_rates, true_difference
 from scipy import stats
 
-from lib.metrics import iou, mean_iou
-from lib.significance import holm, paired_bootstrap, paired_seeds
+from lib import significance
+from lib.metrics import iou, mean_truth_iou
+from lib.significance import compare_checkpoints, compare_recipes, compare_seeds, holm, score_interval
+
+DRAWS = 400
+SEED = 13  # fixed before the first run
 
 
-def simulate(rng, images, hit_a, hit_b, classes=4, pixels=200):
-    """Counts of two models on the same images, whose images differ in difficulty for both."""
-    counts = np.zeros((2, images, classes, classes), np.int64)
-    truth = rng.multinomial(pixels, rng.dirichlet(np.ones(classes), images))
-    difficulty = rng.normal(0, 0.08, images)
-    for model, hit in enumerate((hit_a, hit_b)):
-        own = difficulty + rng.normal(0, 0.05, images)
-        for true in range(classes):
-            hits = rng.binomial(truth[:, true], np.clip(hit + own, 0.02, 0.98))
-            missed = truth[:, true] - hits
-            counts[model, np.arange(images), true, true] = hits
-            counts[model, np.arange(images), true, (true + 1) % classes] = missed
-    return counts
+def make_runs(seed, scene, runs=1, gain=0.03, correlation=0.3):
+    truth, rates = simulate_rates(np.random.default_rng(seed), scene, runs, correlation)
+    return confuse(truth, rates + np.array([0, gain])[:, None, None, None])
 
 
 @pytest.fixture(scope="module")
-def pair():
-    return simulate(np.random.default_rng(0), 120, 0.70, 0.73)
+def scene():
+    return scenes_of(VALID_SIZES)
 
 
-def test_differences_are_those_of_the_metrics(pair):
-    result = paired_bootstrap(*pair, resamples=200)
-    assert result.difference == pytest.approx(mean_iou(pair[1]) - mean_iou(pair[0]))
+@pytest.fixture(scope="module")
+def pair(scene):
+    return make_runs(0, scene)[:, 0]
+
+
+@pytest.fixture(scope="module")
+def recipes(scene):
+    return make_runs(1, scene, runs=4)
+
+
+def two_classes(hits, pixels=10):
+    """`(N, 2, 2)`: of as many pixels of both classes in each image, so many of class 0 are right; class 1 always."""
+    counts = np.zeros((len(hits), 2, 2), np.int64)
+    counts[:, 0, 0], counts[:, 0, 1] = hits, pixels - np.array(hits)
+    counts[:, 1, 1] = pixels
+    return counts
+
+
+def test_checkpoints_by_hand():
+    """Six scenes of one image, of which b finds one pixel more in five and two fewer in the last."""
+    a, b = two_classes([5] * 6), two_classes([6, 6, 6, 6, 6, 3])
+
+    def score(hits, total):
+        return (hits / total + total / (total + total - hits)) / 2
+
+    difference = score(33, 60) - score(30, 60)
+    left_out = np.array([score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(30, 50)])
+    left_out -= score(25, 50)
+    error = np.sqrt(5 / 6 * ((left_out - left_out.mean()) ** 2).sum())
+    result = compare_checkpoints(a, b, None)
+    assert result.difference == pytest.approx(difference)
+    np.testing.assert_allclose(result.interval, difference + error * np.array([-1, 1]) * stats.t.ppf(0.975, 5))
+    assert result.detectable == pytest.approx(error * (stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)))
+    assert result.scene_count == 6
+    few, many = result.scenes_needed
+    assert few == pytest.approx(max(6, 6 * (result.detectable / max(np.abs(result.interval))) ** 2))
+    assert many == np.inf  # 0 lies inside
+
+
+def test_degrees_of_freedom_are_those_of_unequal_scenes(pair, scene):
+    result = compare_checkpoints(*pair, scene)
+    ratio = (result.interval[1] - result.interval[0]) / 2 / result.detectable
+    sizes = np.array(VALID_SIZES)
+    degrees = sizes.sum() ** 2 / (sizes**2).sum() - 1
+    assert degrees == pytest.approx(13.497, abs=1e-3)
+    half, power = stats.t.ppf([0.975, 0.8], degrees)
+    assert ratio == pytest.approx(half / (half + power))
+
+
+@pytest.mark.parametrize("scenes", [6, 9])
+def test_swaps_equal_brute_force(scenes):
+    scene = np.arange(2 * scenes) // 2
+    a, b = make_runs(2, scene, gain=0.01)[:, 0]
+    observed = np.append(mean_truth_iou(b) - mean_truth_iou(a), iou(b) - iou(a))
+    extreme = np.zeros(5)
+    for swaps in itertools.product([False, True], repeat=scenes):
+        swapped = np.array(swaps)[scene, None, None]
+        first, second = np.where(swapped, b, a), np.where(swapped, a, b)
+        difference = np.append(mean_truth_iou(second) - mean_truth_iou(first), iou(second) - iou(first))
+        extreme += np.abs(difference) >= np.abs(observed) - 1e-12
+    result = compare_checkpoints(a, b, scene)
+    assert result.p_value == extreme[0] / 2**scenes
+    np.testing.assert_allclose(result.class_p_value, holm(extreme[1:] / 2**scenes))
+
+
+def test_drawn_swaps_agree_with_all(monkeypatch):
+    scene = np.arange(28) // 2
+    a, b = make_runs(3, scene, gain=0.02)[:, 0]
+    exact = compare_checkpoints(a, b, scene)
+    monkeypatch.setattr(significance, "MAX_EXACT_SCENES", 0)
+    drawn = compare_checkpoints(a, b, scene)
+    assert drawn.p_value == pytest.approx(exact.p_value, abs=0.02)
+    assert drawn.p_value * 10_000 == pytest.approx(round(drawn.p_value * 10_000))  # (1 + k) / (1 + 9,999)
+    assert compare_checkpoints(a, b, scene, seed=1).p_value != drawn.p_value
+
+
+def test_a_constant_gain_is_certain(scene):
+    a = two_classes([5] * 197)
+    result = compare_checkpoints(a, two_classes([6] * 197), scene)
+    assert result.p_value == 1e-4
+    np.testing.assert_allclose(result.interval, result.difference)
+    same = compare_checkpoints(a, a, scene)
+    assert (same.difference, same.interval, same.p_value, same.scenes_needed) == (0, (0, 0), 1, (np.inf, np.inf))
+
+
+def test_scores_are_those_of_the_metrics(pair, recipes, scene):
+    result = compare_checkpoints(*pair, scene)
+    assert result.difference == pytest.approx(mean_truth_iou(pair[1]) - mean_truth_iou(pair[0]))
     np.testing.assert_allclose(result.class_difference, iou(pair[1]) - iou(pair[0]))
-    assert result.interval[0] < result.difference < result.interval[1]
+    means = [np.mean([mean_truth_iou(run) for run in side]) for side in recipes]
+    assert compare_recipes(*recipes, scene).difference == pytest.approx(means[1] - means[0])
 
 
-def test_intervals_equal_those_of_scipy(pair):
-    def statistic(index):
-        return mean_iou(pair[1][index]) - mean_iou(pair[0][index])
+def test_both_average_the_classes_of_the_truth():
+    a = np.zeros((8, 3, 3), np.int64)
+    a[:, :2, :2] = two_classes([5] * 8)
+    b = a.copy()
+    b[0, 0] = [5, 0, 5]  # b names a class that is not there
+    result = compare_checkpoints(a, b, None)
+    assert result.difference == pytest.approx(np.mean(iou(b)[:2]) - np.mean(iou(a)[:2]))
+    for field in (result.class_difference, result.class_interval[0], result.class_p_value):
+        np.testing.assert_array_equal(np.isnan(field), [False, False, True])
 
-    indices = (np.arange(120),)
-    scipys = stats.bootstrap(indices, statistic, n_resamples=4000, method="percentile", vectorized=False, rng=1)
-    ours = paired_bootstrap(*pair, resamples=10_000)
-    monte_carlo = 0.06 * (ours.interval[1] - ours.interval[0])
-    np.testing.assert_allclose(ours.interval, scipys.confidence_interval, atol=monte_carlo)
-    by_class = stats.bootstrap(
-        indices, lambda index: iou(pair[1][index])[2] - iou(pair[0][index])[2],
-        n_resamples=4000, method="percentile", vectorized=False, rng=2,
+
+def test_a_class_in_one_scene_has_no_verdict(scene):
+    counts = np.zeros((2, 2, 197, 5, 5), np.int64)
+    counts[..., :4, :4] = make_runs(4, scene, runs=2)
+    counts[..., scene == 3, 4, 4] = 9
+    checkpoints, recipes = compare_checkpoints(*counts[:, 0], scene), compare_recipes(*counts, scene)
+    for result in (checkpoints, recipes):
+        assert result.class_difference[4] == 0
+        assert np.isnan(result.class_interval[:, 4]).all()
+        assert np.isnan(result.class_p_value[4])
+        assert np.isfinite(result.class_p_value[:4]).all()
+        assert np.isfinite((result.p_value, *result.interval)).all()
+    without = np.delete(counts[:, 0], 4, axis=-1)[..., :4, :]
+    np.testing.assert_array_equal(checkpoints.class_p_value[:4], compare_checkpoints(*without, scene).class_p_value)
+
+
+def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
+    """Of twelve scenes of one image three have class 0, so that little is known of it."""
+    a, b = two_classes([5] * 12), two_classes([6, 7, 9] + [5] * 9)
+    for counts in (a, b):
+        counts[3:, 0] = 0
+    result = compare_checkpoints(a, b, None)
+    left_out = np.array([16 / 20, 15 / 20, 13 / 20])  # of b without each; a has 5 of 10 throughout
+    values = np.append(left_out - 0.5, np.full(9, 22 / 30 - 0.5))
+    error = np.sqrt(11 / 12 * ((values - values.mean()) ** 2).sum())
+    low, high = result.class_interval[:, 0]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    assert (np.diff(result.interval) / 2 / stats.t.ppf(0.975, 11)).item() < error
+
+
+def test_fewer_than_six_scenes_give_no_verdict(pair, recipes):
+    scene = np.arange(197) % 5
+    for result in (compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene)):
+        assert np.isfinite(result.difference)
+        assert np.isnan((result.p_value, *result.interval, result.detectable)).all()
+        assert np.isnan(result.class_p_value).all()
+        assert result.scene_count == 5
+    assert np.isnan(score_interval(pair[0], scene).interval).all()
+
+
+def assert_same(first, second, sign=1, p_values=True):
+    """Two comparisons agree, or with sign -1 are each other's mirror image."""
+    assert first.difference == pytest.approx(sign * second.difference)
+    np.testing.assert_allclose(first.class_difference, sign * second.class_difference)
+    np.testing.assert_allclose(first.interval, np.sort(sign * np.array(second.interval)))
+    np.testing.assert_allclose(first.class_interval, np.sort(sign * second.class_interval, axis=0))
+    if p_values:
+        assert first.p_value == pytest.approx(second.p_value)
+        np.testing.assert_allclose(first.class_p_value, second.class_p_value)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_order_and_names_and_sides_do_not_matter(pair, recipes, scene, paired):
+    rng = np.random.default_rng(5)
+    order = rng.permutation(197)
+    names = np.array([f"room {name}" for name in rng.permutation(24)])[scene]
+    checkpoints, crossed = compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene, paired)
+    assert_same(compare_checkpoints(*pair[:, order], scene[order]), checkpoints)
+    assert_same(compare_recipes(*recipes[:, :, order], scene[order], paired), crossed)
+    assert_same(compare_checkpoints(*pair, names), checkpoints, p_values=False)  # other swaps are drawn
+    assert_same(compare_recipes(*recipes, names, paired), crossed)
+    assert_same(compare_checkpoints(*pair[::-1], scene), checkpoints, sign=-1)
+    assert_same(compare_recipes(*recipes[::-1], scene, paired), crossed, sign=-1)
+    assert_same(compare_recipes(*recipes[:, ::-1], scene, paired), crossed)
+
+
+def test_images_are_scenes_where_none_are_known(pair, recipes):
+    assert_same(compare_checkpoints(*pair, None), compare_checkpoints(*pair, np.arange(197)))
+    assert_same(compare_recipes(*recipes, None), compare_recipes(*recipes, np.arange(197)))
+
+
+def reference_crossed_t(values_a, values_b, sizes):
+    """(D, V, df) of a score that is a mean over scenes of equal weight, `(S, G)`: leaving out becomes a covariance."""
+    S, G = len(values_a), values_a.shape[1]
+    joint = np.cov(np.concatenate((values_a, values_b))) / G
+    off = ~np.eye(S, dtype=bool)
+    K = max(0, joint[:S, :S][off].mean() + joint[S:, S:][off].mean() - 2 * joint[:S, S:][off].mean())
+    means_a, means_b = values_a.mean(1), values_b.mean(1)
+    seeds = np.var(means_a, ddof=1) / S, np.var(means_b, ddof=1) / S
+    V = sum(seeds) + K
+    df = V**2 / (sum(term**2 for term in seeds) / (S - 1) + K**2 / (sum(sizes) ** 2 / sum(sizes**2) - 1))
+    return means_b.mean() - means_a.mean(), V, df
+
+
+def test_crossed_t_equals_a_reference_on_a_linear_score():
+    """Class 0 alone is in the truth and what is missed is no class of the truth: its IoU is a share of the pixels."""
+    rng = np.random.default_rng(6)
+    shares = (
+        500 + 40 * rng.normal(size=(1, 1, 30)) + 40 * rng.normal(size=(2, 1, 30)) + 40 * rng.normal(size=(2, 4, 30))
+    )
+    shares = np.rint(shares + 30 * rng.normal(size=(2, 4, 1))).astype(np.int64)
+    sizes = np.array([1, 2, 5] * 10)
+    counts = np.zeros((2, 4, sizes.sum(), 2, 2), np.int64)
+    first = np.cumsum(sizes) - sizes  # each scene's pixels lie in its first image
+    counts[:, :, first, 0, 0], counts[:, :, first, 0, 1] = shares, 1000 - shares
+    result = compare_recipes(*counts, scenes_of(sizes))
+    D, V, df = reference_crossed_t(*(shares / 1000), sizes)
+    assert result.scene_variance > 0
+    assert result.difference == pytest.approx(D)
+    assert result.seed_variance + result.scene_variance == pytest.approx(V)
+    assert result.degrees_of_freedom == pytest.approx(df)
+    assert result.p_value == pytest.approx(2 * stats.t.sf(abs(D) / np.sqrt(V), df))
+    np.testing.assert_allclose(result.interval, D + np.sqrt(V) * stats.t.ppf([0.025, 0.975], df))
+    half, power = stats.t.ppf([0.975, 0.8], df)
+    assert result.detectable == pytest.approx((half + power) * np.sqrt(V))
+
+
+def test_paired_recipes_equal_one_side_of_differences(recipes, scene):
+    result = compare_recipes(*recipes, scene, paired=True)
+    differences = np.array([mean_truth_iou(b) - mean_truth_iou(a) for a, b in zip(*recipes, strict=True)])
+    left_out = np.array([
+        [mean_truth_iou(b[scene != out]) - mean_truth_iou(a[scene != out]) for out in range(24)]
+        for a, b in zip(*recipes, strict=True)
+    ])  # fmt: skip
+    products = 23**2 / 24 * np.cov(left_out)
+    K = max(0, products[~np.eye(4, dtype=bool)].mean())
+    assert result.scene_variance == pytest.approx(K)
+    assert result.seed_variance == pytest.approx(differences.var(ddof=1) / 4)
+    seeds, sizes = result.seed_variance, np.array(VALID_SIZES)
+    df = (seeds + K) ** 2 / (seeds**2 / 3 + K**2 / (sizes.sum() ** 2 / (sizes**2).sum() - 1))
+    assert result.degrees_of_freedom == pytest.approx(df)
+
+
+def test_without_scenes_to_vary_it_is_welchs_t(scene):
+    """Runs that differ by the same pixels in every image: the crossed t has only the seeds."""
+    a = np.stack([two_classes([hits] * 197) for hits in (4, 5, 7)])
+    b = np.stack([two_classes([hits] * 197) for hits in (6, 8, 9, 7)])
+    scores = [[mean_truth_iou(run) for run in side] for side in (a, b)]
+    crossed, welch = compare_recipes(a, b, scene), compare_seeds(*scores)
+    assert crossed.scene_variance == pytest.approx(0, abs=1e-20)
+    assert crossed.p_value == pytest.approx(welch.p_value)
+    assert crossed.degrees_of_freedom == pytest.approx(welch.degrees_of_freedom)
+    np.testing.assert_allclose(crossed.interval, welch.interval)
+
+
+def test_more_seeds_and_more_scenes_show_smaller_differences(scene):
+    recipes = make_runs(7, scene, runs=3, correlation=0.6)
+    result = compare_recipes(*recipes, scene)
+    assert result.detectable_more_seeds < result.detectable
+    assert result.detectable_more_scenes <= result.detectable
+    only_seeds = compare_recipes(
+        np.stack([two_classes([hits] * 12) for hits in (4, 6)]), np.stack([two_classes([hits] * 12) for hits in (5, 7)]), None
     )  # fmt: skip
-    width = np.ptp(ours.class_interval[:, 2])
-    np.testing.assert_allclose(ours.class_interval[:, 2], by_class.confidence_interval, atol=0.06 * width)
+    assert only_seeds.detectable_more_scenes == pytest.approx(only_seeds.detectable)
 
 
-def test_coverage_and_false_rejection():
-    """Of 400 experiments, about 95 % of the intervals hold the true difference, and 5 % reject a true null."""
-    rng = np.random.default_rng(1)
-    population = simulate(rng, 40_000, 0.70, 0.72)
-    true = mean_iou(population[1]) - mean_iou(population[0])
-    covered = rejected = 0
-    for trial in range(400):
-        result = paired_bootstrap(*simulate(rng, 100, 0.70, 0.72), resamples=500, seed=trial)
-        covered += result.interval[0] <= true <= result.interval[1]
-        rejected += paired_bootstrap(*simulate(rng, 100, 0.7, 0.7), resamples=500, seed=trial).p_value < 0.05
-    assert 0.92 <= covered / 400 <= 0.98
-    assert 0.03 <= rejected / 400 <= 0.08
+def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
+    a, b = two_classes([5] * 197), two_classes([6] * 197)
+    same = compare_recipes(np.stack([a, a]), np.stack([a, a]), scene)
+    assert (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
+    with pytest.raises(ValueError, match="counts: found a difference of 0.07381 between runs that do not vary"):
+        compare_recipes(np.stack([a, a]), np.stack([b, b]), scene)
 
 
-def test_a_real_difference_is_found_and_its_size_is_told():
-    result = paired_bootstrap(*simulate(np.random.default_rng(2), 150, 0.6, 0.7), resamples=2000)
-    assert result.interval[0] > 0
-    assert result.p_value < 0.01
-    assert (result.class_p_value < 0.05).all()
-    assert result.detectable < result.difference
-    assert result.images_needed < 150
+@pytest.mark.parametrize("a", [[0.50, 0.52, 0.49, 0.51], [0.5, 0.5, 0.5, 0.5]])
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, where one recipe always gets the same score
+def test_seeds_equal_scipys_welch(a):
+    b = [0.53, 0.54, 0.53]
+    result, test = compare_seeds(a, b), stats.ttest_ind(b, a, equal_var=False)
+    assert result.difference == pytest.approx(np.mean(b) - np.mean(a))
+    np.testing.assert_allclose(result.interval, test.confidence_interval())
+    assert (result.p_value, result.degrees_of_freedom) == (pytest.approx(test.pvalue), pytest.approx(test.df))
+    assert np.isnan(result.seeds_needed).all()  # four are too few to plan with
+    back = compare_seeds(b, a)
+    assert (back.difference, back.p_value) == (-result.difference, pytest.approx(result.p_value))
 
 
-def test_no_difference_is_not_found():
-    rng = np.random.default_rng(3)
-    counts = simulate(rng, 100, 0.7, 0.7)
-    result = paired_bootstrap(*counts, resamples=2000)
-    assert result.interval[0] < 0 < result.interval[1]
-    assert result.images_needed > 100
-    same = paired_bootstrap(counts[0], counts[0], resamples=100)
-    assert (same.difference, same.p_value, same.images_needed) == (0, 1, np.inf)
+def test_seeds_needed_are_a_range():
+    rng = np.random.default_rng(8)
+    scores = 0.5 + rng.normal(0, 0.01, 5)
+    clear, unclear = compare_seeds(scores, scores[::-1] + 0.05), compare_seeds(scores, scores + 0.001)
+    assert 2 <= clear.seeds_needed[0] <= clear.seeds_needed[1] < np.inf
+    assert unclear.seeds_needed[1] == np.inf
+    assert compare_seeds([0.5, 0.5], [0.5, 0.5]).p_value == 1
 
 
-def test_exchanging_the_runs_changes_the_sign_only(pair):
-    forth, back = paired_bootstrap(*pair, resamples=500), paired_bootstrap(*pair[::-1], resamples=500)
-    assert forth.difference == pytest.approx(-back.difference)
-    np.testing.assert_allclose(forth.interval, -np.array(back.interval)[::-1])
-
-
-def test_absent_classes_are_left_out(pair):
-    wider = np.zeros((2, 120, 6, 6), np.int64)
-    wider[..., :4, :4] = pair
-    with np.errstate(all="raise"):
-        result = paired_bootstrap(*wider, resamples=300)
-    assert np.isnan(result.class_difference[4:]).all()
-    assert np.isnan(result.class_p_value[4:]).all()
-    assert result.difference == pytest.approx(paired_bootstrap(*pair, resamples=300).difference)
+def test_score_interval_by_jackknife(pair, scene):
+    result = score_interval(pair[0], scene)
+    left_out = np.array([[mean_truth_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))])
+    half = stats.t.ppf(0.975, 13.4972) * np.sqrt(23 / 24 * ((left_out - left_out.mean(0)) ** 2).sum(0))
+    assert result.score == pytest.approx(mean_truth_iou(pair[0]))
+    np.testing.assert_allclose(result.interval, result.score + half[0] * np.array([-1, 1]), rtol=1e-5)
+    np.testing.assert_allclose(result.class_score, iou(pair[0]))
+    np.testing.assert_allclose(
+        result.class_interval, np.stack((iou(pair[0]) - half[1:], iou(pair[0]) + half[1:])), rtol=1e-5
+    )
+    assert score_interval(two_classes([10, 10, 10, 10, 10, 9]), None).interval[1] == 1
 
 
 def test_holm_by_hand():
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, np.nan])), [0.03, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, np.nan]), [0.03, 0.06, 0.06, np.nan])
     assert holm(np.array([0.9, 0.8])).max() == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda a, b: (a, b[:50]),
-            r"counts: found shapes \(120, 4, 4\) and \(50, 4, 4\), expected the same 2 or more images",
-        ),
-        (
-            lambda a, b: (a, b[::-1]),
-            "counts: the truth differs in 120 of 120 images, the first is number 0; compare runs on",
-        ),
-        (lambda a, b: (a.sum(0), b.sum(0)), r"counts: found shape \(4, 4\), expected \(N, C, C\)"),
-        (lambda a, b: (0 * a, 0 * b), "counts: all zero; without a labelled pixel there is nothing to compare"),
+        (lambda a, b: (a, b[:50]), r"counts: found shapes \(197, 4, 4\) and \(50, 4, 4\), expected the same images"),
+        (lambda a, b: (a, b[::-1]), "counts: the truth differs in 196 of 197 images, the first is number 0; compare"),
+        (lambda a, b: (a.sum(0), b.sum(0)), r"counts: found shapes \(4, 4\) and \(4, 4\), expected \(N, C, C\)"),
+        (lambda a, b: (a[:1], b[:1]), r"counts: found shapes \(1, 4, 4\) and \(1, 4, 4\), .* 2 or more"),
+        (lambda a, b: (a[..., :3], b[..., :3]), r"counts: found shapes \(197, 4, 3\) .* expected \(N, C, C\)"),
+        (lambda a, b: (0 * a, 0 * b), "counts: all zero; without a labelled pixel there is no score"),
     ],
 )
 def test_what_cannot_be_compared(pair, change, message):
     with pytest.raises(ValueError, match=message):
-        paired_bootstrap(*change(*pair))
+        compare_checkpoints(*change(*pair), None)
 
 
-def test_seeds_equal_a_t_test():
-    a, b = np.array([0.50, 0.52, 0.49, 0.51]), np.array([0.53, 0.54, 0.53, 0.52])
-    result = paired_seeds(a, b)
-    assert result.difference == pytest.approx(0.025)
-    half = stats.t.ppf(0.975, 3) * np.std(b - a, ddof=1) / 2
-    np.testing.assert_allclose(result.interval, (0.025 - half, 0.025 + half))
-    assert result.p_value == pytest.approx(stats.ttest_1samp(b - a, 0).pvalue)
-    assert result.seed_count == 4
+def test_recipes_that_cannot_be_compared(recipes, scene):
+    a, b = recipes
+    with pytest.raises(ValueError, match=r"counts: found 4 and 1 runs, expected 2 or more of each recipe; train"):
+        compare_recipes(a, b[:1], scene)
+    with pytest.raises(ValueError, match=r"paired: found 4 and 3 runs, expected as many of both"):
+        compare_recipes(a, b[:3], scene, paired=True)
+    with pytest.raises(ValueError, match=r"counts: the truth differs in 196 of 197 images"):
+        compare_recipes(a, b[:, ::-1], scene)
+    with pytest.raises(ValueError, match=r"scene: found shape \(4,\), expected \(197,\), the scene of each image"):
+        compare_recipes(a, b, scene[:4])
+    with pytest.raises(ValueError, match=r"scores: found 1 and 2 runs, expected 2 or more"):
+        compare_seeds([0.5], [0.6, 0.7])
+    with pytest.raises(ValueError, match=r"scores_b: found \[0.6, nan\], expected \(S,\) numbers"):
+        compare_seeds([0.5, 0.6], [0.6, np.nan])
+    with pytest.raises(ValueError, match=r"scores: found a difference of 0.1 between runs that do not vary"):
+        compare_seeds([0.5, 0.5], [0.6, 0.6])
 
 
-def test_one_seed_cannot_answer():
-    result = paired_seeds([0.5], [0.6])
-    assert result.interval == (-np.inf, np.inf)
-    assert np.isnan(result.p_value)
-    with pytest.raises(ValueError, match=r"scores: found shapes \(1,\) and \(2,\), expected one score for each seed"):
-        paired_seeds([0.5], [0.6, 0.7])
+@pytest.mark.parametrize("correlation", [0, 0.3, 0.6])
+def test_checkpoints_keep_their_promise(scene, correlation, monkeypatch):
+    """95 % intervals cover at least 90 %, and the swap test rejects a true null in at most 9 % of 400 draws."""
+    monkeypatch.setattr(significance, "SWAPS", 999)  # a test at 0.05 all the same, ten times as fast
+    rng, true = np.random.default_rng([SEED, int(10 * correlation)]), true_difference(0.02)
+    covered = rejected = 0
+    for draw in range(DRAWS):
+        truth, rates = simulate_rates(rng, scene, 1, correlation, run_sd=0)
+        a, same, better = (confuse(truth, rate) for rate in (rates[0, 0], rates[1, 0], rates[1, 0] + 0.02))
+        low, high = compare_checkpoints(a, better, scene, seed=draw).interval
+        covered += low <= true <= high
+        rejected += compare_checkpoints(a, same, scene, seed=draw).p_value < 0.05
+    assert covered >= 0.90 * DRAWS
+    assert rejected <= 0.09 * DRAWS
 
 
-def test_images_alone_do_not_answer_for_recipes():
-    """Two seeds of one recipe: over images it looks like a difference far more often than 5 %."""
-    rng = np.random.default_rng(5)
-    rejected = 0
-    for trial in range(100):
-        hits = 0.7 + rng.normal(0, 0.015, 2)  # what the seed does to a whole run
-        rejected += paired_bootstrap(*simulate(rng, 100, *hits), resamples=300, seed=trial).p_value < 0.05
-    assert rejected > 25
+@pytest.mark.parametrize("correlation", [0, 0.3, 0.6])
+def test_recipes_keep_their_promise(scene, correlation):
+    """Equal recipes that each suit some scenes better are told apart in at most 10 % of 400 draws."""
+    rng = np.random.default_rng([SEED, 1, int(10 * correlation)])
+    rejected = dict.fromkeys((3, 5, 10), 0)
+    for _ in range(DRAWS):
+        counts = confuse(*simulate_rates(rng, scene, 10, correlation))
+        for runs in rejected:
+            rejected[runs] += compare_recipes(*counts[:, :runs], scene).p_value < 0.05
+    assert max(rejected.values()) <= 0.10 * DRAWS, rejected

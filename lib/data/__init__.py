@@ -59,6 +59,7 @@ def load_samples(
             "one array: give a size, or read them with iterate_samples"
         )
     made_with = {"data": str(source), "split": split, "limit": limit, "classes": classes, "fold": fold}
+    made_with |= {"chosen_split": pieces.split}
     if size is not None:
         made_with |= {"image_height": size[0], "image_width": size[1]}
     return replace(first, made_with=made_with)
@@ -84,11 +85,10 @@ def iterate_samples(
             raise ValueError(f"{name}: found {value}, expected a number of images of at least 1")
     opened = _open_source(source, part, classes)
     opened = opened.select(np.arange(len(opened.names))[:limit])
+    chosen = choose_split(split, opened, fold)
     if part != "test":
-        names, scene = opened.names, opened.scene
-        chosen = choose_split(split, opened.usual_split, names, scene, fold)
-        opened = opened.select(select_part(names, part, chosen, scene, fold))
-    return Pieces(opened, size, batch_size)
+        opened = opened.select(select_part(opened, part, chosen, fold))
+    return Pieces(opened, size, batch_size, chosen)
 
 
 def _open_source(source: str | os.PathLike, part: str, classes: str | None) -> Source:

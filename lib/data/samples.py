@@ -103,11 +103,13 @@ class Pieces:
         source: of the images.
         size: (height, width) to resize to, or None.
         batch_size: images of a piece, at most.
+        split: that chose them, never `auto`.
     """
 
     source: Source
     size: tuple[int, int] | None
     batch_size: int
+    split: str
 
     def __iter__(self) -> Iterator[Samples]:
         for start in range(0, len(self), self.batch_size):

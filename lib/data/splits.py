@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from lib.data.samples import Source
 from lib.parameters import check_choice
 
 SPLITS = ("auto", "random", "blocks", "scenes", "official")
@@ -79,27 +80,27 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     return None if alone.mean() > 0.5 else runs
 
 
-def choose_split(split: str, usual: str, names: np.ndarray, scene: np.ndarray | None, fold: int) -> str:
+def choose_split(split: str, source: Source, fold: int) -> str:
     """What `auto` means for these images: the usual split of their source where they allow it, else `random`."""
     if split != "auto":
         return split
     try:
-        train, valid = split_names(names, usual, scene, fold)
+        train, valid = split_names(source.names, source.usual_split, source.scene, fold)
     except ValueError:
         return "random"
-    return usual if min(len(train), len(valid)) else "random"
+    return source.usual_split if min(len(train), len(valid)) else "random"
 
 
-def select_part(names: np.ndarray, part: str, split: str, scene: np.ndarray | None, fold: int) -> np.ndarray:
+def select_part(source: Source, part: str, split: str, fold: int) -> np.ndarray:
     """Positions of the images of part `train` or `valid`.
 
     Raises:
         ValueError: a split that leaves one of the two empty.
     """
-    train, valid = split_names(names, split, scene, fold)
+    train, valid = split_names(source.names, split, source.scene, fold)
     if split != "official" and min(len(train), len(valid)) == 0:
         raise ValueError(
             f"split: {split!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
-            f"{len(names)}; raise limit, or use split 'random' (2 images or more) or 'official'"
+            f"{len(source.names)}; raise limit, or use split 'random' (2 images or more) or 'official'"
         )
     return train if part == "train" else valid

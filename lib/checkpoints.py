@@ -1,0 +1,66 @@
+"""What an interrupted training goes on from, and whether it may."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.data.samples import Samples
+from lib.files import load_checkpoint, save_checkpoint
+
+
+def checksums(samples: Samples) -> dict[str, int]:
+    """Of what each image, its depth and its label hold, by name."""
+    arrays = [array for array in (samples.image, samples.depth, samples.label) if array is not None]
+    sums = {}
+    for position, name in enumerate(samples.names.tolist()):
+        sums[name] = 0
+        for array in arrays:
+            sums[name] = zlib.crc32(np.ascontiguousarray(array[position]), sums[name])
+    return sums
+
+
+def save_progress(path: Path, parts: dict, progress: dict, device: torch.device) -> None:
+    """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
+    state = {part: owner.state_dict() for part, owner in parts.items()}
+    state["rng"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    save_checkpoint(state | {"progress": progress}, path)
+
+
+def restore_progress(path: Path, parts: dict, made_of: dict, device: torch.device) -> dict:
+    """Undo `save_progress`; where there is no such file, nothing has been done yet.
+
+    Raises:
+        ValueError: what was saved was computed otherwise or from other data than `made_of` says.
+    """
+    if not path.exists():
+        return {"history": [], "losses": [], "row": {}} | made_of
+    state = load_checkpoint(path, "cpu", (*parts, "rng", "progress"))
+    progress = state["progress"]
+    _check_made_of(path.parent.name, progress, made_of)
+    for part, owner in parts.items():
+        owner.load_state_dict(state[part])
+    torch.set_rng_state(state["rng"][0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng"][1], device)
+    progress["losses"] = [loss.to(device) for loss in progress["losses"]]
+    return progress
+
+
+def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
+    before = saved.get("computed", "an unknown device")
+    if before != made_of["computed"]:
+        raise ValueError(
+            f"resume: {run_name!r} was trained on {before}, found {made_of['computed']}; pass the same device and "
+            "precision, or start another run_name with resume False"
+        )
+    old, new = saved.get("data", made_of["data"]), made_of["data"]
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed:
+        name = changed[0]
+        how = "is not the same" if name in old and name in new else "is missing now" if name in old else "is new"
+        raise ValueError(
+            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
+            f"{name!r}, which {how}; put the data back, or start another run_name with resume False"
+        )

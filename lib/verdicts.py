@@ -1,0 +1,192 @@
+"""The verdicts: which claims runs allow, and what they come to in words."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.scoring import ScoredRun
+from lib.significance import (
+    CONFIDENCE,
+    CheckpointComparison,
+    RecipeComparison,
+    SeedComparison,
+    compare_checkpoints,
+    compare_recipes,
+    compare_seeds,
+    holm,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of a recipe (b) against the baseline (a); None where the runs do not allow a claim.
+
+    Attributes:
+        checkpoints: claim (a), of the first run of each.
+        seeds: claim (b1).
+        recipes: claim (b2).
+        recipe_p_value: of (b2), after Holm over all recipes that are held against the baseline.
+        compared: how many these are.
+    """
+
+    checkpoints: CheckpointComparison | None
+    seeds: SeedComparison | None
+    recipes: RecipeComparison | None
+    recipe_p_value: float
+    compared: int
+
+
+def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Verdict]:
+    """Every recipe held against the first.
+
+    Args:
+        recipes: from `group_recipes`.
+        paired: whether runs of one seed belong together; others are then left out.
+    """
+    (_, baseline), *others = recipes.items() if recipes else [(None, [])]
+    crossed = {name: _crossed(*_pair(baseline, members, paired), paired) for name, members in others}
+    p_values = holm([np.nan if result is None else result.p_value for result in crossed.values()])
+    verdicts = {}
+    for (name, members), p_value in zip(others, p_values, strict=True):
+        enough = min(len(baseline), len(members)) >= 2
+        verdicts[name] = Verdict(
+            checkpoints=_checkpoints(baseline[0], members[0]),
+            seeds=compare_seeds(*([run.score for run in side] for side in (baseline, members))) if enough else None,
+            recipes=crossed[name],
+            recipe_p_value=float(p_value),
+            compared=len(others),
+        )
+    return verdicts
+
+
+def _pair(baseline: list[ScoredRun], members: list[ScoredRun], paired: bool) -> tuple[list[ScoredRun], list[ScoredRun]]:
+    if not paired:
+        return baseline, members
+    by_seed = [{run.parameters["seed"]: run for run in side} for side in (baseline, members)]
+    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+    return tuple([side[seed] for seed in shared] for side in by_seed)
+
+
+def _crossed(baseline: list[ScoredRun], members: list[ScoredRun], paired: bool) -> RecipeComparison | None:
+    if min(len(baseline), len(members)) < 2:
+        return None
+    sides = (np.stack([run.counts for run in side]) for side in (baseline, members))
+    return compare_recipes(*sides, baseline[0].scene, paired)
+
+
+def _checkpoints(first: ScoredRun, other: ScoredRun) -> CheckpointComparison | None:
+    return compare_checkpoints(first.counts, other.counts, first.scene) if first.folds == 1 else None
+
+
+def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
+    """The three claims of every recipe against the first, each under its own name, with what to do next."""
+    if not verdicts:
+        return "One recipe is no comparison: name runs of another one."
+    baseline, members = next(iter(recipes.items()))
+    texts = [
+        "\n".join((
+            f"**{name}** against **{baseline}**, in mIoU:",
+            "",
+            f"- (a) {_say_checkpoints(verdict.checkpoints, members[0], recipes[name][0])}",
+            f"- (b1) {_say_seeds(verdict.seeds)}",
+            f"- (b2) {_say_recipes(verdict, name, baseline, members[0].folds)}",
+        ))
+        for name, verdict in verdicts.items()
+    ]  # fmt: skip
+    return "\n\n".join((*texts, *_caveats(members[0])))
+
+
+def _caveats(run: ScoredRun) -> list[str]:
+    caveats = []
+    if run.scene is None:
+        caveats.append("The scenes of these images are unknown, so images were taken as independent; if several show "
+                       "one scene, every interval above is too narrow.")  # fmt: skip
+    if run.split == "random":
+        caveats.append("The split is `random`: all of this speaks of rooms that the networks were trained on.")
+    return caveats
+
+
+def _say(result: CheckpointComparison | SeedComparison | RecipeComparison) -> str:
+    low, high = result.interval
+    return f"{result.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {_say_p(result.p_value)})"
+
+
+def _say_p(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+def _differs(p_value: float) -> bool:
+    return p_value < 1 - CONFIDENCE
+
+
+def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, other: ScoredRun) -> str:
+    claim = f"the checkpoints {other.name} and {first.name}, on scenes like these: "
+    if result is None:
+        return "two checkpoints: not asked of runs that are joined over five folds."
+    if np.isnan(result.p_value):
+        return f"{claim}{result.difference:+.3f}; {result.scene_count} scenes are too few for a verdict, 6 are needed."
+    text = f"{claim}{_say(result)}. "
+    if _differs(result.p_value):
+        text += f"They differ: {(other if result.difference > 0 else first).name} scores higher."
+    else:
+        text += f"Cannot tell: {result.scene_count} scenes show {result.detectable:.3f} or more. {_say_needed(result)}"
+    return text + _say_classes(result, first.classes)
+
+
+def _say_needed(result: CheckpointComparison) -> str:
+    least, most = result.scenes_needed
+    if np.isinf(most):
+        return f"{_rounded(least)} scenes or more would settle a difference of this size. "
+    return f"About {_rounded(least)} to {_rounded(most)} scenes would settle a difference of this size. "
+
+
+def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple[str, ...]) -> str:
+    clear = [
+        f"{name} {difference:+.3f}"
+        for name, difference, p_value in zip(classes, result.class_difference, result.class_p_value, strict=True)
+        if _differs(p_value)
+    ]
+    return f" Classes that differ, after Holm: {', '.join(clear) or 'none'}."
+
+
+def _say_seeds(result: SeedComparison | None) -> str:
+    claim = "the recipes, on these very images: "
+    if result is None:
+        return f"{claim}one run of a recipe can't say; train both with more seeds (`-p seed 1`, ...)."
+    text = f"{claim}{_say(result)}. "
+    if _differs(result.p_value):
+        return text + "They differ here, whatever the seed; whether on other scenes too is the next question."
+    least, most = result.seeds_needed
+    if np.isfinite(most):
+        return f"{text}Cannot tell; about {_rounded(least)} to {_rounded(most)} seeds each would."
+    return text + "Cannot tell."
+
+
+def _say_recipes(verdict: Verdict, name: str, baseline: str, folds: int) -> str:
+    result, claim = verdict.recipes, "the recipes, on scenes like these: "
+    if result is None:
+        return f"{claim}needs two runs or more of each."
+    if np.isnan(result.p_value):
+        return f"{claim}{result.difference:+.3f}; {result.scene_count} scenes are too few for a verdict, 6 are needed."
+    text = f"{claim}{_say(result)}"
+    if verdict.compared > 1:
+        text += f"; after Holm over {verdict.compared} recipes {_say_p(verdict.recipe_p_value)}"
+    text += f"; cross-validated over {folds} folds. " if folds > 1 else ". "
+    if _differs(verdict.recipe_p_value):
+        text += f"**The recipe {name if result.difference > 0 else baseline} is better.**"
+    else:
+        text += f"Cannot tell: differences of {result.detectable:.3f} or more would show. {_say_next(result)}"
+    return text
+
+
+def _say_next(result: RecipeComparison) -> str:
+    """Whether seeds or scenes are the better buy."""
+    if result.detectable_more_seeds <= result.detectable_more_scenes:
+        return f"Seeds vary most: with twice as many, {result.detectable_more_seeds:.3f} would show."
+    shows = f"{result.detectable_more_scenes:.3f} would show"
+    return f"Scenes vary most: more seeds bring little; with twice the scenes {shows}."
+
+
+def _rounded(count: float) -> str:
+    """Two digits: more would pretend to know."""
+    return f"{int(float(f'{np.ceil(count):.2g}')):,}" if count < 1e6 else "a million"

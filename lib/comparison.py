@@ -1,20 +1,23 @@
-"""Runs to compare: which ones there are, whether they may be compared, and which are of one recipe."""
+"""Runs to compare: which ones there are, whether they may be compared, which are of one recipe; their figures."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lib.classes import check_same_classes
 from lib.data import PARTS
 from lib.data.splits import FOLDS
 from lib.files import read_json
-from lib.metrics import pixel_accuracy
+from lib.metrics import iou, pixel_accuracy
 from lib.parameters import check_choice
+from lib.plots import FEW, GREY, WIDTH, add_legend, class_colours, label_rows, rows_height, run_colours, shorten, styled
 from lib.runs import NO_RECIPE, recipe, runs_folder
 from lib.scoring import ScoredRun, read_scored
-from lib.significance import score_interval
+from lib.significance import SceneComparison, score_interval
 
 LIB = Path(__file__).resolve().parent
 TABLES = LIB / "data" / "tables"
@@ -165,3 +168,101 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
     if unknown:
         raise ValueError(f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}")
     return figures.loc[names]
+
+
+@styled
+def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison]) -> Figure:
+    """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
+
+    Args:
+        recipes: runs by recipe, the baseline first.
+        differences: of the other recipes to it; a filled mark has p < 0.05 (after Holm for classes).
+    """
+    baseline, members = next(iter(recipes.items()))
+    order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
+    images = (members[0].counts.sum(2) > 0).sum(0)
+    names = ["mIoU", *(f"{shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
+    thickness = (0.22 if len(names) <= FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
+    figure = Figure(figsize=(WIDTH, 1 + thickness * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = dict(zip(recipes, run_colours(len(recipes)), strict=True))
+    for name, runs in recipes.items():
+        _draw_scores(left, _scores_by_class(runs)[:, [0, *(order + 1)]], colours[name], name)
+    offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
+    for offset, (name, result) in zip(offsets, differences.items(), strict=True):
+        _draw_differences(right, result, order, offset, colours[name], numbers=len(differences) == 1)
+    swatches = class_colours(members[0].classes)
+    for row, index in enumerate(order, start=1):
+        colour = swatches[members[0].classes[index]]
+        left.plot(0, row, "s", color=colour, markeredgecolor=GREY, markersize=7, clip_on=False, zorder=4)
+    for axes in (left, right):
+        axes.axhline(0.5, color="0.85", linewidth=1)
+        axes.grid(axis="x", color="0.92")
+    left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
+    left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    right.axvline(0, color=GREY, linewidth=1)
+    right.set(title=f"Difference to {shorten(baseline, 40)}", xlabel="difference in IoU, 95 % interval")
+    add_legend(figure, left.get_legend_handles_labels()[0])
+    return figure
+
+
+def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
+    """`(runs, 1 + C)`: the mIoU of each, then its IoU by class."""
+    return np.array([[run.score, *iou(run.counts)] for run in members])
+
+
+def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:
+    """A small dot for each run, a large one for their mean."""
+    rows, mean = np.arange(scores.shape[1]), scores.mean(0)
+    label = f"{shorten(name, 60)}: mIoU {mean[0]:.3f}"
+    if len(scores) > 1:
+        axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
+        label += f", mean of {len(scores)}"
+    axes.plot(mean, rows, "o", color=colour, label=label)
+
+
+def _draw_differences(
+    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, numbers: bool
+) -> None:
+    middle = np.append(result.difference, result.class_difference[order])
+    low, high = np.column_stack((result.interval, result.class_interval[:, order]))
+    clear = np.append(result.p_value, result.class_p_value[order]) < 0.05
+    rows = np.arange(len(middle)) + offset
+    axes.hlines(rows, low, high, color=colour, linewidth=1.5)
+    for filled, face in ((clear, colour), (~clear, "white")):
+        axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
+    for row, value in zip(rows, middle, strict=True):
+        if numbers and np.isfinite(value):
+            axes.annotate(f"{value:+.3f}", (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=GREY)
+
+
+@styled
+def plot_published(table: pd.DataFrame) -> Figure:
+    """IoU by class (rows) of published experiments (columns), a hollow dot each."""
+    table = table.iloc[np.argsort(table.mean(axis=1))]
+    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in zip(table, run_colours(len(table.columns)), strict=True):
+        label = f"{name}: mean {table[name].mean():.3f}"
+        axes.plot(table[name], range(len(table)), "o", color=colour, markerfacecolor="none", label=label)
+    label_rows(axes, table.index)
+    axes.grid(color="0.92")
+    axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
+    add_legend(figure, axes.get_legend_handles_labels()[0])
+    return figure
+
+
+@styled
+def plot_recipes(scores: pd.DataFrame) -> Figure:
+    """mIoU of every run of a `score_table` by recipe, a dot each, and the mean of each recipe."""
+    means = scores.groupby("recipe", sort=False).mIoU.mean() if len(scores) else pd.Series(dtype=float)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(means)), layout="constrained")
+    axes = figure.subplots()
+    for row, (name, colour) in enumerate(zip(means.index, run_colours(len(means)), strict=True)):
+        runs = scores.mIoU[name]
+        axes.plot(runs, np.full(len(runs), row), "o", color=colour, alpha=0.7)
+        axes.plot(means[name], row, "|", color="black", markersize=20)
+    axes.set_yticks(range(len(means)), [shorten(name, 40) for name in means.index])
+    axes.set(title="Each run (dot) and the mean of its recipe (bar)" if len(means) else "No run is done", xlabel="mIoU")
+    axes.set_ylim(max(len(means), 1) - 0.5, -0.5)
+    return figure

@@ -270,102 +270,19 @@ def plot_class_iou(iou: pd.Series, name: str) -> Figure:
 
 
 @styled
-def plot_class_comparison(table: pd.DataFrame, title: str, published: tuple[str, ...] = ()) -> Figure:
-    """IoU by class side by side: bars for up to three entries, dots for more.
-
-    Args:
-        table: `(C, entries)` IoU, a row for each class, a column for each run or published experiment.
-        title: what the figure says.
-        published: columns that are not runs of ours; drawn hatched or hollow.
-    """
-    order = table.mean(axis=1).sort_values(ascending=False).index
-    labels = {name: f"{name}: mean {table[name].mean():.3f}" for name in table}
-    colours = dict(zip(table, _colours(len(table.columns)), strict=True))
-    offsets = np.linspace(-0.32, 0.32, 2 * len(labels) + 1)[1::2]
-    figure = Figure(figsize=(WIDTH, 3.2 + 0.1 * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    for offset, name in zip(offsets, table, strict=True):
-        position, style = np.arange(len(order)) + offset, {"color": colours[name], "label": labels[name]}
-        if len(labels) <= 3:
-            hatch = "////" if name in published else None
-            axes.bar(position, table[name][order], 0.64 / len(labels), hatch=hatch, edgecolor="white", **style)
-        else:
-            fill = "none" if name in published else colours[name]
-            axes.plot(position, table[name][order], "o", markerfacecolor=fill, markersize=5, **style)
-    for boundary in np.arange(len(order) - 1) + 0.5:
-        axes.axvline(boundary, color="0.92", linewidth=0.8, zorder=0)
-    axes.set(title=title, ylabel="IoU", ylim=(0, 1), xlim=(-0.5, len(order) - 0.5))
-    axes.set_xticks(np.arange(len(order)), order, rotation=25, ha="right", rotation_mode="anchor")
-    figure.legend(loc="outside lower center", ncols=min(len(labels), 3))
-    return figure
-
-
-@styled
-def plot_differences(results: dict, baseline: str, classes: Sequence[str]) -> Figure:
-    """Difference to the baseline with 95 % intervals: the mIoU first, then each class.
-
-    Args:
-        results: `{run: PairedBootstrap of baseline and run}`; filled marks have p < 0.05 (Holm for classes).
-        baseline: the run that all are compared to.
-        classes: their names.
-    """
-    rows = ["mIoU", *classes]
-    offsets = np.linspace(0.3, -0.3, 2 * len(results) + 1)[1::2]
-    colours = _colours(len(results) + 1)[1:]  # the first is the baseline's
-    figure = Figure(figsize=(WIDTH, 3.2 + 0.9 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    for offset, colour, (name, result) in zip(offsets, colours, results.items(), strict=True):
-        middle = np.append(result.difference, result.class_difference)
-        low, high = np.column_stack((result.interval, result.class_interval))
-        clear = np.append(result.p_value, result.class_p_value) < 0.05
-        position = -np.arange(len(rows)) + offset
-        axes.hlines(position, low, high, color=colour, linewidth=1.5, label=name)
-        axes.plot(middle[clear], position[clear], "o", color=colour)
-        axes.plot(middle[~clear], position[~clear], "o", color=colour, markerfacecolor="white")
-    axes.axvline(0, color=GREY, linewidth=1)
-    axes.axhline(-0.5, color="0.85", linewidth=0.8)
-    axes.set(title=f"Difference to {baseline}; filled: more than chance", xlabel="IoU difference, 95 % interval")
-    axes.set_yticks(-np.arange(len(rows)), rows)
-    axes.set_ylim(-len(rows) + 0.4, 0.6)
-    axes.legend(loc="best")
-    return figure
-
-
-@styled
-def plot_recipes(scores: pd.DataFrame) -> Figure:
-    """mIoU by seed (rows) and recipe (columns): a dot for each run, a bar for the mean, runs of one seed joined."""
-    colours = _colours(len(scores))
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(scores.columns)), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(scores.columns))
-    for colour, (seed, by_recipe) in zip(colours, scores.iterrows(), strict=True):
-        axes.plot(by_recipe, rows, ".-", color=colour, linewidth=0.8, markersize=9, label=f"seed {seed}")
-    axes.plot(scores.mean(), rows, "|", color="black", markersize=20, label="mean")
-    title = f"{scores.mean().idxmax()} has the highest mean" if scores.size else "No run is done"
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")  # names are long
-    axes.set(xlabel="mIoU", ylim=(max(len(rows), 1) - 0.5, -0.5))
-    axes.set_yticks(rows, scores.columns)
-    if scores.size:
-        figure.legend(loc="outside lower center", ncols=min(len(scores) + 1, 6))
-    return figure
-
-
-@styled
 def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
     """Validation mIoU by epoch of several runs."""
-    colours = _colours(len(histories))
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
-    for colour, (name, history) in zip(colours, histories.items(), strict=True):
-        axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=name)
+    for colour, (name, history) in zip(run_colours(len(histories)), histories.items(), strict=True):
+        axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=shorten(name, 60))
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
-    if histories:
-        axes.legend(loc="lower right")
+    add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def _colours(count: int) -> list[tuple[float, float, float]]:
-    """That many colours for runs, apart for colour-blind readers."""
+def run_colours(count: int) -> list[tuple[float, float, float]]:
+    """That many colours for runs or recipes, apart for colour-blind readers; grey from the ninth on."""
     import seaborn  # here, see `plot_matrix`
 
-    return seaborn.color_palette("colorblind", count)
+    return [*seaborn.color_palette("colorblind", min(count, 8)), *[(0.6, 0.6, 0.6)] * (count - 8)]

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
@@ -33,7 +35,10 @@ def run_cells(tmp_path, monkeypatch):
     assert "fit(" in named["train"].source
 
     def run(*cells):
-        chosen = [*code[: starts + 1], *(named.get(cell) or nbformat.v4.new_code_cell(cell) for cell in (SMALL, *cells))]
+        chosen = [
+            *code[: starts + 1],
+            *(named.get(cell) or nbformat.v4.new_code_cell(cell) for cell in (SMALL, *cells)),
+        ]
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.source) for cell in chosen])
         NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": NOTEBOOKS}}).execute()
         return [_outputs(cell) for cell in notebook.cells[starts + 2 :]]
@@ -48,48 +53,42 @@ def _outputs(cell):
     return re.findall(r"epoch +\d+: .*(?=, \d+ s)", printed), error
 
 
-def _saved(tmp_path):
-    return json.loads(next(tmp_path.glob("*/parameters.json")).read_text())
-
-
-def test_training_twice_is_training_anew(run_cells):
-    *_, (first, _), (again, error) = run_cells("check", "data", "network", "train", "train")
-    assert error == ""
-    assert len(first) == 2
+def test_training_anew_and_going_on_give_the_history_of_one_run(run_cells):
+    """Twice in a row; and stopped before the first checkpoint, then resumed in the same kernel."""
+    cells = ("check", "data", "network", "train", "train", STOP, "train", GO_ON, "train")
+    *_, first, again, _, stopped, _, resumed = run_cells(*cells)
+    assert len(first[0]) == 2
     assert again == first
+    assert "ZeroDivisionError" in stopped[1]
+    assert resumed == first
 
 
-def test_what_is_trained_with_is_what_is_written(run_cells, tmp_path):
-    outputs = run_cells("check", "data", "network", "soft_iou_weight, depth_weight, seed = 0.25, 0.0, 7", "train")
-    *_, (lines, error) = outputs
-    assert error == ""
-    assert len(lines) == 2
-    saved = _saved(tmp_path)
-    assert (saved["soft_iou_weight"], saved["depth_weight"], saved["seed"]) == (0.25, 0.0, 7)
-    history = (tmp_path / saved["run_name"] / "history.csv").read_text()
-    assert ",0.0," in history  # the depth term: no head was built
-
-
-@pytest.mark.parametrize(("edit", "name"), [("split = 'official'", "split"), ("image_height = 64", "image_height"), ("limit = 12", "limit")])
-def test_samples_of_other_parameters_are_refused(run_cells, tmp_path, edit, name):
-    for check in ((), ("check",)):
-        *_, (lines, error) = run_cells("check", "data", "network", edit, *check, "train")
+def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
+    edits = ["split = 'official'", "split, image_height = 'random', 64", "image_height, limit = 32, 12"]
+    edits += ["limit, learning_rate = 24, '0.1'", "learning_rate = 10.0"]
+    refused = [cell for edit in edits for cell in (edit, "train")]
+    last = ("learning_rate, soft_iou_weight, depth_weight, seed = 0.01, 0.25, 0.0, 7", "train")
+    outputs = run_cells(
+        "check",
+        "data",
+        "network",
+        *refused,
+        "split, learning_rate = 'official', 0.01",
+        "check",
+        "train",
+        "split = 'random'",
+        *last,
+    )
+    errors = [error for _, error in outputs if error]
+    assert len(errors) == 6
+    for name, error in zip(("split", "image_height", "limit"), errors, strict=False):
         assert f"ValueError: {name}: is " in error
         assert "run the cell that loads the data again" in error
-        assert lines == []
-        assert not list(tmp_path.glob("*/parameters.json"))
-
-
-def test_a_wrong_edit_is_refused_without_the_check(run_cells):
-    *_, (_, error) = run_cells("check", "data", "network", "learning_rate = '0.1'", "train")
-    assert "learning_rate: found '0.1', expected float" in error
-    *_, (_, error) = run_cells("check", "data", "network", "learning_rate = 10.0", "train")
-    assert "learning_rate: found 10.0, expected a number between 0 and 1" in error
-
-
-def test_a_stop_in_the_first_epoch_and_resume_in_the_same_kernel_is_exact(run_cells):
-    *_, (whole, _) = run_cells("check", "data", "network", "train")
-    *_, (_, stopped), _, (resumed, error) = run_cells("check", "data", "network", STOP, "train", GO_ON, "train")
-    assert "ZeroDivisionError" in stopped
-    assert error == ""
-    assert resumed == whole
+    assert "learning_rate: found '0.1', expected float" in errors[3]
+    assert "learning_rate: found 10.0, expected a number between 0 and 1" in errors[4]
+    assert "ValueError: split: is 'official' now" in errors[5]  # checked, but not loaded again
+    saved = json.loads((tmp_path / "first" / "parameters.json").read_text())
+    assert (saved["soft_iou_weight"], saved["depth_weight"], saved["seed"]) == (0.25, 0.0, 7)
+    history = pd.read_csv(tmp_path / "first" / "history.csv")
+    assert (history.train_depth_l1 == 0).all()  # no head was built
+    np.testing.assert_allclose(history.train_loss, history.train_cross_entropy + 0.25 * history.train_soft_iou)

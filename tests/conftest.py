@@ -9,11 +9,17 @@ import pytest
 from PIL import Image
 
 import lib  # noqa: F401  (before torch)
-from lib.classes import CLASS_NAMES
-from lib.data import load_samples
-from lib.data.samples import Samples
-from lib.metrics import all_scores
-from lib.runs import start_run, write_evaluation, write_history, write_scores
+from lib.classes import NYUV2_13
+from lib.data import Samples, load_samples
+from lib.evaluation import Evaluation
+from lib.runs import open_run, write_evaluation, write_history, write_scores
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("SLOW") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long: set the environment variable SLOW=1"))
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +30,11 @@ def scenes() -> Samples:
 
 def write_folder(root, samples: Samples, part: str = "train", labels: bool = True) -> None:
     """Write samples in the folder layout."""
-    for kind in ("image", "depth", "label")[: 3 if labels else 2]:
+    arrays = {"image": samples.image, "depth": samples.depth} | ({"label": samples.label} if labels else {})
+    for kind, stack in arrays.items():
         (root / part / kind).mkdir(parents=True, exist_ok=True)
-    for position, name in enumerate(samples.names):
-        Image.fromarray(samples.image[position]).save(root / part / "image" / f"{name}.png")
-        Image.fromarray(samples.depth[position]).save(root / part / "depth" / f"{name}.png")
-        if labels:
-            Image.fromarray(samples.label[position]).save(root / part / "label" / f"{name}.png")
+        for name, array in zip(samples.names, stack, strict=True):
+            Image.fromarray(array).save(root / part / kind / f"{name}.png")
 
 
 @pytest.fixture
@@ -42,7 +46,9 @@ def folder(tmp_path, scenes):
 
 
 def assert_equal_samples(first: Samples, second: Samples) -> None:
+    """The same names, classes and pixels; where they come from and what a folder can't say may differ."""
     assert list(first.names) == list(second.names)
+    assert first.classes == second.classes
     for kind in ("image", "depth", "label"):
         np.testing.assert_array_equal(getattr(first, kind), getattr(second, kind))
 
@@ -61,23 +67,37 @@ def counts():
     return each
 
 
+def evaluation(counts, names=("a", "b"), scene=None, classes=NYUV2_13) -> Evaluation:
+    """These counts, with outlines that are all right and four pixels of depth."""
+    boundary = np.ones((len(counts), len(classes), 3), np.int64)
+    scene = None if scene is None else np.array(scene)
+    return Evaluation(np.array(names), scene, tuple(classes), counts, None, boundary, np.array([4.0, 1, 1, 3]), None)
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """A function that makes the folder of a trained and, if wanted, evaluated run."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
 
-    def make(name, evaluated=True, names=("a", "b"), matrices=None, data="synthetic", **parameters):
-        run = start_run(name, {"seed": 0, "run_name": name} | parameters)
-        (run / "best.pt").touch()
-        os.utime(run / "best.pt", (len(list(tmp_path.iterdir())),) * 2)
-        write_history(run, history(3))
-        write_scores(run, history(3)[2], np.array(["a", "b"]), counts())
-        if evaluated:
-            matrices = counts() if matrices is None else matrices
-            classes = {name: {"support": 0.1, "IoU": 0.5} for name in CLASS_NAMES}
-            scores = {"data": data, "images": 2, "label_size": [4, 6], "working_size": [2, 3], "tta": "flip"}
-            scores |= {"plain": all_scores(matrices), "augmented": all_scores(matrices), "classes": classes}
-            write_evaluation(run, "test", np.array(names), matrices, scores)
+    def make(
+        name,
+        evaluated=True,
+        names=("a", "b"),
+        matrices=None,
+        data="synthetic",
+        scene=None,
+        classes=NYUV2_13,
+        **parameters,
+    ):
+        with open_run({"seed": 0, "run_name": name} | parameters) as run:
+            (run / "best.pt").touch()
+            os.utime(run / "best.pt", (len(list(tmp_path.iterdir())),) * 2)
+            write_history(run, history(3))
+            write_scores(run, history(3)[2], evaluation(counts()))
+            if evaluated:
+                tested = evaluation(counts() if matrices is None else matrices, names, scene, classes)
+                facts = {"data": data, "label_size": [4, 6], "working_size": [2, 3]}
+                write_evaluation(run, "test", facts, "flip", tested, tested)
         return run
 
     return make

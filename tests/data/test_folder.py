@@ -1,14 +1,13 @@
-import cv2
+from dataclasses import replace as change
+
 import numpy as np
 import pytest
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
-from lib.data import folder as data_folder
-from lib.data import load_samples
-from lib.data.samples import DataError, Samples, resize_image, resize_nearest, resize_samples
-from lib.data.splits import split_names
+from lib.classes import NYUV2_13
+from lib.data import DataError, iterate_samples, load_samples
+from lib.data.samples import resize_samples
 
 
 def test_folder_gives_back_what_was_written(folder, scenes):
@@ -30,35 +29,6 @@ def test_size_resizes_once_like_resize_samples(folder, scenes):
     assert_equal_samples(load_samples(folder, "train", "official", (48, 64)), resize_samples(scenes, (48, 64)))
 
 
-def test_nearest_resizing_stays_aligned_with_rgb():
-    ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
-    by_area = resize_image(np.repeat(ramp[..., None], 3, 2), (20, 20))[..., 0].astype(float)
-    nearest = resize_nearest(ramp.astype(np.uint16), (20, 20))
-    assert nearest.dtype == np.uint16
-    assert np.abs(nearest - by_area).max() < 1  # the plain nearest mode of OpenCV is 2 pixels off here
-    assert np.abs(cv2.resize(ramp, (20, 20), interpolation=cv2.INTER_NEAREST) - by_area).max() >= 2
-    assert set(np.unique(resize_nearest(np.array([[0, 9]], np.uint8).repeat(7, 0), (5, 3)))) == {0, 9}
-    assert resize_nearest(np.eye(8, dtype=bool), (4, 4)).dtype == bool
-
-
-def test_random_split_is_that_of_exp061():
-    names = np.array([f"{i:06d}" for i in range(795)])
-    train, valid = split_names(names, "random")
-    expected_train, expected_valid = train_test_split(np.arange(795), test_size=0.2, random_state=42)
-    np.testing.assert_array_equal(train, expected_train)
-    np.testing.assert_array_equal(valid, expected_valid)
-    assert (len(train), len(valid)) == (636, 159)
-
-
-def test_blocks_split_keeps_runs_of_ids_whole():
-    names = np.array([f"{i:04d}" for i in (0, 1, 2, 5, 6, 9, 20, 21, 30, 31, 32, 40)])
-    train, valid = split_names(names, "blocks")
-    assert list(names[valid]) == ["0030", "0031", "0032"]  # the fifth of six runs
-    assert sorted([*train, *valid]) == list(range(12))
-    unpadded = np.array(sorted(str(int(name)) for name in names))
-    assert sorted(unpadded[split_names(unpadded, "blocks")[1]]) == ["30", "31", "32"]
-
-
 def test_official_split_trains_on_everything(folder):
     assert len(load_samples(folder, "train", "official")) == 12
     valid = load_samples(folder, "valid", "official", (48, 64))
@@ -66,38 +36,15 @@ def test_official_split_trains_on_everything(folder):
     assert valid.image.shape == (0, 48, 64, 3)
 
 
-def test_parts_do_not_overlap_and_limit_comes_first(folder):
-    for split in ("random", "blocks"):
-        train, valid = (set(load_samples(folder, part, split, limit=10).names) for part in ("train", "valid"))
-        assert not train & valid
-        assert train | valid == set(load_samples(folder, "train", "official").names[:10])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("valdi", "random"), "part: found 'valdi', expected one of train, valid, test"),
-        (("train", "rnd"), "split: found 'rnd', expected one of random, blocks, scenes, official"),
-        (("train", "random", (0, 64)), "size: found (0, 64), expected a height and a width of at least 1 pixel"),
-        (("train", "random", None, 0), "limit: found 0, expected a number of images of at least 1, or None for all"),
-        (
-            ("train", "blocks", None, 4),
-            "split: 'blocks' leaves 4 images to train and 0 to validate out of 4; raise limit, or use split "
-            "'random' (2 images or more) or 'official'",
-        ),
-    ],
-)
-def test_bad_arguments(folder, arguments, message):
-    with pytest.raises(ValueError, match=r".") as error:
-        load_samples(folder, *arguments)
-    assert str(error.value) == message
-
-
 def test_blocks_need_numbers(tmp_path, scenes):
     names = np.array([f"room_{i}" for i in range(12)])
-    write_folder(tmp_path, Samples(names, scenes.image, scenes.depth, scenes.label))
-    with pytest.raises(ValueError, match="split: 'blocks' needs numbers as file names, found 'room_0'"):
+    write_folder(tmp_path, change(scenes, names=names))
+    with pytest.raises(
+        ValueError, match="split: 'blocks' needs numbers as file names .*, found room_0, room_1, room_10"
+    ):
         load_samples(tmp_path, "train", "blocks")
+    assert len(load_samples(tmp_path, "valid", "auto")) == 3  # random: a fifth, rounded up
+    assert load_samples(tmp_path, "train").scene is None
 
 
 def replace(array=None, data=None, remove=False):
@@ -140,8 +87,8 @@ BAD_FILES = {
     "label 20": (
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
-        "label values [20], expected 0..12 and 255 = ignore; map other label sets to the 13 classes first "
-        "(bed = 0 .. window = 12)",
+        "label values [20], expected 0..12 and 255 = ignore; name the classes of other label sets in "
+        "DATA/dataset.yaml, a list under the key classes",
     ),
     "16-bit label": ("label", replace(np.full(SIZE, 2, np.uint16)), f"found 1 channel of uint16, {LABEL_REMEDY}"),
     "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), f"found 3 channels of uint8, {LABEL_REMEDY}"),
@@ -169,17 +116,11 @@ def test_bad_file_is_named(folder, case):
     assert str(error.value) == f"{named}: {message.format(path=path)}"
 
 
-def test_a_file_that_disappears_while_reading(folder, monkeypatch):
-    path, real = folder / "train" / "depth" / "000004.png", data_folder._list_files
-
-    def list_then_lose(part):
-        files = real(part)
-        path.unlink()
-        return files
-
-    monkeypatch.setattr("lib.data._list_files", "_list_files", list_then_lose)
+def test_a_file_that_disappears_while_reading(folder):
+    path, pieces = folder / "train" / "depth" / "000004.png", iterate_samples(folder, "train", "official")
+    path.unlink()
     with pytest.raises(DataError) as error:
-        load_samples(folder, "train", "official")
+        list(pieces)
     assert str(error.value) == (
         f"{path}: can't be decoded ([Errno 2] No such file or directory: '{path}'); it is damaged or no image, copy it again"
     )
@@ -214,9 +155,74 @@ def test_two_files_of_one_name(folder, scenes):
         load_samples(folder, "train", "official")
 
 
-def test_native_sizes_must_agree(folder, scenes):
-    larger = resize_samples(scenes[:1], (120, 160))
-    write_folder(folder, Samples(np.array(["000099"]), larger.image, larger.depth, larger.label))
-    with pytest.raises(DataError, match=r"000099.png: 120x160, but 000000.png is 96x128; .* give a size"):
+def test_native_sizes_must_agree_in_one_array(folder, scenes):
+    write_folder(folder, change(resize_samples(scenes[:1], (120, 160)), names=np.array(["000099"])))
+    with pytest.raises(DataError) as error:
         load_samples(folder, "train", "official")
+    assert str(error.value) == (
+        f"{folder}: 000016 is 96x128, 000099 is 120x160; images of different sizes can't be read at their native size "
+        "into one array: give a size, or read them with iterate_samples"
+    )
     assert len(load_samples(folder, "train", "official", (48, 64))) == 13
+
+
+def test_runs_of_ids_are_scenes(folder, scenes):
+    """Of the whole folder, before it is split: the part that validates keeps the scenes it has."""
+    whole = load_samples(folder, "train", "official")
+    assert [(whole.scene == name).sum() for name in np.unique(whole.scene)] == [2] * 6  # two views of each room
+    by_name = dict(zip(whole.names, whole.scene, strict=True))
+    valid = load_samples(folder, "valid", "random")
+    assert list(valid.scene) == [by_name[name] for name in valid.names]
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 255])
+def test_a_folder_names_its_classes(folder, scenes, count):
+    names = [f"class {index}" for index in range(count)]
+    (folder / "dataset.yaml").write_text(f"classes: {names}\n")
+    write_folder(
+        folder, change(scenes, label=np.where(scenes.label == 255, 255, scenes.label % count).astype(np.uint8))
+    )
+    train, test = load_samples(folder, "train", "official"), load_samples(folder, "test")
+    assert train.classes == test.classes == tuple(names)
+    assert set(np.unique(train.label)) == {*range(min(13, count)), 255}
+    assert next(iter(iterate_samples(folder, "train"))).classes == tuple(names)
+
+
+def test_without_a_description_the_classes_are_those_of_nyuv2(folder):
+    assert load_samples(folder, "train").classes == NYUV2_13
+    (folder / "dataset.yaml").write_text("{}")
+    assert load_samples(folder, "train").classes == NYUV2_13
+
+
+def test_labels_outside_of_the_named_classes(folder):
+    (folder / "dataset.yaml").write_text("classes: [a, b, c]")
+    with pytest.raises(
+        DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = ignore; name"
+    ):
+        load_samples(folder, "train", "official")
+
+
+LIST = "expected a list of 2 to 255 names in the order of their indices, such as [bed, books, ceiling]; quote names"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes: [a, b", "is no YAML"),
+        ("[a, b]", "found ['a', 'b'], expected keys of: classes"),
+        ("class: [a, b]", "found class, expected keys of: classes"),
+        ("classes: bed", f"classes is 'bed', {LIST}"),
+        ("classes: [bed]", f"classes is ['bed'], {LIST}"),
+        ("classes: [yes, no]", f"classes is [True, False], {LIST}"),
+        ("classes: [bed, 7]", f"classes is ['bed', 7], {LIST}"),
+        ("classes:", f"classes is None, {LIST}"),
+        (f"classes: {[f'c{index}' for index in range(256)]}", LIST),
+        ("classes: [bed, sofa, bed, sofa, tv]", "classes names bed, sofa twice; every class needs a name of its own"),
+    ],
+)
+def test_bad_descriptions(folder, text, message):
+    (folder / "dataset.yaml").write_text(text)
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "train")
+    assert str(error.value).startswith(f"{folder / 'dataset.yaml'}: ")
+    assert message in str(error.value)

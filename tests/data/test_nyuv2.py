@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -7,10 +8,8 @@ import pytest
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
-from lib.classes import CLASS_NAMES
-from lib.data import load_samples, nyuv2
-from lib.data.samples import DataError, Samples
-from lib.data.scenes import make_scenes
+from lib.classes import NYUV2_13, NYUV2_40
+from lib.data import DataError, iterate_samples, load_samples, nyuv2
 
 SHARED = Path(__file__).parents[3] / "shared" / "nyuv2"
 COUNT = 40
@@ -20,11 +19,11 @@ RAW_IDS = [157, 85, 4, 5, 11, 3, 2, 64, 83, 19, 172, 21, 59]  # bed .. window
 @pytest.fixture(scope="module")
 def frames():
     """Scenes under the ids of the first frames of the data set, every fifth row of depth not measured."""
-    scenes = make_scenes(np.array([f"{3 * (i // 2) + i % 2:06d}" for i in range(COUNT)]))
+    scenes = load_samples("synthetic", "train", "official", limit=COUNT)
     measured = np.ones(scenes.depth.shape, bool)
     measured[:, ::5] = False
     names = np.array([f"{i:06d}" for i in range(COUNT)])
-    return Samples(names, scenes.image, scenes.depth.clip(600), scenes.label, measured)
+    return replace(scenes, names=names, depth=scenes.depth.clip(600), measured=measured)
 
 
 def write_mat(path, frames):
@@ -69,21 +68,44 @@ def test_measured_is_where_raw_depth_is(mat, frames):
     np.testing.assert_array_equal(load_samples(mat, "test").measured, official(frames, "test").measured)
 
 
-def test_scenes_split_keeps_scenes_whole(mat, frames):
-    _, scenes = nyuv2.frame_names(mat, "train")
-    names = {part: load_samples(mat, part, "scenes").names for part in ("train", "valid")}
-    by_name = dict(zip(nyuv2.frame_names(mat, "train")[0], scenes, strict=True))
-    rooms = {part: {by_name[name] for name in found} for part, found in names.items()}
-    assert not rooms["train"] & rooms["valid"]
-    assert len(rooms["valid"]) == int(np.ceil(0.2 * len(set(scenes))))
+def test_scenes_have_the_names_of_the_file_and_are_split_whole(mat):
+    parts = {part: load_samples(mat, part, "scenes") for part in ("train", "valid")}
+    for samples in parts.values():
+        assert list(samples.scene) == [f"kitchen_{int(name) // 4:04d}" for name in samples.names]
+    assert not set(parts["train"].scene) & set(parts["valid"].scene)
+    everything = set(load_samples(mat, "train", "official").scene)
+    assert len(set(parts["valid"].scene)) == int(np.ceil(0.2 * len(everything)))
+    assert list(load_samples(mat, "valid").names) == list(parts["valid"].names)  # auto
 
 
-def test_folders_have_no_scenes(tmp_path, frames):
-    write_folder(tmp_path, frames[:5])
-    with pytest.raises(
-        ValueError, match="split: 'scenes' needs the .mat file, folders do not name their scenes; use 'blocks'"
-    ):
+def test_folders_have_no_scenes_of_their_own(tmp_path, frames):
+    write_folder(tmp_path, replace(frames[:5], names=np.array(list("abcde"))))
+    with pytest.raises(ValueError, match="split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"):
         load_samples(tmp_path, "train", "scenes")
+
+
+def test_pieces_equal_the_whole(mat):
+    whole = load_samples(mat, "train", "official", (24, 32))
+    pieces = list(iterate_samples(mat, "train", "official", (24, 32), batch_size=5))
+    assert sum(map(len, pieces)) == len(whole)
+    np.testing.assert_array_equal(np.concatenate([piece.measured for piece in pieces]), whole.measured)
+    np.testing.assert_array_equal(np.concatenate([piece.label for piece in pieces]), whole.label)
+
+
+def test_40_classes(mat):
+    """A cache of its own, so that neither class set reads the labels of the other."""
+    thirteen, forty = (load_samples(mat, "train", "official", classes=name) for name in ("nyuv2_13", "nyuv2_40"))
+    assert (thirteen.classes, forty.classes) == (NYUV2_13, NYUV2_40)
+    np.testing.assert_array_equal(thirteen.label, load_samples(mat, "train", "official").label)
+    np.testing.assert_array_equal(thirteen.label == 255, forty.label == 255)
+    same = ("bed", "books", "ceiling", "chair", "floor", "picture", "sofa", "table", "wall", "window")
+    for name in same:
+        np.testing.assert_array_equal(
+            thirteen.label == NYUV2_13.index(name), forty.label == NYUV2_40.index(name), err_msg=name
+        )
+    assert (forty.label[thirteen.label == NYUV2_13.index("tv")] == NYUV2_40.index("television")).all()
+    with pytest.raises(ValueError, match="classes: found 'nyuv2_14', expected one of nyuv2_13, nyuv2_40"):
+        load_samples(mat, "train", classes="nyuv2_14")
 
 
 def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
@@ -93,20 +115,15 @@ def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
     assert_equal_samples(first, again)
     assert isinstance(again.image, np.memmap)
     assert not isinstance(load_samples(mat, "train", "random", (48, 64)).image, np.memmap)
-    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "nyu_depth_v2_labeled.48x64.cache"}
+    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "nyu_depth_v2_labeled.48x64.nyuv2_13.cache"}
 
 
 @pytest.mark.parametrize("change", ["file", "key", "array cut short", "array missing"])
 def test_cache_that_does_not_match_is_made_again(mat, frames, change):
     before = load_samples(mat, "test", size=(48, 64)).image.copy()
-    cache = mat.parent / "nyu_depth_v2_labeled.48x64.cache"
+    cache = mat.parent / "nyu_depth_v2_labeled.48x64.nyuv2_13.cache"
     if change == "file":
-        write_mat(
-            mat,
-            Samples(
-                frames.names, frames.image[::-1], *(a[::-1] for a in (frames.depth, frames.label, frames.measured))
-            ),
-        )
+        write_mat(mat, frames[::-1])
     if change == "key":
         (cache / "key.json").write_text("{")
     if change == "array cut short":
@@ -123,7 +140,7 @@ def test_read_only_folder_gets_its_cache_elsewhere(mat, tmp_path, monkeypatch):
     monkeypatch.setattr(nyuv2.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     load_samples(mat, "test", size=(24, 32))
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["nyu_depth_v2_labeled.24x32.cache"]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["nyu_depth_v2_labeled.24x32.nyuv2_13.cache"]
 
 
 @pytest.mark.parametrize(
@@ -169,15 +186,15 @@ def test_truncated_and_missing_files(mat):
 def test_class_table():
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_classes.csv").set_index("raw")
     assert len(table) == 895
-    mapped = nyuv2._class_table()
+    mapped = nyuv2._class_table("nyuv2_13")
     assert mapped[0] == 255
-    by_name = {name: CLASS_NAMES[mapped[raw]] for raw, name in table.name.items() if raw}
+    by_name = {name: NYUV2_13[mapped[raw]] for raw, name in table.name.items() if raw}
     same = ("bed", "ceiling", "chair", "floor", "picture", "sofa", "table", "wall", "window")
     assert {name: by_name[name] for name in same} == {name: name for name in same}
     assert by_name["television"] == "tv"
     assert by_name["books"] == "books"
     assert by_name["cabinet"] == "furniture"
-    assert [CLASS_NAMES[index] for index in mapped[RAW_IDS]] == list(CLASS_NAMES)
+    assert [NYUV2_13[index] for index in mapped[RAW_IDS]] == list(NYUV2_13)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the NYUv2 that lies beside the project")
@@ -185,7 +202,7 @@ def test_tables_are_those_published():
     scipy_io = pytest.importorskip("scipy.io")
     to_40 = np.append(0, scipy_io.loadmat(SHARED / "classMapping40.mat")["mapClass"].ravel())
     to_13 = np.append(0, scipy_io.loadmat(SHARED / "class13Mapping.mat")["classMapping13"][0][0][0][0])
-    np.testing.assert_array_equal(nyuv2._class_table(), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1))
+    np.testing.assert_array_equal(nyuv2._class_table("nyuv2_13"), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1))
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_split.csv")
     splits = scipy_io.loadmat(SHARED / "splits.mat")
     for part in ("train", "test"):

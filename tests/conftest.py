@@ -12,7 +12,9 @@ import lib  # noqa: F401  (before torch)
 from lib.classes import NYUV2_13
 from lib.data import Samples, load_samples
 from lib.evaluation import Evaluation
-from lib.runs import open_run, write_evaluation, write_history, write_scores
+from lib.files import write_json
+from lib.metrics import all_scores
+from lib.runs import open_run, write_counts, write_history, write_report, write_scores
 
 
 def pytest_collection_modifyitems(items):

@@ -155,7 +155,6 @@ def test_memory_layout_does_not_matter(batch, pooling):
         torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_chunks_of_rows_change_nothing(batch, monkeypatch):
     logits, labels = batch
     whole = segmentation_loss(logits, labels, 0.5)

@@ -1,15 +1,11 @@
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lib.batches import Batch
 from lib.losses import POOLINGS, masked_l1, segmentation_loss, soft_iou_loss
+from lib.model import Prediction
 from lib.training import total_loss
 
 
@@ -162,37 +158,6 @@ def test_memory_layout_does_not_matter(batch, pooling):
         torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_is_equal(batch, monkeypatch):
-    logits, labels = batch
-    logits = logits.detach().float().requires_grad_()
-    monkeypatch.setattr("lib.losses.CPU_CHUNK", 4 * logits[:, :, :1].numel())  # 4, 4 and 1 of 9 rows
-    for truth in (labels, torch.full_like(labels, 255)):
-        for pooling in POOLINGS:
-            losses = [segmentation_loss(logits, truth, 0.5, pooling, compiled=compiled) for compiled in (True, False)]
-            gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-            torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
-
-
-def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
-    code = """
-import torch
-from lib.losses import segmentation_loss
-logits, labels = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (1, 4, 4))
-for _ in range(2):
-    loss = segmentation_loss(logits, labels, 0.5, compiled=True)
-    loss.backward()
-    assert loss == segmentation_loss(logits, labels, 0.5)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-        env=os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("compiled: torch.compile does not work for cpu here") == 1
-
-
 def test_chunks_of_rows_change_nothing(batch, monkeypatch):
     logits, labels = batch
     whole = segmentation_loss(logits, labels, 0.5)
@@ -234,10 +199,22 @@ def test_masked_l1_by_hand():
 def test_total_is_the_sum_of_its_terms(batch):
     logits, labels = batch
     depth, target = torch.rand(2, 3, 1, 9, 11)
-    valid = target > 0.3
-    losses = total_loss(logits, depth, labels, target, valid, 0.5, "batch", 0.1)
-    assert losses.depth == masked_l1(depth, target, valid)
+    truth = Batch(torch.zeros(0), labels, target, target > 0.3)
+    losses = total_loss(Prediction(logits, depth), truth, 0.5, "batch", 0.1)
+    assert losses.segmentation == segmentation_loss(logits, labels, 0.5, "batch")
+    assert losses.depth == masked_l1(depth, target, target > 0.3)
     assert losses.total.item() == pytest.approx(losses.segmentation.item() + 0.1 * losses.depth.item())
-    alone = total_loss(logits, None, labels, target, valid, 0.5, "batch", 0.1)
+    alone = total_loss(Prediction(logits, None), truth, 0.5, "batch", 0.1)
     assert alone.total == losses.segmentation
     assert alone.depth == 0
+
+
+def test_any_number_of_classes():
+    """Of 2 to 60 classes, all alike and equally likely: cross-entropy ln C, and I = P/C^2, U = 2P/C - I of P pixels."""
+    for count in (2, 3, 40, 60):
+        labels = torch.arange(count).repeat(2)[None, None]
+        logits = torch.zeros(1, count, *labels.shape[1:])
+        assert segmentation_loss(logits, labels, 0).item() == pytest.approx(np.log(count), rel=1e-5)
+        assert soft_iou_loss(logits, labels).item() == pytest.approx(
+            1 - (1 / count**2) / (2 / count - 1 / count**2), rel=1e-5
+        )

@@ -234,3 +234,14 @@ def test_median_frequency_balances_the_mean_over_pixels():
     shares = np.bincount(labels.ravel()) / labels.size
     weighted = median_frequency_weights(labels, 4).numpy() * shares
     np.testing.assert_allclose(weighted, np.median(shares), rtol=1e-6)
+
+
+def test_any_number_of_classes():
+    """Of 2 to 60 classes, all alike and equally likely: cross-entropy ln C, and I = P/C^2, U = 2P/C - I of P pixels."""
+    for count in (2, 3, 40, 60):
+        labels = torch.arange(count).repeat(2)[None, None]
+        logits = torch.zeros(1, count, *labels.shape[1:])
+        assert segmentation_loss(logits, labels, 0).item() == pytest.approx(np.log(count), rel=1e-5)
+        assert soft_iou_loss(logits, labels).item() == pytest.approx(
+            1 - (1 / count**2) / (2 / count - 1 / count**2), rel=1e-5
+        )

@@ -6,10 +6,11 @@ import pytest
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 
 from lib.classes import NYUV2_13, NYUV2_40
 from lib.files import CheckpointError
-from lib.model import INPUT_CHANNELS, ModelConfig, build_model, load_model, save_model
+from lib.model import ARCHITECTURES, INPUT_CHANNELS, ModelConfig, build_model, load_model, save_model
 
 TINY = "tu-test_resnet.r160_in1k"
 
@@ -53,6 +54,40 @@ def test_other_encoders(encoder):
     assert build_model(encoder=encoder).eval()(torch.randn(1, 4, 50, 70)).logits.shape == (1, 13, 50, 70)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_gives_both_heads_the_size_of_the_input(architecture):
+    model = tiny(architecture=architecture, size=(96, 128), classes=("a", "b", "c"))
+    prediction = model(torch.randn(1, 4, 129, 150))
+    assert prediction.logits.shape == (1, 3, 129, 150)
+    assert prediction.depth.shape == (1, 1, 129, 150)
+    assert prediction.logits.std(dim=(2, 3)).min() > 0
+    assert prediction.depth.std() > 0
+
+
+@pytest.mark.parametrize("architecture", ["fpn", "unet", "upernet"])
+def test_the_heads_of_other_architectures_stand_on_the_same_features(architecture):
+    """With the weights of a class the depth head gives its scores."""
+    model, inputs = tiny(architecture=architecture), torch.randn(2, 4, 50, 70)
+    ours, theirs = model.depth_head[0], model.net.segmentation_head[0]
+    ours.bias.data, width = theirs.bias.data[3:4], theirs.kernel_size[0]  # of 1 or 3
+    ours.weight.data = F.pad(theirs.weight.data[3:4], [(3 - width) // 2] * 4)
+    prediction = model(inputs)
+    torch.testing.assert_close(prediction.depth, prediction.logits[:, 3:4])
+    assert prediction.depth.std() > 0
+
+
+def test_refused_combinations_name_what_would_work():
+    with pytest.raises(ValueError, match="densenet121.* can't be used in deeplabv3plus .*architecture fpn, unet or"):
+        build_model(encoder="densenet121")
+    assert build_model(encoder="densenet121", architecture="fpn").config.architecture == "fpn"
+    with pytest.raises(
+        ValueError, match="architecture: found 'deeplab', expected one of deeplabv3, deeplabv3plus, fpn, "
+    ):
+        build_model(architecture="deeplab")
+    with pytest.raises(ValueError, match="architecture: found 'dpt', expected one of "):
+        build_model(architecture="dpt")
+
+
 def test_depth_head_is_linear_on_the_decoder():
     model = tiny()
     convolution = model.depth_head[0]
@@ -71,13 +106,17 @@ def test_both_heads_train_the_encoder():
 def test_unknown_encoder_and_weights():
     with pytest.raises(ValueError, match="encoder: found 'resnet81', did you mean resnet18, .* there are: resnet18, "):
         build_model(encoder="resnet81")
-    with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in DeepLabV3+"):
+    with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in deeplabv3plus"):
         build_model(encoder="tu-nonsense")
-    with pytest.raises(ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* such as 'resnet18'"):
+    with pytest.raises(
+        ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 with nearly all"
+    ):
         build_model(encoder="vgg11")
-    with pytest.raises(ValueError, match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl, or None"):
+    with pytest.raises(
+        ValueError, match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl; or None, or the path"
+    ):
         build_model(encoder_weights="foo")
-    with pytest.raises(ValueError, match="encoder_weights: found 'foo', tu-resnet18 has imagenet, or None"):
+    with pytest.raises(ValueError, match="encoder_weights: found 'foo', tu-resnet18 has imagenet; or None"):
         build_model(encoder="tu-resnet18", encoder_weights="foo")
 
 
@@ -86,7 +125,7 @@ def test_offline_says_what_to_do(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(smp.encoders, "hf_hub_download", offline)
-    with pytest.raises(RuntimeError, match=r"could not be fetched .*while online, or .*`-p encoder_weights None`"):
+    with pytest.raises(RuntimeError, match=r"could not be fetched .*while online, .*or .*`-p encoder_weights None`"):
         build_model(encoder_weights="imagenet")
 
 

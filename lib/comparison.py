@@ -194,12 +194,12 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     swatches = class_colours(members[0].classes)
     for row, index in enumerate(order, start=1):
         colour = swatches[members[0].classes[index]]
-        left.plot(0, row, "s", color=colour, markeredgecolor=GREY, markersize=7, clip_on=False, zorder=4)
+        left.plot(-0.03, row, "s", color=colour, markeredgecolor=GREY, markersize=7, clip_on=False, zorder=4)
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
     left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
-    left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
+    left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
     right.axvline(0, color=GREY, linewidth=1)
     right.set(title=f"Difference to {shorten(baseline, 40)}", xlabel="difference in IoU, 95 % interval")
     add_legend(figure, left.get_legend_handles_labels()[0])
@@ -233,7 +233,7 @@ def _draw_differences(
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
     for row, value in zip(rows, middle, strict=True):
         if numbers and np.isfinite(value):
-            axes.annotate(f"{value:+.3f}", (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=GREY)
+            axes.annotate(f"{value + 0.0:+.3f}", (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=GREY)
 
 
 @styled

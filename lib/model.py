@@ -20,7 +20,7 @@ from lib.weights import load_encoder_weights
 INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")
 DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
-ARCHITECTURES = sorted(MODEL_ARCHITECTURES_MAPPING)
+ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
 UNDILATED = "fpn, unet or upernet"  # architectures for encoders that can't be dilated
 

@@ -126,6 +126,8 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             "start it with resume False"
         )
     saved = read_json(run / "parameters.json")
+    if parameters.get("encoder_weights_digest", 0) == saved.get("encoder_weights_digest"):  # the same file elsewhere
+        parameters = parameters | {"encoder_weights": saved["encoder_weights"]}
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters

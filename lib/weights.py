@@ -89,22 +89,26 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, input_channels: int) -> None:
     own = encoder.state_dict()
-    found = max((_renamed(weights, own, prefix) for prefix in _prefixes(weights)), key=len)
+    matched = max((_match(weights, own, prefix) for prefix in _prefixes(weights)), key=len)
+    found = {name: weights[given] for name, given in matched.items()}
     first = next(name for name, tensor in own.items() if tensor.ndim == 4)
     if first in found and found[first].shape[1] == 3:
         found[first] = adapt_input_conv(input_channels, found[first])
     missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    misshapen = [name for name in found if found[name].shape != own[name].shape]
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in found
+        if found[name].shape != own[name].shape
+    ]
+    unexpected = [name for name in weights if name not in matched.values()] if missing else []  # a head is no problem
+    problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
     if missing or misshapen:
-        problems = [f"{len(missing)} of {len(own)} tensors missing, such as {', '.join(missing[:3])}"] * bool(missing)
-        problems += [
-            f"{name} is {tuple(found[name].shape)} instead of {tuple(own[name].shape)}" for name in misshapen[:3]
-        ]
-        unused = [name for name in weights if name not in found]
+        found = "; ".join(
+            f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names
+        )
         raise CheckpointError(
-            f"encoder_weights: {path} does not fill the encoder: {'; '.join(problems)}. It holds "
-            f"{', '.join(unused[:3]) or 'nothing'} ...; expected the weights of this very encoder, named as timm or "
-            "segmentation-models-pytorch name them"
+            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {found}; expected the "
+            "weights of this very encoder, named as timm or segmentation-models-pytorch name them"
         )
     encoder.load_state_dict(own | found)
 
@@ -117,8 +121,9 @@ def _prefixes(weights: dict[str, torch.Tensor]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _renamed(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The file's weights that have a name in the encoder; smp puts `model.` before what timm names."""
-    names = {name.removeprefix("model."): name for name in own} | {name: name for name in own}
-    bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    return {names[name]: tensor for name, tensor in bare.items() if name in names}
+def _match(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], prefix: str) -> dict[str, str]:
+    """The name in the file of each tensor. smp puts `model.` before timm's names; timm makes `stem_0` of `stem.0`."""
+    names = {name.removeprefix("model.").replace(".", "_"): name for name in own}
+    names |= {name.replace(".", "_"): name for name in own}
+    bare = {name.removeprefix(prefix).replace(".", "_"): name for name in weights if name.startswith(prefix)}
+    return {names[name]: given for name, given in bare.items() if name in names}

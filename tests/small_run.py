@@ -13,12 +13,13 @@ import lib  # noqa: F401
 from lib.batches import training_loader
 from lib.data import Samples, load_samples
 from lib.runs import open_run
-from lib.training import build_network, fit, total_loss
+from lib.objective import total_loss
+from lib.training import build_network, fit
 
 ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights
 PARAMETERS = {
     "seed": 0, "image_height": 48, "image_width": 64, "inputs": "rgbd", "depth_encoding": "inverse",
-    "encoder": ENCODER, "encoder_weights": None, "start_from": None, "soft_iou_weight": 0.5,
+    "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None, "start_from": None, "soft_iou_weight": 0.5,
     "soft_iou_pooling": "batch", "depth_weight": 0.1, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3,
     "weight_decay": 1e-4, "schedule": "one_cycle", "ema_decay": 0.0, "keep": "best", "augment": "crops",
     "workers": 0, "precision": "fp32", "device": "cpu",

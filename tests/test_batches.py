@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -7,14 +9,16 @@ from lib.batches import (
     EpochBatches,
     TrainingSet,
     build_augmentation,
+    decode_depth,
     encode_batch,
     encode_depth,
     encode_inputs,
-    plain_batches,
+    plain_batch,
     stack_items,
     training_loader,
 )
-from lib.data.samples import Samples
+from lib.data import Samples
+from lib.model import DEPTH_RANGE_M, INPUT_CHANNELS, ModelConfig
 
 
 def millimetres(*values):
@@ -31,26 +35,49 @@ def millimetres(*values):
 )
 def test_depth_encodings_by_hand(encoding, two_metres):
     near, far = (1, 0) if encoding == "inverse" else (0, 1)
-    encoded = encode_depth(millimetres(0, 300, 710, 2000, 10_000, 12_000), encoding)
+    encoded = encode_depth(millimetres(0, 300, 710, 2000, 10_000, 12_000), encoding, DEPTH_RANGE_M)
     torch.testing.assert_close(encoded, torch.tensor([0, near, near, two_metres, far, far], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("depth_range_m", [(0.71, 10.0), (0.2, 3.0), (5, 80)])
+def test_linear_depth_is_decoded_to_metres(depth_range_m):
+    nearest, farthest = depth_range_m
+    depth_mm = torch.linspace(1000 * nearest, 1000 * farthest, 50)
+    decoded = decode_depth(encode_depth(depth_mm, "linear", depth_range_m), depth_range_m)
+    torch.testing.assert_close(decoded, depth_mm / 1000)
+    beyond = encode_depth(millimetres(1, 10**6), "linear", depth_range_m)
+    torch.testing.assert_close(decode_depth(beyond, depth_range_m), torch.tensor([float(nearest), float(farthest)]))
 
 
 def test_inputs_by_hand():
     image = torch.full((1, 2, 3, 3), 255, dtype=torch.uint8)
-    encoded = encode_inputs(image, torch.full((1, 2, 3), 2000.0), "rgbd_xy", "inverse")
+    encoded = encode_inputs(image, torch.full((1, 2, 3), 2000.0), ModelConfig(inputs="rgbd_xy"))
     assert encoded.shape == (1, 6, 2, 3)
     np.testing.assert_allclose(encoded[0, :3, 0, 0], (1 - np.array([0.525, 0.443, 0.4])) / [0.281, 0.281, 0.293], 1e-5)
+    np.testing.assert_allclose(encoded[0, 3], (1 / 2 - 1 / 10) / (1 / 0.71 - 1 / 10), 1e-6)
     np.testing.assert_allclose(encoded[0, 4], [[0, 0.5, 1], [0, 0.5, 1]])  # left to right
     np.testing.assert_allclose(encoded[0, 5], [[0, 0, 0], [1, 1, 1]])  # top to bottom
-    assert encode_inputs(image, torch.ones(1, 2, 3), "rgbd", "log").shape[1] == 4
-    assert encode_inputs(image, torch.ones(1, 2, 3), "rgb", "log").shape[1] == 3
+
+
+def test_fewer_inputs_are_parts_of_all():
+    image, depth_mm = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8), 3000 * torch.rand(2, 4, 5)
+    encoded = {
+        inputs: encode_inputs(image, depth_mm, ModelConfig(inputs=inputs, depth_encoding="log", depth_range_m=(0.5, 4)))
+        for inputs in INPUT_CHANNELS
+    }
+    assert {inputs: tensor.shape[1] for inputs, tensor in encoded.items()} == INPUT_CHANNELS
+    for inputs, channels in (("rgb", slice(3)), ("depth", slice(3, 4)), ("rgbd", slice(4))):
+        assert torch.equal(encoded[inputs], encoded["rgbd_xy"][:, channels])
+    assert torch.equal(encoded["depth"][:, 0], encode_depth(depth_mm, "log", (0.5, 4)))
 
 
 def test_unknown_choices():
     with pytest.raises(ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"):
-        encode_depth(millimetres(1), "reverse")
-    with pytest.raises(ValueError, match="inputs: found 'rgba', expected one of rgb, rgbd, rgbd_xy"):
-        encode_inputs(torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2), "rgba", "log")
+        encode_depth(millimetres(1), "reverse", DEPTH_RANGE_M)
+    with pytest.raises(ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"):
+        ModelConfig(depth_encoding="reverse")
+    with pytest.raises(ValueError, match="inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"):
+        ModelConfig(inputs="rgba")
     with pytest.raises(ValueError, match="augment: found 'flip', expected one of none, exp061, crops"):
         build_augmentation("flip", (96, 128))
 
@@ -58,13 +85,14 @@ def test_unknown_choices():
 def test_only_measured_depth_is_a_target(scenes):
     measured = np.zeros(scenes.depth.shape, bool)
     measured[:, ::2] = True
-    filled = Samples(scenes.names, scenes.image, scenes.depth, scenes.label, measured)
-    for samples, where in ((scenes, scenes.depth > 0), (filled, (scenes.depth > 0) & measured)):
-        raw = next(plain_batches(samples, len(samples)))
-        batch = encode_batch(raw, "rgbd", "inverse", torch.device("cpu"))
-        np.testing.assert_array_equal(batch.valid_depth[:, 0], where)
+    config = ModelConfig(depth_range_m=(0.5, 5.0))
+    filled, without = replace(scenes, measured=measured), replace(scenes, depth=None)
+    for samples, where in ((scenes, scenes.depth > 0), (filled, (scenes.depth > 0) & measured), (without, False)):
+        raw = plain_batch(samples)
+        batch = encode_batch(raw, config, torch.device("cpu"))
+        np.testing.assert_array_equal(batch.valid_depth[:, 0], np.broadcast_to(where, scenes.depth.shape))
         assert batch.depth.shape == batch.valid_depth.shape == (12, 1, 96, 128)
-        torch.testing.assert_close(batch.depth[:, 0], encode_depth(raw.depth.float(), "linear"))
+        torch.testing.assert_close(batch.depth[:, 0], encode_depth(raw.depth.float(), "linear", (0.5, 5.0)))
 
 
 def marked_samples():
@@ -230,9 +258,27 @@ def test_samples_without_labels_are_refused_for_training_and_ignored_otherwise(s
     held_back = Samples(scenes.names, scenes.image, scenes.depth)
     with pytest.raises(ValueError, match="train: these samples have no labels"):
         TrainingSet(held_back, "none", seed=0)
-    batches = list(plain_batches(held_back, 5))
-    assert [len(batch.label) for batch in batches] == [5, 5, 2]
-    assert all((batch.label == 255).all() for batch in batches)
+    batch = plain_batch(held_back)
+    assert batch.label.shape == (12, 96, 128)
+    assert (batch.label == 255).all()
+
+
+def test_a_batch_is_a_copy(scenes):
+    """Maps of a file are read-only, and nothing may write into the samples."""
+    image = scenes.image.copy()
+    image.flags.writeable = False
+    batch = plain_batch(replace(scenes, image=image)[2:5])
+    np.testing.assert_array_equal(batch.image, image[2:5])
+    batch.image[:] = 0
+    np.testing.assert_array_equal(image, scenes.image)
+
+
+def test_training_without_depth(scenes):
+    image, depth, label, measured, _ = TrainingSet(replace(scenes, depth=None), "exp061", seed=0)[0, 1]
+    assert image.shape == (96, 128, 3)
+    assert not depth.any()
+    assert not measured.any()
+    assert set(np.unique(label)) > {255}
 
 
 def test_negative_workers_are_refused(scenes):

@@ -1,105 +1,184 @@
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_run import ENCODER
 
-from lib.data.samples import Samples, resize_samples
-from lib.evaluation import evaluate, evaluate_native, predict_batches, predict_labels
-from lib.metrics import confusion_counts
-from lib.model import build_model
+from lib.batches import encode_batch, plain_batch
+from lib.classes import NYUV2_13
+from lib.data import Samples, iterate_samples
+from lib.data.samples import resize_samples
+from lib.evaluation import Predicted, count_predictions, evaluate, predict
+from lib.metrics import boundary_counts, confusion_counts, depth_sums
+from lib.model import ModelConfig, Prediction, build_model
 from lib.training import total_loss
 
-
-def loss(prediction, batch):
-    return total_loss(*prediction, *batch[1:], 0.5, "batch", 0.1)
-
-
-def test_batch_size_does_not_change_the_counts(scenes):
-    model = build_model()
-    results = [evaluate(model, scenes, "rgbd", "inverse", size, "fp32", loss) for size in (1, 5, 12)]
-    assert all(torch.equal(result.counts, results[0].counts) for result in results)
-    assert results[0].counts.shape == (12, 13, 13)
-    labelled = (scenes.label != 255).sum((1, 2))
-    np.testing.assert_array_equal(results[0].counts.sum((1, 2)), labelled)
+CPU = torch.device("cpu")
+LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 
 
-def test_loss_is_the_plain_mean_over_batches(scenes):
-    model = build_model()
-    expected = [loss(*pair).total for pair in predict_batches(model, scenes, "rgbd", "inverse", 8, "fp32")]
-    assert len(expected) == 2
-    result = evaluate(model, scenes, "rgbd", "inverse", 8, "fp32", loss)
-    torch.testing.assert_close(torch.tensor(result.losses[0]), torch.stack(expected).mean(), check_dtype=False)
-
-
-def test_caller_is_not_left_in_inference_mode(scenes):
-    batches = predict_batches(build_model(), scenes, "rgbd", "inverse", 4, "fp32")
-    next(batches)
-    assert not torch.is_inference_mode_enabled()
-    assert torch.is_grad_enabled()
-
-
-def test_predicted_labels_are_those_counted(scenes):
-    model = build_model(3)
-    predicted = predict_labels(model, scenes, "rgb", "inverse", 5)
-    assert predicted.dtype == np.uint8
-    counts = evaluate(model, scenes, "rgb", "inverse", 5, "fp32", loss).counts
-    np.testing.assert_array_equal(confusion_counts(predicted, scenes.label, 13), counts)
-
-
-def test_held_back_labels_can_be_predicted(scenes):
-    held_back = Samples(scenes.names[:2], scenes.image[:2], scenes.depth[:2])
-    assert predict_labels(build_model(), held_back, "rgbd", "log", 2).shape == (2, 96, 128)
+def make(**config):
+    torch.manual_seed(0)
+    return build_model(encoder=ENCODER, **config).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return build_model()
+    """Works at half the size of the scenes."""
+    return make(size=(48, 64))
 
 
-def native(model, samples, **options):
-    return evaluate_native(
-        model, samples, **{"size": (48, 64), "inputs": "rgbd", "depth_encoding": "inverse", "batch_size": 5} | options
-    )
+class Stub(torch.nn.Module):
+    """Says what a function of its inputs says."""
+
+    def __init__(self, answer, **config):
+        super().__init__()
+        self.config = ModelConfig(**{"size": (96, 128)} | config)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.answer = answer
+
+    def forward(self, inputs):
+        return self.answer(inputs)
+
+
+def logits_of(labels, count):
+    return 9.0 * torch.nn.functional.one_hot(labels, count).movedim(-1, 1)
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "scales"])
-def test_native_batch_size_changes_nothing(model, scenes, tta):
-    one, eight = (native(model, scenes[:9], batch_size=size, tta=tta) for size in (1, 8))
+def test_batch_size_changes_nothing(model, scenes, tta):
+    one, eight = (evaluate(model, scenes[:9], size, tta) for size in (1, 8))
     np.testing.assert_array_equal(one.counts, eight.counts)
     np.testing.assert_array_equal(one.predicted, eight.predicted)
-    np.testing.assert_allclose(one.depth, eight.depth, rtol=1e-5)
+    assert one.counts.shape == (9, 13, 13)
+    np.testing.assert_array_equal(one.counts.sum((1, 2)), (scenes.label[:9] != 255).sum((1, 2)))
 
 
-def test_native_scores_are_at_the_labels_size(model, scenes):
+def test_what_is_scored_travels_along(model, scenes):
+    result = evaluate(model, scenes)
+    assert list(result.names) == list(scenes.names)
+    assert list(result.scene) == list(scenes.scene)
+    assert result.classes == scenes.classes
+    assert evaluate(model, replace(scenes, scene=None)[:2]).scene is None
+    assert (result.losses, result.boundary, result.depth) == (None, None, None)
+
+
+def test_predicted_labels_are_those_counted(model, scenes):
     large = resize_samples(scenes[:3], (192, 256))
-    result = native(model, large)
+    result = evaluate(model, large, 2)
     assert result.predicted.shape == (3, 192, 256)
-    np.testing.assert_array_equal(result.counts.sum((1, 2)), (large.label != 255).sum((1, 2)))
+    assert result.predicted.dtype == np.uint8
     np.testing.assert_array_equal(result.counts, confusion_counts(result.predicted, large.label, 13))
 
 
-def test_native_at_the_working_size_is_plain_evaluation(model, scenes):
-    result = native(model, scenes, size=scenes.size)
-    np.testing.assert_array_equal(result.counts, evaluate(model, scenes, "rgbd", "inverse", 5, "fp32", loss).counts)
+def test_at_the_working_size_it_is_the_network_itself(scenes):
+    model = make(size=scenes.size)
+    inputs = encode_batch(plain_batch(scenes), model.config, CPU).inputs
+    with torch.inference_mode():
+        expected = model(inputs).logits.argmax(1)
+    np.testing.assert_array_equal(evaluate(model, scenes, 12).predicted, expected)
+
+
+def test_scores_grow_before_the_decision(scenes):
+    """A network at half the size, in one column sure of class 1: between columns the surer class wins."""
+
+    def answer(inputs):
+        scores = torch.zeros(len(inputs), 13, *inputs.shape[2:])
+        scores[:, 0], scores[:, 1, :, 10] = 1.0, 8.0
+        return Prediction(scores, None)
+
+    predicted = evaluate(Stub(answer, size=(48, 64)), scenes[:1]).predicted[0]
+    (columns,) = np.nonzero((predicted == 1).all(0))
+    assert list(columns) == [19, 20, 21, 22]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
+
+
+def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
+    pieces = [scenes[:5], resize_samples(scenes[5:8], (60, 100)), resize_samples(scenes[8:], (192, 256))]
+    together, alone = evaluate(model, pieces, 4), [evaluate(model, piece, 3) for piece in pieces]
+    np.testing.assert_array_equal(together.counts, np.concatenate([result.counts for result in alone]))
+    assert list(together.names) == list(scenes.names)
+    assert isinstance(together.predicted, list)
+    for mask, expected in zip(together.predicted, [mask for result in alone for mask in result.predicted], strict=True):
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_iterated_samples_equal_loaded_ones(model, scenes):
+    result = evaluate(model, iterate_samples("synthetic", "train", "official", limit=12, batch_size=5))
+    expected = evaluate(model, scenes)
+    np.testing.assert_array_equal(result.counts, expected.counts)
+    np.testing.assert_array_equal(result.predicted, expected.predicted)
+    assert list(result.scene) == list(expected.scene)
+
+
+def test_loss_is_the_plain_mean_over_batches(model, scenes):
+    small, expected = resize_samples(scenes, model.config.size), []
+    for batch in (small[:8], small[8:]):
+        encoded = encode_batch(plain_batch(batch), model.config, CPU)
+        with torch.inference_mode():
+            expected.append(torch.stack(LOSS(model(encoded.inputs), encoded)))
+    result = evaluate(model, scenes, 8, loss=LOSS)  # of the native size: the loss is at the working size
+    torch.testing.assert_close(torch.tensor(result.losses), torch.stack(expected).mean(0), check_dtype=False)
+    assert result.losses[0] == pytest.approx(result.losses[1] + 0.1 * result.losses[2])
+    assert evaluate(model, scenes, 8, "scales", loss=LOSS).losses == result.losses  # of the plain view
+
+
+def test_caller_is_not_left_in_inference_mode(model, scenes):
+    model.train()
+    batches = predict(model, scenes, 4)
+    next(batches)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not model.training
+
+
+def test_confidence_is_the_probability_of_the_decision(model, scenes):
+    for tta in ("none", "flip"):
+        plain, sure = (list(predict(model, scenes[:4], 3, tta, confidence=asked)) for asked in (False, True))
+        assert [batch.confidence for batch in plain] == [None, None]
+        for first, second in zip(plain, sure, strict=True):
+            np.testing.assert_array_equal(first.labels, second.labels)
+            assert second.confidence.shape == second.labels.shape
+            assert second.confidence.min() >= 1 / 13
+            assert second.confidence.max() <= 1
+
+    def answer(inputs):  # half and half where it is dark, three to one for class 1 where it is bright
+        logits = torch.full((len(inputs), 2, *inputs.shape[2:]), 0.0)
+        logits[:, 1] = torch.where(inputs[:, 0] < 0, 0.0, np.log(3))
+        return Prediction(logits, None)
+
+    image = np.zeros((1, 96, 128, 3), np.uint8)
+    image[:, :, 64:] = 255
+    samples = Samples(np.array(["a"]), image, classes=("a", "b"))
+    stub = Stub(answer, classes=("a", "b"), inputs="rgb")
+    (batch,) = predict(stub, samples, confidence=True)
+    np.testing.assert_allclose(batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6)
+    (batch,) = predict(stub, samples, tta="flip", confidence=True)
+    np.testing.assert_allclose(batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6)
+
+
+def test_depth_is_in_metres_at_the_samples_size(scenes):
+    half = Stub(
+        lambda inputs: Prediction(torch.zeros(len(inputs), 13, 48, 64), torch.full((len(inputs), 1, 48, 64), 0.5)),
+        size=(48, 64), depth_range_m=(1.0, 5.0),
+    )  # fmt: skip
+    (batch,) = predict(half, scenes[:2])
+    assert batch.depth_m.shape == (2, 96, 128)
+    assert (batch.depth_m == 3).all()
+    (batch,) = predict(make(depth_head=False), scenes[:2])
+    assert batch.depth_m is None
 
 
 def test_flip_is_undone(scenes):
     """A model that is told where it looks: averaging over mirrored views keeps left on the left."""
-
-    class Sides(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, inputs):
-            red = inputs[:, :1]
-            return torch.cat((red, -red), 1), red
-
-    left = scenes.image[:1].copy()
-    left[..., :64, :], left[..., 64:, :] = 255, 0
-    samples = Samples(scenes.names[:1], left, scenes.depth[:1], scenes.label[:1])
+    sides = Stub(lambda inputs: Prediction(torch.cat((inputs[:, :1], -inputs[:, :1]), 1), None), classes=("a", "b"))
+    image = np.zeros((1, 96, 128, 3), np.uint8)
+    image[:, :, :64] = 255
+    samples = Samples(np.array(["a"]), image, scenes.depth[:1], classes=("a", "b"))
     for tta in ("none", "flip", "scales"):
-        predicted = native(Sides(), samples, size=(96, 128), tta=tta).predicted[0]
+        predicted = evaluate(sides, samples, tta=tta).predicted[0]
         assert (predicted[:, :60] == 0).all()
         assert (predicted[:, 68:] == 1).all()
 
@@ -108,35 +187,83 @@ def test_zoomed_views_are_nearer(scenes):
     """A model that decides by depth alone sees 4 m as 4 m / zoom, as it was trained to."""
     seen = []
 
-    class Depth(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+    def look(inputs):
+        seen.append((inputs.shape[-1], float(inputs[:, 0].median())))
+        return Prediction(torch.zeros(len(inputs), 13, *inputs.shape[2:]), None)
 
-        def forward(self, inputs):
-            seen.append((inputs.shape[-1], float(inputs[:, 3].median())))
-            return torch.zeros(len(inputs), 13, *inputs.shape[2:]), None
-
-    flat = Samples(scenes.names[:1], scenes.image[:1], np.full((1, 96, 128), 4000, np.uint16), scenes.label[:1])
-    native(Depth(), flat, size=(96, 128), depth_encoding="linear", tta="scales")
+    flat = replace(scenes[:1], depth=np.full((1, 96, 128), 4000, np.uint16))
+    evaluate(Stub(look, inputs="depth", depth_encoding="linear"), flat, tta="scales")
     metres = {width: 0.71 + depth * (10 - 0.71) for width, depth in seen}
     assert {width: round(depth, 2) for width, depth in metres.items()} == {128: 4.0, 102: 5.0, 160: 3.2}
 
 
-def test_empty_parts_and_batches_of_nothing(model, scenes):
-    with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
-        native(model, scenes[:0])
-    with pytest.raises(ValueError, match="batch_size: found 0, expected 1 or more"):
-        native(model, scenes, batch_size=0)
+def test_samples_without_depth(scenes):
+    bare = Samples(scenes.names, scenes.image, label=scenes.label)
+    result = evaluate(make(inputs="rgb"), bare, tta="scales")
+    np.testing.assert_array_equal(result.counts, evaluate(make(inputs="rgb"), scenes, tta="scales").counts)
 
 
 def test_held_back_labels_are_predicted_without_counts(model, scenes):
-    result = native(model, Samples(scenes.names, scenes.image, scenes.depth))
+    held_back = Samples(scenes.names, scenes.image, scenes.depth)
+    result = count_predictions(predict(model, held_back), thorough=True)
     assert not result.counts.any()
     assert not result.boundary.any()
-    assert result.predicted.shape == scenes.depth.shape
+    np.testing.assert_array_equal(result.predicted, evaluate(model, scenes).predicted)
 
 
-def test_unknown_tta(model, scenes):
+def test_thorough_counts(model, scenes):
+    batches = list(predict(model, scenes, 5))
+    result = count_predictions(batches, thorough=True)
+    np.testing.assert_array_equal(result.boundary, boundary_counts(result.predicted, scenes.label, 13))
+    depth_m = np.concatenate([batch.depth_m for batch in batches])
+    np.testing.assert_allclose(result.depth, depth_sums(depth_m, scenes.depth / 1000, scenes.depth > 0))
+    assert result.depth[0] == (scenes.depth > 0).sum()
+    flat = count_predictions([batch._replace(depth_m=None) for batch in batches], thorough=True)
+    assert not flat.depth.any()
+
+
+def test_predictions_from_elsewhere_are_counted_alike(scenes):
+    """What counts needs samples and labels, and no network."""
+    perfect = np.where(scenes.label == 255, 0, scenes.label)
+    result = count_predictions([Predicted(scenes[:7], perfect[:7]), Predicted(scenes[7:], perfect[7:])])
+    np.testing.assert_array_equal(result.counts, confusion_counts(perfect, scenes.label, 13))
+    assert np.trace(result.counts.sum(0)) == (scenes.label != 255).sum()
+
+
+def test_predictions_are_saved_as_masks_instead_of_kept(model, scenes, tmp_path):
+    named = replace(scenes[:3], names=np.array(["a", "room/b", "room/deep/c"]))
+    result = count_predictions(predict(model, named), save_to=tmp_path / "test")
+    assert result.predicted is None
+    for name, mask in zip(named.names, evaluate(model, named).predicted, strict=True):
+        picture = Image.open(tmp_path / "test" / f"{name}.png")
+        assert picture.mode == "L"
+        np.testing.assert_array_equal(picture, mask)
+
+
+def test_samples_of_other_classes_are_refused(model, scenes):
+    renamed = replace(scenes, classes=(*NYUV2_13[:2], "roof", *NYUV2_13[3:]))
+    with pytest.raises(ValueError) as error:
+        evaluate(model, renamed)
+    assert str(error.value) == (
+        "classes: the network has 'ceiling' as class 2, the data has 'roof' as class 2; use what has the same classes"
+    )
+    with pytest.raises(ValueError, match="classes: the network has 'ceiling' as class 2"):
+        evaluate(model, [scenes[:2], renamed])
+
+
+def test_40_classes(scenes):
+    classes = tuple(f"class {index}" for index in range(40))
+    stub = Stub(lambda inputs: Prediction(logits_of(torch.full((len(inputs), 96, 128), 39), 40), None), classes=classes)
+    result = evaluate(stub, replace(scenes[:2], classes=classes))
+    assert result.counts.shape == (2, 40, 40)
+    assert result.counts[..., 39].sum() == result.counts.sum() > 0
+
+
+def test_empty_parts_and_batches_of_nothing(model, scenes):
+    for nothing in (scenes[:0], []):
+        with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
+            evaluate(model, nothing)
+    with pytest.raises(ValueError, match="batch_size: found 0, expected 1 or more"):
+        evaluate(model, scenes, batch_size=0)
     with pytest.raises(ValueError, match="tta: found 'rotate', expected one of none, flip, scales"):
-        native(model, scenes, tta="rotate")
+        evaluate(model, scenes, tta="rotate")

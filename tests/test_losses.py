@@ -1,16 +1,9 @@
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.losses import POOLINGS, masked_l1, segmentation_loss, soft_iou_loss
-from lib.training import total_loss
+from lib.losses import POOLINGS, masked_l1, median_frequency_weights, segmentation_loss, soft_iou_loss
 
 
 def naive_soft_iou(logits, labels, pooling):
@@ -162,37 +155,6 @@ def test_memory_layout_does_not_matter(batch, pooling):
         torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_is_equal(batch, monkeypatch):
-    logits, labels = batch
-    logits = logits.detach().float().requires_grad_()
-    monkeypatch.setattr("lib.losses.CPU_CHUNK", 4 * logits[:, :, :1].numel())  # 4, 4 and 1 of 9 rows
-    for truth in (labels, torch.full_like(labels, 255)):
-        for pooling in POOLINGS:
-            losses = [segmentation_loss(logits, truth, 0.5, pooling, compiled=compiled) for compiled in (True, False)]
-            gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-            torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
-
-
-def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
-    code = """
-import torch
-from lib.losses import segmentation_loss
-logits, labels = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (1, 4, 4))
-for _ in range(2):
-    loss = segmentation_loss(logits, labels, 0.5, compiled=True)
-    loss.backward()
-    assert loss == segmentation_loss(logits, labels, 0.5)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-        env=os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("compiled: torch.compile does not work for cpu here") == 1
-
-
 def test_chunks_of_rows_change_nothing(batch, monkeypatch):
     logits, labels = batch
     whole = segmentation_loss(logits, labels, 0.5)
@@ -231,13 +193,55 @@ def test_masked_l1_by_hand():
         masked_l1(prediction, target[:2], torch.ones(3, dtype=torch.bool))
 
 
-def test_total_is_the_sum_of_its_terms(batch):
+@pytest.mark.parametrize("soft_iou_weight", [0, 0.7])
+def test_class_weights_are_those_of_torch(batch, soft_iou_weight):
     logits, labels = batch
-    depth, target = torch.rand(2, 3, 1, 9, 11)
-    valid = target > 0.3
-    losses = total_loss(logits, depth, labels, target, valid, 0.5, "batch", 0.1)
-    assert losses.depth == masked_l1(depth, target, valid)
-    assert losses.total.item() == pytest.approx(losses.segmentation.item() + 0.1 * losses.depth.item())
-    alone = total_loss(logits, None, labels, target, valid, 0.5, "batch", 0.1)
-    assert alone.total == losses.segmentation
-    assert alone.depth == 0
+    weights = torch.tensor([0.5, 3, 1, 0, 2, 7, 1], dtype=torch.float64)  # class 5 never occurs
+    criterion = torch.nn.CrossEntropyLoss(weights, ignore_index=255)
+    expected = criterion(logits, labels)
+    if soft_iou_weight:
+        expected = expected + soft_iou_weight * naive_soft_iou(logits, labels, "batch")
+    ours = segmentation_loss(logits, labels, soft_iou_weight, class_weights=weights)
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_class_weights_where_all_weighs_nothing(batch, labelled):
+    logits, labels = batch
+    labels = torch.full_like(labels, 1 if labelled else 255)
+    loss = segmentation_loss(logits, labels, 0, class_weights=torch.tensor([1.0, 0, 1, 1, 1, 1, 1]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_median_frequency_by_hand():
+    labels = np.full((3, 2, 4), 255, np.uint8)
+    labels[0] = [[0, 0, 0, 0], [0, 0, 1, 1]]
+    labels[1] = [[0, 0, 0, 1], [255, 255, 255, 255]]
+    labels[2, 0, :2] = 3
+    # 0: 9 of 12 pixels, 1: 3 of 12, 3: 2 of 2, of the images that have them; the median is 3 / 4; 2 never occurs
+    weights = median_frequency_weights(labels, 4)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [1, 3, 1, 0.75]
+
+
+def test_median_frequency_balances_the_mean_over_pixels():
+    rng = np.random.default_rng(1)
+    labels = rng.choice(4, (5, 20, 20), p=(0.7, 0.2, 0.08, 0.02)).astype(np.uint8)  # every class in every image
+    shares = np.bincount(labels.ravel()) / labels.size
+    weighted = median_frequency_weights(labels, 4).numpy() * shares
+    np.testing.assert_allclose(weighted, np.median(shares), rtol=1e-6)
+
+
+def test_any_number_of_classes():
+    """Of 2 to 60 classes, all alike and equally likely: cross-entropy ln C, and I = P/C^2, U = 2P/C - I of P pixels."""
+    for count in (2, 3, 40, 60):
+        labels = torch.arange(count).repeat(2)[None, None]
+        logits = torch.zeros(1, count, *labels.shape[1:])
+        assert segmentation_loss(logits, labels, 0).item() == pytest.approx(np.log(count), rel=1e-5)
+        assert soft_iou_loss(logits, labels).item() == pytest.approx(
+            1 - (1 / count**2) / (2 / count - 1 / count**2), rel=1e-5
+        )

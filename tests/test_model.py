@@ -1,66 +1,122 @@
-import os
+import json
+from dataclasses import asdict, replace
 
 import huggingface_hub.errors
 import pytest
 import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 
+from lib.classes import NYUV2_13, NYUV2_40
 from lib.files import CheckpointError
-from lib.model import build_model, copy_weights, load_model, save_model
+from lib.model import ARCHITECTURES, INPUT_CHANNELS, ModelConfig, build_model, load_model, save_model
+
+TINY = "tu-test_resnet.r160_in1k"
+
+
+def tiny(**config):
+    return build_model(**{"encoder": TINY} | config).eval()
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])
 def test_any_size_in_the_same_size_out(size):
-    prediction = build_model().eval()(torch.randn(2, 4, *size))
+    prediction = tiny()(torch.randn(2, 4, *size))
     assert prediction.logits.shape == (2, 13, *size)
     assert prediction.depth.shape == (2, 1, *size)
 
 
-def test_channels_and_heads():
-    for channels in (3, 6):
-        prediction = build_model(channels, class_count=5, depth_head=False).eval()(torch.randn(1, channels, 32, 32))
-        assert prediction.logits.shape == (1, 5, 32, 32)
-        assert prediction.depth is None
+@pytest.mark.parametrize(
+    ("inputs", "classes"), [*zip(INPUT_CHANNELS, (NYUV2_40, NYUV2_13, ("a", "b"), NYUV2_13), strict=True)]
+)
+def test_channels_and_classes(inputs, classes):
+    model = tiny(inputs=inputs, classes=classes, depth_head=False)
+    assert model.config == ModelConfig(classes=classes, inputs=inputs, encoder=TINY, depth_head=False)
+    prediction = model(torch.randn(1, INPUT_CHANNELS[inputs], 32, 32))
+    assert prediction.logits.shape == (1, len(classes), 32, 32)
+    assert prediction.depth is None
 
 
 def test_padding_changes_nothing_where_none_is_needed():
-    model = build_model().eval()
-    inputs = torch.randn(1, 4, 64, 64)
-    expected = model.net(inputs)
-    torch.testing.assert_close(model(inputs).logits, expected)
+    model, inputs = tiny(), torch.randn(1, 4, 64, 64)
+    torch.testing.assert_close(model(inputs).logits, model.net(inputs))
 
 
-@pytest.mark.parametrize("encoder", ["mobilenet_v2", "efficientnet-b0", "mit_b0", "tu-resnet10t"])
+def test_the_encoder_is_dilated():
+    """Its last stage keeps the resolution of the one before: output stride 16."""
+    for encoder in (TINY, "resnet18"):
+        features = tiny(encoder=encoder).net.encoder(torch.randn(1, 4, 64, 64))
+        assert [feature.shape[-1] for feature in features] == [64, 32, 16, 8, 4, 4]
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenet_v2", "efficientnet-b0", "mit_b0"])
 def test_other_encoders(encoder):
     assert build_model(encoder=encoder).eval()(torch.randn(1, 4, 50, 70)).logits.shape == (1, 13, 50, 70)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_gives_both_heads_the_size_of_the_input(architecture):
+    model = tiny(architecture=architecture, size=(96, 128), classes=("a", "b", "c"))
+    prediction = model(torch.randn(1, 4, 129, 150))
+    assert prediction.logits.shape == (1, 3, 129, 150)
+    assert prediction.depth.shape == (1, 1, 129, 150)
+    assert prediction.logits.std(dim=(2, 3)).min() > 0
+    assert prediction.depth.std() > 0
+
+
+@pytest.mark.parametrize("architecture", ["fpn", "unet", "upernet"])
+def test_the_heads_of_other_architectures_stand_on_the_same_features(architecture):
+    """With the weights of a class the depth head gives its scores."""
+    model, inputs = tiny(architecture=architecture), torch.randn(2, 4, 50, 70)
+    ours, theirs = model.depth_head[0], model.net.segmentation_head[0]
+    ours.bias.data, width = theirs.bias.data[3:4], theirs.kernel_size[0]  # of 1 or 3
+    ours.weight.data = F.pad(theirs.weight.data[3:4], [(3 - width) // 2] * 4)
+    prediction = model(inputs)
+    torch.testing.assert_close(prediction.depth, prediction.logits[:, 3:4])
+    assert prediction.depth.std() > 0
+
+
+def test_refused_combinations_name_what_would_work():
+    with pytest.raises(ValueError, match="densenet121.* can't be used in deeplabv3plus .*architecture fpn, unet or"):
+        build_model(encoder="densenet121")
+    assert build_model(encoder="densenet121", architecture="fpn").config.architecture == "fpn"
+    with pytest.raises(
+        ValueError, match="architecture: found 'deeplab', expected one of deeplabv3, deeplabv3plus, fpn, "
+    ):
+        build_model(architecture="deeplab")
+    with pytest.raises(ValueError, match="architecture: found 'dpt', expected one of "):
+        build_model(architecture="dpt")
+
+
 def test_depth_head_is_linear_on_the_decoder():
-    model = build_model()
+    model = tiny()
     convolution = model.depth_head[0]
     assert (convolution.in_channels, convolution.out_channels, convolution.kernel_size) == (256, 1, (3, 3))
-    assert model.eval()(1000 * torch.randn(1, 4, 64, 64)).depth.min() < 0  # nothing squashes it
+    assert model(1000 * torch.randn(1, 4, 64, 64)).depth.min() < 0  # nothing squashes it
 
 
 def test_both_heads_train_the_encoder():
-    model = build_model()
+    model = tiny().train()
     for head in ("logits", "depth"):
         model.zero_grad()
         getattr(model(torch.randn(2, 4, 32, 32)), head).square().mean().backward()
-        assert model.net.encoder.conv1.weight.grad.abs().sum() > 0
+        assert next(model.net.encoder.parameters()).grad.abs().sum() > 0
 
 
 def test_unknown_encoder_and_weights():
     with pytest.raises(ValueError, match="encoder: found 'resnet81', did you mean resnet18, .* there are: resnet18, "):
         build_model(encoder="resnet81")
-    with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in DeepLabV3+"):
+    with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in deeplabv3plus"):
         build_model(encoder="tu-nonsense")
-    with pytest.raises(ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* such as 'resnet18'"):
+    with pytest.raises(
+        ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 with nearly all"
+    ):
         build_model(encoder="vgg11")
-    with pytest.raises(ValueError, match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl, or None"):
+    with pytest.raises(
+        ValueError, match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl; or None, or the path"
+    ):
         build_model(encoder_weights="foo")
-    with pytest.raises(ValueError, match="encoder_weights: found 'foo', tu-resnet18 has imagenet, or None"):
+    with pytest.raises(ValueError, match="encoder_weights: found 'foo', tu-resnet18 has imagenet; or None"):
         build_model(encoder="tu-resnet18", encoder_weights="foo")
 
 
@@ -69,30 +125,56 @@ def test_offline_says_what_to_do(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(smp.encoders, "hf_hub_download", offline)
-    with pytest.raises(RuntimeError, match=r"could not be fetched .*while online, or .*`-p encoder_weights None`"):
+    with pytest.raises(RuntimeError, match=r"could not be fetched .*while online, .*or .*`-p encoder_weights None`"):
         build_model(encoder_weights="imagenet")
 
 
-@pytest.mark.parametrize("channels", [3, 4, 6])
-def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, channels):
+@pytest.mark.parametrize("inputs", INPUT_CHANNELS)
+def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, inputs):
     pretrained = smp.encoders.get_encoder("resnet18", weights=None)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(pretrained.state_dict(), path)
     monkeypatch.setattr(smp.encoders, "hf_hub_download", lambda *arguments, **options: str(path))
-    encoder = build_model(channels, encoder_weights="imagenet").net.encoder
-    first = pretrained.conv1.weight
-    for channel in range(channels):
-        torch.testing.assert_close(encoder.conv1.weight[:, channel], first[:, channel % 3] * 3 / channels)
+    encoder = build_model(inputs=inputs, encoder_weights="imagenet").net.encoder
+    first, channels = pretrained.conv1.weight, INPUT_CHANNELS[inputs]
+    if inputs == "depth":
+        torch.testing.assert_close(encoder.conv1.weight, first.sum(1, keepdim=True))
+    else:
+        for channel in range(channels):
+            torch.testing.assert_close(encoder.conv1.weight[:, channel], first[:, channel % 3] * 3 / channels)
     torch.testing.assert_close(encoder.layer4[1].conv2.weight, pretrained.layer4[1].conv2.weight)
     assert encoder.layer4[0].conv1.stride == (1, 1)  # dilated
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    model = build_model(6, class_count=4, depth_head=False).eval()
+    config = {
+        "classes": ("floor", "wall", "else"), "inputs": "rgbd_xy", "depth_encoding": "log",
+        "depth_range_m": (0.3, 5.0), "size": (48, 64), "depth_head": False,
+    }  # fmt: skip
+    model = tiny(**config)
     save_model(model, tmp_path / "best.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
-    inputs = torch.randn(1, 6, 32, 32)
-    assert torch.equal(load_model(tmp_path / "best.pt")(inputs).logits, model(inputs).logits)
+    inputs, loaded = torch.randn(1, 6, 32, 32), load_model(str(tmp_path / "best.pt"))
+    assert torch.equal(loaded(inputs).logits, model(inputs).logits)
+    assert loaded.config == ModelConfig(encoder=TINY, **config)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize(("channels", "inputs"), [(3, "rgb"), (4, "rgbd"), (6, "rgbd_xy")])
+def test_files_from_before_the_network_knew_its_inputs(tmp_path, channels, inputs):
+    model = tiny(inputs=inputs)
+    older = {"input_channels": channels, "class_count": 13, "encoder": TINY, "depth_head": True}
+    torch.save({"config": older, "weights": model.state_dict()}, tmp_path / "best.pt")
+    parameters = {"image_height": 72, "image_width": 88, "depth_encoding": "linear", "inputs": inputs}
+    (tmp_path / "parameters.json").write_text(json.dumps(parameters))
+    loaded = load_model(tmp_path / "best.pt")
+    assert loaded.config == ModelConfig(
+        classes=NYUV2_13, inputs=inputs, depth_encoding="linear", size=(72, 88), encoder=TINY, depth_head=True
+    )
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    (tmp_path / "parameters.json").unlink()
+    with pytest.raises(CheckpointError, match="parameters.json: can't be read"):
+        load_model(tmp_path / "best.pt")
 
 
 UNREADABLE = (
@@ -118,7 +200,7 @@ UNKNOWN = (
 def test_unreadable_checkpoints(tmp_path, damage, message):
     path = tmp_path / "best.pt"
     if damage != "missing":
-        save_model(build_model(), path)
+        save_model(tiny(), path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100_000])
     if damage == "empty":
@@ -132,42 +214,55 @@ def test_unreadable_checkpoints(tmp_path, damage, message):
     assert str(error.value) == f"{path}: {message}"
 
 
-def test_weights_that_do_not_fit(tmp_path):
-    torch.save({"config": build_model(6).config, "weights": build_model(4).state_dict()}, tmp_path / "best.pt")
-    with pytest.raises(CheckpointError, match=r"(?s)best.pt: its weights do not fit the network it describes .*conv1"):
+@pytest.mark.parametrize("config", [{"inputs": "rgb"}, {"classes": NYUV2_40}])
+def test_weights_that_do_not_fit(tmp_path, config):
+    other = asdict(replace(tiny().config, **config))
+    torch.save({"config": other, "weights": tiny().state_dict()}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"(?s)best.pt: its weights do not fit the network it describes .*weight"):
         load_model(tmp_path / "best.pt")
 
 
-class Malicious:
-    """Unpickled without care, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    torch.save({"config": Malicious(tmp_path / "executed"), "weights": {}}, tmp_path / "best.pt")
-    with pytest.raises(CheckpointError, match=r"can't be read \(UnpicklingError\)"):
-        load_model(tmp_path / "best.pt")
-    assert not (tmp_path / "executed").exists()
-    torch.load(tmp_path / "best.pt", weights_only=False)
-    assert (tmp_path / "executed").exists()  # so the file would have done it
+def test_a_config_of_another_version(tmp_path):
+    for config in (
+        asdict(tiny().config) | {"heads": 3},
+        {"inputs": "smell"},
+        {"input_channels": 5, "class_count": 13},
+        7,
+    ):
+        torch.save({"config": config, "weights": {}}, tmp_path / "best.pt")
+        with pytest.raises(CheckpointError, match="its weights do not fit the network it describes"):
+            load_model(tmp_path / "best.pt")
 
 
 def test_weights_to_begin_with(tmp_path):
-    trained, model = build_model(), build_model()
+    trained = tiny(size=(96, 128))
     save_model(trained, tmp_path / "best.pt")
-    copy_weights(model, tmp_path / "best.pt")
-    assert all(
-        torch.equal(first, second)
-        for first, second in zip(model.state_dict().values(), trained.state_dict().values(), strict=True)
-    )
+    model = tiny(size=(48, 64), start_from=tmp_path / "best.pt")
+    torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert model.config.size == (48, 64)
+
+
+@pytest.mark.parametrize(
+    "other", [{"inputs": "rgb"}, {"depth_encoding": "log"}, {"depth_head": False}, {"encoder": "resnet18"}]
+)
+def test_weights_of_another_make_are_refused(tmp_path, other):
+    save_model(tiny(), tmp_path / "best.pt")
     with pytest.raises(ValueError) as error:
-        copy_weights(build_model(input_channels=3), tmp_path / "best.pt")
-    made = "{'input_channels': %d, 'class_count': 13, 'encoder': 'resnet18', 'depth_head': True}"
-    assert (
-        str(error.value) == f"start_from: {tmp_path}/best.pt holds {made % 4}, this run has {made % 3}; make them equal"
+        tiny(start_from=tmp_path / "best.pt", **other)
+    assert str(error.value) == (
+        f"start_from: {tmp_path}/best.pt holds {tiny().config}, this run has {tiny(**other).config}; make them equal"
     )
+
+
+@pytest.mark.parametrize(
+    ("classes", "found"),
+    [
+        ((*NYUV2_13[:3], "stool", *NYUV2_13[4:]), "has 'chair' as class 3, the data has 'stool' as class 3"),
+        (NYUV2_40, "has 13 (bed, books, ceiling, ...), the data has 40 (wall, floor, cabinet, ...)"),
+    ],
+)
+def test_weights_of_other_classes_are_refused(tmp_path, classes, found):
+    save_model(tiny(), tmp_path / "best.pt")
+    with pytest.raises(ValueError) as error:
+        tiny(start_from=tmp_path / "best.pt", classes=classes)
+    assert str(error.value) == f"classes: start_from: {tmp_path}/best.pt {found}; use what has the same classes"

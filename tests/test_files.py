@@ -1,0 +1,108 @@
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from lib.files import (
+    CheckpointError,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+    write_text,
+)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0: No space")]
+)
+def test_a_failed_write_keeps_the_earlier_file(tmp_path, error):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"earlier")
+
+    def fail(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(OSError, match=r"last.pt: could not be written \(.*No space.*\); an earlier file .* is intact"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    write_atomically(path, lambda file: file.write(b"later"))
+    assert path.read_bytes() == b"later"
+
+
+def test_nobody_sees_half_a_file(tmp_path):
+    path = tmp_path / "history.csv"
+    write_text("one", path)
+
+    def slow(file):
+        for part in (b"t", b"wo"):
+            file.write(part)
+            file.flush()
+            assert path.read_text() == "one"
+
+    write_atomically(path, slow)
+    assert path.read_text() == "two"
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(
+        OSError, match=r"gone/a.txt: could not be written .* check the permissions, then resume the run"
+    ):
+        write_text("a", tmp_path / "gone" / "a.txt")
+
+
+def test_text_is_utf8_and_lines_end_as_they_do(tmp_path):
+    write_text("µ\n", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"\xc2\xb5\n"
+
+
+def test_json_knows_no_nan(tmp_path):
+    content = {"a": math.nan, "b": [1, -math.inf, {"c": math.inf}], "d": (0.5, None, True), "e": "nan"}
+    write_json(content, tmp_path / "a.json")
+    strict = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert strict == {"a": None, "b": [1, None, {"c": None}], "d": [0.5, None, True], "e": "nan"}
+    assert read_json(tmp_path / "a.json") == strict
+    assert math.isnan(content["a"])  # what was handed in stays
+
+
+@pytest.mark.parametrize("text", ["", '{"a": ', None])
+def test_damaged_json_is_named(tmp_path, text):
+    path = tmp_path / "scores.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"scores.json: can't be read \(.*\); it is no complete run, train it again"):
+        read_json(path)
+
+
+def test_checkpoints_come_back(tmp_path):
+    state = {"weights": torch.arange(3), "progress": {"losses": [torch.tensor(0.5)]}}
+    save_checkpoint(state, tmp_path / "last.pt")
+    torch.testing.assert_close(load_checkpoint(tmp_path / "last.pt", "cpu", ("weights",)), state)
+    with pytest.raises(
+        CheckpointError, match="last.pt: found progress, weights, expected config, weights; it was written"
+    ):
+        load_checkpoint(tmp_path / "last.pt", "cpu", ("config", "weights"))
+
+
+class Malicious:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"weights": Malicious(tmp_path / "executed")}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"can't be read \(UnpicklingError\)"):
+        load_checkpoint(tmp_path / "best.pt", "cpu", ("weights",))
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "best.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()  # so the file would have done it

@@ -1,0 +1,229 @@
+import json
+import os
+import pickle
+import re
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors.torch import save_file
+from small_run import ENCODER, PARAMETERS
+
+from lib.files import CheckpointError
+from lib.model import INPUT_CHANNELS, build_model
+from lib.runs import open_run, recipe
+from lib.weights import weights_digest
+
+TIMM_NAME = ENCODER.removeprefix("tu-")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """What timm has for the tiny encoder, its head of 1,000 classes included."""
+    torch.manual_seed(5)
+    return timm.create_model(TIMM_NAME, pretrained=False)
+
+
+def filled(path, **config):
+    return build_model(**{"encoder": ENCODER, "inputs": "rgb", "encoder_weights": str(path)} | config).net.encoder
+
+
+def refused(path, **config):
+    with pytest.raises(CheckpointError) as error:
+        filled(path, **config)
+    assert str(error.value).startswith(f"encoder_weights: {path}")
+    return str(error.value)
+
+
+def assert_filled(encoder, expected):
+    """With the weights of timm's model."""
+    found = encoder.model.state_dict()
+    assert len(found) > 50
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def as_smp_saves(weights):
+    """Names of a whole network of segmentation-models-pytorch, its decoder beside the encoder."""
+    return {f"encoder.model.{name}": tensor for name, tensor in weights.items()} | {"decoder.block": torch.ones(2, 2)}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": weights, "optimizer": {}},
+        lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()},
+        lambda weights: {f"backbone.{name}": tensor for name, tensor in weights.items()},
+        lambda weights: {f"model.{name}": tensor for name, tensor in weights.items()},
+        as_smp_saves,
+        lambda weights: {"state_dict": {f"module.{name}": tensor for name, tensor in as_smp_saves(weights).items()}},
+    ],
+    ids=["timm", "state_dict", "model", "module.", "backbone.", "smp encoder", "smp network", "smp in parallel"],
+)
+def test_names_as_timm_and_smp_write_them(tmp_path, classifier, wrap):
+    weights = classifier.state_dict()
+    torch.save(wrap(weights), tmp_path / "weights.pth")
+    assert_filled(filled(tmp_path / "weights.pth"), weights)
+
+
+def test_safetensors(tmp_path, classifier):
+    save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
+    assert_filled(filled(tmp_path / "weights.safetensors"), classifier.state_dict())
+
+
+def test_an_encoder_of_smp_itself(tmp_path):
+    pretrained = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
+    torch.save(pretrained, tmp_path / "weights.pth")
+    found = filled(tmp_path / "weights.pth", encoder="resnet18").state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, pretrained[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout"])
+def test_encoders_whose_names_timm_changes_on_the_way_to_features(tmp_path, name):
+    """It makes `stem_0` of `stem.0` and `stages_0` of `stages.0`."""
+    whole = timm.create_model(name, pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    encoder = filled(tmp_path / "weights.pth", encoder=f"tu-{name}", architecture="fpn")
+    expected = {tensor.double().sum().item() for tensor in whole.state_dict().values()}
+    assert {tensor.double().sum().item() for tensor in encoder.state_dict().values()} <= expected
+
+
+@pytest.mark.parametrize("inputs", INPUT_CHANNELS)
+def test_the_first_layer_adapts_as_imagenet_weights_do(tmp_path, inputs, classifier):
+    channels, weights = INPUT_CHANNELS[inputs], classifier.state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    options = {"file": str(tmp_path / "weights.pth")}
+    theirs = timm.create_model(
+        TIMM_NAME, pretrained=True, in_chans=channels, pretrained_cfg_overlay=options | {"hf_hub_id": None}
+    )
+    assert_filled(filled(tmp_path / "weights.pth", inputs=inputs), theirs.state_dict())
+
+
+@pytest.mark.parametrize("inputs", INPUT_CHANNELS)
+def test_the_first_layer_adapts_as_smp_does(tmp_path, monkeypatch, inputs):
+    pretrained = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
+    torch.save(pretrained, tmp_path / "weights.pth")
+    save_file(pretrained, tmp_path / "hub.safetensors")
+    monkeypatch.setattr(smp.encoders, "hf_hub_download", lambda *_, **__: str(tmp_path / "hub.safetensors"))
+    theirs = smp.encoders.get_encoder("resnet18", INPUT_CHANNELS[inputs], weights="imagenet").state_dict()
+    ours = filled(tmp_path / "weights.pth", encoder="resnet18", inputs=inputs).state_dict()
+    torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"], rtol=0, atol=1e-7)
+
+
+def test_weights_of_another_encoder(tmp_path, classifier):
+    path = tmp_path / "weights.pth"
+    torch.save(smp.encoders.get_encoder("resnet18", weights=None).state_dict(), path)
+    message = refused(path)
+    assert "does not fill the 90 tensors of the encoder: 28 missing, such as model.conv1.0.weight, model." in message
+    assert "; 47 of another shape, such as model.bn1.weight (64,) instead of (32,), model." in message
+    assert "; 64 unexpected, such as conv1.weight, layer1.1.conv1.weight, " in message
+    assert message.endswith(
+        "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"
+    )
+    weights = classifier.state_dict()
+    torch.save(weights | {"layer2.0.conv1.weight": torch.ones(3, 3)}, path)
+    message = refused(path)
+    assert (
+        "encoder: 1 of another shape, such as model.layer2.0.conv1.weight (3, 3) instead of (48, 32, 3, 3); exp"
+        in message
+    )
+    assert "missing" not in message
+    assert "unexpected" not in message  # the classifier's head is no problem
+    del weights["layer4.0.bn2.running_var"]  # one is enough
+    torch.save(weights, path)
+    assert "encoder: 1 missing, such as model.layer4.0.bn2.running_var; 2 unexpected, such as fc.weight, " in refused(
+        path
+    )
+
+
+def test_another_first_layer_than_the_inputs(tmp_path, classifier):
+    six = timm.create_model(TIMM_NAME, pretrained=False, in_chans=6)
+    torch.save(six.state_dict(), tmp_path / "weights.pth")
+    assert "model.conv1.0.weight (16, 6, 3, 3) instead of (16, 3, 3, 3)" in refused(tmp_path / "weights.pth")
+    assert_filled(filled(tmp_path / "weights.pth", inputs="rgbd_xy"), six.state_dict())
+
+
+def test_a_classifier_of_ten_classes_that_is_no_encoder(tmp_path):
+    classifier = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 10))
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+    message = refused(tmp_path / "weights.pth")
+    assert "75 missing, such as model.conv1.0.weight" in message
+    assert "; 4 unexpected, such as 0.weight, 0.bias, 2.weight; expected the weights of this very encoder" in message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_half_a_file(tmp_path, classifier, suffix):
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(classifier.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "can't be read as weights (" in refused(path)
+    assert "it was cut short, or holds code besides tensors" in refused(path)
+
+
+class Burglar:
+    """What a pickle does when it is opened carelessly."""
+
+    def __init__(self, touched):
+        self.touched = str(touched)
+
+    def __reduce__(self):
+        return os.mkdir, (self.touched,)
+
+
+def test_code_in_a_file_is_not_executed(tmp_path, classifier):
+    path, touched = tmp_path / "weights.pth", tmp_path / "touched"
+    for content in (Burglar(touched), classifier.state_dict() | {"more": Burglar(touched)}):
+        torch.save(content, path)
+        assert "holds code besides tensors, which is not executed here: save the state_dict alone" in refused(path)
+        path.write_bytes(pickle.dumps(content, protocol=2))
+        assert "holds code besides tensors" in refused(path)
+        assert not touched.exists()
+    pickle.loads(path.read_bytes())  # and it would have done so
+    assert touched.exists()
+
+
+def test_a_whole_network_that_was_pickled(tmp_path, classifier):
+    torch.save(classifier, tmp_path / "weights.pth")
+    assert "save the state_dict alone" in refused(tmp_path / "weights.pth")
+
+
+def test_files_that_are_no_weights(tmp_path):
+    path = tmp_path / "weights.pth"
+    assert refused(path) == f"encoder_weights: {path}: no such file"
+    torch.save([torch.ones(2)], path)
+    assert "found a list, expected names and tensors" in refused(path)
+    torch.save({"epoch": 3}, path)
+    assert "expected names and tensors" in refused(path)
+    torch.save({}, path)
+    assert "75 missing" in refused(path)
+
+
+def test_a_run_knows_its_weights_wherever_they_lie(tmp_path, monkeypatch, classifier):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    here, there, other = (tmp_path / name for name in ("here.pth", "there.safetensors", "other.pth"))
+    torch.save(classifier.state_dict(), here)
+    there.write_bytes(here.read_bytes())
+    torch.save(classifier.state_dict() | {"more": torch.ones(1)}, other)
+    saved = []
+    for path in (here, there, other):
+        with open_run(PARAMETERS | {"run_name": path.stem, "encoder_weights": str(path)}) as run:
+            saved.append(json.loads((run / "parameters.json").read_text()))
+    assert saved[0]["encoder_weights_digest"] == weights_digest(str(here))
+    assert re.fullmatch("[0-9a-f]{64}", saved[0]["encoder_weights_digest"])
+    assert recipe(saved[0]) == recipe(saved[1]) != recipe(saved[2])
+    with open_run(PARAMETERS | {"run_name": "here", "encoder_weights": str(there)}, resume=True) as run:
+        assert run.name == "here"
+    changed = PARAMETERS | {"run_name": "here", "encoder_weights": str(other)}
+    with (
+        pytest.raises(ValueError, match="'here' was started with encoder_weights = .*, encoder_weights_digest = "),
+        open_run(changed, resume=True),
+    ):
+        pass
+
+
+def test_names_have_no_digest():
+    assert weights_digest(None) is weights_digest("imagenet") is None

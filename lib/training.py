@@ -128,7 +128,10 @@ def fit(
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {} if average is None else {"average": average}
-    made_of = {"computed": f"{where.type} in {precision}", "data": checksums(train) | checksums(valid)}
+    made_of = {
+        "computed": f"{where.type} in {precision}",
+        "data": checksums(train, "train") | checksums(valid, "valid"),
+    }
     progress = restore_progress(run / "last.pt", parts, made_of, where)
     save = partial(save_progress, run / "last.pt", parts, progress, where)
     history, losses = progress["history"], progress["losses"]
@@ -171,14 +174,15 @@ def _is_best(row: dict[str, float], history: list[dict[str, float]]) -> bool:
     return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
 
 
-def checksums(samples: Samples) -> dict[str, int]:
-    """Of what each image, its depth and its label hold, by name."""
-    arrays = [array for array in (samples.image, samples.depth, samples.label) if array is not None]
+def checksums(samples: Samples, part: str) -> dict[str, int]:
+    """Of all that is known of the pixels of each image, by `part/name`."""
+    arrays = (samples.image, samples.depth, samples.label, samples.measured)
     sums = {}
     for position, name in enumerate(samples.names.tolist()):
-        sums[name] = 0
+        checksum = 0
         for array in arrays:
-            sums[name] = zlib.crc32(np.ascontiguousarray(array[position]), sums[name])
+            checksum = checksum if array is None else zlib.crc32(np.ascontiguousarray(array[position]), checksum)
+        sums[f"{part}/{name}"] = checksum
     return sums
 
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from lib.classes import check_same_classes
 from lib.data import PARTS
 from lib.data.splits import FOLDS
-from lib.files import read_json
 from lib.metrics import iou, pixel_accuracy
 from lib.parameters import check_choice
 from lib.plots import FEW, GREY, WIDTH, add_legend, class_colours, label_rows, rows_height, run_colours, shorten, styled
@@ -21,15 +20,17 @@ from lib.significance import SceneComparison, score_interval
 
 LIB = Path(__file__).resolve().parent
 TABLES = LIB / "data" / "tables"
-EVIDENCE = LIB.parent / "notebooks" / "experiments" / "results"  # committed runs, without weights
+NOTEBOOKS = LIB.parent / "notebooks"
+EXAMPLE = NOTEBOOKS / "experiments" / "results" / "embedded"  # committed runs, without weights, in folders
 
 
 def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names of run folders, paths of such, or paths of folders full of them, with commas between them;
-            or `all`: those in the folder of runs, and where none is scored there, the committed evidence.
+        runs: names or paths of runs, or of folders full of runs, with commas between; or `all`: every run in the
+            folder of runs that is scored on the part. Where these are fewer than two, `all` takes the committed
+            example.
         part: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
 
@@ -38,22 +39,23 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """
     check_choice("part", part, PARTS)
     if runs != "all":
-        return [read_scored(folder, part) for entry in runs.split(",") for folder in _find_folders(entry.strip())]
-    for home in (runs_folder(), EVIDENCE):
-        files = sorted(home.glob(f"*/evaluation/{part}.npz"), key=lambda path: path.stat().st_mtime)
-        if files:
-            data = data or read_json(files[-1].with_suffix(".json"))["data"]
-            found = [read_scored(path.parents[1], part) for path in sorted(files)]
-            return [run for run in found if run.data == data]
-    return []
+        return [run for entry in runs.split(",") for run in _read_entry(entry.strip(), part)]
+    files = sorted(runs_folder().glob(f"*/evaluation/{part}.npz"), key=lambda path: path.stat().st_mtime)
+    own = [read_scored(path.parents[1], part) for path in files]
+    chosen = [run for run in own if run.data == (data or own[-1].data)]
+    if len(chosen) < 2 and data is None:
+        return [run for folder in sorted(EXAMPLE.iterdir()) for run in _read_entry(str(folder), part)]
+    return sorted(chosen, key=lambda run: run.name)
 
 
-def _find_folders(entry: str) -> list[Path]:
-    for folder in (runs_folder() / Path(entry).expanduser(), Path(entry).expanduser()):
+def _read_entry(entry: str, part: str) -> list[ScoredRun]:
+    """A run, or all of a folder, which is then the group that they are of."""
+    for home in (runs_folder(), Path(), NOTEBOOKS):
+        folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
-            return [folder]
+            return [read_scored(folder, part)]
         if inside := sorted(path.parent for path in folder.glob("*/parameters.json")):
-            return inside
+            return [replace(read_scored(run, part), group=folder.name) for run in inside]
     there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
     raise ValueError(f"runs: found {entry!r}, which is no run; in {runs_folder()} there are: {there}")
 
@@ -61,7 +63,8 @@ def _find_folders(entry: str) -> list[Path]:
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
     """Runs by recipe, the baseline's first, all on the same images; runs over five folds are joined.
 
-    A recipe is named after its only run, else after the parameters in which the recipes differ.
+    A recipe is named after the folder that its runs were named by, after its only run, or after the parameters in
+    which the recipes differ. Runs of two folders are never one recipe, so that a recipe can be held against itself.
 
     Args:
         runs: from `read_runs`.
@@ -72,7 +75,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     """
     by_recipe: dict[tuple, list[ScoredRun]] = {}
     for run in _join_folds(runs):
-        by_recipe.setdefault(recipe(run.parameters), []).append(run)
+        by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
     differing = _differing(list(by_recipe.values()))
     named = {}
     for members in by_recipe.values():
@@ -93,11 +96,11 @@ def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
         return runs
     groups: dict[tuple, dict[int, ScoredRun]] = {}
     for run in runs:
-        key = recipe(run.parameters), run.parameters["seed"]
+        key = run.group, recipe(run.parameters), run.parameters["seed"]
         groups.setdefault(key, {})[run.parameters["fold"]] = run
     whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
-        there = "; ".join(f"seed {key[1]}: {sorted(folds)}" for key, folds in groups.items())
+        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
         raise ValueError(f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs")
     return [_join([folds[fold] for fold in range(FOLDS)]) for folds in whole]
 
@@ -125,10 +128,10 @@ def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
-    if "recipe" in parameters:
-        return parameters["recipe"]
+    if "recipe" in parameters or members[0].group:
+        return parameters.get("recipe", members[0].group)
     shown = dict(recipe(parameters))
-    label = ", ".join(f"{name} {parameters[name]}" for name in differing if name in shown)
+    label = ", ".join(f"{name} {parameters[name]}" for name in differing if name in shown and name in parameters)
     return members[0].name if len(members) == 1 or not label else label
 
 
@@ -233,7 +236,8 @@ def _draw_differences(
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
     for row, value in zip(rows, middle, strict=True):
         if numbers and np.isfinite(value):
-            axes.annotate(f"{value + 0.0:+.3f}", (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=GREY)
+            place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
+            axes.annotate(f"{round(value, 3) + 0:+.3f}", color=GREY, **place)
 
 
 @styled

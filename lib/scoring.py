@@ -205,6 +205,7 @@ class ScoredRun:
     classes: tuple[str, ...]
     history: pd.DataFrame | None
     folds: int = 1
+    group: str = ""  # the folder of runs that it was named by
 
     @property
     def score(self) -> float:

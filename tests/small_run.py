@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lib  # noqa: F401
 from lib.batches import training_loader
-from lib.data import Samples, load_samples
+from lib.data import load_samples
+from lib.data.samples import Samples
 from lib.objective import total_loss
 from lib.runs import open_run
 from lib.training import build_network, fit

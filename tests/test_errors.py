@@ -3,9 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import write_folder
 from test_plots import SETS, draw, names_of, relabel
 
 from lib.classes import NYUV2_13
+from lib.data import iterate_samples
 from lib.errors import (
     CONFIDENCE_BINS,
     DEPTH,
@@ -116,14 +119,17 @@ def test_pieces_of_different_sizes(scenes):
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_the_class_set_is_the_networks(scenes, count):
+def test_a_folder_of_another_class_set(tmp_path, scenes, count):
     samples = relabel(scenes, count)
-    errors = count_errors(Guess(samples.classes), samples)
+    write_folder(tmp_path, samples)
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": list(samples.classes)}))
+    pieces = iterate_samples(tmp_path, "train", "official", batch_size=5)
+    errors = count_errors(Guess(samples.classes), pieces)
     assert errors.classes == samples.classes
     assert errors.confusion.shape == (12, count, count)
     assert errors.confusion.sum() == (samples.label != 255).sum()
     with pytest.raises(ValueError, match="classes: the network has 13"):
-        count_errors(Guess(), samples)
+        count_errors(Guess(), pieces)
 
 
 def test_errors_need_labels_and_images(scenes):

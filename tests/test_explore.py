@@ -112,7 +112,7 @@ def test_chance_alone_gives_near_copies():
     leak = Leakage(5000, np.arange(10), np.arange(10), None, 4)
     assert leak.by_chance == pytest.approx(10 * (1 - (1 - CHANCE) ** 5000))
     assert describe_leakage({"random": leak}) == (
-        "Of the 10 validation images of split `random`, 4 have a near copy in training, where chance alone gives 3.9."
+        "Split `random`: 10 validation images; near copies in training: 4 (3.9 by chance)."
     )
     assert describe_leakage({}) == "Too few images to split."
 

@@ -255,7 +255,7 @@ def plot_depth(counts: DataCounts) -> Figure:
         box.set_facecolor(colours[name])
     label_rows(by_class, names)
     by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
-    by_class.set_xlim(0, 1.05 * max([1, *(box["whishi"] for box in boxes.values())]))
+    by_class.set_xlim(0, max(1, *depth_quantiles(total, (0.999,))))
     return figure
 
 

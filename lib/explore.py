@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lib.batches import RawBatch
 from lib.data import Samples
@@ -247,9 +248,10 @@ def plot_depth(counts: DataCounts) -> Figure:
     title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total))
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
+    median = {"color": "black", "path_effects": [withStroke(linewidth=3, foreground="white")]}  # seen on dark boxes too
     drawn = by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
-        patch_artist=True, showfliers=False, showcaps=False, medianprops={"color": "black"}, boxprops=EDGED,
+        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=EDGED,
     )  # fmt: skip
     for box, name in zip(drawn["boxes"], names, strict=True):
         box.set_facecolor(colours[name])

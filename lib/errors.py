@@ -32,6 +32,7 @@ from lib.plots import (
 )
 
 CONFIDENCE_BINS = 15
+PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 ENOUGH = 10  # images on each side of a comparison that a figure shows
 # pixels are told apart by these edges
 EDGES = {
@@ -200,7 +201,7 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     least = np.nanargmin(recall)
     near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
     return (
-        f"**{run}** names {score:.1%} of the labelled pixels of {len(errors.names)} {part} images right "
+        f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
         f"(mIoU {mean_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
         f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; of "
         f"{errors.classes[least]} it finds least, {recall[least]:.0%}. Within 1 % of the width from a boundary lie "
@@ -288,5 +289,8 @@ def plot_image_scores(errors: ErrorCounts) -> Figure:
     axes.set_xlabel("pixel accuracy of the images with it minus that of the others, 95 % interval")
     harder = table.index[table.high < 0][::-1]
     title = f"Images with {' or '.join(harder)} are harder" if len(harder) else "Images with a class and without it"
-    add_title(figure, f"{title} (beside the names: how many there are)" if len(table) else "Too few images to compare")
+    add_title(
+        figure,
+        f"{title} (in brackets: how many with it, how many without)" if len(table) else "Too few images to compare",
+    )
     return figure

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lib.batches import RawBatch
 from lib.data import Samples
@@ -52,6 +53,11 @@ class DataCounts:
     pixels: np.ndarray
     depth: np.ndarray
     meetings: np.ndarray
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether any was measured."""
+        return bool(self.depth[:, 1:].any())
 
 
 def count_data(samples: Samples) -> DataCounts:
@@ -162,12 +168,11 @@ def describe_leakage(leakage: dict[str, Leakage]) -> str:
     """A sentence for each split."""
     sentences = []
     for split, leak in leakage.items():
-        count = len(leak.valid)
-        scenes = "" if leak.same_scene is None else f"{leak.same_scene.sum()} have their scene in training, and "
-        sentences.append(
-            f"Of the {count} validation images of split `{split}`, {scenes}{leak.near_copies} have a near copy in "
-            f"training, where chance alone gives {leak.by_chance:.1f}."
-        )
+        text = f"near copies in training: {leak.near_copies} ({leak.by_chance:.1f} by chance)"
+        count = f"{len(leak.valid)} validation images"
+        if leak.same_scene is not None:
+            count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
+        sentences.append(f"Split `{split}`: {count}; {text}.")
     return " ".join(sentences) or "Too few images to split."
 
 
@@ -180,7 +185,7 @@ def describe_data(counts: DataCounts, leakage: dict[str, Leakage]) -> str:
         f"Of the others, {shares.iloc[0]:.1%} are {shares.index[0]}, the most common class, and {shares.iloc[-1]:.2%} "
         f"are {shares.index[-1]}, the rarest; both count alike in the mIoU. "
     )
-    if counts.depth[:, 1:].any():
+    if counts.has_depth:
         low, middle, high = depth_quantiles(counts.depth.sum(0), (0.05, 0.5, 0.95))
         text += (
             f"Half of the depths are below {middle:.1f} m, nine in ten between {low:.1f} and {high:.1f} m; "
@@ -243,16 +248,16 @@ def plot_depth(counts: DataCounts) -> Figure:
     title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total))
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
+    median = {"color": "black", "path_effects": [withStroke(linewidth=3, foreground="white")]}  # seen on dark boxes too
     drawn = by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
-        patch_artist=True, showfliers=False, showcaps=False, medianprops={"color": "black"}, boxprops=EDGED,
+        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=EDGED,
     )  # fmt: skip
     for box, name in zip(drawn["boxes"], names, strict=True):
         box.set_facecolor(colours[name])
     label_rows(by_class, names)
-    by_class.set(
-        xlabel="depth (m)", xlim=(0, None), title="By class: half of its pixels in the box, nine in ten on the line"
-    )
+    by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
+    by_class.set_xlim(0, max(1, *depth_quantiles(total, (0.999,))))
     return figure
 
 
@@ -270,9 +275,11 @@ def plot_meetings(counts: DataCounts) -> Figure:
     return plot_matrix(pd.DataFrame(shares, pd.Index(names, name="class"), pd.Index(names, name="meets")), title)
 
 
-def plot_leaks(samples: Samples, leak: Leakage, count: int = 4) -> Figure:
+def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
     """The first validation images whose scene is in training, or else that are, above their match in training."""
-    shown = np.arange(len(leak.valid)) if leak.same_scene is None else np.flatnonzero(leak.same_scene)
+    shown = np.arange(len(leak.valid))
+    if leak.same_scene is not None and leak.same_scene.any():
+        shown = shown[leak.same_scene]
     pairs = list(zip(leak.valid[shown[:count]], leak.match[shown[:count]], strict=True))
     titles = [f"{samples.names[valid]}, {samples.names[train]}" for valid, train in pairs]
     rows = [dict(zip(titles, samples.image[list(side)], strict=True)) for side in zip(*pairs, strict=True)]

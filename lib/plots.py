@@ -48,17 +48,24 @@ def class_colours(classes: Sequence[str]) -> dict[str, str]:
 
 
 def _spread_colours(count: int) -> list[str]:
-    steps = np.linspace(0.15, 0.85, 11, dtype=np.float32)
-    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    taken = np.array([[to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]], np.float32)
-    places, taken = (cv2.cvtColor(colours, cv2.COLOR_RGB2LAB)[0] for colours in (candidates, taken))
+    steps = np.linspace(0.05, 0.95, 11)
+    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    places = _perceived(candidates)
+    taken = _perceived(np.array([to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]))
     distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
     chosen = []
     for _ in range(count):
         farthest = distance.argmax()
-        chosen.append(to_hex(candidates[0, farthest]))
+        chosen.append(to_hex(candidates[farthest]))
         distance = np.minimum(distance, np.linalg.norm(places - places[farthest], axis=1))
     return chosen
+
+
+def _perceived(colours: np.ndarray) -> np.ndarray:
+    """`(N, 3)` CIELAB with the chroma compressed, as differences between vivid colours count less to the eye."""
+    lab = cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    chroma = 1e-6 + 0.045 * np.linalg.norm(lab[:, 1:], axis=1, keepdims=True)
+    return np.hstack((lab[:, :1], lab[:, 1:] * np.log1p(chroma) / chroma))
 
 
 def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:

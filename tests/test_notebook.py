@@ -1,9 +1,15 @@
+import io
 import typing
 
+import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.colors import to_rgb
+from PIL import Image
 
-from lib.notebook import check_parameters
+from lib.explore import class_shares, count_data, plot_class_shares
+from lib.notebook import check_parameters, small_png
+from lib.plots import CLASS_COLOURS
 
 DECLARED = """epochs: int = 3
 limit: typing.Optional[int] = None
@@ -70,3 +76,15 @@ def test_all_mistakes_at_once(notebook):
 def test_outside_a_notebook(monkeypatch):
     monkeypatch.setattr("lib.notebook.get_ipython", lambda: None)
     assert check_parameters() == {}
+
+
+def test_small_pictures_keep_rare_colours(scenes):
+    counts = count_data(scenes)
+    figure = plot_class_shares(counts)
+    small, large = small_png(figure), io.BytesIO()
+    figure.savefig(large, format="png", bbox_inches="tight")
+    assert len(small) < 0.6 * len(large.getvalue())
+    pixels = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).reshape(-1, 3).astype(int)
+    shares = class_shares(counts).pixels
+    for name in shares.index[shares > 0]:
+        assert np.abs(pixels - 255 * np.array(to_rgb(CLASS_COLOURS[name]))).max(1).min() < 12, name

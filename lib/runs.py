@@ -323,7 +323,8 @@ def _evaluation_section(part: str, scores: dict) -> str:
     """Scores on one part, without and with test-time augmentation, then by class."""
     text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
     if not scores["labelled"]:
-        return f"{text}, predicted with tta {scores['tta']}; their labels are held back."
+        how = f" with tta {scores['tta']}" if "tta" in scores else ""
+        return f"{text}, predicted{how}; their labels are held back."
     columns = [name for name in ("plain", "augmented") if name in scores]
     overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float)
     by_class = pd.DataFrame(scores["classes"], dtype=float).T
@@ -338,5 +339,5 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
     """A 95 % interval, and over what it was taken."""
     over = "images taken as independent, because their scenes are unknown" if scenes is None else f"{scenes} scenes"
     if low is None or np.isnan(low):
-        return f"no interval: too few scenes, {scenes}"
+        return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -9,7 +9,7 @@ from PIL import Image
 from small_run import small_samples, train
 
 from lib.classes import NYUV2_13
-from lib.data import DataError, load_samples
+from lib.data import DataError, iterate_samples, load_samples
 from lib.evaluation import evaluate
 from lib.files import write_json
 from lib.metrics import mean_iou, mean_truth_iou
@@ -127,7 +127,8 @@ def test_a_run_says_which_images_a_part_holds(run):
 
     for choice in ({"fold": 4}, {"fold": 1}, {"split": "random"}, {"split": "random", "limit": 20}):
         for part in ("train", "valid"):
-            assert names(part, **choice) == list(load_samples("synthetic", part, **{"limit": 80} | choice).names)
+            expected = iterate_samples("synthetic", part, **{"limit": 80} | choice)
+            assert names(part, **choice) == list(expected.source.names)
     assert len(names("test", limit=20)) == 100  # limit is about the images to train and validate on
 
 
@@ -325,3 +326,13 @@ def test_a_damaged_mask_is_refused_by_name(masks):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=f"{path}: can't be decoded .*write the mask again"):
         read()
+
+
+def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
+    write_folder(tmp_path / "data", scenes[:4])
+    write_folder(tmp_path / "data", scenes[:1], "test")
+    on_folder(run, tmp_path / "data")
+    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    assert 0 < facts["plain"]["miou"] < 1
+    assert np.isnan([*facts["intervals"]["plain"], *facts["gain"]["interval"]]).all()
+    assert "(no interval: too few images)" in (run / "report.md").read_text()

@@ -10,14 +10,15 @@ from lib.data.samples import Samples
 from lib.files import load_checkpoint, save_checkpoint
 
 
-def checksums(samples: Samples) -> dict[str, int]:
-    """Of what each image, its depth and its label hold, by name."""
-    arrays = [array for array in (samples.image, samples.depth, samples.label) if array is not None]
+def checksums(samples: Samples, part: str) -> dict[str, int]:
+    """Of all that is known of the pixels of each image, by `part/name`."""
+    arrays = (samples.image, samples.depth, samples.label, samples.measured)
     sums = {}
     for position, name in enumerate(samples.names.tolist()):
-        sums[name] = 0
+        checksum = 0
         for array in arrays:
-            sums[name] = zlib.crc32(np.ascontiguousarray(array[position]), sums[name])
+            checksum = checksum if array is None else zlib.crc32(np.ascontiguousarray(array[position]), checksum)
+        sums[f"{part}/{name}"] = checksum
     return sums
 
 

@@ -19,7 +19,7 @@ NYUV2_40 = (
 
 def check_same_classes(classes: tuple[str, ...], others: tuple[str, ...], whose: str, whose_others: str) -> None:
     """Raise a ValueError that names the first difference where two class sets that meet are not the same."""
-    if classes == others:
+    if tuple(classes) == tuple(others):  # a list of names is as good
         return
     if len(classes) != len(others):
         found, other = (f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (classes, others))

@@ -316,7 +316,7 @@ def _summary(scores: dict) -> dict[str, str]:
 def _progression(history: pd.DataFrame, best_epoch: int) -> str:
     shown = history.epoch.isin([1, best_epoch, history.epoch.max()]) | (history.epoch % REPORTED_EPOCHS == 0)
     columns = ["epoch", "train_loss", "valid_loss", "valid_miou", "valid_pixel_acc"]
-    return history.loc[shown, columns].to_markdown(index=False, floatfmt=".4f")
+    return history.loc[shown, columns].astype({"epoch": str}).to_markdown(index=False, floatfmt=".4f")
 
 
 def _evaluation_section(part: str, scores: dict) -> str:

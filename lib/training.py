@@ -117,7 +117,10 @@ def fit(
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {} if average is None else {"average": average}
-    made_of = {"computed": f"{where.type} in {precision}", "data": checksums(train) | checksums(valid)}
+    made_of = {
+        "computed": f"{where.type} in {precision}",
+        "data": checksums(train, "train") | checksums(valid, "valid"),
+    }
     progress = restore_progress(run / "last.pt", parts, made_of, where)
     save = partial(save_progress, run / "last.pt", parts, progress, where)
     history, losses = progress["history"], progress["losses"]

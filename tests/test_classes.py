@@ -12,6 +12,7 @@ def test_class_sets():
 
 def test_the_first_difference_is_named():
     check_same_classes(("a", "b"), ("a", "b"), "one", "other")
+    check_same_classes(("a", "b"), ["a", "b"], "one", "other")
     with pytest.raises(ValueError) as error:
         check_same_classes(("a", "b", "c", "d"), ("a", "x", "c", "y"), "run 'one'", "run 'two'")
     assert str(error.value) == (

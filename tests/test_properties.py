@@ -1,20 +1,24 @@
 """Whatever comes in, it works or there is one clear error of the project's own."""
 
 import io
+import json
 import math
 import typing
 
 import h5py
 import numpy as np
 import pytest
+import yaml
 from conftest import write_folder
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
-from lib.data import load_samples
-from lib.data.samples import DataError
+from lib.classes import NYUV2_13
+from lib.data import DataError, iterate_samples, load_samples
+from lib.data.splits import FOLDS, number_runs, split_names
+from lib.files import read_json, write_json
 from lib.notebook import check_parameters
 from lib.training import check_options
 
@@ -29,20 +33,25 @@ def small_folder(tmp_path_factory, scenes):
     return root
 
 
-def loads_or_says_why(path, root):
-    """Load, put the file back, and check that an error names the file first and the remedy last."""
+def loads_or_says_why(path, root) -> bool:
+    """Whether it loads; an error names the file first and the remedy last."""
     try:
         samples = load_samples(root, "train", "official", (24, 32))
-        assert samples.label.max() == 255
-        assert samples.image.shape == (3, 24, 32, 3)
     except DataError as error:
         assert str(error).startswith(str(root / "train"))
         assert path.name in str(error)
         assert "\n" not in str(error)
+        return False
+    assert samples.label.max() == 255
+    assert samples.image.shape == (3, 24, 32, 3)
+    return True
 
 
 @FEW
 @given(kind=KINDS, cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4))
+@example(kind="image", cut=1.0, flips=[])
+@example(kind="depth", cut=1.0, flips=[])
+@example(kind="label", cut=1.0, flips=[])
 def test_damaged_files(small_folder, kind, cut, flips):
     path = small_folder / "train" / kind / "000001.png"
     whole = path.read_bytes()
@@ -51,7 +60,7 @@ def test_damaged_files(small_folder, kind, cut, flips):
         damaged[int(where * len(damaged))] = value
     path.write_bytes(damaged)
     try:
-        loads_or_says_why(path, small_folder)
+        assert loads_or_says_why(path, small_folder) or damaged != whole  # what is whole is accepted
     finally:
         path.write_bytes(whole)
 
@@ -60,9 +69,12 @@ def test_damaged_files(small_folder, kind, cut, flips):
 @given(
     kind=KINDS,
     mode=st.sampled_from(["L", "RGB", "RGBA", "I;16", "1", "LA", "P"]),
-    shape=st.tuples(st.integers(1, 100), st.integers(1, 130)) | st.just((96, 128)),
+    shape=st.just((96, 128)) | st.tuples(st.integers(1, 100), st.integers(1, 130)),
     value=st.integers(0, 65535),
 )
+@example(kind="image", mode="RGB", shape=(96, 128), value=0)
+@example(kind="depth", mode="I;16", shape=(96, 128), value=900)
+@example(kind="label", mode="L", shape=(96, 128), value=12)
 def test_files_of_any_kind(small_folder, kind, mode, shape, value):
     path = small_folder / "train" / kind / "000001.png"
     whole = path.read_bytes()
@@ -70,9 +82,14 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
         picture = Image.fromarray(np.full(shape, value, np.uint16))
     else:
         picture = Image.new(mode, shape[::-1], value % 256 if mode in ("L", "P", "1") else 0)
+    good = {
+        "image": mode == "RGB",
+        "depth": mode == "I;16" and (value == 0 or 100 <= value <= 20_000),
+        "label": mode in ("L", "P") and (value % 256 < 13 or value % 256 == 255),
+    }
     try:
         picture.save(path)
-        loads_or_says_why(path, small_folder)
+        assert loads_or_says_why(path, small_folder) == (good[kind] and shape == (96, 128))
     finally:
         path.write_bytes(whole)
 
@@ -84,6 +101,9 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     value=st.integers(0, 1000),
 )
+@example(broken="labels", dtype="uint16", shape=[4, 8, 6], value=894)
+@example(broken="depths", dtype="float32", shape=[4, 8, 6], value=3)
+@example(broken="images", dtype="uint8", shape=[4, 3, 8, 6], value=255)
 def test_mat_files_of_any_layout(tmp_path_factory, broken, dtype, shape, value):
     path = tmp_path_factory.mktemp("mat") / "labeled.mat"
     good = {"images": ("uint8", (4, 3, 8, 6)), "labels": ("uint16", (4, 8, 6))}
@@ -95,14 +115,77 @@ def test_mat_files_of_any_layout(tmp_path_factory, broken, dtype, shape, value):
         text = file.create_dataset("text", data=[[107]])
         file["scenes"] = np.array([[text.ref] * 4], dtype=h5py.ref_dtype)
     path.write_bytes(buffer.getvalue())
+    values = {"labels": value <= 894, "depths": 1 <= value < 20, "images": True, "rawDepths": True}
+    right = good[broken] == (dtype, tuple(shape)) and values[broken]
     try:
         assert len(load_samples(path, "train", "official")) == 2  # of the frames 0..3, 2 and 3 train
+        assert right
     except DataError as error:
         assert str(error).startswith(f"{path}: ")
+        assert not right
 
 
 ANY_VALUE = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 DECLARED = {"epochs": int, "rate": float, "resume": bool, "name": str, "limit": typing.Optional[int]}  # noqa: UP045
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=6)
+
+
+@FEW
+@given(
+    classes=st.lists(NAMES, max_size=20) | st.lists(ANY_VALUE, max_size=5) | ANY_VALUE,
+    key=st.sampled_from(["classes", "class", 3]),
+)
+@example(classes=list(NYUV2_13), key="classes")
+@example(classes=["no", "yes", "1"], key="classes")
+def test_any_description(small_folder, classes, key):
+    path = small_folder / "dataset.yaml"
+    path.write_text(yaml.safe_dump({key: classes}, allow_unicode=True), "utf-8")
+    strings = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    right = key == "classes" and strings and 2 <= len(classes) == len(set(classes))
+    try:
+        opened = iterate_samples(small_folder, "train")
+        assert opened.source.classes == tuple(classes)
+        assert right
+    except DataError as error:
+        assert str(error).startswith(f"{path}: ")
+        assert not right
+    finally:
+        path.unlink()
+
+
+@given(ids=st.sets(st.integers(0, 400), min_size=1, max_size=60), step=st.integers(1, 9), order=st.randoms())
+def test_runs_and_folds_of_any_ids(ids, step, order):
+    """A common step changes nothing, nor does the order; folds partition the images and cut no run."""
+    names = [str(number) for number in sorted(ids)]
+    runs = number_runs(np.array(names))
+    stepped = number_runs(np.array([str(step * number) for number in sorted(ids)]))
+    if runs is None:
+        assert stepped is None
+        return
+    np.testing.assert_array_equal(runs, stepped)
+    assert (np.diff(runs) >= 0).all()
+    positions = order.sample(range(len(names)), len(names))
+    np.testing.assert_array_equal(number_runs(np.array(names)[positions]), runs[positions])
+    valid = [split_names(np.array(names), "blocks", fold=fold)[1] for fold in range(FOLDS)]
+    assert sorted(np.concatenate(valid)) == list(range(len(names)))
+    for fold in valid:
+        assert not set(runs[fold]) & set(np.delete(runs, fold))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@FEW
+@given(content=st.dictionaries(st.text(max_size=3), JSON, max_size=4))
+def test_any_json_comes_back_with_null_for_what_is_no_number(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    write_json(content, path)
+    assert read_json(path) == json.loads(json.dumps(content), parse_constant=lambda name: None)
 
 
 @FEW
@@ -128,6 +211,7 @@ def fits(value, declared):
     return type(value) in (typing.get_args(declared) or (declared,))
 
 
+@example(epochs=30, learning_rate=0.0001, weight_decay=0.0001, soft_iou_weight=0.5, seed=42)
 @given(
     epochs=st.integers(),
     learning_rate=st.floats(),

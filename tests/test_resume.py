@@ -149,10 +149,11 @@ def test_changed_data_are_refused_and_the_first_image_is_named(samples, whole, c
     change, position, how = CHANGES[case]
     run = runs_folder() / "whole"
     before = (run / "last.pt").read_bytes()
+    name = f"{'valid' if case == 'label' else 'train'}/{samples.names[position]}"
     with pytest.raises(ValueError) as error:
         train("whole", change(samples), resume=True)
     assert str(error.value) == (
-        f"resume: the data of 'whole' changed since it was started: 1 images, the first is '{samples.names[position]}', "
+        f"resume: the data of 'whole' changed since it was started: 1 images, the first is '{name}', "
         f"which {how}; put the data back, or start another run_name with resume False"
     )
     assert (run / "last.pt").read_bytes() == before
@@ -161,9 +162,15 @@ def test_changed_data_are_refused_and_the_first_image_is_named(samples, whole, c
 def test_new_data_are_refused(samples, monkeypatch):
     interrupt(samples[1:], "grown", monkeypatch, 4)
     with pytest.raises(
-        ValueError, match=f"1 images, the first is '{samples.names[0]}', which is new; put the data back"
+        ValueError, match=f"1 images, the first is 'train/{samples.names[0]}', which is new; put the data back"
     ):
         train("grown", samples, resume=True)
+
+
+def test_an_image_that_moved_to_the_other_part_is_refused(samples, whole):
+    """As when the list of the images that validate is edited: the images are the same, the parts are not."""
+    with pytest.raises(ValueError, match=f"2 images, the first is 'train/{samples.names[12]}', which is missing now"):
+        train("whole", samples, resume=True, held_out=4)
 
 
 @pytest.mark.parametrize("damage", ["cut", "older layout"])

@@ -340,11 +340,13 @@ def test_any_loss_can_be_handed_in(samples):
 
 
 def test_checksums_see_every_kind_of_change(samples):
-    before = checksums(samples[:3])
-    assert list(before) == list(samples.names[:3])
-    assert before == checksums(samples[np.array([0, 1, 2])])  # a copy
-    for kind in ("image", "depth", "label"):
-        array = getattr(samples, kind)[:3].copy()
+    filled = replace(samples[:3], measured=samples.depth[:3] > 900)
+    before = checksums(filled, "valid")
+    assert list(before) == [f"valid/{name}" for name in samples.names[:3]]
+    assert before == checksums(filled[np.array([0, 1, 2])], "valid")  # a copy
+    for kind in ("image", "depth", "label", "measured"):
+        array = getattr(filled, kind).copy()
         array[1, 5, 5] ^= 1
-        after = checksums(replace(samples[:3], **{kind: array}))
-        assert [name for name in before if before[name] != after[name]] == [samples.names[1]]
+        after = checksums(replace(filled, **{kind: array}), "valid")
+        assert [name for name in before if before[name] != after[name]] == [f"valid/{samples.names[1]}"]
+    assert checksums(replace(filled, depth=None, label=None, measured=None), "valid") != before

@@ -42,9 +42,10 @@ def read_description(root: Path) -> Description:
     if not path.exists():
         return Description()
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
+    content = {} if content is None else content  # nothing, or comments alone
     known = list(Description.__dataclass_fields__)
     if not isinstance(content, dict) or set(content) - set(known):
         found = ", ".join(map(str, set(content) - set(known))) if isinstance(content, dict) else repr(content)

@@ -190,8 +190,16 @@ def test_a_folder_names_its_classes(folder, scenes, count):
 
 def test_without_a_description_the_classes_are_those_of_nyuv2(folder):
     assert load_samples(folder, "train").classes == NYUV2_13
-    (folder / "dataset.yaml").write_text("{}")
-    assert load_samples(folder, "train").classes == NYUV2_13
+    for nothing in ("{}", "", "# classes: [a, b]\n"):
+        (folder / "dataset.yaml").write_text(nothing)
+        assert load_samples(folder, "train").classes == NYUV2_13
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_names_in_any_language(folder, encoding):
+    names = ["Küche", "壁", *NYUV2_13[2:]]
+    (folder / "dataset.yaml").write_bytes(f"classes: {names}".encode(encoding))
+    assert load_samples(folder, "train").classes == tuple(names)
 
 
 def test_labels_outside_of_the_named_classes(folder):
@@ -209,6 +217,7 @@ LIST = "expected a list of 2 to 255 names in the order of their indices, such as
     ("text", "message"),
     [
         ("classes: [a, b", "is no YAML"),
+        (b"classes: [bed, k\xfcche]", "is no YAML"),
         ("[a, b]", "found ['a', 'b'], expected keys of: classes"),
         ("class: [a, b]", "found class, expected keys of: classes"),
         ("classes: bed", f"classes is 'bed', {LIST}"),
@@ -221,7 +230,7 @@ LIST = "expected a list of 2 to 255 names in the order of their indices, such as
     ],
 )
 def test_bad_descriptions(folder, text, message):
-    (folder / "dataset.yaml").write_text(text)
+    (folder / "dataset.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as error:
         load_samples(folder, "train")
     assert str(error.value).startswith(f"{folder / 'dataset.yaml'}: ")

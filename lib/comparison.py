@@ -12,7 +12,7 @@ from lib.data.splits import FOLDS
 from lib.files import read_json
 from lib.metrics import pixel_accuracy
 from lib.parameters import check_choice
-from lib.runs import NO_RECIPE, recipe, runs_folder
+from lib.runs import BEFORE, PLACES, recipe, runs_folder
 from lib.scoring import ScoredRun, read_scored
 from lib.significance import score_interval
 
@@ -35,11 +35,13 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """
     check_choice("part", part, PARTS)
     if runs != "all":
-        return [read_scored(folder, part) for entry in runs.split(",") for folder in _find_folders(entry.strip())]
+        entries = [entry.strip() for entry in runs.split(",") if entry.strip()]
+        return [read_scored(folder, part) for entry in entries for folder in _find_folders(entry)]
     for home in (runs_folder(), EVIDENCE):
-        files = sorted(home.glob(f"*/evaluation/{part}.npz"), key=lambda path: path.stat().st_mtime)
+        files = sorted(home.glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
+        files = [path for path in files if path.with_suffix(".npz").exists()]  # labels were not held back
         if files:
-            data = data or read_json(files[-1].with_suffix(".json"))["data"]
+            data = data or read_json(files[-1])["data"]
             found = [read_scored(path.parents[1], part) for path in sorted(files)]
             return [run for run in found if run.data == data]
     return []
@@ -86,12 +88,12 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
 
 def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
-    if len({run.parameters.get("fold", 4) for run in runs}) < 2:
+    if len({run.parameters.get("fold", FOLDS - 1) for run in runs}) < 2:
         return runs
     groups: dict[tuple, dict[int, ScoredRun]] = {}
     for run in runs:
         key = recipe(run.parameters), run.parameters["seed"]
-        groups.setdefault(key, {})[run.parameters["fold"]] = run
+        groups.setdefault(key, {})[run.parameters.get("fold", FOLDS - 1)] = run
     whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
         there = "; ".join(f"seed {key[1]}: {sorted(folds)}" for key, folds in groups.items())
@@ -102,6 +104,12 @@ def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
 def _join(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
+    twice = names[order][1:][names[order][1:] == names[order][:-1]]
+    if len(twice):
+        raise ValueError(
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; joined are "
+            "the validation parts, so use part valid, or name runs of one fold"
+        )
     known = all(run.scene is not None for run in folds)
     return replace(
         folds[-1],
@@ -114,18 +122,19 @@ def _join(folds: list[ScoredRun]) -> ScoredRun:
 
 
 def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
-    """Parameters in which recipes differ."""
-    rows = [members[0].parameters for members in recipes]
-    names = dict.fromkeys(name for row in rows for name in row if name not in NO_RECIPE)
-    return [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
+    """Parameters in which those recipes differ that have them."""
+    rows = [dict(recipe(members[0].parameters)) for members in recipes]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
 
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
     if "recipe" in parameters:
         return parameters["recipe"]
-    shown = dict(recipe(parameters))
-    label = ", ".join(f"{name} {parameters[name]}" for name in differing if name in shown)
+    values, kept = BEFORE | parameters, dict(recipe(parameters))
+    values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
+    label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
     return members[0].name if len(members) == 1 or not label else label
 
 

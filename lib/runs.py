@@ -21,7 +21,8 @@ from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
-NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold")
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
+PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 # what runs did before a parameter was there
 BEFORE = {
     "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
@@ -180,7 +181,9 @@ def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
     kept = {name: value for name, value in (BEFORE | parameters).items() if name not in NO_RECIPE}
     if "encoder_weights_digest" in kept:  # the same file may lie elsewhere
-        kept.pop("encoder_weights")
+        kept["encoder_weights"] = kept.pop("encoder_weights_digest")
+    if "data" in kept:
+        kept["data"] = Path(kept["data"]).name
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}

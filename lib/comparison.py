@@ -14,7 +14,7 @@ from lib.data.splits import FOLDS
 from lib.metrics import iou, pixel_accuracy
 from lib.parameters import check_choice
 from lib.plots import FEW, GREY, WIDTH, add_legend, class_colours, label_rows, rows_height, run_colours, shorten, styled
-from lib.runs import NO_RECIPE, recipe, runs_folder
+from lib.runs import BEFORE, PLACES, recipe, runs_folder
 from lib.scoring import ScoredRun, read_scored
 from lib.significance import SceneComparison, score_interval
 
@@ -39,9 +39,10 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """
     check_choice("part", part, PARTS)
     if runs != "all":
-        return [run for entry in runs.split(",") for run in _read_entry(entry.strip(), part)]
-    files = sorted(runs_folder().glob(f"*/evaluation/{part}.npz"), key=lambda path: path.stat().st_mtime)
-    own = [read_scored(path.parents[1], part) for path in files]
+        entries = [entry.strip() for entry in runs.split(",") if entry.strip()]
+        return [run for entry in entries for run in _read_entry(entry, part)]
+    files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
+    own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
     chosen = [run for run in own if run.data == (data or own[-1].data)]
     if len(chosen) < 2 and data is None:
         return [run for folder in sorted(EXAMPLE.iterdir()) for run in _read_entry(str(folder), part)]
@@ -92,12 +93,12 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
 
 def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
-    if len({run.parameters.get("fold", 4) for run in runs}) < 2:
+    if len({run.parameters.get("fold", FOLDS - 1) for run in runs}) < 2:
         return runs
     groups: dict[tuple, dict[int, ScoredRun]] = {}
     for run in runs:
         key = run.group, recipe(run.parameters), run.parameters["seed"]
-        groups.setdefault(key, {})[run.parameters["fold"]] = run
+        groups.setdefault(key, {})[run.parameters.get("fold", FOLDS - 1)] = run
     whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
         there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
@@ -108,6 +109,12 @@ def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
 def _join(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
+    twice = names[order][1:][names[order][1:] == names[order][:-1]]
+    if len(twice):
+        raise ValueError(
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; joined are "
+            "the validation parts, so use part valid, or name runs of one fold"
+        )
     known = all(run.scene is not None for run in folds)
     return replace(
         folds[-1],
@@ -120,18 +127,19 @@ def _join(folds: list[ScoredRun]) -> ScoredRun:
 
 
 def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
-    """Parameters in which recipes differ."""
-    rows = [members[0].parameters for members in recipes]
-    names = dict.fromkeys(name for row in rows for name in row if name not in NO_RECIPE)
-    return [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
+    """Parameters in which those recipes differ that have them."""
+    rows = [dict(recipe(members[0].parameters)) for members in recipes]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
 
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
     if "recipe" in parameters or members[0].group:
         return parameters.get("recipe", members[0].group)
-    shown = dict(recipe(parameters))
-    label = ", ".join(f"{name} {parameters[name]}" for name in differing if name in shown and name in parameters)
+    values, kept = BEFORE | parameters, dict(recipe(parameters))
+    values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
+    label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
     return members[0].name if len(members) == 1 or not label else label
 
 

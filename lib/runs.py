@@ -21,7 +21,8 @@ from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
-NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold")
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
+PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 # what runs did before a parameter was there
 BEFORE = {
     "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
@@ -180,7 +181,9 @@ def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
     kept = {name: value for name, value in (BEFORE | parameters).items() if name not in NO_RECIPE}
     if "encoder_weights_digest" in kept:  # the same file may lie elsewhere
-        kept.pop("encoder_weights")
+        kept["encoder_weights"] = kept.pop("encoder_weights_digest")
+    if "data" in kept:
+        kept["data"] = Path(kept["data"]).name
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
@@ -323,7 +326,8 @@ def _evaluation_section(part: str, scores: dict) -> str:
     """Scores on one part, without and with test-time augmentation, then by class."""
     text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
     if not scores["labelled"]:
-        return f"{text}, predicted with tta {scores['tta']}; their labels are held back."
+        how = f" with tta {scores['tta']}" if "tta" in scores else ""
+        return f"{text}, predicted{how}; their labels are held back."
     columns = [name for name in ("plain", "augmented") if name in scores]
     overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float)
     by_class = pd.DataFrame(scores["classes"], dtype=float).T
@@ -338,5 +342,5 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
     """A 95 % interval, and over what it was taken."""
     over = "images taken as independent, because their scenes are unknown" if scenes is None else f"{scenes} scenes"
     if low is None or np.isnan(low):
-        return f"no interval: too few scenes, {scenes}"
+        return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -68,9 +68,9 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
     Returns:
         What `PART.json` holds.
     """
-    parameters, labelled = read_parameters(run), next(iter(pieces)).label is not None
+    parameters, labelled = read_parameters(run), next((piece.label is not None for piece in pieces), True)
     (run / "evaluation" / f"{part}.json").unlink(missing_ok=True)  # until it is there again, this part is not scored
-    facts = {"data": str(parameters["data"]), "images": len(pieces), "labelled": labelled}
+    facts = {"data": pieces.data, "images": len(pieces), "labelled": labelled}
     facts |= {"split": None if part == "test" else pieces.split}
     if "predictions" in parameters:
         passes = {"plain": read_predictions(Path(parameters["predictions"]).expanduser(), pieces)}
@@ -220,7 +220,7 @@ def read_scored(run: Path, part: str) -> ScoredRun:
         ValueError: it is not scored on that part.
     """
     path = run / "evaluation" / f"{part}.npz"
-    if not path.exists():
+    if not (path.exists() and path.with_suffix(".json").exists()):  # which is there last
         raise ValueError(
             f"runs: {run.name!r} is not evaluated on part {part!r}; run "
             f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"

@@ -93,7 +93,7 @@ def compare_checkpoints(counts_a: Array, counts_b: Array, scene: Array | None, s
         seed: of the drawn swaps.
 
     Raises:
-        ValueError: shapes or truths that differ, fewer than 2 images, nothing labelled.
+        ValueError: shapes or truths that differ, no image, nothing labelled.
     """
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
@@ -152,7 +152,7 @@ def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paire
         paired: whether run i of a and run i of b belong together, such as by their seed.
 
     Raises:
-        ValueError: shapes or truths that differ, fewer than 2 images, nothing labelled; a side with one run;
+        ValueError: shapes or truths that differ, no image, nothing labelled; a side with one run;
             runs that vary neither over seeds nor over scenes and yet differ.
     """
     counts_a, counts_b = _check_counts("(S, N, C, C)", counts_a, counts_b)
@@ -315,8 +315,8 @@ def _check_counts(axes: str, *sides: Array) -> list[Array]:
     found = f"counts: found shapes {' and '.join(str(counts.shape) for counts in sides)}, expected"
     if any(counts.ndim != axes.count(",") + 1 or counts.shape[-1] != counts.shape[-2] for counts in sides):
         raise ValueError(f"{found} {axes}, one matrix for each image")
-    if len({counts.shape[-3:] for counts in sides}) > 1 or sides[0].shape[-3] < 2:
-        raise ValueError(f"{found} the same images, 2 or more, and classes in both; evaluate both on the same part")
+    if len({counts.shape[-3:] for counts in sides}) > 1 or not sides[0].shape[-3]:
+        raise ValueError(f"{found} the same images, one or more, and classes in both; evaluate both on the same part")
     truth = np.concatenate([counts.sum(-1).reshape(-1, *counts.shape[-3:-1]) for counts in sides])
     if not truth.any():
         raise ValueError("counts: all zero; without a labelled pixel there is no score, use a part with labels")

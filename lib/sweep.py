@@ -23,14 +23,13 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.data import PARTS
 from lib.parameters import check_choice
-from lib.runs import MAY_CHANGE, hold_run, read_history, read_parameters, run_state, runs_folder
+from lib.runs import MAY_CHANGE, PLACES, hold_run, read_history, read_parameters, run_state, runs_folder
 from lib.scoring import iterate_part, score_run
 from lib.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
-PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 SLIM = ("parameters.json", "history.csv", "scores.json", "evaluation/*.npz", "evaluation/*.json")
 POLL_SECONDS = 2
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run

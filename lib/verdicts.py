@@ -7,6 +7,7 @@ import numpy as np
 from lib.scoring import ScoredRun
 from lib.significance import (
     CONFIDENCE,
+    MIN_SCENES,
     CheckpointComparison,
     RecipeComparison,
     SceneComparison,
@@ -27,7 +28,7 @@ class Verdict:
         seeds: claim (b1).
         recipes: claim (b2).
         recipe_p_value: of (b2), after Holm over all recipes that are held against the baseline.
-        compared: how many these are.
+        compared: how many of these the runs allow to be tested.
     """
 
     checkpoints: CheckpointComparison | None
@@ -60,7 +61,7 @@ def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str
             seeds=compare_seeds(*([run.score for run in side] for side in (baseline, members))) if enough else None,
             recipes=crossed[name],
             recipe_p_value=float(p_value),
-            compared=len(others),
+            compared=int(np.isfinite(p_values).sum()),
         )
     return verdicts
 
@@ -94,8 +95,8 @@ def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, V
             f"**{name}** against **{baseline}**, in mIoU:",
             "",
             f"- (a) {_say_checkpoints(verdict.checkpoints, members[0], recipes[name][0])}",
-            f"- (b1) {_say_seeds(verdict.seeds)}",
-            f"- (b2) {_say_recipes(verdict, name, baseline, members[0].folds)}",
+            f"- (b1) {_say_seeds(verdict.seeds, max(len(members), len(recipes[name])))}",
+            f"- (b2) {_say_recipes(verdict, name, baseline, members[0])}",
         ))
         for name, verdict in verdicts.items()
     ]  # fmt: skip
@@ -109,6 +110,8 @@ def _caveats(run: ScoredRun) -> list[str]:
                        "one scene, every interval above is too narrow.")  # fmt: skip
     if run.split == "random":
         caveats.append("The split is `random`: all of this speaks of rooms that the networks were trained on.")
+    if run.folds > 1:
+        caveats.append("Cross-validated: this speaks of recipes trained on four fifths of these data.")
     return caveats
 
 
@@ -128,22 +131,31 @@ def _differs(p_value: float) -> bool:
 def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, other: ScoredRun) -> str:
     claim = f"the checkpoints {other.name} and {first.name}, on scenes like these: "
     if result is None:
-        return "two checkpoints: not asked of runs that are joined over five folds."
+        return "the checkpoints: not asked where folds are joined, because each run is five of them."
     if np.isnan(result.p_value):
-        return f"{claim}{result.difference:+.3f}; {result.scene_count} scenes are too few for a verdict, 6 are needed."
+        return claim + _say_too_few(result)
+    if result.difference == result.detectable == 0:
+        return f"{claim}no difference on any scene."
     text = f"{claim}{_say(result)}. "
     if _differs(result.p_value):
         text += f"They differ: {(other if result.difference > 0 else first).name} scores higher."
     else:
-        text += f"Cannot tell: {result.scene_count} scenes show {result.detectable:.3f} or more. {_say_needed(result)}"
+        shows = f"{result.scene_count} scenes would show a difference of {result.detectable:.3f} or more"
+        text += f"Cannot tell: {shows}. {_say_needed(result)}"
     return text + _say_classes(result, first.classes)
+
+
+def _say_too_few(result: CheckpointComparison | RecipeComparison) -> str:
+    return f"{result.difference:+.3f}, but no verdict: {result.scene_count} scenes, at least {MIN_SCENES} are needed."
 
 
 def _say_needed(result: CheckpointComparison) -> str:
     least, most = result.scenes_needed
-    if np.isinf(most):
-        return f"{_rounded(least)} scenes or more would settle a difference of this size. "
-    return f"About {_rounded(least)} to {_rounded(most)} scenes would settle a difference of this size. "
+    if np.isfinite(most):
+        return f"To tell takes about {_rounded(least)} to {_rounded(most)} scenes."
+    if least > result.scene_count:
+        return f"To tell takes {_rounded(least)} scenes or more."
+    return "How many it takes to tell can't be said yet."
 
 
 def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple[str, ...]) -> str:
@@ -155,42 +167,47 @@ def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple
     return f" Classes that differ, after Holm: {', '.join(clear) or 'none'}."
 
 
-def _say_seeds(result: SeedComparison | None) -> str:
+def _say_seeds(result: SeedComparison | None, runs: int) -> str:
     claim = "the recipes, on these very images: "
     if result is None:
-        return f"{claim}one run of a recipe can't say; train both with more seeds (`-p seed 1`, ...)."
+        return f"{claim}one run of a recipe cannot tell. Train both with further seeds (`-p seed 1`, ...)."
     text = f"{claim}{_say(result)}. "
     if _differs(result.p_value):
-        return text + "They differ here, whatever the seed; whether on other scenes too is the next question."
-    least, most = result.seeds_needed
-    if np.isfinite(most):
-        return f"{text}Cannot tell; about {_rounded(least)} to {_rounded(most)} seeds each would."
-    return text + "Cannot tell."
+        return text + "They differ here, whatever the seed."
+    least, _ = result.seeds_needed  # the interval holds 0, so there is no upper end
+    return text + (
+        f"Cannot tell: that takes {_rounded(least)} or more seeds of each." if least > runs else "Cannot tell."
+    )
 
 
-def _say_recipes(verdict: Verdict, name: str, baseline: str, folds: int) -> str:
+def _say_recipes(verdict: Verdict, name: str, baseline: str, first: ScoredRun) -> str:
     result, claim = verdict.recipes, "the recipes, on scenes like these: "
     if result is None:
-        return f"{claim}needs two runs or more of each."
+        needed = (
+            "two runs or more of each" if verdict.seeds is None else "two seeds or more that both have, when paired"
+        )
+        return f"{claim}needs {needed}."
     if np.isnan(result.p_value):
-        return f"{claim}{result.difference:+.3f}; {result.scene_count} scenes are too few for a verdict, 6 are needed."
+        return claim + _say_too_few(result)
+    if result.difference == result.detectable == 0:
+        return f"{claim}no difference on any scene."
     text = f"{claim}{_say(result)}"
     if verdict.compared > 1:
         text += f"; after Holm over {verdict.compared} recipes {_say_p(verdict.recipe_p_value)}"
-    text += f"; cross-validated over {folds} folds. " if folds > 1 else ". "
+    text += "; cross-validated over five folds. " if first.folds > 1 else ". "
     if _differs(verdict.recipe_p_value):
         text += f"**The recipe {name if result.difference > 0 else baseline} is better.**"
     else:
-        text += f"Cannot tell: differences of {result.detectable:.3f} or more would show. {_say_next(result)}"
-    return text
+        text += f"Cannot tell: these runs would show a difference of {result.detectable:.3f} or more. {_say_next(result, first.folds)}"
+    return text + _say_classes(result, first.classes)
 
 
-def _say_next(result: RecipeComparison) -> str:
+def _say_next(result: RecipeComparison, folds: int) -> str:
     """Whether seeds or scenes are the better buy."""
     if result.detectable_more_seeds <= result.detectable_more_scenes:
-        return f"Seeds vary most: with twice as many, {result.detectable_more_seeds:.3f} would show."
-    shows = f"{result.detectable_more_scenes:.3f} would show"
-    return f"Scenes vary most: more seeds bring little; with twice the scenes {shows}."
+        return f"More seeds help most: twice as many would show {result.detectable_more_seeds:.3f}."
+    source = "" if folds > 1 else ", such as those of all five folds"
+    return f"More scenes help most{source}: twice as many would show {result.detectable_more_scenes:.3f}."
 
 
 def _rounded(count: float) -> str:

@@ -1,150 +1,317 @@
 import os
+import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
-from conftest import counts
-from test_significance import simulate
+from slim_runs import names_of, slim_run, some_counts
 
-from lib.classes import CLASS_NAMES
-from lib.comparison import (
-    class_tables,
-    describe_checkpoints,
-    describe_published,
-    describe_recipes,
-    describe_selection,
-    evaluated_runs,
-    read_published,
-    scores_by_recipe,
-)
-from lib.runs import runs_folder
-from lib.significance import paired_bootstrap
+from lib import comparison
+from lib.classes import NYUV2_13
+from lib.comparison import group_recipes, read_published, read_runs, score_table
+from lib.metrics import mean_truth_iou, pixel_accuracy
+from lib.significance import score_interval
 
 
-def test_all_means_the_runs_of_one_data_set(trained):
-    trained("a")
-    trained("b", data="/nyu")
-    trained("c", evaluated=False)
-    trained("d", data="/nyu")
-    assert [run.name for run in evaluated_runs("all", "test", "synthetic")] == ["a"]
-    assert [run.name for run in evaluated_runs("all", "test", "/nyu")] == ["b", "d"]
-    for name, time in (("a", 9), ("b", 1), ("d", 2)):
-        os.utime(runs_folder() / name / "evaluation" / "test.json", (time, time))
-    assert [run.name for run in evaluated_runs("all", "test")] == ["a"]
-    assert [run.name for run in evaluated_runs("d, a", "test")] == ["d", "a"]
-    assert evaluated_runs("all", "valid") == []
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """The folder of runs; there is no committed evidence."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(comparison, "EVIDENCE", tmp_path / "evidence")
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+def found(runs, part="valid", data=None):
+    return [run.name for run in read_runs(runs, part, data)]
+
+
+def grouped(runs="all", baseline=None):
+    recipes = group_recipes(read_runs(runs, "valid"), baseline)
+    return {name: [run.name for run in members] for name, members in recipes.items()}
+
+
+def refused(runs, baseline=None):
+    with pytest.raises(ValueError) as error:
+        grouped(runs, baseline)
+    return str(error.value)
+
+
+def test_runs_by_name_by_path_and_by_folder(home, tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        slim_run(home, name)
+    for name in ("d", "c"):
+        slim_run(tmp_path / "elsewhere", name)
+    assert found("b, a") == found("b,a,") == ["b", "a"]
+    assert found(str(home / "a")) == ["a"]
+    assert found(f"a, {tmp_path / 'elsewhere'}") == ["a", "c", "d"]
+    assert found(f"{tmp_path / 'elsewhere' / 'd'},b") == ["d", "b"]
+    monkeypatch.chdir(tmp_path)
+    assert found("elsewhere/c") == ["c"]
+    assert found("elsewhere") == ["c", "d"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/elsewhere/c") == ["c"]
+    with pytest.raises(ValueError, match=f"runs: found 'e', which is no run; in {home} there are: a, b"):
+        found("a, e")
     with pytest.raises(ValueError, match="part: found 'valdi', expected one of train, valid, test"):
-        evaluated_runs("all", "valdi")
+        found("all", "valdi")
 
 
-def test_all_leaves_out_what_was_set_aside(trained):
-    first = trained("a")
-    trained("a")
-    assert first.exists()
-    assert len(list(first.parent.glob("a.2*"))) == 1
-    assert [run.name for run in evaluated_runs("all", "test")] == ["a"]
+def test_what_is_read_of_a_run_without_weights(home):
+    counts = some_counts(0.6)
+    run = slim_run(home, "a", counts, seed=3)
+    assert not (run / "best.pt").exists()
+    (read,) = read_runs("a", "valid")
+    np.testing.assert_array_equal(read.counts, counts)
+    assert list(read.names) == names_of(24)
+    assert list(read.scene[:4]) == ["room 0"] * 3 + ["room 1"]
+    assert (read.classes, read.data, read.split, read.folds) == (("floor", "wall", "chair"), "/nyu", "blocks", 1)
+    assert read.parameters["seed"] == 3
+    assert list(read.history.epoch) == [1, 2, 3]
+    assert read.score == mean_truth_iou(counts)
 
 
-def test_runs_that_cannot_be_compared(trained):
-    other_truth = counts()
-    other_truth[1, 3, 3] += 1
-    trained("a")
-    trained("images", names=("a", "c"))
-    trained("order", names=("b", "a"))
-    trained("labels", matrices=other_truth)
-    trained("classes", matrices=np.ones((2, 4, 4), int))
-    trained("raw", evaluated=False)
+def test_all_means_what_is_scored_on_one_data_set(home):
+    slim_run(home, "a")
+    slim_run(home, "b", data="/other")
+    slim_run(home, "c", part="test")
+    slim_run(home, "d", data="/other")
+    slim_run(home / "older", "e")
+    for number, name in enumerate("abd"):
+        os.utime(home / name / "evaluation" / "valid.json", (number, number))
+    assert found("all") == ["b", "d"]  # as the latest is
+    assert found("all", data="/nyu") == ["a"]
+    os.utime(home / "a" / "evaluation" / "valid.json", (9, 9))
+    assert found("all") == ["a"]
+    assert found("all", "test") == ["c"]
+    assert found("all", "train") == []
+
+
+def test_where_nothing_is_scored_the_committed_evidence_is_shown(home, tmp_path):
+    for name in ("x", "y"):
+        slim_run(tmp_path / "evidence", name)
+    slim_run(home, "mine", part="test")
+    assert found("all") == ["x", "y"]
+    assert found("all", "test") == ["mine"]
+    slim_run(home, "mine too")
+    assert found("all") == ["mine too"]
+
+
+def test_a_run_that_is_not_scored_says_how(home):
+    slim_run(home, "a", part="test")
+    slim_run(home, "b")
+    command = "run `papermill evaluate.ipynb evaluate.out.ipynb -p run a -p part valid`"
+    assert refused("a") == f"runs: 'a' is not evaluated on part 'valid'; {command}"
+    (home / "b" / "evaluation" / "valid.json").unlink()  # as while it is scored again
+    assert refused("b").startswith("runs: 'b' is not evaluated on part 'valid'; run `papermill")
+    assert found("all") == []
+
+
+def test_recipes_are_runs_that_differ_in_the_seed_alone(home):
+    for name, seed, weight in (("ce0", 0, 0), ("iou0", 0, 0.5), ("ce1", 1, 0), ("iou2", 2, 0.5)):
+        slim_run(home, name, seed=seed, soft_iou_weight=weight, workers=seed, data=f"/disk{seed}/nyu")
+    recipes = group_recipes([run for name in ("ce0", "iou0", "ce1", "iou2") for run in read_runs(name, "valid")])
+    assert {name: [run.name for run in members] for name, members in recipes.items()} == {
+        "soft_iou_weight 0": ["ce0", "ce1"],
+        "soft_iou_weight 0.5": ["iou0", "iou2"],
+    }
+
+
+def test_a_single_run_keeps_its_name_and_one_recipe_that_of_its_first_run(home):
+    slim_run(home, "alone", learning_rate=0.1)
+    assert grouped("alone") == {"alone": ["alone"]}
+    slim_run(home, "s0")
+    slim_run(home, "s1", seed=1)
+    assert grouped("s0, s1") == {"s0": ["s0", "s1"]}
+    assert grouped("alone, s0, s1") == {"alone": ["alone"], "learning_rate 0.003": ["s0", "s1"]}
+
+
+def test_what_does_not_matter_names_no_recipe(home):
+    """The form of soft IoU where it weighs nothing; parameters that older runs did not have yet."""
+    slim_run(home, "a0", soft_iou_weight=0, soft_iou_pooling="image")
+    slim_run(home, "a1", soft_iou_weight=0.0, seed=1, keep="best", ema_decay=0.0)
+    slim_run(home, "b0", keep="best")
+    slim_run(home, "b1", seed=1)
+    assert grouped() == {"soft_iou_weight 0": ["a0", "a1"], "soft_iou_weight 0.5": ["b0", "b1"]}
+    for seed in (0, 1):
+        slim_run(home, f"c{seed}", keep="last", seed=seed)
+    assert list(grouped("b0, b1, c0, c1")) == ["keep best", "keep last"]
+    assert list(grouped("b1, b0, c0, c1")) == ["keep best", "keep last"]  # the first does not say so itself
+
+
+def test_recipes_of_one_name_are_told_apart(home):
+    for digest in "ab":
+        for seed in (0, 1):
+            weights = {"encoder_weights": "/w/encoder.pth", "encoder_weights_digest": 64 * digest}
+            slim_run(home, f"{digest}{seed}", seed=seed, **weights)
+    assert list(grouped()) == ["encoder_weights encoder.pth", "encoder_weights encoder.pth (b0)"]
+
+
+def test_weights_are_the_same_wherever_they_lie(home):
+    for seed, folder in enumerate(("/here", "/there")):
+        weights = {"encoder_weights": f"{folder}/encoder.pth", "encoder_weights_digest": 64 * "a"}
+        slim_run(home, f"a{seed}", seed=seed, **weights)
+        slim_run(home, f"none{seed}", seed=seed)
+    assert grouped() == {"encoder_weights encoder.pth": ["a0", "a1"], "encoder_weights None": ["none0", "none1"]}
+
+
+def foreign(seed, recipe="theirs"):
+    return {"recipe": recipe, "seed": seed, "predictions": f"/masks/{seed}", "data": "/nyu", "split": "blocks",
+            "limit": None, "classes": None, "fold": 4}  # fmt: skip
+
+
+def test_foreign_predictions_are_grouped_by_their_recipe(home):
+    for seed in (0, 1):
+        slim_run(home, f"masks {seed}", foreign=foreign(seed))
+        slim_run(home, f"ours {seed}", seed=seed)
+    slim_run(home, "others", foreign=foreign(0, "another"))
+    assert grouped("ours 0, ours 1, masks 0, masks 1, others") == {
+        "ours 0": ["ours 0", "ours 1"], "theirs": ["masks 0", "masks 1"], "another": ["others"],
+    }  # fmt: skip
+    slim_run(home, "ours fast", learning_rate=0.1)
+    slim_run(home, "ours fast 1", learning_rate=0.1, seed=1)
+    names = list(grouped("ours 0, ours 1, ours fast, ours fast 1, masks 0, masks 1"))
+    assert names == ["learning_rate 0.003", "learning_rate 0.1", "theirs"]
+
+
+def test_the_baseline_comes_first(home):
+    for weight in (0, 0.5):
+        for seed in (0, 1):
+            slim_run(home, f"w{weight} s{seed}", soft_iou_weight=weight, seed=seed)
+    slim_run(home, "zero", soft_iou_weight=7.0)
+    first = {
+        None: "soft_iou_weight 0", "soft_iou_weight 0.5": "soft_iou_weight 0.5", "w0.5 s1": "soft_iou_weight 0.5",
+        "zero": "zero", "w0 s1": "soft_iou_weight 0",
+    }  # fmt: skip
+    for baseline, name in first.items():
+        names = list(grouped("all", baseline))
+        assert names[0] == name
+        assert len(names) == 3
+    assert refused("all", "none") == "baseline: found 'none', there are: soft_iou_weight 0, soft_iou_weight 0.5, zero"
+
+
+def test_runs_that_cannot_be_compared(home):
+    other_truth = some_counts()
+    other_truth[4, 1, 1] += 1
+    slim_run(home, "a")
+    slim_run(home, "images", names=[*names_of(23), "other"], scene=None)
+    slim_run(home, "fewer", some_counts()[:20])
+    slim_run(home, "order", names=names_of()[::-1], scene=None)
+    slim_run(home, "labels", other_truth)
+    slim_run(home, "names", classes=("floor", "wall", "table"))
+    slim_run(home, "13", np.ones((24, 13, 13), int), classes=NYUV2_13)
+    remedy = "; evaluate both on the same data, part and fold"
+    pair = "runs: 'a' and '{}' can't be compared: "
     problems = {
-        "images": "'a' and 'images' can't be compared on part 'test': 2 and 2 images, 2 of them in one only, such as b; ",
-        "order": "'a' and 'order' can't be compared on part 'test': 2 and 2 images, 0 of them in one only, in another order; ",
-        "labels": "'a' and 'labels' can't be compared on part 'test': the labels of 1 of 2 images differ, such as those of b; ",
-        "classes": "'a' and 'classes' can't be compared on part 'test': 13 and 4 classes; ",
+        "images": "24 and 24 images, 2 of them in one only, such as 000023",
+        "fewer": "24 and 20 images, 4 of them in one only, such as 000020",
+        "order": "24 and 24 images, 0 of them in one only, in another order",
+        "labels": "the labels of 1 of 24 images differ, such as those of 000004",
     }
     for name, problem in problems.items():
-        with pytest.raises(ValueError) as error:
-            evaluated_runs(f"a, {name}", "test")
-        assert str(error.value) == f"runs: {problem}evaluate both on the same data and part"
-    with pytest.raises(
-        ValueError, match=r"'raw' is not evaluated on part 'test'; run `papermill evaluate.ipynb .* -p run raw"
-    ):
-        evaluated_runs("a, raw", "test")
+        assert refused(f"a, {name}") == pair.format(name) + problem + remedy
+    assert refused("a, names").startswith(
+        "classes: the run 'a' has 'chair' as class 2, the run 'names' has 'table' as class 2; "
+    )
+    assert refused("a, 13").startswith("classes: the run 'a' has 3 (floor, wall, chair, ...), the run '13' has 13 (bed")
 
 
-def test_recipes_are_runs_that_differ_in_the_seed_alone(trained):
-    for name, seed, weight in (("ce0", 0, 0), ("iou0", 0, 0.5), ("ce1", 1, 0), ("iou2", 2, 0.5)):
-        trained(name, seed=seed, soft_iou_weight=weight, workers=seed)
-    table = scores_by_recipe(evaluated_runs("all", "test"), "iou0")
-    assert list(table.columns) == ["iou0", "ce0"]
-    assert list(table.index) == [0, 1, 2]
-    assert table["ce0"].notna().tolist() == [True, True, False]
-    trained("again", seed=1, soft_iou_weight=0.0, soft_iou_pooling="image")
-    table = scores_by_recipe(evaluated_runs("all", "test"), "ce0")
-    assert list(table.columns) == ["ce0", "iou0"]
+def five_folds(home, recipe, seed=0, folds=range(5), **parameters):
+    """Runs of which each is scored on a fifth of the scenes, as `blocks` deals them."""
+    names = np.array(names_of(45))
+    counts = some_counts(0.7, seed, scenes=15)
+    for fold in folds:
+        of_fold = np.arange(45) // 3 % 5 == fold
+        slim_run(home, f"{recipe} s{seed} f{fold}", counts[of_fold], names=names[of_fold].tolist(), seed=seed,
+                 fold=fold, **parameters)  # fmt: skip
+    return counts
+
+
+def test_five_folds_of_a_seed_are_one_run_over_all_images(home):
+    counts = {
+        (rate, seed): five_folds(home, f"r{rate}", seed, learning_rate=rate) for rate in (1, 2) for seed in (0, 1)
+    }
+    recipes = group_recipes(read_runs("all", "valid"))
+    assert list(recipes) == ["learning_rate 1", "learning_rate 2"]
+    for rate, members in zip((1, 2), recipes.values(), strict=True):
+        assert [run.parameters["seed"] for run in members] == [0, 1]
+        for seed, run in enumerate(members):
+            assert list(run.names) == names_of(45)
+            np.testing.assert_array_equal(run.counts, counts[rate, seed])
+            assert list(run.scene) == [f"room {number // 3}" for number in range(45)]
+            assert (run.folds, run.history) == (5, None)
+
+
+def test_a_seed_without_all_folds_is_left_out(home):
+    five_folds(home, "a", 0)
+    five_folds(home, "a", 1, folds=(0, 1, 2, 4))
+    (members,) = group_recipes(read_runs("all", "valid")).values()
+    assert [run.parameters["seed"] for run in members] == [0]
+
+
+def test_folds_that_can_be_joined_by_no_seed_are_refused(home):
+    five_folds(home, "a", 0, folds=(0, 1, 2))
+    five_folds(home, "a", 1, folds=(3, 4))
+    message = refused("all")
+    assert message == (
+        "runs: found folds seed 0: [0, 1, 2]; seed 1: [3, 4]; expected one fold, or all of 0 to 4 of a seed; name "
+        "other runs"
+    )
+
+
+def test_folds_that_were_scored_on_the_same_images_are_not_joined(home):
+    """On part test, for example: nothing would be gained by counting every image five times."""
+    for fold in range(5):
+        slim_run(home, f"f{fold}", fold=fold)
+    assert refused("all").startswith("runs: the five folds of 'f4' are scored on the same images, such as 000000; ")
+
+
+def test_runs_from_before_there_were_folds_are_of_the_last(home):
+    for fold in range(4):
+        slim_run(home, f"f{fold}", names=names_of(24, 24 * fold), fold=fold)
+    older = slim_run(home, "f4", names=names_of(24, 24 * 4))
+    text = (older / "parameters.json").read_text().replace('  "fold": 4,\n', "")
+    assert "fold" not in text
+    (older / "parameters.json").write_text(text)
+    ((joined,),) = group_recipes(read_runs("all", "valid")).values()
+    assert len(joined.names) == 5 * 24
+
+
+def test_unknown_scenes_stay_unknown_when_joined(home):
+    five_folds(home, "a", 0, folds=range(4))
+    names = np.array(names_of(45))[np.arange(45) // 3 % 5 == 4].tolist()
+    slim_run(home, "last", some_counts(scenes=3), names=names, scene=None, fold=4)
+    ((joined,),) = group_recipes(read_runs("all", "valid")).values()
+    assert joined.scene is None
+
+
+def test_the_table_has_every_run_with_its_interval(home):
+    counts = {seed: some_counts(0.6, seed) for seed in (0, 1)}
+    for seed, each in counts.items():
+        slim_run(home, f"s{seed}", each, seed=seed)
+    slim_run(home, "alone", some_counts(0.8), learning_rate=1.0)
+    table = score_table(group_recipes(read_runs("all", "valid"), "alone"))
+    assert list(table.index) == [("alone", "alone"), ("learning_rate 0.003", "s0"), ("learning_rate 0.003", "s1")]
+    row = table.loc[("learning_rate 0.003", "s1")]
+    assert row.seed == 1
+    assert row["mIoU"] == pytest.approx(mean_truth_iou(counts[1]))
+    assert row["pixel accuracy"] == pixel_accuracy(counts[1])
+    scene = np.arange(24) // 3
+    assert (row.low, row.high) == score_interval(counts[1], scene).interval
+    assert row.low < row["mIoU"] < row.high
+    assert len(score_table({})) == 0
 
 
 def test_published_figures():
     table = read_published("experiments", "exp061, exp060")
     assert table.valid_miou.tolist() == [0.6204, 0.6228]
     by_class = read_published("class_iou", "exp061")
-    assert list(by_class.columns) == list(CLASS_NAMES)
+    assert list(by_class.columns) == list(NYUV2_13)
     assert by_class.mean(axis=1).iloc[0] == pytest.approx(0.6204, abs=0.001)
     with pytest.raises(ValueError, match="published: found exp099, there are: exp000, "):
         read_published("experiments", "exp061, exp099")
-    text = describe_published("exp060, exp061")
-    assert text.startswith("exp061 minus exp060: validation mIoU -0.0024, test -0.0029. ")
-    assert "it can't be concluded" in text
-    assert "it can't be concluded" in describe_published("")
+    assert len(read_published("experiments", "")) == 0
 
 
-def test_published_figures_stand_beside_nyuv2_only(trained):
-    trained("a")
-    trained("b", data="/nyu")
-    synthetic, nyu = (class_tables(evaluated_runs(name, "test"), "exp061") for name in ("a", "b"))
-    assert [list(table.columns) for table in synthetic.values()] == [["a"], ["exp061 (published)"]]
-    assert [list(table.columns) for table in nyu.values()] == [["b", "exp061 (published)"]]
-    assert "published figures are of NYUv2's validation images" in next(iter(nyu))
-
-
-def test_one_run_is_told_how_to_make_another(trained):
-    trained("a")
-    text = describe_selection(evaluated_runs("all", "test"), "test")
-    assert "there is only a." in text
-    assert "papermill train.ipynb ce.out.ipynb -p run_name ce" in text
-    assert "there is none" in describe_selection([], "test")
-
-
-def test_verdict_about_checkpoints():
-    classes = ("w", "x", "y", "z")
-    rng = np.random.default_rng(6)
-    clear = describe_checkpoints(paired_bootstrap(*simulate(rng, 150, 0.6, 0.7), 2000), "old", "new", 150, classes)
-    assert clear.startswith("new against old, on these 150 images: mIoU +0.1")
-    assert "The checkpoint new is better on images like these." in clear
-    assert "Classes that differ, after Holm's correction: w (+0." in clear
-    close = describe_checkpoints(paired_bootstrap(*simulate(rng, 50, 0.7, 0.7), 2000), "old", "new", 50, classes)
-    assert "Cannot tell which checkpoint is better: 50 images show a difference of 0.0" in close
-    assert "One as small as this would take about" in close
-    assert close.endswith("Holm's correction: none.")
-
-
-def test_verdict_about_recipes():
-    scores = pd.DataFrame(
-        {"old": [0.50, 0.51, 0.49, 0.50], "new": [0.54, 0.55, 0.54, 0.53], "same": [0.51, 0.50, 0.50, 0.49]}
-    )
-    new, same = describe_recipes(scores)
-    assert new.startswith("new against old as recipes, over 4 paired seeds: mIoU +0.0400 (95 % interval")
-    assert new.endswith("The recipe new is better.")
-    assert "Cannot tell which recipe is better." in same
-    (few,) = describe_recipes(scores.loc[:1, ["old", "new"]])
-    assert few.startswith("new against old as recipes, over 2 paired seeds: at least 3 are needed.")
-    assert describe_recipes(scores[["old"]]) == []
-    assert describe_recipes(pd.DataFrame()) == []
-
-
-def test_recipes_of_a_sweep_are_named_without_the_seed(trained):
-    for weight in (0.0, 0.5):
-        for seed in (1, 2):
-            trained(f"sweep-weight={weight}-seed={seed}-abc{seed}", soft_iou_weight=weight, seed=seed)
-    trained("sweep-weight=0.5-seed=1-def", soft_iou_weight=0.5, seed=1, epochs=3)  # same label, another recipe
-    recipes = scores_by_recipe(evaluated_runs("all", "test"), None)
-    assert list(recipes) == ["sweep-weight=0.0", "sweep-weight=0.5", "sweep-weight=0.5-seed=1-def"]
-    assert recipes.notna().sum().tolist() == [2, 2, 1]
+def test_the_evidence_lies_where_the_readme_says():
+    assert comparison.EVIDENCE.parent == comparison.LIB.parent / "notebooks" / "experiments"
+    assert shutil.which("git") is None or comparison.EVIDENCE.parent.is_dir()

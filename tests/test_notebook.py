@@ -4,12 +4,11 @@ import typing
 import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.explore import class_shares, count_data, plot_class_shares
-from lib.notebook import check_parameters, small_png
-from lib.plots import CLASS_COLOURS
+from lib import notebook as lib_notebook
+from lib.notebook import check_parameters, progress_bar, small_png
 
 DECLARED = """epochs: int = 3
 limit: typing.Optional[int] = None
@@ -78,13 +77,46 @@ def test_outside_a_notebook(monkeypatch):
     assert check_parameters() == {}
 
 
-def test_small_pictures_keep_rare_colours(scenes):
-    counts = count_data(scenes)
-    figure = plot_class_shares(counts)
-    small, large = small_png(figure), io.BytesIO()
-    figure.savefig(large, format="png", bbox_inches="tight")
-    assert len(small) < 0.6 * len(large.getvalue())
-    pixels = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).reshape(-1, 3).astype(int)
-    shares = class_shares(counts).pixels
-    for name in shares.index[shares > 0]:
-        assert np.abs(pixels - 255 * np.array(to_rgb(CLASS_COLOURS[name]))).max(1).min() < 12, name
+def test_small_pngs_keep_rare_colours():
+    """A gradient of many colours and one red pixel in ten thousand."""
+    picture = np.linspace(0, 1, 10_000).reshape(100, 100, 1) * np.ones(3) * (0.3, 0.5, 0.9)
+    picture[50, 50] = (1, 0, 0)
+    figure = Figure(figsize=(1, 1), dpi=100)
+    figure.figimage(picture)
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png", bbox_inches="tight")
+    reduced = small_png(figure)
+    assert len(reduced) < len(plain.getvalue())
+    colours = np.asarray(Image.open(io.BytesIO(reduced)).convert("RGB")).astype(int).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) <= 256
+    assert np.abs(colours - (255, 0, 0)).sum(1).min() < 60
+
+
+def test_bars_in_a_notebook_end_in_their_last_state(monkeypatch):
+    """What a saved notebook shows when it is reopened is the last that was displayed."""
+    shown = []
+
+    class Handle:
+        def update(self, text, raw):
+            shown.append(text["text/plain"])
+
+    class Shell:
+        kernel = object()
+
+    monkeypatch.setattr(lib_notebook, "get_ipython", Shell)
+    monkeypatch.setattr(
+        lib_notebook, "display", lambda text, raw, display_id: shown.append(text["text/plain"]) or Handle()
+    )
+    with progress_bar("reading", 3) as bar:
+        for _ in range(3):
+            bar.update()
+    assert shown[0].startswith("reading:   0%")
+    assert "100%" in shown[-1]
+    assert "3/3" in shown[-1]
+
+
+def test_bars_are_silent_where_there_is_no_terminal(monkeypatch, capfd):
+    monkeypatch.setattr(lib_notebook, "get_ipython", lambda: None)
+    with progress_bar("reading", 3) as bar:
+        bar.update(3)
+    assert capfd.readouterr() == ("", "")

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LIB = ROOT / "lib"
@@ -53,6 +55,14 @@ def test_lib_stays_thin():
     assert not {module: size for module, size in sizes.items() if size > MODULE_LINES}
     assert sum(sizes[module] for module in CORE) <= CORE_LINES
     assert sum(sizes.values()) <= ALL_LINES
+
+
+def test_the_tested_versions_are_those_required():
+    pinned = [line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()[1:]]
+    versions = {canonicalize_name(name): version for name, version in pinned}
+    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    for requirement in map(Requirement, required):
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_ci_runs_the_command_of_the_readme():

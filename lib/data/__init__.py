@@ -88,7 +88,7 @@ def iterate_samples(
     chosen = choose_split(split, opened, fold)
     if part != "test":
         opened = opened.select(select_part(opened, part, chosen, fold))
-    return Pieces(opened, size, batch_size, chosen)
+    return Pieces(opened, size, batch_size, chosen, str(source))
 
 
 def _open_source(source: str | os.PathLike, part: str, classes: str | None) -> Source:

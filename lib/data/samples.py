@@ -104,12 +104,14 @@ class Pieces:
         size: (height, width) to resize to, or None.
         batch_size: images of a piece, at most.
         split: that chose them, never `auto`.
+        data: where they come from, as it was given.
     """
 
     source: Source
     size: tuple[int, int] | None
     batch_size: int
     split: str
+    data: str
 
     def __iter__(self) -> Iterator[Samples]:
         for start in range(0, len(self), self.batch_size):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # glibc moves these limits with what was freed before, so that a function's time would depend on its neighbours'.
@@ -35,17 +36,17 @@ from plain_recipe import naive_soft_iou, plain_epochs
 from torch.profiler import ProfilerActivity, profile
 
 import lib  # noqa: F401
-from lib.batches import Batch, TrainingSet, encode_batch, training_loader
-from lib.data import load_samples
-from lib.data.samples import Samples
+from lib.batches import TrainingSet, encode_batch, training_loader
+from lib.data import Samples, load_samples
 from lib.device import choose_precision
 from lib.losses import segmentation_loss
 from lib.metrics import confusion_counts
-from lib.model import Prediction, build_model
-from lib.runs import start_run
-from lib.training import Losses, fit, total_loss, training_step
+from lib.model import build_model
+from lib.runs import open_run
+from lib.training import fit, total_loss, training_step
 
 ROUNDS = 9
+LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 SMALL = {
     "encoder": "resnet18", "size": (96, 128), "batch_size": 16, "augment": "crops", "learning_rate": 0.001,
     "schedule": "one_cycle", "limit": None,
@@ -98,7 +99,6 @@ def benchmark_loss() -> None:
     losses = {
         "F.cross_entropy alone": lambda: F.cross_entropy(logits, labels, ignore_index=255),
         "ours": lambda: segmentation_loss(logits, labels, 0.5),
-        "ours, compiled": lambda: segmentation_loss(logits, labels, 0.5, compiled=True),
         "+ one-hot soft IoU": lambda: (
             F.cross_entropy(logits, labels, ignore_index=255) + 0.5 * naive_soft_iou(logits, labels)
         ),
@@ -192,22 +192,24 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
     started = time.perf_counter()
     train, valid = (load_samples(data, part, "random", size, settings["limit"]) for part in ("train", "valid"))
     reading = time.perf_counter() - started
-    options = {
-        "inputs": "rgbd", "depth_encoding": "inverse", "soft_iou_weight": 0.5, "soft_iou_pooling": "batch",
-        "depth_weight": 0.1, "epochs": epochs, "weight_decay": 0.0001, "workers": 0, "precision": "auto",
-        "device": "cpu", "seed": 42, **{name: settings[name] for name in ("batch_size", "augment", "learning_rate", "schedule")},
-    }  # fmt: skip
-    torch.manual_seed(42)
-    ours = fit(build_model(encoder=encoder), train, valid, start_run("benchmark", options), **options)
-    torch.manual_seed(42)
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(42)
+        return build_model(encoder=encoder, size=size)
+
     plain = plain_epochs(
-        build_model(encoder=encoder), Path(data), train.names, valid.names, size, batch_size,
-        settings["augment"], settings["learning_rate"],
+        build(), Path(data), train.names, valid.names, size, batch_size, settings["augment"], settings["learning_rate"],
     )  # fmt: skip
+    loader = training_loader(train, settings["augment"], batch_size, workers=0, seed=42)
     seconds = {"ours": [], "plain recipe": []}
-    for _ in range(epochs):
-        seconds["ours"].append(next(ours)["seconds"])
-        seconds["plain recipe"].append(next(plain))
+    with open_run({"run_name": "benchmark"}) as run:
+        ours = fit(
+            build, loader, valid, run, loss=LOSS, epochs=epochs, learning_rate=settings["learning_rate"],
+            weight_decay=0.0001, schedule=settings["schedule"], device="cpu",
+        )  # fmt: skip
+        for row in ours:
+            seconds["ours"].append(row["seconds"])
+            seconds["plain recipe"].append(next(plain))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [[name, f"{median[name]:.1f} s", f"{median[name] / median['ours']:.2f}x"] for name in seconds]
     precision = choose_precision("auto", torch.device("cpu"))
@@ -223,12 +225,8 @@ def benchmark_waiting(data: str) -> None:
     """The share of an epoch in which the loop waits for its batches."""
     size, batch_size, device = SMALL["size"], SMALL["batch_size"], torch.device("cpu")
     train = load_samples(data, "train", "random", size, 200)
-    model, precision, rows = build_model(encoder=SMALL["encoder"]), choose_precision("auto", device), []
+    model, precision, rows = build_model(encoder=SMALL["encoder"], size=size), choose_precision("auto", device), []
     optimizer = torch.optim.AdamW(model.parameters(), SMALL["learning_rate"], fused=True)
-
-    def loss(prediction: Prediction, batch: Batch) -> Losses:
-        return total_loss(*prediction, *batch[1:], 0.5, "batch", 0.1)
-
     for workers in (0, 1, 2):
         loader = training_loader(train, SMALL["augment"], batch_size, workers, seed=0)
         for epoch in range(2):  # the first one starts the workers
@@ -236,7 +234,7 @@ def benchmark_waiting(data: str) -> None:
             began = asked = time.perf_counter()
             for raw in loader:
                 waited += time.perf_counter() - asked
-                training_step(model, encode_batch(raw, "rgbd", "inverse", device), loss, optimizer, precision)
+                training_step(model, encode_batch(raw, model.config, device), LOSS, optimizer, precision)
                 asked = time.perf_counter()
         rows.append([str(workers), f"{waited / (time.perf_counter() - began):.1%}"])
     table("Waiting for data, ResNet18, 96x128, batches of 16", ["workers", "share of the time"], rows)

@@ -45,8 +45,9 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
     chosen = [run for run in own if run.data == (data or own[-1].data)]
     if len(chosen) < 2 and data is None:
-        return [run for folder in sorted(EXAMPLE.iterdir()) for run in _read_entry(str(folder), part)]
-    return sorted(chosen, key=lambda run: run.name)
+        examples = sorted(path.parents[1] for path in EXAMPLE.glob(f"*/*/evaluation/{part}.json"))
+        chosen = [replace(read_scored(run, part), group=run.parent.name) for run in examples] or chosen
+    return sorted(chosen, key=lambda run: (run.group, run.name))
 
 
 def _read_entry(entry: str, part: str) -> list[ScoredRun]:

@@ -18,13 +18,11 @@ from lib.plots import (
     class_colours,
     colour_errors,
     colour_labels,
-    plot_class_comparison,
     plot_class_iou,
     plot_curves,
     plot_grid,
     plot_history,
     plot_predictions,
-    plot_recipes,
     shorten,
 )
 
@@ -214,24 +212,6 @@ def test_bars_show_values_and_absent_classes(count):
     assert {shorten(name) for name in names_of(count)} <= set(texts)
 
 
-@pytest.mark.parametrize("entries", [1, 2, 8])
-def test_comparison_of_few_and_many(entries):
-    table = pd.DataFrame(np.random.default_rng(0).random((13, entries)), NYUV2_13, [f"run{i}" for i in range(entries)])
-    texts = draw(plot_class_comparison(table, "who is better", ("run0",)))
-    assert {"who is better", *NYUV2_13, f"run0: mean {table.run0.mean():.3f}"} <= set(texts)
-
-
 def test_curves():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
     assert {"a", "b"} <= set(draw(plot_curves({"a": history, "b": history}, "curves")))
-
-
-def test_recipes_show_each_run_and_the_mean():
-    scores = pd.DataFrame({"a": [0.1, 0.2], "b": [0.4, np.nan]}, index=pd.Index([1, 2], name="seed"))
-    figure = plot_recipes(scores)
-    first, second, mean = figure.axes[0].lines
-    assert (first.get_xdata() == [0.1, 0.4]).all()
-    assert second.get_xdata()[0] == 0.2
-    assert mean.get_xdata() == pytest.approx([0.15, 0.4])
-    assert figure.get_suptitle() == "b has the highest mean"
-    assert plot_recipes(pd.DataFrame()).get_suptitle() == "No run is done"

@@ -25,7 +25,7 @@ from lib.data import PARTS
 from lib.parameters import check_choice
 from lib.runs import MAY_CHANGE, PLACES, hold_run, read_history, read_parameters, run_state, runs_folder
 from lib.scoring import iterate_part, score_run
-from lib.weights import weights_digest
+from lib.weights import is_file, weights_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -50,7 +50,7 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
         seeds: of each combination.
 
     Raises:
-        ValueError: no such experiment or parameter, or nothing to run.
+        ValueError: no such experiment or parameter, nothing to run, or two data sets of one name.
     """
     if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
         raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected lists of one value or more")
@@ -59,16 +59,26 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
     for name in (*fixed, *grid):
         check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
     base, runs = defaults | _read_experiment(experiment) | fixed, {}
-    if base["data"] != "synthetic":
-        base["data"] = str(Path(base["data"]).expanduser().resolve())  # workers have another working directory
     for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
             varied |= {"soft_iou_pooling": defaults["soft_iou_pooling"]}
-        parameters = base | varied | {"seed": seed}
+        parameters = _with_whole_paths(base | varied | {"seed": seed})
         name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters, defaults)
-        runs[name] = parameters | {"run_name": name}
+        there = runs.setdefault(name, parameters | {"run_name": name})
+        if there["data"] != parameters["data"]:
+            raise ValueError(
+                f"data: found {there['data']} and {parameters['data']}, which make runs of one name; rename one folder"
+            )
     return runs
+
+
+def _with_whole_paths(parameters: dict) -> dict:
+    """Workers have another working directory."""
+    paths = {"data": parameters["data"] != "synthetic", "encoder_weights": is_file(parameters["encoder_weights"])}
+    return parameters | {
+        name: str(Path(parameters[name]).expanduser().resolve()) for name, is_path in paths.items() if is_path
+    }
 
 
 def _read_experiment(experiment: str | None) -> dict:
@@ -80,7 +90,8 @@ def _read_experiment(experiment: str | None) -> dict:
 
 def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
     digest = hashlib.sha256(json.dumps(_identity(parameters, defaults)).encode()).hexdigest()[:6]
-    shown = "".join(f"-{name}={str(value).strip('/').replace('/', '_')}" for name, value in varied.items())
+    varied = varied | {name: Path(str(varied[name])).name for name in PLACES if name in varied}
+    shown = "".join(f"-{name}={str(value).replace('/', '_')}" for name, value in varied.items())
     return f"{prefix}{shown}-seed={parameters['seed']}-{digest}"
 
 
@@ -119,7 +130,7 @@ def execute_run(parameters: dict, part: str, results: Path | None = None) -> Non
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     if part not in run_state(run).evaluated:
-        score_run(run, part, iterate_part(run, part), device=parameters["device"])
+        score_run(run, part, iterate_part(run, part, parameters["data"]), device=parameters["device"])
     if results is not None:
         copy_slim(run, results / run.name)
 
@@ -172,9 +183,12 @@ def sweep(
         _check_share(cpus_per_run, gpus)
         task = _remote_task().options(num_cpus=cpus_per_run, num_gpus=gpus)
         for name, parameters in runs.items():
-            if not any(_is_done(folder, parameters, part) for folder in _homes(name, kept)):
+            done = [folder for folder in _homes(name, kept) if _is_done(folder, parameters, part)]
+            if not done:
                 executed_notebook(name).unlink(missing_ok=True)  # its presence says: running
                 tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, kept, cpus_per_run)] = name
+            elif kept and kept / name not in done:
+                copy_slim(done[0], kept / name)
         while tasks:
             finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=POLL_SECONDS)
             errors |= {tasks.pop(reference): _error(reference) for reference in finished}
@@ -188,9 +202,9 @@ def _homes(name: str, kept: Path | None) -> list[Path]:
 
 
 def scored_folders(names: list[str], results: str | None = None) -> str:
-    """These runs for `read_runs`: by name, or by their path in the folder of results."""
+    """These scored runs for `read_runs`: their paths in the folder of runs, or in that of results."""
     kept = None if results is None else Path(results).expanduser().resolve()
-    return ",".join(str(next(home for home in _homes(name, kept) if home.exists())) for name in names)
+    return ",".join(str(next(home for home in _homes(name, kept) if run_state(home).evaluated)) for name in names)
 
 
 def _is_done(run: Path, parameters: dict, part: str) -> bool:

@@ -198,7 +198,8 @@ def _say_recipes(verdict: Verdict, name: str, baseline: str, first: ScoredRun) -
     if _differs(verdict.recipe_p_value):
         text += f"**The recipe {name if result.difference > 0 else baseline} is better.**"
     else:
-        text += f"Cannot tell: these runs would show a difference of {result.detectable:.3f} or more. {_say_next(result, first.folds)}"
+        shows = f"these runs would show a difference of {result.detectable:.3f} or more"
+        text += f"Cannot tell: {shows}. {_say_next(result, first.folds)}"
     return text + _say_classes(result, first.classes)
 
 

@@ -196,7 +196,7 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     names = ["mIoU", *(f"{shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
     thickness = (0.22 if len(names) <= FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
     figure = Figure(figsize=(WIDTH, 1 + thickness * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
     colours = dict(zip(recipes, run_colours(len(recipes)), strict=True))
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, [0, *(order + 1)]], colours[name], name)
@@ -213,7 +213,7 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
     left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
     right.axvline(0, color=GREY, linewidth=1)
-    right.set(title=f"Difference to {shorten(baseline, 40)}", xlabel="difference in IoU, 95 % interval")
+    right.set(title=f"Difference to {shorten(baseline, 20)}", xlabel="difference in IoU, 95 % interval")
     add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 

@@ -4,7 +4,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_run import ENCODER
 
 from lib.batches import encode_batch, plain_batch
@@ -14,7 +13,7 @@ from lib.data.samples import Samples, resize_samples
 from lib.evaluation import Predicted, count_predictions, evaluate, predict
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import ModelConfig, Prediction, build_model
-from lib.objective import total_loss
+from lib.objective import Losses, total_loss
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
@@ -121,7 +120,8 @@ def test_loss_is_the_plain_mean_over_batches(model, scenes):
             expected.append(torch.stack(LOSS(model(encoded.inputs), encoded)))
     result = evaluate(model, scenes, 8, loss=LOSS)  # of the native size: the loss is at the working size
     torch.testing.assert_close(torch.tensor(result.losses), torch.stack(expected).mean(0), check_dtype=False)
-    assert result.losses[0] == pytest.approx(result.losses[1] + 0.1 * result.losses[2])
+    terms = Losses(*result.losses)
+    assert terms.total == pytest.approx(terms.cross_entropy + 0.5 * terms.soft_iou + 0.1 * terms.depth_l1)
     assert evaluate(model, scenes, 8, "scales", loss=LOSS).losses == result.losses  # of the plain view
 
 
@@ -205,7 +205,7 @@ def test_samples_without_depth(scenes):
 
 def test_held_back_labels_are_predicted_without_counts(model, scenes):
     held_back = Samples(scenes.names, scenes.image, scenes.depth)
-    result = count_predictions(predict(model, held_back), thorough=True)
+    result = count_predictions(predict(model, held_back), thorough=True, keep=True)
     assert not result.counts.any()
     assert not result.boundary.any()
     np.testing.assert_array_equal(result.predicted, evaluate(model, scenes).predicted)
@@ -213,7 +213,7 @@ def test_held_back_labels_are_predicted_without_counts(model, scenes):
 
 def test_thorough_counts(model, scenes):
     batches = list(predict(model, scenes, 5))
-    result = count_predictions(batches, thorough=True)
+    result = count_predictions(batches, thorough=True, keep=True)
     np.testing.assert_array_equal(result.boundary, boundary_counts(result.predicted, scenes.label, 13))
     depth_m = np.concatenate([batch.depth_m for batch in batches])
     np.testing.assert_allclose(result.depth, depth_sums(depth_m, scenes.depth / 1000, scenes.depth > 0))
@@ -228,16 +228,6 @@ def test_predictions_from_elsewhere_are_counted_alike(scenes):
     result = count_predictions([Predicted(scenes[:7], perfect[:7]), Predicted(scenes[7:], perfect[7:])])
     np.testing.assert_array_equal(result.counts, confusion_counts(perfect, scenes.label, 13))
     assert np.trace(result.counts.sum(0)) == (scenes.label != 255).sum()
-
-
-def test_predictions_are_saved_as_masks_instead_of_kept(model, scenes, tmp_path):
-    named = replace(scenes[:3], names=np.array(["a", "room/b", "room/deep/c"]))
-    result = count_predictions(predict(model, named), save_to=tmp_path / "test")
-    assert result.predicted is None
-    for name, mask in zip(named.names, evaluate(model, named).predicted, strict=True):
-        picture = Image.open(tmp_path / "test" / f"{name}.png")
-        assert picture.mode == "L"
-        np.testing.assert_array_equal(picture, mask)
 
 
 def test_samples_of_other_classes_are_refused(model, scenes):

@@ -114,10 +114,11 @@ def test_a_selection_of_a_selection():
 
 def test_what_samples_were_loaded_with(folder):
     assert load_samples("synthetic", "train", limit=10, size=(24, 32), fold=2).made_with == {
-        "data": "synthetic", "split": "auto", "limit": 10, "classes": None, "fold": 2, "image_height": 24, "image_width": 32,
+        "data": "synthetic", "split": "auto", "limit": 10, "classes": None, "fold": 2, "chosen_split": "blocks",
+        "image_height": 24, "image_width": 32,
     }  # fmt: skip
     assert load_samples(folder, "test").made_with == {
-        "data": str(folder), "split": "auto", "limit": None, "classes": None, "fold": 4,
+        "data": str(folder), "split": "auto", "limit": None, "classes": None, "fold": 4, "chosen_split": "random",
     }  # fmt: skip
 
 

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import train_test_split
 
+from lib.classes import NYUV2_13
 from lib.data.nyuv2 import TABLES
+from lib.data.samples import Source
 from lib.data.splits import FOLDS, choose_split, number_runs, select_part, split_names
 
 
@@ -93,16 +95,20 @@ def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
     np.testing.assert_array_equal(ids[train], np.setdiff1d(ids, np.concatenate(runs[4::5])))
 
 
+def source(names, usual_split, scene=None):
+    return Source(names, scene, NYUV2_13, None, usual_split)
+
+
 def test_what_auto_means():
     scene = np.array([f"room_{position // 2}" for position in range(12)])
     words = np.array([f"room_{position}" for position in range(12)])
-    assert choose_split("auto", "blocks", ROOMS, None, 4) == "blocks"
-    assert choose_split("auto", "scenes", words, scene, 4) == "scenes"
-    assert choose_split("auto", "scenes", words, None, 4) == "random"  # scenes are not known
-    assert choose_split("auto", "blocks", words, None, 4) == "random"  # names are no numbers
-    assert choose_split("auto", "blocks", ROOMS[:6], None, 4) == "random"  # three runs leave nothing to validate
-    assert choose_split("auto", "blocks", ROOMS[:1], None, 4) == "random"
-    assert choose_split("official", "blocks", ROOMS, None, 4) == "official"
+    assert choose_split("auto", source(ROOMS, "blocks"), 4) == "blocks"
+    assert choose_split("auto", source(words, "scenes", scene), 4) == "scenes"
+    assert choose_split("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_split("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
+    assert choose_split("auto", source(ROOMS[:6], "blocks"), 4) == "random"  # three runs leave nothing to validate
+    assert choose_split("auto", source(ROOMS[:1], "blocks"), 4) == "random"
+    assert choose_split("official", source(ROOMS, "blocks"), 4) == "official"
 
 
 def test_splits_that_can_not_be():
@@ -123,9 +129,9 @@ def test_splits_that_can_not_be():
 )
 def test_splits_that_leave_a_part_empty(split, count, left):
     with pytest.raises(ValueError) as error:
-        select_part(numbered(*range(count)), "train", split, None, 4)
+        select_part(source(numbered(*range(count)), "blocks"), "train", split, 4)
     assert str(error.value) == (
         f"split: {split!r} leaves {left} to validate out of {count}; raise limit, or use split 'random' "
         "(2 images or more) or 'official'"
     )
-    assert list(select_part(numbered(*range(count)), "valid", "official", None, 4)) == []
+    assert list(select_part(source(numbered(*range(count)), "blocks"), "valid", "official", 4)) == []

@@ -69,6 +69,35 @@ def test_run_folder_holds_the_best_epoch(samples, usual):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_equal_to_a_plain_loop(samples, schedule):
+    """What is trained and written, as one writes it first."""
+    rows = train("plain", samples, schedule=schedule, epochs=2)
+    model, loader = build_network(PARAMETERS, samples.classes), training_loader(samples[:13], "crops", 4, 0, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4, fused=True)
+    if schedule == "one_cycle":
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=2 * 3)
+    for row in rows:
+        loader.batch_sampler.epoch, losses = row["epoch"], []
+        model.train()
+        for raw in loader:
+            if schedule == "cosine":
+                optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * (row["epoch"] - 1) / 2)) / 2
+            batch = encode_batch(raw, model.config, CPU)
+            loss = LOSS(model(batch.inputs), batch).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if schedule == "one_cycle":
+                scheduler.step()
+        assert len(losses) == 3
+        assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        scored = evaluate(model, samples[13:], batch_size=4, loss=LOSS)
+        assert row["valid_loss"] == pytest.approx(scored.losses[0], rel=1e-6)
+        assert row["valid_miou"] == pytest.approx(mean_iou(scored.counts), rel=1e-6)
+
+
 def test_the_model_knows_what_it_was_trained_for(usual):
     config = load_model(usual[0] / "best.pt").config
     for name in ("inputs", "depth_encoding", "encoder"):

@@ -1,32 +1,36 @@
-"""Runs to compare: which ones there are, whether they may be compared, and which are of one recipe."""
+"""Runs to compare: which ones there are, whether they may be compared, which are of one recipe; their figures."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lib.classes import check_same_classes
 from lib.data import PARTS
 from lib.data.splits import FOLDS
-from lib.files import read_json
-from lib.metrics import pixel_accuracy
+from lib.metrics import iou, pixel_accuracy
 from lib.parameters import check_choice
+from lib.plots import FEW, GREY, WIDTH, add_legend, class_colours, label_rows, rows_height, run_colours, shorten, styled
 from lib.runs import BEFORE, PLACES, recipe, runs_folder
 from lib.scoring import ScoredRun, read_scored
-from lib.significance import score_interval
+from lib.significance import SceneComparison, score_interval
 
 LIB = Path(__file__).resolve().parent
 TABLES = LIB / "data" / "tables"
-EVIDENCE = LIB.parent / "notebooks" / "experiments" / "results"  # committed runs, without weights
+NOTEBOOKS = LIB.parent / "notebooks"
+EXAMPLE = NOTEBOOKS / "experiments" / "results" / "embedded"  # committed runs, without weights, in folders
 
 
 def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names of run folders, paths of such, or paths of folders full of them, with commas between them;
-            or `all`: those in the folder of runs, and where none is scored there, the committed evidence.
+        runs: names or paths of runs, or of folders full of runs, with commas between; or `all`: every run in the
+            folder of runs that is scored on the part. Where these are fewer than two, `all` takes the committed
+            example.
         part: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
 
@@ -36,23 +40,24 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     check_choice("part", part, PARTS)
     if runs != "all":
         entries = [entry.strip() for entry in runs.split(",") if entry.strip()]
-        return [read_scored(folder, part) for entry in entries for folder in _find_folders(entry)]
-    for home in (runs_folder(), EVIDENCE):
-        files = sorted(home.glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
-        files = [path for path in files if path.with_suffix(".npz").exists()]  # labels were not held back
-        if files:
-            data = data or read_json(files[-1])["data"]
-            found = [read_scored(path.parents[1], part) for path in sorted(files)]
-            return [run for run in found if run.data == data]
-    return []
+        return [run for entry in entries for run in _read_entry(entry, part)]
+    files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
+    own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
+    chosen = [run for run in own if run.data == (data or own[-1].data)]
+    if len(chosen) < 2 and data is None:
+        examples = sorted(path.parents[1] for path in EXAMPLE.glob(f"*/*/evaluation/{part}.json"))
+        chosen = [replace(read_scored(run, part), group=run.parent.name) for run in examples] or chosen
+    return sorted(chosen, key=lambda run: (run.group, run.name))
 
 
-def _find_folders(entry: str) -> list[Path]:
-    for folder in (runs_folder() / Path(entry).expanduser(), Path(entry).expanduser()):
+def _read_entry(entry: str, part: str) -> list[ScoredRun]:
+    """A run, or all of a folder, which is then the group that they are of."""
+    for home in (runs_folder(), Path(), NOTEBOOKS):
+        folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
-            return [folder]
+            return [read_scored(folder, part)]
         if inside := sorted(path.parent for path in folder.glob("*/parameters.json")):
-            return inside
+            return [replace(read_scored(run, part), group=folder.name) for run in inside]
     there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
     raise ValueError(f"runs: found {entry!r}, which is no run; in {runs_folder()} there are: {there}")
 
@@ -60,7 +65,8 @@ def _find_folders(entry: str) -> list[Path]:
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
     """Runs by recipe, the baseline's first, all on the same images; runs over five folds are joined.
 
-    A recipe is named after its only run, else after the parameters in which the recipes differ.
+    A recipe is named after the folder that its runs were named by, after its only run, or after the parameters in
+    which the recipes differ. Runs of two folders are never one recipe, so that a recipe can be held against itself.
 
     Args:
         runs: from `read_runs`.
@@ -71,7 +77,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     """
     by_recipe: dict[tuple, list[ScoredRun]] = {}
     for run in _join_folds(runs):
-        by_recipe.setdefault(recipe(run.parameters), []).append(run)
+        by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
     differing = _differing(list(by_recipe.values()))
     named = {}
     for members in by_recipe.values():
@@ -92,11 +98,11 @@ def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
         return runs
     groups: dict[tuple, dict[int, ScoredRun]] = {}
     for run in runs:
-        key = recipe(run.parameters), run.parameters["seed"]
+        key = run.group, recipe(run.parameters), run.parameters["seed"]
         groups.setdefault(key, {})[run.parameters.get("fold", FOLDS - 1)] = run
     whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
-        there = "; ".join(f"seed {key[1]}: {sorted(folds)}" for key, folds in groups.items())
+        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
         raise ValueError(f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs")
     return [_join([folds[fold] for fold in range(FOLDS)]) for folds in whole]
 
@@ -130,8 +136,8 @@ def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
-    if "recipe" in parameters:
-        return parameters["recipe"]
+    if "recipe" in parameters or members[0].group:
+        return parameters.get("recipe", members[0].group)
     values, kept = BEFORE | parameters, dict(recipe(parameters))
     values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
     label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
@@ -174,3 +180,102 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
     if unknown:
         raise ValueError(f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}")
     return figures.loc[names]
+
+
+@styled
+def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison]) -> Figure:
+    """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
+
+    Args:
+        recipes: runs by recipe, the baseline first.
+        differences: of the other recipes to it; a filled mark has p < 0.05 (after Holm for classes).
+    """
+    baseline, members = next(iter(recipes.items()))
+    order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
+    images = (members[0].counts.sum(2) > 0).sum(0)
+    names = ["mIoU", *(f"{shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
+    thickness = (0.22 if len(names) <= FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
+    figure = Figure(figsize=(WIDTH, 1 + thickness * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = dict(zip(recipes, run_colours(len(recipes)), strict=True))
+    for name, runs in recipes.items():
+        _draw_scores(left, _scores_by_class(runs)[:, [0, *(order + 1)]], colours[name], name)
+    offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
+    for offset, (name, result) in zip(offsets, differences.items(), strict=True):
+        _draw_differences(right, result, order, offset, colours[name], numbers=len(differences) == 1)
+    swatches = class_colours(members[0].classes)
+    for row, index in enumerate(order, start=1):
+        colour = swatches[members[0].classes[index]]
+        left.plot(-0.03, row, "s", color=colour, markeredgecolor=GREY, markersize=7, clip_on=False, zorder=4)
+    for axes in (left, right):
+        axes.axhline(0.5, color="0.85", linewidth=1)
+        axes.grid(axis="x", color="0.92")
+    left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
+    left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
+    right.axvline(0, color=GREY, linewidth=1)
+    right.set(title=f"Difference to {shorten(baseline, 40)}", xlabel="difference in IoU, 95 % interval")
+    add_legend(figure, left.get_legend_handles_labels()[0])
+    return figure
+
+
+def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
+    """`(runs, 1 + C)`: the mIoU of each, then its IoU by class."""
+    return np.array([[run.score, *iou(run.counts)] for run in members])
+
+
+def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:
+    """A small dot for each run, a large one for their mean."""
+    rows, mean = np.arange(scores.shape[1]), scores.mean(0)
+    label = f"{shorten(name, 60)}: mIoU {mean[0]:.3f}"
+    if len(scores) > 1:
+        axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
+        label += f", mean of {len(scores)}"
+    axes.plot(mean, rows, "o", color=colour, label=label)
+
+
+def _draw_differences(
+    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, numbers: bool
+) -> None:
+    middle = np.append(result.difference, result.class_difference[order])
+    low, high = np.column_stack((result.interval, result.class_interval[:, order]))
+    clear = np.append(result.p_value, result.class_p_value[order]) < 0.05
+    rows = np.arange(len(middle)) + offset
+    axes.hlines(rows, low, high, color=colour, linewidth=1.5)
+    for filled, face in ((clear, colour), (~clear, "white")):
+        axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
+    for row, value in zip(rows, middle, strict=True):
+        if numbers and np.isfinite(value):
+            place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
+            axes.annotate(f"{round(value, 3) + 0:+.3f}", color=GREY, **place)
+
+
+@styled
+def plot_published(table: pd.DataFrame) -> Figure:
+    """IoU by class (rows) of published experiments (columns), a hollow dot each."""
+    table = table.iloc[np.argsort(table.mean(axis=1))]
+    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in zip(table, run_colours(len(table.columns)), strict=True):
+        label = f"{name}: mean {table[name].mean():.3f}"
+        axes.plot(table[name], range(len(table)), "o", color=colour, markerfacecolor="none", label=label)
+    label_rows(axes, table.index)
+    axes.grid(color="0.92")
+    axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
+    add_legend(figure, axes.get_legend_handles_labels()[0])
+    return figure
+
+
+@styled
+def plot_recipes(scores: pd.DataFrame) -> Figure:
+    """mIoU of every run of a `score_table` by recipe, a dot each, and the mean of each recipe."""
+    means = scores.groupby("recipe", sort=False).mIoU.mean() if len(scores) else pd.Series(dtype=float)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(means)), layout="constrained")
+    axes = figure.subplots()
+    for row, (name, colour) in enumerate(zip(means.index, run_colours(len(means)), strict=True)):
+        runs = scores.mIoU[name]
+        axes.plot(runs, np.full(len(runs), row), "o", color=colour, alpha=0.7)
+        axes.plot(means[name], row, "|", color="black", markersize=20)
+    axes.set_yticks(range(len(means)), [shorten(name, 40) for name in means.index])
+    axes.set(title="Each run (dot) and the mean of its recipe (bar)" if len(means) else "No run is done", xlabel="mIoU")
+    axes.set_ylim(max(len(means), 1) - 0.5, -0.5)
+    return figure

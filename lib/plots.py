@@ -1,5 +1,7 @@
-"""Figures from arrays: every function returns a `Figure`, none shows or saves it."""
+"""Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows it."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -7,339 +9,287 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lib.classes import CLASS_NAMES, IGNORE_INDEX
+from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"  # where notebooks save what the README shows
 
-# One colour for each class in every figure, in the order of CLASS_NAMES: hues far apart for
-# neighbours in a room, lightness spread so that they stay apart for colour-blind readers.
-CLASS_COLOURS = (
-    "#882255", "#ddcc77", "#f1f1e6", "#e69f00", "#8c6d46", "#44aa99", "#cc6677",
-    "#aa4499", "#332288", "#117733", "#1a1a1a", "#bcc6d0", "#56b4e9",
-)  # fmt: skip
-IGNORE_COLOUR = "#ffffff"
+# One colour for each class in every figure, at least 12.5 apart (CIEDE2000) to normal, protanope and
+# deuteranope eyes, and as far from the faded pictures that errors are drawn on.
+CLASS_COLOURS = {
+    "bed": "#893059", "books": "#eef03c", "ceiling": "#c8e8a0", "chair": "#dca01c", "floor": "#866e3c",
+    "furniture": "#349585", "objects": "#e6557f", "picture": "#9e3ea8", "sofa": "#320c6a", "table": "#244b1d",
+    "tv": "#1f1b1a", "wall": "#9aaac0", "window": "#1aa2f4",
+}  # fmt: skip
+FADED, HATCH = (0.8, 1.0), (0.7, 1.0)  # greys of faded pictures, of the stripes on unlabelled pixels
 TRAIN_COLOUR, VALID_COLOUR, GREY = "#999999", "#0072b2", "#666666"
+EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
 WIDTH = 8  # inches, so that a figure fits a notebook
+DEPTH = "depth (m)"  # title of a column of pictures
+FEW = 20  # classes up to which matrices show numbers and rows are wide
 STYLE = {
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlelocation": "left", "axes.titlesize": "medium", "legend.frameon": False,
-    "image.interpolation": "nearest",
+    "axes.titlelocation": "left", "axes.titlesize": "medium", "figure.titlesize": "medium",
+    "legend.frameon": False, "image.interpolation": "nearest",
 }  # fmt: skip
 
-
-def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
-    """Loss and validation scores by epoch, over the whole span of `epochs` from the start."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-        loss, score = figure.subplots(1, 2)
-        loss.plot(history.epoch, history.train_loss, color=TRAIN_COLOUR, marker=".", label="training")
-        loss.plot(history.epoch, history.valid_loss, color=VALID_COLOUR, marker=".", label="validation")
-        loss.set(title="Loss", xlabel="epoch", xlim=(0.5, epochs + 0.5))
-        loss.legend()
-        score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
-        score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
-        score.set(title="Nothing validates in this split", xlabel="epoch", xlim=(0.5, epochs + 0.5), ylim=(0, 1))
-        if history.valid_miou.notna().any():
-            best = history.loc[history.valid_miou.idxmax()]
-            score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
-            score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
-        score.legend(loc="upper left")
-    return figure
+styled = matplotlib.rc_context(STYLE)  # a decorator
 
 
-def plot_class_iou(iou: np.ndarray, name: str) -> Figure:
-    """A bar for each class of the run of that name, best first; a class that does not occur (NaN) has none."""
-    import seaborn  # here: it takes a second or two to load, and training should not wait for it
+def class_colours(classes: Sequence[str]) -> dict[str, str]:
+    """A colour for each name: NYUv2's 13 have theirs in every set, others get what is farthest from all before."""
+    others = [name for name in classes if name not in CLASS_COLOURS]
+    return {**dict(zip(others, _spread_colours(len(others)), strict=True)), **CLASS_COLOURS}
 
-    table = pd.DataFrame({"class": CLASS_NAMES, "IoU": iou}).sort_values("IoU", ascending=False)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-        axes = figure.subplots()
-        palette = dict(zip(CLASS_NAMES, CLASS_COLOURS, strict=True))
-        seaborn.barplot(
-            table, x="class", y="IoU", hue="class", palette=palette, saturation=1, edgecolor=GREY, linewidth=0.5,
-            legend=False, ax=axes,
-        )  # fmt: skip
-        for position, value in enumerate(table.IoU):
-            text = "none\nseen" if np.isnan(value) else f"{value:.2f}"
-            axes.text(position, np.nan_to_num(value) + 0.01, text, ha="center", color=GREY, fontsize="small")
-        axes.set(xlabel="", ylabel="IoU", ylim=(0, 1))
-        axes.tick_params(axis="x", labelsize="small")  # else long names touch
-        if np.isfinite(iou).any():
-            best, least = CLASS_NAMES[np.nanargmax(iou)], CLASS_NAMES[np.nanargmin(iou)]
-            axes.set_title(f"{name}: {best} is learned best, {least} least")
+
+def _spread_colours(count: int) -> list[str]:
+    steps = np.linspace(0.05, 0.95, 11)
+    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    places = _perceived(candidates)
+    taken = _perceived(np.array([to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]))
+    distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
+    chosen = []
+    for _ in range(count):
+        farthest = distance.argmax()
+        chosen.append(to_hex(candidates[farthest]))
+        distance = np.minimum(distance, np.linalg.norm(places - places[farthest], axis=1))
+    return chosen
+
+
+def _perceived(colours: np.ndarray) -> np.ndarray:
+    """`(N, 3)` CIELAB with the chroma compressed, as differences between vivid colours count less to the eye."""
+    lab = cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    chroma = 1e-6 + 0.045 * np.linalg.norm(lab[:, 1:], axis=1, keepdims=True)
+    return np.hstack((lab[:, :1], lab[:, 1:] * np.log1p(chroma) / chroma))
+
+
+def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Class indices `(H, W)` as colours `(H, W, 3)` in 0..1; unlabelled pixels are hatched."""
+    colours = class_colours(classes)
+    table = np.array([*(to_rgb(colours[name]) for name in classes), (0, 0, 0)])
+    row, column = np.ogrid[: label.shape[0], : label.shape[1]]
+    stripe = max(1, label.shape[1] // 60)
+    hatch = np.take(HATCH, (row + column) // stripe % 2)[..., None]
+    ignored = label == IGNORE_INDEX
+    return np.where(ignored[..., None], hatch, table[np.where(ignored, len(classes), label)])
+
+
+def blend_labels(image: np.ndarray, label: np.ndarray, classes: Sequence[str], opacity: float) -> np.ndarray:
+    """Class colours over RGB `(H, W, 3)`, 0..1."""
+    return opacity * colour_labels(label, classes) + (1 - opacity) * image / 255
+
+
+def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Wrong pixels in the colour of the class they were given, over the faded RGB image."""
+    wrong = (label != IGNORE_INDEX) & (label != predicted)
+    return np.where(wrong[..., None], colour_labels(predicted, classes), fade(image))
+
+
+def fade(image: np.ndarray) -> np.ndarray:
+    """RGB `(H, W, 3)` as pale greys that no class has, so that colours on it are read as classes."""
+    grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    low, high = FADED
+    return np.repeat((low + (high - low) * grey / 255)[..., None], 3, axis=-1)
+
+
+def depth_shades(pieces: Sequence[Samples]) -> ScalarMappable | None:
+    """The scale of depth in metres that suits these samples, white for missing; None where there is no depth."""
+    depth = np.concatenate([piece.depth_or_missing[:: len(piece) // 50 + 1].ravel() for piece in pieces])
+    if not depth.any():
+        return None
+    low, high = np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000
+    return ScalarMappable(Normalize(low, high), matplotlib.colormaps["viridis_r"].with_extremes(bad="white"))
+
+
+def colour_depth(depth: np.ndarray, shades: ScalarMappable | None) -> np.ndarray | None:
+    """Millimetres `(H, W)` as colours `(H, W, 3)`; None without shades."""
+    return None if shades is None else shades.to_rgba(np.where(depth == 0, np.nan, depth / 1000))[..., :3]
+
+
+def shorten(name: str, length: int = 28) -> str:
+    """A name without its middle, if it is longer than that."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
+
+
+def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[Patch]:
+    """Of a legend: the classes in arrays of labels, and unlabelled if 255 is in one."""
+    colours, present = class_colours(classes), sorted(set().union(*(np.unique(label).tolist() for label in labels)))
+    patches = [Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present if i != 255]
+    if IGNORE_INDEX in present:
+        patches.append(Patch(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5, label="unlabelled"))
+    return patches
+
+
+def add_legend(figure: Figure, handles: Sequence) -> None:
+    """A legend below everything, in as many columns as there is room for; the figure grows by its height."""
+    if not handles:
+        return
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = min(len(handles), int(figure.get_figwidth() / (0.6 + 0.08 * longest)))
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """A title from the left edge of the figure, in as many lines as it needs."""
+    figure.suptitle(textwrap.fill(title, 95), x=0.01, ha="left")
+
+
+@styled
+def plot_grid(
+    rows: Sequence[dict[str, np.ndarray | None]],
+    row_titles: Sequence[str] | None = None,
+    legend: Sequence[Patch] = (),
+    shades: ScalarMappable | None = None,
+    width: float = WIDTH,
+) -> Figure:
+    """Coloured pictures, of which sizes may differ.
+
+    Args:
+        rows: pictures `(H, W, 3)` by the title of their column, the same in all rows; None leaves a column out.
+        row_titles: written beside the rows.
+        legend: see `class_patches`.
+        shades: of depth, for its colour bar.
+        width: of the figure, inches.
+    """
+    rows = [{title: picture for title, picture in row.items() if picture is not None} for row in rows]
+    titles = list(rows[0])
+    inches = width / len(titles)  # of a picture's width
+    heights = [inches * max(picture.shape[0] / picture.shape[1] for picture in row.values()) for row in rows]
+    figure = Figure(figsize=(width, sum(heights) + (0.3 if shades is None else 0.8)), layout="compressed")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
+    for line, row, title, height in zip(grid, rows, row_titles or [""] * len(rows), heights, strict=True):
+        line[0].set_ylabel(shorten(title, int(14 * height)), fontsize="small")
+        for axes, picture in zip(line, row.values(), strict=True):
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(shorten(title, int(12 * inches)))
+    if shades is not None:
+        figure.colorbar(shades, ax=grid, location="bottom", shrink=0.3, aspect=30, pad=0.02, label=DEPTH)
+    add_legend(figure, legend)
     return figure
 
 
 def plot_predictions(
-    image: np.ndarray,
-    depth: np.ndarray,
-    label: np.ndarray,
-    prediction: np.ndarray,
-    row_titles: list[str] | None = None,
+    samples: Samples | Sequence[Samples],
+    predicted: Sequence[np.ndarray],
+    row_titles: Sequence[str] | None = None,
     errors: bool = False,
 ) -> Figure:
-    """Columns RGB, depth, truth, prediction and, if asked, errors; with a legend of the classes shown.
+    """A row for each image: RGB, depth, truth (where there are any), prediction and, if asked, errors.
 
     Args:
-        image: `(N, H, W, 3)` uint8, a row for each image.
-        depth: `(N, H, W)` uint16 millimetres, 0 = missing (white).
-        label: `(N, H, W)` uint8, 255 = ignore (white).
-        prediction: `(N, H, W)` class indices.
+        samples: of one size, or pieces of which each has its own.
+        predicted: class indices `(H, W)` of each image.
         row_titles: written beside the rows.
-        errors: add a column that shows wrong pixels in their predicted colour and nothing else.
+        errors: add a column of `colour_errors`.
     """
-    rows, columns, (height, width) = len(image), 4 + errors, image.shape[1:3]
-    depth_m = np.where(depth == 0, np.nan, depth / 1000)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, WIDTH * rows * height / (columns * width) + 0.9), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, title in zip(grid[0], ("RGB", "depth (m)", "truth", "prediction", "errors"), strict=False):
-            axes.set_title(title)
-        for row in range(rows):
-            grid[row, 0].imshow(image[row])
-            shown = grid[row, 1].imshow(depth_m[row], cmap="viridis_r", vmin=0.5, vmax=np.nanmax(depth_m))
-            grid[row, 2].imshow(colour_labels(label[row]))
-            grid[row, 3].imshow(colour_labels(prediction[row]))
-            if errors:
-                grid[row, 4].imshow(_colour_errors(label[row], prediction[row]))
-            if row_titles:
-                grid[row, 0].set_ylabel(row_titles[row])
-        for axes in grid.flat:
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
-        figure.colorbar(shown, ax=grid[:, 1], location="bottom", shrink=0.8, aspect=30, pad=0.02)
-        figure.legend(handles=class_patches(np.union1d(label, prediction)), loc="outside lower center", ncols=7)
+    pieces = [samples] if isinstance(samples, Samples) else samples
+    images = [(piece, at) for piece in pieces for at in range(len(piece))]
+    classes, shades = pieces[0].classes, depth_shades(pieces)
+    rows, shown = [], list(predicted)
+    for (piece, at), named in zip(images, predicted, strict=True):
+        row = {"RGB": piece.image[at], DEPTH: colour_depth(piece.depth_or_missing[at], shades)}
+        if piece.label is not None:
+            shown.append(piece.label[at])
+            row["truth"] = colour_labels(piece.label[at], classes)
+        row["prediction"] = colour_labels(named, classes)
+        if errors:
+            row["errors"] = colour_errors(piece.image[at], piece.labels_or_ignored[at], named, classes)
+        rows.append(row)
+    return plot_grid(rows, row_titles, class_patches(classes, shown), shades)
+
+
+def rows_height(count: int) -> float:
+    """Inches of a figure with a row for each of so many classes."""
+    return 1.1 + (0.22 if count <= FEW else 0.15) * count
+
+
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names beside rows 0, 1, ..., from below, that stay apart however many there are."""
+    size = "medium" if len(names) <= FEW else "x-small"
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names], fontsize=size)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+
+
+@styled
+def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
+    """Shares 0..1 by class (rows and columns, whose index names say what they are), with numbers if they are few."""
+    import seaborn  # here: it takes a second or two to load, and training should not wait for it
+
+    few = len(shares) <= FEW
+    numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if few else None
+    across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
+    figure = Figure(figsize=(WIDTH, rows_height(len(shares)) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    seaborn.heatmap(
+        shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=across, yticklabels=down,
+        annot=numbers, fmt="", annot_kws={"fontsize": "small"},
+        cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
+    )  # fmt: skip
+    axes.tick_params(axis="x", length=0, labelsize="medium" if few else "xx-small", rotation=40 if few else 90)
+    axes.tick_params(axis="y", length=0, labelsize="medium" if few else "x-small", rotation=0)
+    add_title(figure, title)
     return figure
 
 
-def _colour_errors(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    return colour_labels(np.where((label == prediction) | (label == IGNORE_INDEX), IGNORE_INDEX, prediction))
-
-
-def plot_class_comparison(table: pd.DataFrame, title: str, published: tuple[str, ...] = ()) -> Figure:
-    """IoU by class side by side: bars for up to three entries, dots for more.
-
-    Args:
-        table: `(C, entries)` IoU, a row for each class, a column for each run or published experiment.
-        title: what the figure says.
-        published: columns that are not runs of ours; drawn hatched or hollow.
-    """
-    order = table.mean(axis=1).sort_values(ascending=False).index
-    labels = {name: f"{name}: mean {table[name].mean():.3f}" for name in table}
-    colours = dict(zip(table, _colours(len(table.columns)), strict=True))
-    offsets = np.linspace(-0.32, 0.32, 2 * len(labels) + 1)[1::2]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.1 * len(labels)), layout="constrained")
-        axes = figure.subplots()
-        for offset, name in zip(offsets, table, strict=True):
-            position, style = np.arange(len(order)) + offset, {"color": colours[name], "label": labels[name]}
-            if len(labels) <= 3:
-                hatch = "////" if name in published else None
-                axes.bar(position, table[name][order], 0.64 / len(labels), hatch=hatch, edgecolor="white", **style)
-            else:
-                fill = "none" if name in published else colours[name]
-                axes.plot(position, table[name][order], "o", markerfacecolor=fill, markersize=5, **style)
-        for boundary in np.arange(len(order) - 1) + 0.5:
-            axes.axvline(boundary, color="0.92", linewidth=0.8, zorder=0)
-        axes.set(title=title, ylabel="IoU", ylim=(0, 1), xlim=(-0.5, len(order) - 0.5))
-        axes.set_xticks(np.arange(len(order)), order, rotation=25, ha="right", rotation_mode="anchor")
-        figure.legend(loc="outside lower center", ncols=min(len(labels), 3))
+@styled
+def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
+    """Loss and validation scores by epoch, over the whole span of `epochs` from the start."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    loss, score = figure.subplots(1, 2)
+    loss.plot(history.epoch, history.train_loss, color=TRAIN_COLOUR, marker=".", label="training")
+    loss.plot(history.epoch, history.valid_loss, color=VALID_COLOUR, marker=".", label="validation")
+    loss.set(title="Loss", xlabel="epoch", xlim=(0.5, epochs + 0.5))
+    loss.legend()
+    score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
+    score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
+    score.set(title="Nothing validates in this split", xlabel="epoch", xlim=(0.5, epochs + 0.5), ylim=(0, 1))
+    if history.valid_miou.notna().any():
+        best = history.loc[history.valid_miou.idxmax()]
+        score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
+        score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
+    score.legend(loc="upper left")
     return figure
 
 
-def plot_differences(results: dict, baseline: str) -> Figure:
-    """Difference to the baseline with 95 % intervals: the mIoU first, then each class.
-
-    Args:
-        results: `{run: PairedBootstrap of baseline and run}`; filled marks have p < 0.05 (Holm for classes).
-        baseline: the run that all are compared to.
-    """
-    rows = ["mIoU", *CLASS_NAMES]
-    offsets = np.linspace(0.3, -0.3, 2 * len(results) + 1)[1::2]
-    colours = _colours(len(results) + 1)[1:]  # the first is the baseline's
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.9 * len(results)), layout="constrained")
-        axes = figure.subplots()
-        for offset, colour, (name, result) in zip(offsets, colours, results.items(), strict=True):
-            middle = np.append(result.difference, result.class_difference)
-            low, high = np.column_stack((result.interval, result.class_interval))
-            clear = np.append(result.p_value, result.class_p_value) < 0.05
-            position = -np.arange(len(rows)) + offset
-            axes.hlines(position, low, high, color=colour, linewidth=1.5, label=name)
-            axes.plot(middle[clear], position[clear], "o", color=colour)
-            axes.plot(middle[~clear], position[~clear], "o", color=colour, markerfacecolor="white")
-        axes.axvline(0, color=GREY, linewidth=1)
-        axes.axhline(-0.5, color="0.85", linewidth=0.8)
-        axes.set(title=f"Difference to {baseline}; filled: more than chance", xlabel="IoU difference, 95 % interval")
-        axes.set_yticks(-np.arange(len(rows)), rows)
-        axes.set_ylim(-len(rows) + 0.4, 0.6)
-        axes.legend(loc="best")
+@styled
+def plot_class_iou(iou: pd.Series, name: str) -> Figure:
+    """IoU by class name of the run of that name, best first; a class that does not occur (NaN) has no bar."""
+    iou, colours = iou.sort_values(na_position="first"), class_colours(iou.index)
+    figure = Figure(figsize=(WIDTH, rows_height(len(iou))), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(iou)), iou, color=[colours[name] for name in iou.index], **EDGED)
+    for row, value in enumerate(iou):
+        text = "none seen" if np.isnan(value) else f"{value:.2f}"
+        axes.text(np.nan_to_num(value) + 0.005, row, text, va="center", color=GREY, fontsize="small")
+    label_rows(axes, iou.index)
+    axes.set(xlabel="IoU", xlim=(0, 1))
+    add_title(figure, f"IoU by class of {name}")
     return figure
 
 
-def plot_recipes(scores: pd.DataFrame) -> Figure:
-    """mIoU by seed (rows) and recipe (columns): a dot for each run, a bar for the mean, runs of one seed joined."""
-    colours = _colours(len(scores))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(scores.columns)), layout="constrained")
-        axes = figure.subplots()
-        rows = np.arange(len(scores.columns))
-        for colour, (seed, by_recipe) in zip(colours, scores.iterrows(), strict=True):
-            axes.plot(by_recipe, rows, ".-", color=colour, linewidth=0.8, markersize=9, label=f"seed {seed}")
-        axes.plot(scores.mean(), rows, "|", color="black", markersize=20, label="mean")
-        title = f"{scores.mean().idxmax()} has the highest mean" if scores.size else "No run is done"
-        figure.suptitle(title, x=0.01, ha="left", fontsize="medium")  # names are long
-        axes.set(xlabel="mIoU", ylim=(max(len(rows), 1) - 0.5, -0.5))
-        axes.set_yticks(rows, scores.columns)
-        if scores.size:
-            figure.legend(loc="outside lower center", ncols=min(len(scores) + 1, 6))
-    return figure
-
-
+@styled
 def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
     """Validation mIoU by epoch of several runs."""
-    colours = _colours(len(histories))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for colour, (name, history) in zip(colours, histories.items(), strict=True):
-            axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=name)
-        axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
-        if histories:
-            axes.legend(loc="lower right")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, history) in zip(run_colours(len(histories)), histories.items(), strict=True):
+        axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=shorten(name, 60))
+    axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
+    add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def _colours(count: int) -> list[tuple[float, float, float]]:
-    """That many colours for runs, apart for colour-blind readers."""
-    import seaborn  # here, see `plot_class_iou`
+def run_colours(count: int) -> list[tuple[float, float, float]]:
+    """That many colours for runs or recipes, apart for colour-blind readers; grey from the ninth on."""
+    import seaborn  # here, see `plot_matrix`
 
-    return seaborn.color_palette("colorblind", count)
-
-
-def colour_labels(label: np.ndarray) -> np.ndarray:
-    """Class indices, 255 = ignore, of any shape `(...)` as colours `(..., 3)` in 0..1."""
-    colours = ListedColormap([*CLASS_COLOURS, IGNORE_COLOUR]).colors
-    table = np.array([matplotlib.colors.to_rgb(colour) for colour in colours])
-    return table[np.where(label == IGNORE_INDEX, len(CLASS_NAMES), label)]
-
-
-def class_patches(present: np.ndarray) -> list[Patch]:
-    """Of a legend: the classes in an array of labels, and unlabelled if 255 is in it."""
-    patches = [
-        Patch(facecolor=CLASS_COLOURS[index], edgecolor=GREY, linewidth=0.5, label=CLASS_NAMES[index])
-        for index in present
-        if index != IGNORE_INDEX
-    ]
-    if IGNORE_INDEX in present:
-        patches.append(Patch(facecolor=IGNORE_COLOUR, edgecolor=GREY, linewidth=0.5, label="unlabelled"))
-    return patches
-
-
-COLOUR = dict(zip(CLASS_NAMES, CLASS_COLOURS, strict=True))
-EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that the pale classes stand out from white
-LAYERS = ("labels", "depth", "RGB")
-
-
-def plot_samples(samples: Samples) -> Figure:
-    """A row for each sample: RGB, depth with its scale, labels over RGB with their names."""
-    count, (height, width) = len(samples), samples.size
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, WIDTH / 3 * count * height / width + 0.7), layout="constrained")
-        grid = figure.subplots(count, 3, squeeze=False)
-        for row, axes in enumerate(grid):
-            axes[0].imshow(samples.image[row])
-            shown = axes[1].imshow(_depth_m(samples.depth[row]), cmap="viridis_r", vmin=0.5, vmax=_farthest(samples))
-            axes[2].imshow(blend_labels(samples.image[row], samples.label[row], 0.65))
-            write_names(axes[2], samples.label[row])
-            axes[0].set_ylabel(samples.names[row])
-        for axes, title in zip(grid[0], ("RGB", "depth (m)", "labels"), strict=True):
-            axes.set_title(title)
-        _hide_frames(grid)
-        figure.colorbar(shown, ax=grid, location="bottom", shrink=0.3, aspect=30, pad=0.02)
-    return figure
-
-
-def plot_sample(samples: Samples, index: int, layer: str = "labels", opacity: float = 0.6, only: str = "all") -> Figure:
-    """One sample large: a layer of `LAYERS` over RGB, the labels of all classes or of only one."""
-    image, (height, width) = samples.image[index], samples.size
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.7 * WIDTH, 0.55 * WIDTH * height / width + 0.3), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(image)
-        if layer == "depth":
-            shown = axes.imshow(
-                _depth_m(samples.depth[index]), cmap="viridis_r", vmin=0.5, vmax=_farthest(samples), alpha=opacity
-            )
-            figure.colorbar(shown, ax=axes, label="m")
-        elif layer == "labels":
-            label = samples.label[index]
-            if only != "all":
-                label = np.where(label == CLASS_NAMES.index(only), label, IGNORE_INDEX)
-            axes.imshow(blend_labels(image, label, opacity))
-            write_names(axes, label)
-            shown = np.unique(label[label != IGNORE_INDEX])
-            figure.legend(handles=class_patches(shown), loc="outside right center")
-        axes.set_title(f"{samples.names[index]}: {layer}" + (f", only {only}" if only != "all" else ""))
-        _hide_frames(axes)
-    return figure
-
-
-def blend_labels(image: np.ndarray, label: np.ndarray, opacity: float) -> np.ndarray:
-    """Class colours over RGB `(H, W, 3)`, 0..1; unlabelled pixels keep theirs."""
-    weight = np.where(label == IGNORE_INDEX, 0, opacity)[..., None]
-    return weight * colour_labels(label) + (1 - weight) * image / 255
-
-
-def write_names(axes: Axes, label: np.ndarray, least: float = 0.012) -> None:
-    """The class's name in the middle of each segment that takes 1.2 % of the image or more."""
-    for index in np.unique(label[label != IGNORE_INDEX]):
-        # with a rim, so that a segment ends where the picture does
-        mask = np.pad((label == index).astype(np.uint8), 1)
-        count, segment, stats, _ = cv2.connectedComponentsWithStats(mask)
-        for number in range(1, count):
-            if stats[number, cv2.CC_STAT_AREA] >= least * label.size:
-                room = cv2.distanceTransform((segment == number).astype(np.uint8), cv2.DIST_L2, 5)
-                row, column = np.unravel_index(room.argmax(), room.shape)
-                box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
-                axes.text(
-                    column - 1, row - 1, CLASS_NAMES[index], ha="center", va="center", fontsize=7, bbox=box,
-                    clip_on=True,
-                )  # fmt: skip
-
-
-def _depth_m(depth: np.ndarray) -> np.ndarray:
-    return np.where(depth == 0, np.nan, depth / 1000)
-
-
-def _farthest(samples: Samples) -> float:
-    return float(np.percentile(samples.depth[:: len(samples) // 50 + 1], 99.5)) / 1000
-
-
-def _hide_frames(grid: np.ndarray | Axes) -> None:
-    for axes in np.ravel(grid):
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-
-
-def _plot_matrix(shares: np.ndarray, title: str, rows: str, columns: str) -> Figure:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.66 * WIDTH), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), share in np.ndenumerate(shares):
-            if share >= 0.005:
-                colour = "white" if share > 0.55 else "black"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize="small")
-        axes.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
-        axes.set(title=title, ylabel=rows, xlabel=columns)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-    return figure
+    return [*seaborn.color_palette("colorblind", min(count, 8)), *[(0.6, 0.6, 0.6)] * (count - 8)]

@@ -85,11 +85,17 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
         name: count_predictions(_watched(f"predicting, {name}", len(pieces), batches), thorough=True)
         for name, batches in passes.items()
     }
-    if labelled:
-        facts |= describe_scores(counted)
-        write_counts(run / "evaluation" / f"{part}.npz", counted["plain"])
-    else:
+    if not labelled:
         _write_submission(run, part, counted[first].names)
+    return write_evaluation(run, part, facts, counted if labelled else {})
+
+
+def write_evaluation(run: Path, part: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
+    """`PART.json`, which it returns, and with thorough counts of `plain` predictions `PART.npz`; then the report."""
+    (run / "evaluation").mkdir(exist_ok=True)
+    if counted:
+        facts = facts | describe_scores(counted)
+        write_counts(run / "evaluation" / f"{part}.npz", counted["plain"])
     write_json(facts, run / "evaluation" / f"{part}.json")
     write_report(run)
     return facts
@@ -199,6 +205,7 @@ class ScoredRun:
     classes: tuple[str, ...]
     history: pd.DataFrame | None
     folds: int = 1
+    group: str = ""  # the folder of runs that it was named by
 
     @property
     def score(self) -> float:

@@ -100,7 +100,7 @@ def compare_checkpoints(counts_a: Array, counts_b: Array, scene: Array | None, s
     difference, error = scores[1] - scores[0], _jackknife_error(left_out[1] - left_out[0])
     interval, _ = _t_test(difference, error, degrees)
     p_values = np.where(np.isfinite(error), _swap_test(*totals, seed), np.nan)
-    detectable = float(_detectable(error[0], degrees))
+    detectable = float(_detectable(error[0], degrees[0]))
     return CheckpointComparison(
         **_difference_fields(difference, interval, p_values),
         detectable=detectable,
@@ -124,16 +124,18 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
         if scores.ndim != 1 or not np.isfinite(scores).all():
             raise ValueError(f"{name}: found {scores.tolist()}, expected (S,) numbers, the score of each run")
     _check_runs("scores", len(scores_a), len(scores_b))
-    difference, variance = float(scores_b.mean() - scores_a.mean()), scores_a.var(ddof=1) + scores_b.var(ddof=1)
-    _check_varies("scores", difference, np.sqrt(variance))
-    if variance < ROUNDING**2:
-        return SeedComparison(difference, (difference, difference), 1.0, np.nan, (np.nan, np.nan))
-    test = stats.ttest_ind(scores_b, scores_a, equal_var=False)
-    low, high = test.confidence_interval(CONFIDENCE)
-    needed = _needed(_detectable(np.sqrt(variance), test.df) ** 2, (low, high), 2.0)
-    if min(len(scores_a), len(scores_b)) < MIN_SEEDS_TO_PLAN:
-        needed = (np.nan, np.nan)
-    return SeedComparison(difference, (float(low), float(high)), float(test.pvalue), float(test.df), needed)
+    difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
+    variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]])
+    runs = np.array([[len(scores_a)], [len(scores_b)]])
+    error, degrees = _crossed_error(
+        variances / runs, runs, np.zeros(1), np.ones(1)
+    )  # scipy's warns where one side is constant
+    _check_varies("scores", difference[0], error[0])
+    (low, high), p_value = _t_test(difference, error, degrees)
+    interval, needed = (float(low[0]), float(high[0])), (np.nan, np.nan)
+    if runs.min() >= MIN_SEEDS_TO_PLAN:
+        needed = _needed(_detectable(np.sqrt(variances.sum()), degrees[0]) ** 2, interval, 2.0)
+    return SeedComparison(float(difference[0]), interval, float(p_value[0]), float(degrees[0]), needed)
 
 
 def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False) -> RecipeComparison:
@@ -181,11 +183,7 @@ def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paire
 
 
 def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
-    """The scores of one run, counts `(N, C, C)`, with intervals as of claim (a); a gain's are that claim's own.
-
-    Raises:
-        ValueError: a wrong shape, no image, nothing labelled.
-    """
+    """The scores of one run, counts `(N, C, C)`, with intervals as of claim (a); a gain's are that claim's own."""
     (counts,) = _check_counts("(N, C, C)", counts)
     _, scores, left_out, degrees = _by_scene(counts, scene)
     interval = np.clip(_t_test(scores, _jackknife_error(left_out), degrees)[0], 0, 1)
@@ -202,22 +200,25 @@ def holm(p_values: Array) -> Array:
     return corrected
 
 
-def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, float]:
+def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
     """What all claims need of counts `(..., N, C, C)`.
 
     Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores `(..., 1 + C)`;
-    scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes, as many as equally large ones have.
+    scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as many as equally large
+    ones have, for a class over the images that have it.
     """
-    images = counts.shape[-3]
+    images, classes = counts.shape[-3:-1]
     scene = np.arange(images) if scene is None else np.asarray(scene)
     if scene.shape != (images,):
         raise ValueError(f"scene: found shape {scene.shape}, expected ({images},), the scene of each image, or None")
     names, index = np.unique(scene, return_inverse=True)
     membership = (index == np.arange(len(names))[:, None]).astype(float)
-    degrees = images**2 / (membership.sum(1) ** 2).sum() - 1 if len(names) >= MIN_SCENES else np.nan
     totals = np.stack((counts.sum(-1), counts.sum(-2), np.diagonal(counts, axis1=-2, axis2=-1)), -2)
     totals = np.moveaxis(np.tensordot(membership, totals, (1, -3)), 0, -3)
     pooled = totals.sum(-3, keepdims=True)
+    truth = counts.sum(-1).reshape(-1, images, classes)[0]
+    held = membership @ np.column_stack((np.ones(images), truth > 0))  # images by scene, and those with each class
+    degrees = held.sum(0) ** 2 / np.maximum((held**2).sum(0), 1) - 1 if len(names) >= MIN_SCENES else np.full(1, np.nan)
     return totals, _scores(pooled)[..., 0, :], _scores(pooled - totals), degrees
 
 
@@ -254,7 +255,7 @@ def _covariance(first: Array, second: Array) -> Array:
     return covariance[~np.eye(len(first), len(second), dtype=bool)].mean(0)
 
 
-def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: float) -> tuple[Array, Array]:
+def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Array) -> tuple[Array, Array]:
     """Standard errors `(K,)` and their degrees of freedom (Satterthwaite) from the parts of the variance."""
     total = seeds.sum(0) + scenes
     squares = (seeds**2 / (runs - 1)).sum(0) + scenes**2 / scene_degrees

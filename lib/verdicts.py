@@ -10,6 +10,7 @@ from lib.significance import (
     MIN_SCENES,
     CheckpointComparison,
     RecipeComparison,
+    SceneComparison,
     SeedComparison,
     compare_checkpoints,
     compare_recipes,
@@ -35,6 +36,11 @@ class Verdict:
     recipes: RecipeComparison | None
     recipe_p_value: float
     compared: int
+
+    @property
+    def strongest(self) -> SceneComparison | None:
+        """The claim over scenes that says most: (b2) where there is one, else (a)."""
+        return self.recipes or self.checkpoints
 
 
 def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Verdict]:

@@ -12,9 +12,8 @@ import lib  # noqa: F401  (before torch)
 from lib.classes import NYUV2_13
 from lib.data import Samples, load_samples
 from lib.evaluation import Evaluation
-from lib.files import write_json
-from lib.metrics import all_scores
-from lib.runs import open_run, write_counts, write_history, write_report, write_scores
+from lib.runs import open_run, write_history, write_scores
+from lib.scoring import write_evaluation
 
 
 def pytest_collection_modifyitems(items):
@@ -98,8 +97,8 @@ def trained(monkeypatch, tmp_path):
             write_scores(run, history(3)[2], evaluation(counts()))
             if evaluated:
                 tested = evaluation(counts() if matrices is None else matrices, names, scene, classes)
-                facts = {"data": data, "label_size": [4, 6], "working_size": [2, 3]}
-                write_evaluation(run, "test", facts, "flip", tested, tested)
+                facts = {"data": data, "images": len(names), "labelled": True, "tta": "flip", "working_size": [2, 3]}
+                write_evaluation(run, "test", facts, {"plain": tested, "augmented": tested})
         return run
 
     return make

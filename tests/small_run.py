@@ -11,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lib  # noqa: F401
 from lib.batches import training_loader
-from lib.data import Samples, load_samples
-from lib.runs import open_run
+from lib.data import load_samples
+from lib.data.samples import Samples
 from lib.objective import total_loss
+from lib.runs import open_run
 from lib.training import build_network, fit
 
 ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights

@@ -1,6 +1,6 @@
-"""JupyterLab as a person sees it: `pytest tests/test_browser.py --basetemp DIR` keeps the screenshots in DIR.
+"""Widgets, then JupyterLab as a person sees it: `pytest tests/test_browser.py --basetemp DIR` keeps screenshots in DIR.
 
-Needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
+The latter needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
 """
 
 import os
@@ -12,12 +12,17 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from test_plots import SETS, draw, relabel
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lib.browser import LAYERS, browse_samples, choices, plot_sample
+from lib.plots import FADED, shorten
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
@@ -25,7 +30,53 @@ SETTINGS = {
     "notebook-extension/tracker": '{"windowingMode": "none"}',  # else cells out of sight are not in the page
     "apputils-extension/notification": '{"fetchNews": "false"}',
 }
-pytestmark = pytest.mark.browser
+
+
+def test_layers_of_a_sample(scenes):
+    for layer in LAYERS:
+        assert f"{scenes.names[3]}: {layer}" in draw(plot_sample(scenes, 3, layer))
+
+
+def test_of_one_class_all_else_is_faded(scenes):
+    figure = plot_sample(scenes, 3, only="wall", opacity=1)
+    assert f"{scenes.names[3]}: labels, only wall" in draw(figure)
+    shown, wall = figure.axes[0].images[0].get_array(), scenes.label[3] == scenes.classes.index("wall")
+    assert len(np.unique(shown[wall], axis=0)) == 1
+    assert (np.ptp(shown[~wall], axis=1) == 0).all()
+    assert shown[~wall].min() >= FADED[0]
+
+
+@pytest.mark.parametrize("count", SETS)
+def test_a_sample_has_room_for_any_class_set(scenes, count):
+    samples = relabel(scenes, count)
+    texts = draw(plot_sample(samples, 0))
+    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(texts)
+    draw(plot_sample(samples, 0, only=samples.classes[-1]))
+
+
+def test_nobody_gets_widgets_where_nobody_can_move_them(scenes):
+    assert f"{scenes.names[0]}: labels" in draw(browse_samples(scenes))
+
+
+def test_browsing(scenes):
+    index, layer, opacity, only, picture = browse_samples(scenes, interactive=True).children
+    seen = {picture.value}
+    for control, value in ((layer, "depth"), (index, 5), (layer, "labels"), (opacity, 0.2), (only, "wall")):
+        control.value = value
+        assert picture.value not in seen, value
+        seen.add(picture.value)
+    assert index.value == 5  # which has a wall
+    rare = min(scenes.classes, key=lambda name: len(choices(scenes, name)) or len(scenes))
+    only.value = rare
+    assert list(index.options) == choices(scenes, rare)
+    assert len(index.options) < len(scenes)
+    only.value = "all"
+    assert len(index.options) == len(scenes)
+
+
+def test_data_without_depth_has_no_layer_for_it(scenes):
+    _, layer, *_ = browse_samples(replace(scenes, depth=None), interactive=True).children
+    assert list(layer.options) == ["labels", "RGB"]
 
 
 @contextmanager
@@ -70,6 +121,7 @@ def wait_for(condition, seconds, message):
 
 @contextmanager
 def browser_page():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as driver:
         try:
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -123,6 +175,7 @@ def photograph(page, folder, name):
             page.screenshot(path=folder / f"{name}_{theme.split()[1].lower()}_{number:02d}.png")
 
 
+@pytest.mark.browser
 def test_a_person_browses_samples_in_jupyterlab(tmp_path):
     copy_project(tmp_path, "explore", limit=40, read_test=False)
     with browser_page() as page, jupyter_lab(tmp_path) as address:
@@ -139,9 +192,10 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
 
         slider = page.locator(".widget-hslider", has_text="index").locator(".noUi-handle")
         changes(lambda: slider.press("ArrowRight"))
-        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="depth").click())
         opacity = page.locator(".widget-hslider", has_text="opacity").locator(".noUi-handle")
         changes(lambda: opacity.press("ArrowLeft"))
+        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="depth").click())
+        changes(lambda: slider.press("ArrowRight"))
         changes(lambda: page.locator(".widget-toggle-buttons button", has_text="labels").click())
         changes(lambda: page.locator(".widget-dropdown select").select_option("ceiling"))
         photograph(page, tmp_path, "explore")

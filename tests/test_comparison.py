@@ -1,22 +1,33 @@
 import os
-import shutil
 
 import numpy as np
 import pytest
 from slim_runs import names_of, slim_run, some_counts
+from test_plots import SETS, draw
+from test_plots import names_of as class_names
 
 from lib import comparison
 from lib.classes import NYUV2_13
-from lib.comparison import group_recipes, read_published, read_runs, score_table
+from lib.comparison import (
+    group_recipes,
+    plot_comparison,
+    plot_published,
+    plot_recipes,
+    read_published,
+    read_runs,
+    score_table,
+)
 from lib.metrics import mean_truth_iou, pixel_accuracy
+from lib.plots import shorten
 from lib.significance import score_interval
+from lib.verdicts import judge
 
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """The folder of runs; there is no committed evidence."""
+    """The folder of runs; there is no committed example."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.setattr(comparison, "EVIDENCE", tmp_path / "evidence")
+    monkeypatch.setattr(comparison, "EXAMPLE", tmp_path / "example")
     (tmp_path / "runs").mkdir()
     return tmp_path / "runs"
 
@@ -86,14 +97,25 @@ def test_all_means_what_is_scored_on_one_data_set(home):
     assert found("all", "train") == []
 
 
-def test_where_nothing_is_scored_the_committed_evidence_is_shown(home, tmp_path):
-    for name in ("x", "y"):
-        slim_run(tmp_path / "evidence", name)
+def test_where_there_are_no_two_runs_the_committed_example_is_shown(home, tmp_path):
+    for folder, name in (("one", "x"), ("one", "y"), ("other", "x")):
+        slim_run(tmp_path / "example" / folder, name)
     slim_run(home, "mine", part="test")
-    assert found("all") == ["x", "y"]
+    assert found("all") == ["x", "y", "x"]
     assert found("all", "test") == ["mine"]
     slim_run(home, "mine too")
-    assert found("all") == ["mine too"]
+    assert found("all") == ["x", "y", "x"]
+    assert found("all", data="/nyu") == ["mine too"]
+    slim_run(home, "one more")
+    assert found("all") == ["mine too", "one more"]
+
+
+def test_runs_of_two_folders_are_two_recipes(home, tmp_path):
+    for folder in ("before", "after"):
+        for seed in (1, 2):
+            slim_run(tmp_path / folder, f"run {seed}", seed=seed)
+    names = {"before": ["run 1", "run 2"], "after": ["run 1", "run 2"]}
+    assert grouped(f"{tmp_path / 'before'}, {tmp_path / 'after'}") == names
 
 
 def test_a_run_that_is_not_scored_says_how(home):
@@ -312,6 +334,26 @@ def test_published_figures():
     assert len(read_published("experiments", "")) == 0
 
 
-def test_the_evidence_lies_where_the_readme_says():
-    assert comparison.EVIDENCE.parent == comparison.LIB.parent / "notebooks" / "experiments"
-    assert shutil.which("git") is None or comparison.EVIDENCE.parent.is_dir()
+@pytest.mark.parametrize("count", SETS)
+@pytest.mark.parametrize("others", [0, 1, 11])
+def test_comparison_of_few_and_many(home, count, others):
+    """Every legend and label lies inside the figure, for long names too; of many recipes the first are coloured."""
+    rng, classes, right = np.random.default_rng(0), class_names(count), np.eye(count, dtype=int)
+    long = "a name as it is made of many parameters soft_iou_weight=0.5-class_weights=median-learning_rate=0.0001-"
+    for recipe in range(others + 1):
+        for seed in (1, 2):
+            wrong = rng.integers(0, 30, (24, count, 1))
+            counts = right * (100 - wrong) + np.roll(right, 1, 1) * wrong
+            slim_run(home, f"{long}{recipe}-{seed}", counts, classes=classes, seed=seed, learning_rate=0.1 + recipe)
+    recipes = group_recipes(read_runs("all", "valid"))
+    differences = {name: verdict.strongest for name, verdict in judge(recipes).items()}
+    texts = draw(plot_comparison(recipes, differences))
+    assert "mIoU" in texts
+    assert f"{shorten(classes[0], 20)} (24)" in texts
+    assert len([text for text in texts if "mean of 2" in text]) == others + 1
+    draw(plot_recipes(score_table(recipes)))
+
+
+def test_figures_of_nothing_and_of_what_was_published():
+    assert plot_recipes(score_table({})).axes[0].get_title() == "No run is done"
+    assert "exp061: mean 0.620" in draw(plot_published(read_published("class_iou", "exp060, exp061").T))

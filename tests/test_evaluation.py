@@ -9,12 +9,12 @@ from small_run import ENCODER
 
 from lib.batches import encode_batch, plain_batch
 from lib.classes import NYUV2_13
-from lib.data import Samples, iterate_samples
-from lib.data.samples import resize_samples
+from lib.data import iterate_samples
+from lib.data.samples import Samples, resize_samples
 from lib.evaluation import Predicted, count_predictions, evaluate, predict
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import ModelConfig, Prediction, build_model
-from lib.training import total_loss
+from lib.objective import total_loss
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)

@@ -16,7 +16,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 
 from lib.classes import NYUV2_13
-from lib.data import DataError, iterate_samples, load_samples
+from lib.data import iterate_samples, load_samples
+from lib.data.samples import DataError
 from lib.data.splits import FOLDS, number_runs, split_names
 from lib.files import read_json, write_json
 from lib.notebook import check_parameters

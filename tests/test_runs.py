@@ -12,26 +12,22 @@ from filelock import FileLock
 
 from lib.classes import NYUV2_13
 from lib.data import load_samples
-from lib.evaluation import save_masks
 from lib.runs import (
     RunState,
     find_run,
     hold_run,
-    masks_folder,
     open_run,
     read_counts,
-    read_masks,
     read_scores,
     recipe,
     run_state,
     runs_folder,
     summarise,
-    write_evaluation,
     write_history,
     write_report,
     write_scores,
-    write_submission,
 )
+from lib.scoring import masks_folder, read_masks, write_evaluation
 
 
 @pytest.fixture

@@ -142,6 +142,20 @@ def test_a_class_in_one_scene_has_no_verdict(scene):
     np.testing.assert_array_equal(checkpoints.class_p_value[:4], compare_checkpoints(*without, scene).class_p_value)
 
 
+def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
+    """Of twelve scenes of one image three have class 0, so that little is known of it."""
+    a, b = two_classes([5] * 12), two_classes([6, 7, 9] + [5] * 9)
+    for counts in (a, b):
+        counts[3:, 0] = 0
+    result = compare_checkpoints(a, b, None)
+    left_out = np.array([16 / 20, 15 / 20, 13 / 20])  # of b without each; a has 5 of 10 throughout
+    values = np.append(left_out - 0.5, np.full(9, 22 / 30 - 0.5))
+    error = np.sqrt(11 / 12 * ((values - values.mean()) ** 2).sum())
+    low, high = result.class_interval[:, 0]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    assert (np.diff(result.interval) / 2 / stats.t.ppf(0.975, 11)).item() < error
+
+
 def test_fewer_than_six_scenes_give_no_verdict(pair, recipes):
     scene = np.arange(197) % 5
     for result in (compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene)):
@@ -266,15 +280,17 @@ def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
         compare_recipes(np.stack([a, a]), np.stack([b, b]), scene)
 
 
-def test_seeds_equal_scipys_welch():
-    a, b = [0.50, 0.52, 0.49, 0.51], [0.53, 0.54, 0.53]
+@pytest.mark.parametrize("a", [[0.50, 0.52, 0.49, 0.51], [0.5, 0.5, 0.5, 0.5]])
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, where one recipe always gets the same score
+def test_seeds_equal_scipys_welch(a):
+    b = [0.53, 0.54, 0.53]
     result, test = compare_seeds(a, b), stats.ttest_ind(b, a, equal_var=False)
     assert result.difference == pytest.approx(np.mean(b) - np.mean(a))
     np.testing.assert_allclose(result.interval, test.confidence_interval())
     assert (result.p_value, result.degrees_of_freedom) == (pytest.approx(test.pvalue), pytest.approx(test.df))
     assert np.isnan(result.seeds_needed).all()  # four are too few to plan with
     back = compare_seeds(b, a)
-    assert (back.difference, back.p_value) == (-result.difference, result.p_value)
+    assert (back.difference, back.p_value) == (-result.difference, pytest.approx(result.p_value))
 
 
 def test_seeds_needed_are_a_range():

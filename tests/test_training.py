@@ -11,11 +11,13 @@ from small_run import FOR_FIT, PARAMETERS, small_samples, train
 
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
+from lib.checkpoints import checksums
 from lib.evaluation import evaluate
 from lib.metrics import confusion_counts, iou, mean_iou
 from lib.model import Prediction, load_model
+from lib.objective import Losses, total_loss
 from lib.runs import open_run, read_counts, read_history, runs_folder
-from lib.training import Losses, build_average, build_network, build_schedule, check_options, checksums, fit, total_loss
+from lib.training import build_average, build_network, build_schedule, check_options, fit
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)

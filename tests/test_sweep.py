@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import papermill
+import psutil
 import pytest
 import torch
 from conftest import history
@@ -18,7 +20,7 @@ from slim_runs import slim_run
 from lib import sweep
 from lib.comparison import group_recipes, read_runs
 from lib.files import write_json
-from lib.runs import open_run, read_parameters, run_state, write_history, write_report
+from lib.runs import open_run, read_history, read_parameters, run_state, write_history, write_report
 from lib.sweep import execute_run, executed_notebook, plan_runs, progress_table, scored_folders
 from lib.verdicts import judge
 
@@ -305,16 +307,16 @@ def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):
     """The whole way: Ray, papermill, train.ipynb, scoring; then what is left is compared without its weights."""
     planned = plan_runs(None, TINY, {"encoder": [TINY["encoder"], "resnet81"]}, [1])
     good, bad = planned
-    *_, table = sweep.sweep(planned, "test", results=str(tmp_path / "results"))
+    *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))
     assert table.state.tolist() == ["done", "failed"]
     assert "did you mean resnet18" in table.error[bad]
     assert run_state(runs / good)[:3] == (2, 2, True)
-    assert run_state(runs / good).evaluated == ("test",)
+    assert run_state(runs / good).evaluated == ("valid",)
     assert executed_notebook(good).exists()
     assert executed_notebook(bad).exists()
     assert [path.name for path in (runs / "notebooks").iterdir() if "evaluate" in path.name] == []
-    (read,) = read_runs(str(tmp_path / "results" / good), "test")
-    assert len(read.names) == 100
+    (read,) = read_runs(str(tmp_path / "results" / good), "valid")
+    assert len(read.names) == 4
     assert not (tmp_path / "results" / bad).exists()
     assert not list((tmp_path / "results").rglob("*.p*[gt]"))  # neither weights nor predictions
 
@@ -344,6 +346,32 @@ def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
     after = finished()
     assert len(after) == 12
     assert before.items() <= after.items()
+
+
+def ray_workers():
+    """The processes of this sweep in which Ray runs a task; Ray names them so."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.cmdline()[:1] == ["ray::run_on_worker"]]
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatch):
+    fixed = TINY | {"limit": 64, "image_height": 96, "image_width": 128, "epochs": 12, "augment": "crops"}
+    ((name, parameters),) = plan_runs(None, fixed, {}, [1]).items()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    execute_run(parameters | {"run_name": "alone"}, "valid")
+    killed, epochs = None, []
+    for table in sweep.sweep({name: parameters}, "valid"):
+        epochs.append(int(table.epochs[name].split()[0]))
+        if killed is None and epochs[-1] >= 3:
+            (worker,) = ray_workers()
+            worker.kill()
+            killed = epochs[-1]
+    assert 3 <= killed < 12
+    assert table.state[name] == "done"
+    assert min(epochs[epochs.index(killed) :]) >= killed  # it went on and did not begin again
+    found, expected = (read_history(runs / run).drop(columns="seconds") for run in (name, "alone"))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from lib.data import DataError, Pieces, iterate_samples
+from lib.data.splits import number_runs
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
 from lib.files import read_json, write_atomically, write_json
@@ -226,12 +227,17 @@ def read_scored(run: Path, part: str) -> ScoredRun:
             f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"
         )
     facts, history = read_json(path.with_suffix(".json")), run / "history.csv"
-    counts = read_counts(path)
+    counts, parameters = read_counts(path), read_parameters(run)
+    split = facts.get("split", None if part == "test" else parameters.get("split"))
+    if counts.scene is None and split != "random":  # older counts; of a random part names are no runs
+        runs = number_runs(counts.names)
+        first = None if runs is None else pd.Series(counts.names).groupby(runs).transform("first")
+        counts = counts._replace(scene=None if runs is None else first.to_numpy(str))
     return ScoredRun(
         name=run.name,
-        parameters=read_parameters(run),
+        parameters=parameters,
         data=facts["data"],
-        split=facts.get("split"),
+        split=split,
         history=read_history(run) if history.exists() else None,
         **counts._asdict(),
     )

@@ -301,9 +301,19 @@ def test_runs_from_before_there_were_folds_are_of_the_last(home):
 def test_unknown_scenes_stay_unknown_when_joined(home):
     five_folds(home, "a", 0, folds=range(4))
     names = np.array(names_of(45))[np.arange(45) // 3 % 5 == 4].tolist()
-    slim_run(home, "last", some_counts(scenes=3), names=names, scene=None, fold=4)
+    slim_run(home, "last", some_counts(scenes=3), names=names, scene=None, fold=4, chosen_split="random")
     ((joined,),) = group_recipes(read_runs("all", "valid")).values()
     assert joined.scene is None
+
+
+def test_older_counts_get_their_scenes_from_their_names(home):
+    names = names_of(3) + names_of(3, first=10) + names_of(18, first=20)
+    slim_run(home, "older", names=names, scene=None)
+    (read,) = read_runs("older", "valid")
+    assert list(read.scene) == ["000000"] * 3 + ["000010"] * 3 + ["000020"] * 18
+    slim_run(home, "drawn", names=names, scene=None, chosen_split="random")  # of which names are no runs
+    (read,) = read_runs("drawn", "valid")
+    assert read.scene is None
 
 
 def test_the_table_has_every_run_with_its_interval(home):

@@ -22,7 +22,7 @@ def check_same_classes(classes: tuple[str, ...], others: tuple[str, ...], whose:
     if tuple(classes) == tuple(others):  # a list of names is as good
         return
     if len(classes) != len(others):
-        found, other = (f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (classes, others))
+        found, other = (f"{len(names)} (the last is {names[-1]!r})" for names in (classes, others))
     else:
         index = next(index for index, pair in enumerate(zip(classes, others, strict=True)) if pair[0] != pair[1])
         found, other = (f"{names[index]!r} as class {index}" for names in (classes, others))

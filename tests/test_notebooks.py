@@ -47,14 +47,14 @@ def test_without_a_run_the_command_that_makes_one_is_named(tmp_path, notebook):
     assert "Make one with `papermill train.ipynb out.ipynb`" in result.stderr
 
 
-def test_comparing_without_runs_shows_the_published_ones(tmp_path):
+def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     result = papermill(tmp_path, notebook="compare", RUNS_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
-    assert "A comparison needs two runs" in text
-    assert "it can't be concluded" in text
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
+    assert "**baseline_again** against **baseline**" in text
+    assert "**The recipe baseline is better.**" in text  # than a tenth of its learning rate
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 3
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 

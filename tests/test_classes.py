@@ -21,5 +21,5 @@ def test_the_first_difference_is_named():
     with pytest.raises(ValueError) as error:
         check_same_classes(("a", "b"), ("a", "b", "c"), "the network", "the data")
     assert str(error.value) == (
-        "classes: the network has 2 (a, b, ...), the data has 3 (a, b, c, ...); use what has the same classes"
+        "classes: the network has 2 (the last is 'b'), the data has 3 (the last is 'c'); use what has the same classes"
     )

@@ -277,12 +277,14 @@ def plot_class_iou(iou: pd.Series, name: str) -> Figure:
 
 
 @styled
-def plot_curves(histories: dict[str, pd.DataFrame], title: str) -> Figure:
-    """Validation mIoU by epoch of several runs."""
+def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str) -> Figure:
+    """Validation mIoU by epoch, a line for each run in the colour of its recipe."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
-    for colour, (name, history) in zip(run_colours(len(histories)), histories.items(), strict=True):
-        axes.plot(history.epoch, history.valid_miou, marker=".", color=colour, label=shorten(name, 60))
+    for colour, (name, runs) in zip(run_colours(len(histories)), histories.items(), strict=True):
+        for number, history in enumerate(runs):
+            label = "_" if number else shorten(name, 60)  # once in the legend
+            axes.plot(history.epoch, history.valid_miou, marker=".", linewidth=1, color=colour, label=label)
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

@@ -199,9 +199,7 @@ def test_other_classes_travel_into_the_run(samples):
     np.testing.assert_allclose(
         list(json.loads((run / "scores.json").read_text())["class_iou"].values()), iou(saved.counts), atol=1e-6
     )
-    with pytest.raises(
-        ValueError, match=r"classes: the network has 3 \(the last is 'else'\), the data has 13 \(the"
-    ):
+    with pytest.raises(ValueError, match=r"classes: the network has 3 \(the last is 'else'\), the data has 13 \(the"):
         evaluate(model, samples[13:])
 
 

@@ -1,10 +1,9 @@
 """The embedded data: procedural rooms, ray-cast to RGB, depth and labels.
 
-A room is a list of boxes, so the first hit of each pixel's ray is exact. Colours overlap between
-classes, and pictures, screens and windows are flat: neither RGB nor depth is enough. Lengths are
-metres, x to the right, y up, the floor at y = 0 around the origin. A part is (class, centre, half
-size, colour, texture). A piece is a list of parts that stand around their own origin with their
-back towards -z, and its footprint (width, depth).
+A room is a list of boxes, so the first hit of each ray is exact. Colours overlap between classes, and pictures,
+screens and windows are flat: neither RGB nor depth is enough. Lengths are metres, x to the right, y up, the floor at
+y = 0. A part is (class, centre, half size, colour, texture); a piece is parts that stand around their own origin
+with their back towards -z, and its footprint (width, depth).
 """
 
 import os
@@ -40,13 +39,10 @@ TEXTURES = {
 
 
 def open_scenes(part: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Source:
-    """The embedded scenes of a part, rendered when they are read: the same pixels for the same (seed, name, size).
-
-    Names are numbers that leave a gap after each room, so that split `blocks` keeps rooms whole.
-    """
+    """The scenes of a part, rendered when they are read, to the same pixels for the same (seed, name, size)."""
     start, count = (TRAIN_COUNT, TEST_COUNT) if part == "test" else (0, TRAIN_COUNT)
     ids = np.arange(start, start + count)
-    names = np.array([f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids])
+    names = np.array([f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids])  # with a gap after each room
     rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:

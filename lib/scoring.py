@@ -103,14 +103,18 @@ def write_evaluation(run: Path, part: str, facts: dict, counted: dict[str, Evalu
 
 
 def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
-    """Scores of `plain` predictions and, where there are, of `augmented` ones; intervals over scenes."""
+    """Scores of `plain` predictions and, where there are, of `augmented` ones; intervals over scenes.
+
+    The mIoU is over the classes in the truth, as in comparisons.
+    """
     plain = counted["plain"]
     columns = {"support": plain.counts.sum((0, 2)) / max(plain.counts.sum(), 1), "IoU": iou(plain.counts)}
     described = {"intervals": {}, "depth": depth_scores(plain.depth)}
     for name, evaluation in counted.items():
         boundary = float(np.nanmean(boundary_iou(evaluation.boundary)))
-        described[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
         interval = score_interval(evaluation.counts, evaluation.scene)
+        in_truth = {"miou": interval.score, "averaged_classes": int((evaluation.counts.sum((0, 2)) > 0).sum())}
+        described[name] = all_scores(evaluation.counts) | in_truth | {"boundary_miou": boundary}
         described["intervals"][name] = interval.interval
         if name == "plain":
             columns |= dict(zip(("low", "high"), interval.class_interval, strict=True))

@@ -78,7 +78,8 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
     else:
         model = load_model(run / "best.pt", choose_device(device))
         facts |= {"tta": tta, "working_size": model.config.size}
-        views = {"plain": "none", "augmented": tta} if labelled else {"augmented": tta}
+        views = {"plain": "none"} if labelled else {}
+        views |= {"augmented": tta} if tta != "none" or not labelled else {}
         passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
     first = next(iter(passes))
     passes[first] = _saved(passes[first], masks_folder(run, part))

@@ -130,7 +130,7 @@ def execute_run(parameters: dict, part: str, results: Path | None = None) -> Non
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     if part not in run_state(run).evaluated:
-        score_run(run, part, iterate_part(run, part, parameters["data"]), device=parameters["device"])
+        score_run(run, part, iterate_part(run, part, parameters["data"]), "none", parameters["device"])
     if results is not None:
         copy_slim(run, results / run.name)
 

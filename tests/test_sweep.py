@@ -139,7 +139,7 @@ def executed(runs, monkeypatch):
             write_history(run, history(parameters["epochs"]))
             write_report(run)
 
-    def score(run, part, pieces, device):
+    def score(run, part, pieces, tta, device):
         calls.append(("score", part, pieces.data, len(pieces), device))
         slim = slim_run(run.parent / "aside", run.name, part=part)
         shutil.copytree(slim / "evaluation", run / "evaluation", dirs_exist_ok=True)

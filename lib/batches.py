@@ -63,7 +63,7 @@ def encode_depth(depth_mm: torch.Tensor, depth_encoding: str, depth_range_m: tup
     check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    low, high = sorted(scale(torch.tensor(depth_range_m)))  # on the CPU, or a GPU would wait
+    low, high = scale(torch.tensor(depth_range_m)).aminmax(dim=0)  # on the CPU, or a GPU would wait
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 

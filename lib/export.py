@@ -1,0 +1,140 @@
+"""A trained network as an ONNX file: from what a camera gives to class ids, without torch and without this project."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from lib.batches import encode_inputs
+from lib.data import Samples
+from lib.data.samples import resize_image, resize_nearest
+from lib.evaluation import predict
+from lib.files import write_atomically
+from lib.model import SegmentationDepthNet
+
+AGREEMENT = 0.999  # share of pixels that must get the same class from the file as from `evaluate`
+CHECKED_SIZE = 427, 561  # odd, so that no working size divides it
+
+
+class CameraNet(nn.Module):
+    """What `evaluate` does to one picture of any size, in operations that ONNX knows with sizes known only later."""
+
+    def __init__(self, model: SegmentationDepthNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor, depth: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(1, H, W, 3)` uint8 and `(1, H, W)` uint16 mm to `(1, H, W)` labels uint8 and confidence float32."""
+        config = self.model.config
+        small_depth = None if depth is None else _resize_depth(depth, config.size)
+        inputs = encode_inputs(_resize_image(image, config.size), small_depth, config)
+        scores = interpolate(self.model(inputs).logits, image.shape[1:3], mode="bilinear")
+        highest, label = scores.max(1)
+        return label.byte(), 1 / (scores - highest[:, None]).exp().sum(1)
+
+
+def _scale(length: int, count: int) -> torch.Tensor:
+    """Old pixels a new one, as a tensor: of a number, the exporter would keep that of its example."""
+    return torch.scalar_tensor(length, dtype=torch.float64) / count
+
+
+def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`resize_image` of `(1, H, W, 3)`, to the pixel; `(1, h, w, 3)` float32 of whole numbers."""
+    pixels = image[0].permute(2, 0, 1)
+    height, width = (_scale(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
+    shrinks = (height >= 1) & (width >= 1)
+    resized = torch.where(shrinks, _shrink(pixels.float(), size, height, width), _enlarge(pixels.int(), size))
+    return resized.permute(1, 2, 0)[None]
+
+
+def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) -> torch.Tensor:
+    """Means over areas: two matrix products, of how much of each old pixel (columns) lies in each new one (rows)."""
+    overlaps = []
+    for length, count, scale in zip(pixels.shape[1:], size, scales, strict=True):
+        old, new = torch.arange(length), scale * torch.arange(count)[:, None]
+        overlap = torch.minimum(new + scale, old + 1) - torch.maximum(new, old)
+        overlaps.append(torch.where(overlap > 1e-3, overlap, 0.0).float())  # as cv2 has it
+    means = overlaps[0] @ pixels @ overlaps[1].T * (1 / (scales[0] * scales[1])).float()
+    halves = (scales[0] == 2) & (scales[1] == 2)  # here cv2 rounds x.5 up, elsewhere to the even neighbour
+    return torch.where(halves, (means + 0.5).floor(), means.round())
+
+
+def _enlarge(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear in whole numbers, with the bits that cv2 drops on its way."""
+    rows, columns = (_neighbours(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
+    quarters = 2
+    for row, upright in rows:
+        sums = sum(pixels[:, row][..., column] * across for column, across in columns)
+        quarters = quarters + sums // 16 * upright[:, None] // 2**16
+    return (quarters // 4).float()
+
+
+def _neighbours(length: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The old pixels on both sides of each new one, with their weights in 2048ths."""
+    centre = _scale(length, count) * (torch.arange(count).double() + 0.5) - 0.5
+    below = centre.floor()
+    share = (centre - below).float()
+    pairs = (below, 1 - share), (below + 1, share)
+    return [(place.long().clamp(0, length - 1), (2048 * weight).round().int()) for place, weight in pairs]
+
+
+def _resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """`resize_nearest` of `(1, H, W)`, to the pixel: cv2, too, adds up steps, with the same errors where they tie."""
+    rows, columns = (
+        (torch.tensor([0.5] + [1.0] * (count - 1)).double() * _scale(length, count)).cumsum(0).long()
+        for length, count in zip(depth.shape[1:3], size, strict=True)
+    )
+    return depth.to(torch.int32)[:, rows][:, :, columns].float()  # few operations know uint16
+
+
+def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
+    """Write a network as an ONNX file that takes pictures of any size.
+
+    Inputs: `image`, `(1, H, W, 3)` uint8 RGB, and where the network takes it `depth`, `(1, H, W)` uint16 millimetres,
+    0 = missing. Outputs: `labels`, `(1, H, W)` uint8, and `confidence`, float32. Metadata: `classes`, a JSON list.
+
+    Returns the share of pixels of a random picture that get the same class from the file as from `evaluate`; below
+    99.9 % nothing is written and a ValueError raised.
+    """
+    model = deepcopy(model).cpu().eval()
+    content, samples = _convert(model), _random_picture(model)
+    session = onnxruntime.InferenceSession(content)
+    feeds = {"image": samples.image, "depth": samples.depth}
+    labels, _ = session.run(None, {known.name: feeds[known.name] for known in session.get_inputs()})
+    share = float((labels == next(predict(model, samples)).labels).mean())
+    if share < AGREEMENT:
+        raise ValueError(
+            f"{path}: not written; onnxruntime {onnxruntime.__version__} and torch {torch.__version__} agree on "
+            f"{share:.2%} of the pixels only, expected {AGREEMENT:.1%}: try other versions of the two"
+        )
+    write_atomically(Path(path), lambda file: file.write(content))
+    return share
+
+
+def _convert(model: SegmentationDepthNet) -> bytes:
+    sizes = {"image": {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}}
+    sizes["depth"] = dict.fromkeys((1, 2), torch.export.Dim.AUTO)  # the same, as is found out
+    feeds = {"image": torch.zeros(1, 60, 80, 3, dtype=torch.uint8)}
+    if model.config.inputs != "rgb":
+        feeds["depth"] = torch.zeros(1, 60, 80, dtype=torch.uint16)
+    program = torch.onnx.export(
+        CameraNet(model).eval(), kwargs=feeds, dynamo=True, verbose=False,
+        input_names=list(feeds), output_names=["labels", "confidence"],
+        dynamic_shapes={name: sizes[name] for name in feeds},
+    )  # fmt: skip
+    program.model.metadata_props["classes"] = json.dumps(model.config.classes)
+    return program.model_proto.SerializeToString()
+
+
+def _random_picture(model: SegmentationDepthNet) -> Samples:
+    """Patches of colour and depth under noise, some of it missing: on plain noise a network names one class."""
+    rng = np.random.default_rng(0)
+    colour, distance = rng.integers(0, 256, (12, 16, 3), np.uint8), rng.integers(500, 9000, (12, 16), np.uint16)
+    image = resize_image(colour, CHECKED_SIZE) // 2 + rng.integers(0, 128, (*CHECKED_SIZE, 3), np.uint8)
+    depth = resize_nearest(distance, CHECKED_SIZE) * (rng.random(CHECKED_SIZE) < 0.95)
+    return Samples(np.array(["random"]), image[None], depth[None].astype(np.uint16), classes=model.config.classes)

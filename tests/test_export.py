@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from lib import export
+from lib.batches import encode_inputs
+from lib.classes import NYUV2_13
+from lib.data import Samples
+from lib.data.samples import resize_image, resize_nearest
+from lib.evaluation import evaluate
+from lib.export import export_onnx
+from lib.model import build_model
+
+
+def network(inputs, classes, architecture, size=(64, 96)):
+    """A tiny network that names all its classes, as if it had been trained."""
+    torch.manual_seed(0)
+    model = build_model(
+        inputs=inputs, classes=classes, architecture=architecture, encoder="tu-test_efficientnet", size=size
+    )
+    image, depth = (torch.tensor(np.stack(arrays)) for arrays in zip(*(camera(size, seed) for seed in range(8))))
+    encoded = encode_inputs(image, depth.float(), model.config)
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(encoded)  # so that its normalisation knows such pictures
+        logits = model.eval()(encoded).logits
+        head = model.net.segmentation_head[0]
+        head.bias -= logits.mean((0, 2, 3))
+        for weights in (head.weight, head.bias):
+            weights *= 3 / logits.std()
+    return model
+
+
+def camera(size, seed=0):
+    """What a camera might give: a smooth picture with noise, depth with holes."""
+    rng = np.random.default_rng(seed)
+    image = resize_image(rng.integers(0, 200, (9, 11, 3), np.uint8), size) + rng.integers(0, 50, (*size, 3), np.uint8)
+    depth = resize_nearest(rng.integers(600, 12000, (9, 11), np.uint16), size)
+    depth[rng.random(size) < 0.1] = 0
+    return image, depth
+
+
+def run(session, image, depth):
+    feeds = {"image": image[None], "depth": depth[None]}
+    return session.run(None, {taken.name: feeds[taken.name] for taken in session.get_inputs()})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "classes", "architecture"),
+    [
+        ("rgb", NYUV2_13, "deeplabv3plus"),
+        ("rgb", ("bed", "wall", "floor"), "fpn"),
+        ("rgbd", NYUV2_13, "fpn"),
+        ("rgbd", ("bed", "wall", "floor"), "deeplabv3plus"),
+        ("rgbd_xy", NYUV2_13, "deeplabv3plus"),
+        ("rgbd_xy", ("bed", "wall", "floor"), "fpn"),
+    ],
+)
+def test_the_file_says_of_raw_arrays_what_evaluate_says(tmp_path, inputs, classes, architecture):
+    model = network(inputs, classes, architecture)
+    assert export_onnx(model, tmp_path / "network.onnx") >= 0.999
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    assert [taken.name for taken in session.get_inputs()] == ["image", "depth"][: 1 + (inputs != "rgb")]
+    assert [given.name for given in session.get_outputs()] == ["labels", "confidence"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
+    for size in ((427, 561), (128, 192), (64, 96), (40, 300)):  # the third is its own, the last is enlarged
+        image, depth = camera(size)
+        labels, confidence = run(session, image, depth)
+        samples = Samples(np.array(["camera"]), image[None], depth[None], classes=classes)
+        expected = evaluate(model, samples).predicted
+        assert len(np.unique(expected)) == len(classes)
+        assert (labels.dtype, labels.shape) == (np.uint8, (1, *size))
+        assert (confidence.dtype, confidence.shape) == (np.float32, (1, *size))
+        assert (labels == expected).mean() >= 0.999, size
+        assert confidence.min() >= 1 / len(classes) - 1e-5
+        assert confidence.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "to"),
+    [
+        ((427, 561), (96, 128)), ((480, 640), (240, 320)), ((480, 640), (96, 128)), ((576, 768), (96, 128)),
+        ((97, 640), (96, 96)), ((1203, 1777), (96, 128)), ((96, 128), (96, 128)), ((480, 640), (480, 320)),
+    ],
+)  # fmt: skip
+def test_shrinking_is_that_of_opencv_to_the_pixel(size, to):
+    image, depth = camera(size)
+    np.testing.assert_array_equal(export._resize_image(torch.tensor(image)[None], to)[0], resize_image(image, to))
+    np.testing.assert_array_equal(export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to))
+
+
+@pytest.mark.parametrize("size", [(50, 60), (1, 1), (300, 60)])
+def test_enlarging_differs_from_opencv_by_one_at_most(size):
+    image, depth = camera(size)
+    enlarged = export._resize_image(torch.tensor(image)[None], (96, 128))[0].numpy()
+    assert np.abs(enlarged - resize_image(image, (96, 128))).max() <= 1
+    np.testing.assert_array_equal(
+        export._resize_depth(torch.tensor(depth)[None], (96, 128))[0], resize_nearest(depth, (96, 128))
+    )
+
+
+def test_a_file_that_says_something_else_is_not_written(tmp_path, monkeypatch):
+    model = network("rgb", NYUV2_13, "fpn")
+    monkeypatch.setattr(export, "_resize_image", lambda image, size: torch.zeros(1, *size, 3))
+    with pytest.raises(
+        ValueError, match="network.onnx: not written; .* agree on .* of the pixels only, expected 99.9%"
+    ):
+        export_onnx(model, tmp_path / "network.onnx")
+    assert not list(tmp_path.iterdir())

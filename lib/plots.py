@@ -217,9 +217,9 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
             if stats[number, cv2.CC_STAT_AREA] >= least * label.size:
                 room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
                 row, column = np.unravel_index(room.argmax(), room.shape)
-                axes.text(
-                    column - 1, row - 1, shorten(classes[index], 14), ha="center", va="center", fontsize=6, bbox=box
-                )
+                across = column / label.shape[1]
+                side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
+                axes.text(column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box)
 
 
 def rows_height(count: int) -> float:

@@ -37,7 +37,7 @@ def test_one_file_and_a_folder_of_files_of_any_sizes(tmp_path, picture):
 def test_a_phone_s_picture_is_turned_upright(tmp_path, picture):
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # the camera was held upright: the first row is the right side
-    Image.fromarray(picture).save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    Image.fromarray(picture).save(tmp_path / "phone.jpg", exif=exif, quality=95, subsampling=0)
     (piece,) = read(tmp_path / "phone.jpg")
     assert piece.size == (60, 40)
     assert np.abs(piece.image[0].astype(int) - np.rot90(picture, -1)).max() < 16  # JPEG
@@ -48,7 +48,7 @@ def test_what_a_file_shows_becomes_rgb(tmp_path, picture):
     palette = Image.fromarray(picture).quantize(4)
     grey.save(tmp_path / "grey.png")
     palette.save(tmp_path / "palette.png")
-    Image.fromarray(picture).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    Image.fromarray(picture).convert("CMYK").save(tmp_path / "print.jpg", quality=95, subsampling=0)
     by_name = {piece.names[0]: piece.image[0].astype(int) for piece in read(tmp_path)}
     np.testing.assert_array_equal(by_name["grey"], np.asarray(grey)[..., None].repeat(3, -1))
     assert np.abs(by_name["palette"] - picture).max() < 3

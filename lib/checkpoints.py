@@ -1,6 +1,8 @@
 """What an interrupted training goes on from, and whether it may."""
 
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,22 @@ import torch
 
 from lib.data.samples import Samples
 from lib.files import load_checkpoint, save_checkpoint
+
+CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
+
+
+class Saver:
+    """Calls `write`, and is due when that was long ago."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self.write, self.written = write, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.written > CHECKPOINT_SECONDS
+
+    def __call__(self) -> None:
+        self.write()
+        self.written = time.monotonic()
 
 
 def checksums(samples: Samples, part: str) -> dict[str, int]:
@@ -44,7 +62,7 @@ def restore_progress(path: Path, parts: dict, made_of: dict, device: torch.devic
         owner.load_state_dict(state[part])
     torch.set_rng_state(state["rng"][0])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"][1], device)
+        torch.cuda.set_rng_state(state["rng"][1], device)  # older files have those of all GPUs
     progress["losses"] = [loss.to(device) for loss in progress["losses"]]
     return progress
 
@@ -53,8 +71,9 @@ def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
     before = saved.get("computed", "an unknown device")
     if before != made_of["computed"]:
         raise ValueError(
-            f"resume: {run_name!r} was trained on {before}, found {made_of['computed']}; pass the same device and "
-            "precision, or start another run_name with resume False"
+            f"resume: {run_name!r} was trained on {before}, and here it would go on on {made_of['computed']}; pass the "
+            "device and the precision that it was trained with, on a machine that has them, or start another run_name "
+            "with resume False"
         )
     old, new = saved.get("data", made_of["data"]), made_of["data"]
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]

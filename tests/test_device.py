@@ -153,7 +153,9 @@ def test_mixed_precision_only_where_it_is_asked_for():
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 320.00 MiB. GPU 0 has a total capacity of 11.77 GiB of which ..."
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED")]
+)
 def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, error):
     machine((8, 6))
     emptied, networks = [], []

@@ -102,6 +102,7 @@ def fit(
                   encoder_lr_scale=encoder_lr_scale, ema_decay=ema_decay, keep=keep)  # fmt: skip
     where = choose_device(device)
     precision = choose_precision(precision, where)
+    loader.pin_memory = where.type == "cuda"  # pinning opens a GPU, also for a run on the CPU
     model = _place(build(), where)
     optimizer = build_optimizer(model, learning_rate, encoder_lr_scale, weight_decay)
     scheduler = build_schedule(schedule, optimizer, epochs, len(loader))
@@ -109,7 +110,6 @@ def fit(
     judged = model if average is None else average
     train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
     _check_labels({"train": train, "valid": valid}, len(model.config.classes))
-    loader.pin_memory = where.type == "cuda"
 
     def step(raw: RawBatch) -> torch.Tensor:
         terms = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)

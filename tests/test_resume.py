@@ -15,7 +15,7 @@ from small_run import MOMENTS, PARAMETERS, fit_run, small_samples, train
 from lib import checkpoints, training
 from lib.files import CheckpointError
 from lib.model import load_model
-from lib.runs import run_state, runs_folder
+from lib.runs import read_parameters, run_state, runs_folder
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,44 @@ def test_a_finished_run_is_left_alone(samples, whole):
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
     assert train("whole", samples, resume=True) == whole[0]
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before
+
+
+def test_device_and_precision_may_be_spelled_otherwise(samples, whole, monkeypatch, often):
+    """What they come to is what counts: another machine resolves `auto` for itself, another card has another number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    interrupt(samples, "spelled", monkeypatch, 4, device="auto", precision="auto")
+    assert train("spelled", samples, resume=True) == whole[0]
+    saved = read_parameters(runs_folder() / "spelled")
+    assert (saved["device"], saved["precision"]) == ("auto", "auto")
+
+
+def test_what_is_written_of_a_run_that_had_computed_nothing_is_what_it_computes_with(samples, whole, monkeypatch):
+    interrupt(samples, "barely", monkeypatch, 2, precision="bf16")
+    assert train("barely", samples, resume=True) == whole[0]
+    assert read_parameters(runs_folder() / "barely")["precision"] == "fp32"
+
+
+def test_the_generator_of_the_own_gpu_alone_is_kept(tmp_path, monkeypatch):
+    """It moves to another card; files of earlier versions have the states of all GPUs of their machine."""
+    touched, path, made_of = [], tmp_path / "run" / "last.pt", {"computed": "cuda in bf16", "data": {}}
+    path.parent.mkdir()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: touched.append(("get", gpu)) or torch.ones(16).byte())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: touched.append(("set", gpu, int(state[0]))))
+    progress = {"history": [], "losses": [], "row": {}} | made_of
+    checkpoints.save_progress(path, {}, progress, torch.device("cuda", 1))
+    checkpoints.restore_progress(path, {}, made_of, torch.device("cuda", 0))
+    assert touched == [("get", torch.device("cuda", 1)), ("set", torch.device("cuda", 0), 1)]
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"rng": [saved["rng"][0], torch.ones(16).byte(), torch.zeros(16).byte()]}, path)
+    checkpoints.restore_progress(path, {}, made_of, torch.device("cuda", 0))
+    assert touched[2:] == [("set", torch.device("cuda", 0), 1)]
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore_progress(path, {}, made_of | {"computed": "cpu in fp32"}, torch.device("cpu"))
+    assert str(error.value) == (
+        "resume: 'run' was trained on cuda in bf16, and here it would go on on cpu in fp32; pass the device and the "
+        "precision that it was trained with, on a machine that has them, or start another run_name with resume False"
+    )
 
 
 def test_another_precision_is_refused(samples, whole):

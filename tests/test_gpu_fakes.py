@@ -55,9 +55,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.calls += 1
-        assert not any(name in str(operation) for name in WAITS), operation
-        masks = [t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
-        assert not (masks and "index" in str(operation)), f"{operation} by a mask"
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == self.device for tensor in tensors):
+            assert not any(name in str(operation) for name in WAITS), operation
+            by_mask = "index" in str(operation) and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+            assert not by_mask, f"{operation} by a mask"
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
@@ -82,7 +84,7 @@ def test_a_training_step_waits_for_nothing(monkeypatch, options):
     monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)  # looks at labels on a CPU alone
     train("watched", small_samples()[:10], held_out=2, epochs=1, **options)
     assert len(watches) == 2
-    assert min(watch.calls for watch in watches) > 1000
+    assert min(watch.calls for watch in watches) > 500
 
 
 @pytest.mark.parametrize("what", ["training", "evaluation"])
@@ -91,15 +93,18 @@ def test_means_of_losses_leave_no_float64_on_the_device(scenes, monkeypatch, wha
     monkeypatch.setattr(training, "_check_finite", lambda *arguments: None)
     batch, finished = Predicted(scenes[:1], scenes.label[:1] % 13), training_loader(scenes, "none", 2, 0, 0)
     finished.batch_sampler.skip = 6
-    with pytest.raises(DataDependentOutputException):  # noqa: SIM117
-        with FakeTensorMode(), Watch("cuda"):
-            terms = [torch.zeros(5, device="cuda")] * 2
-            if what == "training":
-                bar = training.progress_bar("", 2, disable=True)
-                training.train_epoch(torch.nn.Identity(), pytest.fail, finished, terms, Saver(pytest.fail), bar)
-            else:
-                monkeypatch.setattr(evaluation, "confusion_counts", lambda *arguments: np.zeros((1, 13, 13)))
-                count_predictions([batch._replace(losses=terms[0])])
+    monkeypatch.setattr(evaluation, "confusion_counts", lambda *arguments: np.zeros((1, 13, 13)))
+    bar = training.progress_bar("", 2, disable=True)
+    with FakeTensorMode(), Watch("cuda"):
+        terms = [torch.zeros(5, device="cuda")] * 2
+        means = {
+            "training": lambda: training.train_epoch(
+                torch.nn.Identity(), pytest.fail, finished, terms, Saver(pytest.fail), bar
+            ),
+            "evaluation": lambda: count_predictions([batch._replace(losses=terms[0])]),
+        }
+        with pytest.raises(DataDependentOutputException):
+            means[what]()
 
 
 class Memory(TorchDispatchMode):

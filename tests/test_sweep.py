@@ -327,7 +327,7 @@ def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked
 def test_torch_knows_the_share_of_the_memory():
     (setting,) = (value for name, value in sweep._environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF")
     torch._C._accelerator_setAllocatorSettings(setting)
-    with pytest.raises(RuntimeError, match="per_process_memory_fraction is invalid"):
+    with pytest.raises(ValueError, match="per_process_memory_fraction is invalid"):
         torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "7"))
     torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "1.0"))
 

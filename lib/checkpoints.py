@@ -1,8 +1,6 @@
 """What an interrupted training goes on from, and whether it may."""
 
-import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +8,6 @@ import torch
 
 from lib.data.samples import Samples
 from lib.files import load_checkpoint, save_checkpoint
-
-CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
-
-
-class Saver:
-    """Calls `write`, and is due when that was long ago."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self.write, self.written = write, time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.written > CHECKPOINT_SECONDS
-
-    def __call__(self) -> None:
-        self.write()
-        self.written = time.monotonic()
 
 
 def checksums(samples: Samples, part: str) -> dict[str, int]:

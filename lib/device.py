@@ -80,21 +80,18 @@ def _unused_gpu() -> str:
     """Why a GPU that is there can't be taken or is not, as one more line; nothing where there is none."""
     if torch.backends.mps.is_available():
         return "\nNobody has trained on a Mac's GPU with this code yet, so auto takes the CPU: device mps tries it"
-    gpus = _gpus()
-    too_old = [gpu for gpu, usable in gpus.items() if not usable]
+    too_old = [gpu for gpu, usable in _gpus().items() if not usable]
     if too_old:
         major, minor = torch.cuda.get_device_capability(too_old[0])
         reason = (
             f"{torch.cuda.get_device_name(too_old[0])} ({too_old[0]}) is of compute capability {major}.{minor}, and it "
             f"has kernels for {', '.join(torch.cuda.get_arch_list())}: install a torch and torchvision built for that"
         )
-    elif gpus or not _has_nvidia_gpu():
-        return ""
+    elif not torch.cuda.is_available() and _has_nvidia_gpu():
+        driver = f"The usual reason is a driver older than CUDA {torch.version.cuda}: update it"
+        reason = f"{driver}, or install a torch and torchvision built for it"
     else:
-        reason = (
-            f"The usual reason is a driver older than CUDA {torch.version.cuda}: update it, or install a torch and "
-            "torchvision built for it"
-        )
+        return ""
     return f"\nAn NVIDIA GPU is installed, but this torch can't use it. {reason}"
 
 
@@ -125,8 +122,7 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
                 raise
             message = str(error) if isinstance(error, MemoryError) else _describe_memory(str(error))
             traceback.clear_frames(error.__traceback__)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         raise MemoryError(message)
 
     return explained
@@ -135,8 +131,8 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
 def _describe_memory(error: str) -> str:
     asked, held = re.search(r"allocate ([\d.]+ \w+)", error), ""
     if torch.cuda.is_available():
-        (free, total), own = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-        free, total, own = (amount / 2**30 for amount in (free, total, own))
+        amounts = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+        free, total, own = (amount / 2**30 for amount in amounts)
         held = (
             f"; {free:.1f} of {total:.1f} GiB were free, this program held {own:.1f}, and CUDA with other programs "
             f"(nvidia-smi lists them) {total - free - own:.1f}"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
-from lib.checkpoints import Saver, checksums, restore_progress, save_progress
+from lib.checkpoints import checksums, restore_progress, save_progress
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples
 from lib.data.splits import FOLDS, SPLITS
@@ -37,6 +37,7 @@ from lib.runs import find_run, write_history, write_report, write_scores
 
 SCHEDULES = ("cosine", "one_cycle")
 KEEP = ("best", "last")
+CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
@@ -121,15 +122,17 @@ def fit(
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {} if average is None else {"average": average}
-    made_of = {
-        "computed": f"{where.type} in {precision}",
-        "data": checksums(train, "train") | checksums(valid, "valid"),
-    }
+    data = checksums(train, "train") | checksums(valid, "valid")
+    made_of = {"computed": f"{where.type} in {precision}", "data": data}
     progress = restore_progress(run / "last.pt", parts, made_of, where)
-    history, losses, kept = progress["history"], progress["losses"], []
+    history, losses, kept, saved = progress["history"], progress["losses"], [], [time.monotonic()]
     first = len(history) + 1
 
-    def write() -> None:  # together, or last.pt would go on beside a best.pt of epochs that it does not know
+    def save(check: Callable[[], None] = lambda: None, seconds: float = CHECKPOINT_SECONDS) -> None:
+        """All together, or last.pt would go on beside a best.pt of epochs that it does not know; not too often."""
+        if time.monotonic() - saved[0] <= seconds:
+            return
+        check()
         if kept:
             save_model(kept[0], run / "best.pt")
             write_scores(run, *kept[1:])
@@ -137,8 +140,8 @@ def fit(
         if history:
             write_history(run, history)
         save_progress(run / "last.pt", parts, progress, where)
+        saved[0] = time.monotonic()
 
-    save = Saver(write)
     yield from list(history)
     with progress_bar("training", epochs * len(loader), len(history) * len(loader) + len(losses)) as bar:
         for epoch in range(first, epochs + 1):
@@ -152,13 +155,13 @@ def fit(
             scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
             row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
             by_score = keep == "best" and scored is not None
-            if _is_best(row, history) if by_score else epoch == epochs:
+            best_before = max((past["valid_miou"] for past in history), default=-1)
+            if row["valid_miou"] > best_before if by_score else epoch == epochs:
                 kept[:] = copy.deepcopy(judged).cpu(), row, scored
             history.append(row)
             losses.clear()
             progress["row"] = {}
-            if save.due() or epoch == epochs:
-                save()
+            save(seconds=-1 if epoch == epochs else CHECKPOINT_SECONDS)
             yield row
     if first <= epochs or not (run / "report.md").exists():
         write_report(run)
@@ -170,10 +173,6 @@ def _place(model: nn.Module, device: torch.device) -> nn.Module:
         torch.backends.cudnn.benchmark = True
         return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
-
-
-def _is_best(row: dict[str, float], history: list[dict[str, float]]) -> bool:
-    return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
 
 
 def check_options(**options: object) -> None:
@@ -259,7 +258,7 @@ def train_epoch(
     step: Callable[[RawBatch], torch.Tensor],
     loader: DataLoader,
     losses: list[torch.Tensor],
-    save: Saver,
+    save: Callable[[Callable[[], None]], None],
     bar: tqdm,
 ) -> list[float]:
     """Train on the batches that are left of an epoch; returns the mean of each term over all of its batches.
@@ -269,7 +268,7 @@ def train_epoch(
         step: trains on one batch and returns the terms of its loss.
         loader: the batches that are left.
         losses: of the batches before these; grows.
-        save: called where it is due.
+        save: called after each batch, with what to do before it saves.
         bar: moved on by one a batch.
 
     Raises:
@@ -278,16 +277,18 @@ def train_epoch(
     model.train()
     names = loader.dataset.samples.names
     positions = []
+
+    def check() -> None:
+        _check_finite(model, losses[-len(positions) :], positions, names)
+
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
         bar.update()
-        due = save.due()
-        if due or len(positions) % FINITE_STEPS == 0:
-            _check_finite(model, losses[-len(positions) :], positions, names)
-        if due:
-            save()
-    _check_finite(model, losses[-len(positions) :], positions, names)
+        if len(positions) % FINITE_STEPS == 0:
+            check()
+        save(check)
+    check()
     return mean_losses(losses)
 
 

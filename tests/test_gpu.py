@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_run import ENCODER, PARAMETERS, small_samples, train
 
-from lib import checkpoints, training
+from lib import training
 from lib.batches import RawBatch, encode_batch, plain_batch, training_loader
 from lib.data.samples import resize_samples
 from lib.device import choose_device, describe_device
@@ -100,7 +100,7 @@ def test_resume_goes_on_where_it_stopped(samples, device, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
         with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from lib import evaluation, losses, training
 from lib.batches import RawBatch, encode_batch, training_loader
-from lib.checkpoints import Saver
 from lib.device import autocast
 from lib.evaluation import Predicted, count_predictions, decide
 from lib.losses import POOLINGS
@@ -99,7 +98,7 @@ def test_means_of_losses_leave_no_float64_on_the_device(scenes, monkeypatch, wha
         terms = [torch.zeros(5, device="cuda")] * 2
         means = {
             "training": lambda: training.train_epoch(
-                torch.nn.Identity(), pytest.fail, finished, terms, Saver(pytest.fail), bar
+                torch.nn.Identity(), pytest.fail, finished, terms, pytest.fail, bar
             ),
             "evaluation": lambda: count_predictions([batch._replace(losses=terms[0])]),
         }

@@ -52,13 +52,13 @@ def interrupt(samples, name, monkeypatch, after_steps, **options):
 @pytest.fixture
 def often(monkeypatch):
     """Everything is saved after each step and each epoch."""
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
 
 
 # -1 saves after each step and epoch, 30 in the end of this run alone
 @pytest.mark.parametrize(("after_steps", "seconds"), [(0, 30), (4, 30), (2, -1), (3, -1), (4, -1), (8, -1)])
 def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, after_steps, seconds):
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
     interrupt(samples, "resumed", monkeypatch, after_steps)
     assert (runs_folder() / "resumed" / "last.pt").exists() == (seconds == -1)
     assert train("resumed", samples, resume=True, workers=0 if seconds == 30 else 2) == whole[0]

@@ -12,7 +12,7 @@ import torch
 from small_run import FOR_FIT, PARAMETERS, small_samples, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lib import checkpoints, training
+from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
 from lib.checkpoints import checksums
 from lib.evaluation import evaluate
@@ -310,7 +310,7 @@ def test_divergence_is_an_error(samples, monkeypatch):
 
 def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch):
     """A finite loss in the last step of an epoch, whose gradient is not."""
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
     real, steps = training.training_step, []
 
     def step(model, *arguments):
@@ -380,7 +380,7 @@ def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, u
         best = max(progress["history"], key=lambda row: row["valid_miou"])["epoch"]
         assert read_scores(path.parent)["best_epoch"] == best
 
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(training, "training_step", step)
     monkeypatch.setattr(training, "save_progress", save)
     assert train("clocked", samples) == usual[1]
@@ -396,7 +396,7 @@ def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
         with pytest.raises(MemoryError) as error:

@@ -235,7 +235,6 @@ def training_loader(samples: Samples, augment: str, batch_size: int, workers: in
         collate_fn=stack_items,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each pass draws from the generator of weights and dropout

@@ -21,6 +21,7 @@ from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
+WHERE = ("device", "precision")  # what these come to is held against the checkpoint
 NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
 PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 # what runs did before a parameter was there
@@ -70,6 +71,7 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
+        if not (run / "last.pt").exists():  # nothing has been computed that other parameters would not tell of
             write_json(saved | {"commit": _commit()}, run / "parameters.json")
         yield run
 
@@ -132,7 +134,7 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in MAY_CHANGE and saved.get(name, "unknown") != parameters.get(name, "unknown")
+        if name not in (*MAY_CHANGE, *WHERE) and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
         hint = ""

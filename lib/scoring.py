@@ -11,7 +11,7 @@ from PIL import Image
 from lib.data import DataError, Pieces, iterate_samples
 from lib.data.splits import number_runs
 from lib.device import choose_device
-from lib.evaluation import Evaluation, Predicted, count_predictions, predict
+from lib.evaluation import Evaluation, Predicted, ahead, count_predictions, predict
 from lib.files import read_json, write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, iou, mean_truth_iou
 from lib.model import load_model
@@ -80,7 +80,7 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
         facts |= {"tta": tta, "working_size": model.config.size}
         views = {"plain": "none"} if labelled else {}
         views |= {"augmented": tta} if tta != "none" or not labelled else {}
-        passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
+        passes = {name: ahead(predict(model, pieces, pieces.batch_size, view)) for name, view in views.items()}
     first = next(iter(passes))
     passes[first] = _saved(passes[first], masks_folder(run, part))
     counted = {

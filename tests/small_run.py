@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lib  # noqa: F401
+from lib import training
 from lib.batches import training_loader
 from lib.data import load_samples
 from lib.data.samples import Samples
@@ -71,7 +72,7 @@ def kill_at(write: int, moment: str) -> None:
 
 
 if __name__ == "__main__":
-    samples = small_samples()
+    samples, training.CHECKPOINT_SECONDS = small_samples(), -1
     for name, write, moment in zip(*(iter(sys.argv[1:]),) * 3, strict=True):
         if os.fork() == 0:  # each run is killed in a process of its own, and all have been imported once
             kill_at(int(write), moment)

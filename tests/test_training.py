@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from small_run import FOR_FIT, PARAMETERS, small_samples, train
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
@@ -16,8 +19,8 @@ from lib.evaluation import evaluate
 from lib.metrics import confusion_counts, iou, mean_iou
 from lib.model import Prediction, load_model
 from lib.objective import Losses, total_loss
-from lib.runs import open_run, read_counts, read_history, runs_folder
-from lib.training import build_average, build_network, build_schedule, check_options, fit
+from lib.runs import open_run, read_counts, read_history, read_scores, runs_folder
+from lib.training import build_network, build_schedule, check_options, fit, follow
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
@@ -307,6 +310,7 @@ def test_divergence_is_an_error(samples, monkeypatch):
 
 def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch):
     """A finite loss in the last step of an epoch, whose gradient is not."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
     real, steps = training.training_step, []
 
     def step(model, *arguments):
@@ -323,32 +327,88 @@ def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch
     assert train("weights", samples, resume=True) == usual[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gpu(samples, precision):
-    history = train("gpu", samples, device="cuda", precision=precision, epochs=2)
-    assert history[1]["train_loss"] < history[0]["train_loss"]
-
-
 def test_averaged_weights_are_validated_and_kept(samples):
     train("averaged", samples, epochs=1, ema_decay=0.5)
     run = runs_folder() / "averaged"
     kept = load_model(run / "best.pt").state_dict()
     trained = torch.load(run / "last.pt", weights_only=True)
-    average = {name.removeprefix("module."): tensor for name, tensor in trained["average"].items()}
-    assert all(torch.equal(tensor, average[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, trained["average"][name]) for name, tensor in kept.items())
     assert not all(torch.equal(tensor, trained["model"][name]) for name, tensor in kept.items())
 
 
-def test_an_average_follows_by_hand():
-    model = torch.nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0)
-    average = build_average(model, 0.75)
-    for value in (1.0, 5.0, 9.0):
-        model.weight.data.fill_(value)
-        average.update_parameters(model)
-    assert average.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
-    assert build_average(model, 0) is None
+def test_an_average_follows_by_hand_and_as_that_of_torch():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    average, theirs = (
+        copy.deepcopy(model),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True),
+    )
+    for step, value in enumerate((1.0, 5.0, 9.0)):
+        model[0].weight.data.fill_(value)
+        model(torch.randn(4, 1))
+        follow(average, model, 0.75 if step else 0.0)
+        theirs.update_parameters(model)
+    assert average[0].weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
+    for name, value in theirs.module.state_dict().items():
+        assert torch.equal(average.state_dict()[name], value) or name == "1.num_batches_tracked"
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_labels_that_are_no_class_are_named_before_training(samples, monkeypatch, part):
+    monkeypatch.setattr(training, "training_step", pytest.fail)
+    label, position = samples.label.copy(), 2 if part == "train" else 14
+    label[position, 3, 3] = 13
+    with pytest.raises(ValueError) as error:
+        train("wrong", replace(samples, label=label))
+    assert str(error.value) == (
+        f"label: found the value 13 in {part}/{samples.names[position]}, expected 0..12 or 255 = unlabelled; say in "
+        "dataset.yaml which values mean which classes"
+    )
+
+
+def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, usual, monkeypatch):
+    """Nine steps of 4 seconds and epochs of three: after the eighth step, in the third epoch, and in the end."""
+    clock, saves, real = [0.0], [], (training.training_step, training.save_progress)
+
+    def step(*arguments):
+        clock[0] += 4
+        return real[0](*arguments)
+
+    def save(path, parts, progress, device):
+        real[1](path, parts, progress, device)
+        saves.append((len(progress["history"]), len(progress["losses"])))
+        assert len(read_history(path.parent)) == len(progress["history"])
+        best = max(progress["history"], key=lambda row: row["valid_miou"])["epoch"]
+        assert read_scores(path.parent)["best_epoch"] == best
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(training, "save_progress", save)
+    assert train("clocked", samples) == usual[1]
+    assert saves == [(2, 2), (3, 0)]
+
+
+def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypatch):
+    """As a card whose memory ends at the third step says it: the lock is free, last.pt loads, the run goes on."""
+    steps, real = iter(range(9)), training.training_step
+
+    def step(*arguments):
+        if next(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", step)
+        with pytest.raises(MemoryError) as error:
+            train("full", samples)
+    assert str(error.value).startswith("out of memory: 2.00 GiB was asked for")
+    assert str(error.value).endswith("restart the kernel. The run's folder is as it was")
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.tb)]
+    assert "explained" in frames
+    assert "fit" not in frames  # whose locals are the network and its gradients
+    saved = torch.load(runs_folder() / "full" / "last.pt", weights_only=True)
+    assert len(saved["progress"]["losses"]) == 2
+    assert train("full", samples, resume=True) == usual[1]
 
 
 def test_any_loss_can_be_handed_in(samples):

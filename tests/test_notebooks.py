@@ -6,6 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))
@@ -35,6 +37,13 @@ def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
     result = papermill(tmp_path, *arguments)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_a_notebook_copied_elsewhere_says_how_lib_is_found(tmp_path, path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cells(path)[0].source)])
+    with pytest.raises(CellExecutionError, match=r"---> .* Not found\? Set PYTHONPATH to the repository's root"):
+        NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
 
 
 def test_without_a_run_the_command_that_makes_one_is_named(tmp_path):

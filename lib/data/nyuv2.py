@@ -89,6 +89,13 @@ def _open(path: Path) -> h5py.File:
     try:
         file = h5py.File(path)
     except OSError as error:
+        with open(path, "rb") as start:
+            if start.read(10) == b"MATLAB 5.0":
+                raise DataError(
+                    f"{path}: is of MATLAB's version 5, expected nyu_depth_v2_labeled.mat as it was published, of "
+                    "version 7.3 (HDF5): the labelled data set, a download of 2.8 GB; splits and class mappings are not "
+                    "asked for"
+                ) from error
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB. A download that "
             "was cut short has to be repeated"
@@ -105,6 +112,11 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             "labelled data set, nyu_depth_v2_labeled.mat"
         )
     count, *frame = file["labels"].shape
+    if file["scenes"].size != count:
+        raise DataError(
+            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; use "
+            "the file as it was published"
+        )
     for name, (dtype, dimensions) in ARRAYS.items():
         shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:

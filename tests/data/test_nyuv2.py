@@ -5,6 +5,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
@@ -181,6 +182,28 @@ def test_truncated_and_missing_files(mat):
         load_samples(mat, "train")
     with pytest.raises(DataError, match=r"gone.mat: no such file; check the parameter data"):
         load_samples(mat.parent / "gone.mat", "train")
+
+
+def test_a_file_of_matlab_5_is_named(tmp_path):
+    path = tmp_path / "splits.mat"
+    scipy.io.savemat(path, {"trainNdxs": [1, 2]})
+    with pytest.raises(DataError) as error:
+        load_samples(path, "train")
+    assert str(error.value) == (
+        f"{path}: is of MATLAB's version 5, expected nyu_depth_v2_labeled.mat as it was published, of version 7.3 (HDF5): "
+        "the labelled data set, a download of 2.8 GB; splits and class mappings are not asked for"
+    )
+
+
+def test_scenes_that_are_too_few_are_named(mat):
+    with h5py.File(mat, "a") as file:
+        scenes = file.pop("scenes")[:]
+        file["scenes"] = scenes[:, :-1]
+    with pytest.raises(DataError) as error:
+        load_samples(mat, "train")
+    assert str(error.value) == (
+        f"{mat}: names the scenes of 39 images, expected 40, as many as it has labels; use the file as it was published"
+    )
 
 
 def test_class_table():

@@ -93,8 +93,8 @@ def _open(path: Path) -> h5py.File:
             if start.read(10) == b"MATLAB 5.0":
                 raise DataError(
                     f"{path}: is of MATLAB's version 5, expected nyu_depth_v2_labeled.mat as it was published, of "
-                    "version 7.3 (HDF5): the labelled data set, a download of 2.8 GB; splits and class mappings are not "
-                    "asked for"
+                    "version 7.3 (HDF5): the labelled data set, a download of 2.8 GB; splits and class mappings are "
+                    "not asked for"
                 ) from error
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB. A download that "
@@ -114,8 +114,8 @@ def _check_layout(path: Path, file: h5py.File) -> None:
     count, *frame = file["labels"].shape
     if file["scenes"].size != count:
         raise DataError(
-            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; use "
-            "the file as it was published"
+            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; "
+            "use the file as it was published"
         )
     for name, (dtype, dimensions) in ARRAYS.items():
         shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)

@@ -190,5 +190,7 @@ def _copy_weights(model: SegmentationDepthNet, path: Path) -> None:
     saved, wanted = ({**asdict(config), "size": None} for config in (trained.config, model.config))
     differing = [f"{name} {value}, not {wanted[name]}" for name, value in saved.items() if value != wanted[name]]
     if differing:
-        raise ValueError(f"start_from: {path} has {', '.join(differing)}; make them equal (depth_range_m in DATA/dataset.yaml)")
+        raise ValueError(
+            f"start_from: {path} has {', '.join(differing)}; make them equal (depth_range_m in DATA/dataset.yaml)"
+        )
     model.load_state_dict(trained.state_dict())

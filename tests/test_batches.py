@@ -298,7 +298,10 @@ def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
     check_depth(ModelConfig(inputs="rgbd"), scenes, trains=True)
     check_depth(ModelConfig(inputs="rgb", depth_head=False), bare, trains=True)
     check_depth(ModelConfig(inputs="rgb"), bare)  # a head that learned elsewhere
-    for config, trains, head in (({"inputs": "rgb"}, True, "a"), ({"inputs": "rgbd", "depth_head": False}, False, "no")):
+    for config, trains, head in (
+        ({"inputs": "rgb"}, True, "a"),
+        ({"inputs": "rgbd", "depth_head": False}, False, "no"),
+    ):
         with pytest.raises(ValueError) as error:
             check_depth(ModelConfig(**config), bare, trains)
         assert str(error.value) == (

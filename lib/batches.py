@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import albumentations
@@ -157,6 +156,15 @@ def _zoom(applied: list[tuple[str, dict]]) -> float:
     return zoom
 
 
+def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> None:
+    """Raise a ValueError where a network would eat, or learn, the depth of samples that have none."""
+    if samples.depth is None and (config.inputs != "rgb" or (trains and config.depth_head)):
+        raise ValueError(
+            f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth head, but "
+            "these data have no depth; use inputs rgb and depth_weight 0"
+        )
+
+
 class TrainingSet(Dataset):
     """Augmented samples by (epoch, position): the same for any number of workers, another every epoch.
 
@@ -169,13 +177,13 @@ class TrainingSet(Dataset):
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
         if samples.label is None:
             raise ValueError("train: these samples have no labels; train on part 'train'")
-        self.samples, self.seed = replace(samples, depth=samples.depth_or_missing), seed
+        self.samples, self.depth, self.seed = samples, samples.depth_or_missing, seed
         self.augmentation = build_augmentation(augment, samples.size)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
         epoch, position = key
         samples = self.samples
-        arrays = {"image": samples.image[position], "depth": samples.depth[position]}
+        arrays = {"image": samples.image[position], "depth": self.depth[position]}
         arrays["mask"] = samples.label[position] + np.uint8(1)  # 255 wraps to 0, the value that fills borders
         if samples.measured is not None:
             arrays["measured"] = samples.measured[position].view(np.uint8)

@@ -13,9 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
+from lib.batches import AUGMENTATIONS, Batch, RawBatch, check_depth, encode_batch
 from lib.checkpoints import checksums, restore_progress, save_progress
-from lib.data.samples import Samples
+from lib.data.samples import DEPTH_RANGE_M, Samples
 from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision
 from lib.evaluation import Evaluation, evaluate
@@ -41,14 +41,17 @@ CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
-def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDepthNet:
-    """The network that the parameters of `train.ipynb` describe, with the weights that their seed gives it."""
+def build_network(
+    parameters: dict, classes: tuple[str, ...], depth_range_m: tuple[float, float] = DEPTH_RANGE_M
+) -> SegmentationDepthNet:
+    """The network that the parameters of `train.ipynb` describe for these data, with the weights of their seed."""
     torch.manual_seed(parameters["seed"])
     start_from = parameters["start_from"]
     return build_model(
         encoder_weights=parameters["encoder_weights"],
         start_from=find_run(start_from) / "best.pt" if start_from else None,
         classes=classes,
+        depth_range_m=depth_range_m,
         size=(parameters["image_height"], parameters["image_width"]),
         depth_head=parameters["depth_weight"] > 0,
         **{name: parameters[name] for name in ("inputs", "depth_encoding", "architecture", "encoder")},
@@ -106,6 +109,8 @@ def fit(
     average = build_average(model, ema_decay)
     judged = model if average is None else average.module
     train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
+    for samples in (train, valid):
+        check_depth(model.config, samples, trains=True)
 
     def step(raw: RawBatch) -> torch.Tensor:
         terms = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)

@@ -9,6 +9,7 @@ from lib.batches import (
     EpochBatches,
     TrainingSet,
     build_augmentation,
+    check_depth,
     decode_depth,
     encode_batch,
     encode_depth,
@@ -18,7 +19,8 @@ from lib.batches import (
     training_loader,
 )
 from lib.data import Samples
-from lib.model import DEPTH_RANGE_M, INPUT_CHANNELS, ModelConfig
+from lib.data.samples import DEPTH_RANGE_M
+from lib.model import INPUT_CHANNELS, ModelConfig
 
 
 def millimetres(*values):
@@ -289,3 +291,20 @@ def test_negative_workers_are_refused(scenes):
 def test_stacking_keeps_types(scenes):
     raw = stack_items([TrainingSet(scenes, "none", seed=0)[0, position] for position in range(3)])
     assert [tensor.dtype for tensor in raw] == [torch.uint8, torch.uint16, torch.uint8, torch.bool, torch.int64]
+
+
+def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
+    bare = replace(scenes, depth=None)
+    check_depth(ModelConfig(inputs="rgbd"), scenes, trains=True)
+    check_depth(ModelConfig(inputs="rgb", depth_head=False), bare, trains=True)
+    check_depth(ModelConfig(inputs="rgb"), bare)  # a head that learned elsewhere
+    for config, trains, head in (
+        ({"inputs": "rgb"}, True, "a"),
+        ({"inputs": "rgbd", "depth_head": False}, False, "no"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_depth(ModelConfig(**config), bare, trains)
+        assert str(error.value) == (
+            f"inputs: the network takes {config['inputs']} and has {head} depth head, but these data have no depth; use "
+            "inputs rgb and depth_weight 0"
+        )

@@ -56,26 +56,31 @@ def _runs_or_error(names: np.ndarray) -> np.ndarray:
     if runs is None:
         raise ValueError(
             f"split: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
-            "...; use split 'random' or 'official'"
+            f"...{'' if read_numbers(names) is None else ', most of them alone'}; use split 'random' or 'official'"
         )
     return runs
+
+
+def read_numbers(names: np.ndarray) -> np.ndarray | None:
+    """`(N,)` names as numbers; None where they are none."""
+    return np.array([int(name) for name in names]) if all(name.isdecimal() for name in names.tolist()) else None
 
 
 def number_runs(names: np.ndarray) -> np.ndarray | None:
     """`(N,)` number of the run of neighbouring ids that an image belongs to: nearly the scenes of NYUv2.
 
-    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are. None where names are no
-    numbers, or where most images would be alone.
+    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are, or half as much again, so that
+    milliseconds 0, 33, 67 are. None where names are no numbers, or where most images would be alone.
     """
-    if not len(names) or not all(name.isdecimal() for name in names.tolist()):
+    ids = read_numbers(names)
+    if ids is None or not len(ids):
         return None
-    ids = np.array([int(name) for name in names.tolist()])
     order = np.argsort(ids)
     gaps = np.diff(ids[order])
     steps, counts = np.unique(gaps, return_counts=True)
     usual = steps[counts.argmax()] if len(steps) else 1
     runs = np.empty(len(ids), int)
-    runs[order] = np.cumsum(np.append(0, gaps > usual))
+    runs[order] = np.cumsum(np.append(0, gaps > 1.5 * usual))
     alone = np.bincount(runs)[runs] == 1
     return None if alone.mean() > 0.5 else runs
 

@@ -1,10 +1,13 @@
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from lib import batches
 from lib.batches import (
     EpochBatches,
     TrainingSet,
@@ -286,6 +289,31 @@ def test_training_without_depth(scenes):
 def test_negative_workers_are_refused(scenes):
     with pytest.raises(ValueError, match="workers: found -1, expected 0"):
         training_loader(scenes, "none", 4, -1, seed=0)
+
+
+def test_little_shared_memory_is_refused(scenes, monkeypatch):
+    """Two batches of each worker and one in use, of 3 images at most, times 3 + 2 + 1 + 1 bytes a pixel."""
+    needed = (2 * 1 + 1) * 3 * 7 * 96 * 128
+    free = [needed, needed - 1]
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
+    training_loader(scenes, "none", 2, 0, seed=0)  # in this process there is no need
+    training_loader(scenes, "none", 2, 1, seed=0)
+    with pytest.raises(ValueError) as error:
+        training_loader(scenes, "none", 2, 1, seed=0)
+    assert str(error.value) == (
+        "workers: 1 need 1 MB of shared memory for batches, /dev/shm has 0 MB free; use workers 0, or start the "
+        "container with `docker run --shm-size=1g`"
+    )
+
+
+def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, key: time.sleep(3))
+    with pytest.raises(RuntimeError) as error:
+        next(iter(training_loader(scenes, "none", 4, 1, seed=0)))
+    assert str(error.value) == (
+        "workers: 1 processes left no batch (DataLoader timed out after 0.5 seconds); use workers 0"
+    )
 
 
 def test_stacking_keeps_types(scenes):

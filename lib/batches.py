@@ -239,7 +239,7 @@ def training_loader(samples: Samples, augment: str, batch_size: int, workers: in
     """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
     if workers < 0:
         raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
-    _check_shared_memory(workers, min((2 * workers + 1) * (batch_size + 1), len(samples)), samples.size)
+    _check_shared_memory(workers, min((2 * workers + 2) * (batch_size + 1), len(samples)), samples.size)
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     return _Loader(
         TrainingSet(samples, augment, seed),
@@ -268,7 +268,7 @@ class _Loader(DataLoader):
 
 
 def _check_shared_memory(workers: int, images: int, size: tuple[int, int]) -> None:
-    """Without room workers wait for ever: each prepares two batches there, while one is in use."""
+    """Without room workers wait for ever: each prepares two batches there, the one in use and the next beside them."""
     needed = images * 7 * math.prod(size)  # bytes: RGB, depth, label, measured
     free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
     if free < needed:

@@ -292,8 +292,8 @@ def test_negative_workers_are_refused(scenes):
 
 
 def test_little_shared_memory_is_refused(scenes, monkeypatch):
-    """Two batches of each worker and one in use, of 3 images at most, times 3 + 2 + 1 + 1 bytes a pixel."""
-    needed = (2 * 1 + 1) * 3 * 7 * 96 * 128
+    """Two batches of each worker, one in use and the next, of 3 images at most, times 3 + 2 + 1 + 1 bytes a pixel."""
+    needed = (2 * 1 + 2) * 3 * 7 * 96 * 128
     free = [needed, needed - 1]
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
     training_loader(scenes, "none", 2, 0, seed=0)  # in this process there is no need

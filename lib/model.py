@@ -157,7 +157,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     Raises:
         CheckpointError: the file is missing, damaged or no model of this project.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     saved = load_checkpoint(path, device, ("config", "weights"))
     try:
         model = SegmentationDepthNet(_read_config(saved["config"], path))

@@ -97,13 +97,10 @@ def _count_meetings(label: np.ndarray, count: int) -> np.ndarray:
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
     """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
-    pixels, depth = counts.pixels[:, :-1], counts.depth[:-1]
-    total = pixels.sum(0)
-    shares = {
-        "pixels": total / max(total.sum(), 1),
-        "images": (pixels > 0).mean(0),
-        "without depth": np.where(total > 0, depth[:, 0] / np.maximum(total, 1), np.nan),
-    }
+    pixels, total = counts.pixels[:, :-1], counts.pixels[:, :-1].sum(0)
+    shares = {"pixels": total / max(total.sum(), 1), "images": (pixels > 0).mean(0)}
+    if counts.has_depth:
+        shares["without depth"] = np.where(total > 0, counts.depth[:-1, 0] / np.maximum(total, 1), np.nan)
     return pd.DataFrame(shares, index=list(counts.classes)).sort_values("pixels", ascending=False)
 
 

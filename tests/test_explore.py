@@ -226,6 +226,7 @@ def test_data_without_depth(scenes):
     counts = count_data(without)
     assert counts.depth[:, 1:].sum() == 0
     assert "depth" not in describe_data(counts, {})
+    assert class_shares(counts).columns.tolist() == ["pixels", "images"]
     batch = next(iter(training_loader(without, "exp061", 2, 0, 42)))
     for figure in (plot_samples(without[:2]), plot_batch(without, batch)):
         texts = draw(figure)

@@ -70,7 +70,7 @@ def test_exploring_a_folder(tmp_path, folder):
     outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
-    assert "In 12 images" in text
+    assert text.startswith("**12 images, 13 classes, ")
     assert "of 3 validation images share a scene" in text
     assert not [output for output in outputs if WIDGET in output.get("data", {})]
 

@@ -66,8 +66,8 @@ def load_samples(
         and not any((one != IGNORE_INDEX).any() for one in first.label)
     ):
         raise DataError(
-            f"{source}: nothing is labelled in the {len(first)} images of part {part!r} (split {pieces.split}); look at "
-            "the labels, at `ignore` in DATA/dataset.yaml and at limit"
+            f"{source}: nothing is labelled in the {len(first)} images of part {part!r} (split {pieces.split}); look "
+            "at the labels, at `ignore` in DATA/dataset.yaml and at limit"
         )
     made_with = {"data": str(source), "split": split, "limit": limit, "classes": classes, "fold": fold}
     made_with |= {"chosen_split": pieces.split}

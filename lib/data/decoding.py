@@ -110,7 +110,8 @@ def _open(path: Path) -> tuple[Image.Image, str]:
     """
 
     def open_upright() -> tuple[Image.Image, str]:
-        with Image.open(path) as picture:
+        # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
+        with open(path, "rb") as file, Image.open(file) as picture:
             count, stored = getattr(picture, "n_frames", 1), str(getattr(picture, "tile", ""))
             if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
                 raise ValueError(f"it holds {count} pictures, expected one")

@@ -59,8 +59,8 @@ def _judge_depth(description: Description, part: str, seen: np.ndarray) -> None:
         )
     if "depth_missing" not in description.stated and seen[:, 1].mean() > OFTEN:
         raise DataError(
-            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest number of 16 bits. If it means "
-            f"that nothing was measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: [0]`"
+            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it means "
+            f"not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: [0]`"
         )
     median = np.nanmedian(seen[:, 0])
     if "depth_unit_mm" not in description.stated and not INDOORS_MM[0] <= median <= INDOORS_MM[1]:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,12 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 
-def test_exploring_a_folder(tmp_path, folder):
+@pytest.mark.parametrize("depth", [True, False])
+def test_exploring_a_folder(tmp_path, folder, depth):
+    if not depth:
+        shutil.rmtree(folder / "train" / "depth")
+        shutil.rmtree(folder / "test" / "depth")
+        (folder / "dataset.yaml").write_text("folders: {image: image, depth: null, label: label}")
     result = papermill(tmp_path, "-p", "data", str(folder), notebook="explore")
     assert result.returncode == 0, result.stderr
     outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
@@ -72,6 +78,10 @@ def test_exploring_a_folder(tmp_path, folder):
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
     assert text.startswith("**12 images, 13 classes, ")
     assert "of 3 validation images share a scene" in text
+    assert ("median depth" in text) == depth
+    assert ("These data have no depth." in text) != depth
+    tables = " ".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    assert ("without depth" in tables) == depth
     assert not [output for output in outputs if WIDGET in output.get("data", {})]
 
 

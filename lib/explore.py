@@ -189,7 +189,7 @@ def describe_leakage(leakage: dict[str, Leakage]) -> str:
     return " ".join(sentences) or "Too few images to split."
 
 
-def judge_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
+def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
     """In Markdown: what labelled images were read, how a split parts them, and what is odd about them."""
     images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
     missing, unlabelled = counts.depth[:, 0].sum() / total, counts.pixels[:, -1].sum() / total
@@ -208,25 +208,15 @@ def judge_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
             f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "
             "`depth_unit_mm` and `depth_range_m` in `dataset.yaml`."
         ] = outside > 0.2
-    facts += [f"depth missing in {missing:.1%}" if counts.has_depth else "no depth", f"{unlabelled:.1%} unlabelled"]
+    depth = [f"depth missing in {missing:.1%}"] * bool(missing) if counts.has_depth else ["no depth"]
+    facts += [*depth, f"{unlabelled:.1%} unlabelled"]
     text = f"**{', '.join(facts)}; validation ({len(valid)} images, split {valid.split}) "
     if valid.source.scene is None or train.source.scene is None:
         text += "may share scenes with training, because they are unknown.**"
     else:
         shared = np.isin(valid.source.scene, train.source.scene).sum()
-        text += f"shares {f'a scene with training in {shared} images' if shared else 'no scene with training'}.**"
+        text += f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
     return text + "".join(f"\n- {warning}" for warning, applies in odd.items() if applies)
-
-
-def describe_data(counts: DataCounts, leakage: dict[str, Leakage]) -> str:
-    """The findings of explore in words."""
-    shares = class_shares(counts).pixels
-    shares = shares[shares > 0]
-    return (
-        f"Of the labelled pixels {shares.iloc[0]:.1%} are {shares.index[0]}, the most common class, and "
-        f"{shares.iloc[-1]:.2%} {shares.index[-1]}, the rarest; both count alike in the mIoU. "
-        f"{describe_leakage(leakage)}"
-    )
 
 
 def plot_samples(samples: Samples) -> Figure:

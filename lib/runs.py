@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from lib.classes import NYUV2_13
 from lib.data import Samples
 from lib.evaluation import Evaluation
-from lib.files import read_json, write_atomically, write_json, write_text
+from lib.files import hold_run, read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
 from lib.weights import weights_digest
 
@@ -80,29 +79,6 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-@contextmanager
-def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Let no other process have the run: one that was just killed may still hold it for a while.
-
-    Raises:
-        RuntimeError: another process has it all the time, or the disk knows no locks.
-    """
-    try:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds)
-    except Timeout:
-        raise RuntimeError(
-            f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another run_name"
-        ) from None
-    except OSError as error:  # of flock, on network disks, without a path
-        raise RuntimeError(
-            f"RUNS_DIR: {run.parent} can't hold a locked file ({error.strerror}); set the environment variable "
-            "RUNS_DIR to a folder on a disk that can be written and allows flock, such as a local one"
-        ) from error
-    with held:
-        yield
 
 
 def _set_aside(run: Path) -> None:
@@ -275,8 +251,8 @@ def write_report(run: Path) -> Path:
     sections = [f"# {run.name}", "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown()]
     if (run / "scores.json").exists():
         sections += _training_sections(run, read_scores(run))
-    for path in sorted((run / "evaluation").glob("*.json")):
-        sections.append(_evaluation_section(path.stem, read_json(path)))
+    evaluated = sorted((run / "evaluation").glob("*.json"))
+    sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
     write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 

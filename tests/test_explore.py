@@ -20,7 +20,6 @@ from lib.explore import (
     describe_data,
     describe_leakage,
     find_leakage,
-    judge_data,
     plot_batch,
     plot_class_shares,
     plot_depth,
@@ -126,12 +125,6 @@ def test_chance_alone_gives_near_copies():
     assert describe_leakage({}) == "Too few images to split."
 
 
-def test_findings_of_the_data_come_from_the_counts(scenes):
-    labelled = scenes.label[scenes.label != 255]
-    text = describe_data(count_data(scenes), {})
-    assert text.startswith(f"Of the labelled pixels {np.mean(labelled == WALL):.1%} are wall, the most common class, ")
-
-
 @pytest.mark.parametrize(("step", "gaps"), [(1, (1,)), (5, (5,)), (33, (33, 33, 34))])
 def test_every_step_between_ids_leaks_alike(scenes, step, gaps):
     """Every fifth frame of a video, or milliseconds: 12 frames of one scene, whatever their ids."""
@@ -161,7 +154,7 @@ def judge(samples, split="random", folds=3):
         Pieces(Source(samples.names, samples.scene, samples.classes, None, "random").select(where), None, 8, split, "a")
         for where in (np.flatnonzero(~valid), np.flatnonzero(valid))
     )
-    return judge_data(count_data(samples), train, valid)
+    return describe_data(count_data(samples), train, valid)
 
 
 def made_up_samples(depth=2750):
@@ -185,7 +178,7 @@ def test_the_verdict_on_odd_data():
     assert "validation (2 images, split scenes) shares no scene with training.**" in judge(
         replace(samples, scene=np.array(["u", "v", "v", "u"])), "scenes"
     )
-    assert "validation (2 images, split random) shares a scene with training in 1 images.**" in judge(
+    assert "validation (2 images, split random) shares scenes with training in 1 of them.**" in judge(
         replace(samples, scene=np.array(["u", "u", "v", "w"]))
     )
     no_depth = judge(replace(samples, depth=None))
@@ -216,7 +209,7 @@ def test_the_verdict_doubts_depth_in_another_unit(depth):
 def test_nothing_is_odd_about_the_embedded_scenes():
     parts = [load_samples("synthetic", "train", "official")]
     parts += [iterate_samples("synthetic", part) for part in ("train", "valid")]
-    text = judge_data(count_data(parts[0]), *parts[1:])
+    text = describe_data(count_data(parts[0]), *parts[1:])
     assert "shares no scene with training.**" in text
     assert "\n" not in text
 
@@ -225,7 +218,6 @@ def test_data_without_depth(scenes):
     without = replace(scenes, depth=None)
     counts = count_data(without)
     assert counts.depth[:, 1:].sum() == 0
-    assert "depth" not in describe_data(counts, {})
     assert class_shares(counts).columns.tolist() == ["pixels", "images"]
     batch = next(iter(training_loader(without, "exp061", 2, 0, 42)))
     for figure in (plot_samples(without[:2]), plot_batch(without, batch)):

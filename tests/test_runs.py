@@ -126,15 +126,15 @@ def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
     with pytest.raises(RuntimeError) as error, open_run({"run_name": "remote"}):
         pytest.fail("opened")
     assert str(error.value) == (
-        f"RUNS_DIR: {runs} can't hold a locked file ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
-        "folder on a disk that can be written and allows flock, such as a local one"
+        f"RUNS_DIR: no file in {runs} can be locked ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
+        "folder of a local disk"
     )
 
 
 def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
-    with pytest.raises(RuntimeError, match=r"RUNS_DIR: .*/file/runs can't hold a locked file \(Not a directory\); set"):
+    with pytest.raises(RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"):
         open_run({"run_name": "a"}).__enter__()
 
 

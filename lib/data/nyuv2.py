@@ -80,15 +80,13 @@ def _open(path: Path) -> h5py.File:
         file = h5py.File(path)
     except OSError as error:
         with open(path, "rb") as start:
-            if start.read(10) == b"MATLAB 5.0":
-                raise DataError(
-                    f"{path}: is of MATLAB's version 5, expected nyu_depth_v2_labeled.mat as it was published, of "
-                    "version 7.3 (HDF5): the labelled data set, a download of 2.8 GB; splits and class mappings are "
-                    "not asked for"
-                ) from error
+            older = start.read(10) == b"MATLAB 5.0"
+        remedy = (
+            "It is a file of version 5, as splits.mat" if older else "A download that was cut short has to be repeated"
+        )
         raise DataError(
-            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB. A download that "
-            "was cut short has to be repeated"
+            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's "
+            f"version 7.3. {remedy}"
         ) from error
     _check_layout(path, file)
     return file

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import write_folder
 from test_plots import SETS, draw, relabel
 
 from lib.batches import training_loader
@@ -204,6 +205,16 @@ def test_the_verdict_doubts_depth_in_another_unit(depth):
     mostly_missing = made_up_samples()
     mostly_missing.depth[:, :3] = 0
     assert judge(mostly_missing).endswith("\n- 75.0% of the pixels have no depth.")
+
+
+def test_runs_of_a_part_that_validates_are_its_own(tmp_path, scenes):
+    for part, samples in (("train", scenes[:6]), ("valid", scenes[6:9])):
+        write_folder(tmp_path, samples, part)
+    (tmp_path / "dataset.yaml").write_text("parts: {train: train, valid: valid}")
+    train, valid = (iterate_samples(tmp_path, part) for part in ("train", "valid"))
+    assert describe_data(count_data(scenes), train, valid).endswith(
+        "; validation (3 images, split given) shares no scene with training.**"
+    )
 
 
 def test_nothing_is_odd_about_the_embedded_scenes():

@@ -37,7 +37,8 @@ def open_folder(root: Path, part: str) -> Source:
     files = find_files(description, part)
     names = np.array(sorted(files))
     runs = number_runs(names)
-    scene = None if runs is None else np.array([f"run_{run:04d}" for run in runs])
+    part_of = "valid_" if part == "valid" else ""  # a part of its own, whose first run is not the first of training
+    scene = None if runs is None else np.array([f"{part_of}run_{run:04d}" for run in runs])
     usual_split = "random" if runs is None else "blocks"
     if description.scene is not None:
         scene, usual_split = _name_scenes(description, names), "scenes"

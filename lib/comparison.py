@@ -43,7 +43,7 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
         return [run for entry in entries for run in _read_entry(entry, part)]
     files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
     own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
-    chosen = [run for run in own if run.data == (data or own[-1].data)]
+    chosen = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
     if len(chosen) < 2 and data is None:
         examples = sorted(path.parents[1] for path in EXAMPLE.glob(f"*/*/evaluation/{part}.json"))
         chosen = [replace(read_scored(run, part), group=run.parent.name) for run in examples] or chosen

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -34,18 +35,22 @@ from lib.plots import (
 CONFIDENCE_BINS = 15
 PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 ENOUGH = 10  # images on each side of a comparison that a figure shows
-# pixels are told apart by these edges
-EDGES = {
-    "depth (m)": (0.001, 1, 2, 3, 4, 6),
-    "distance to a boundary (% of the width)": (1, 2, 4, 8, 16),
-    "size of the segment (% of the image)": (0.3, 1, 3, 10, 30),
-}
-DEPTH, DISTANCE, SEGMENT = EDGES
-STRATA = {
-    DEPTH: ("missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"),
-    DISTANCE: ("0-1", "1-2", "2-4", "4-8", "8-16", "over 16"),
-    SEGMENT: ("0-0.3", "0.3-1", "1-3", "3-10", "10-30", "over 30"),
-}
+DEPTH = "depth (m)"
+DISTANCE = "distance to a boundary (% of the width)"
+SEGMENT = "size of the segment (% of the image)"
+
+
+def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
+    """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
+    depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
+    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), SEGMENT: (0.3, 1, 3, 10, 30)}
+
+
+def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
+    """The bins of a stratum in words."""
+    if name == DEPTH:
+        return ["missing", *name_bins("", edges[1:])]
+    return [f"{low:g}-{high:g}" for low, high in pairwise((0, *edges))] + [f"over {edges[-1]:g}"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class ErrorCounts:
         names: `(N,)` of the images.
         scene: `(N,)` of each image; its own name where scenes are unknown.
         confusion: `(N, C, C)` pixels of each image.
-        strata: `{name: (bins, C, C)}` for the bins named in `STRATA`.
+        strata: `{name: (bins, C, C)}` for the bins between `edges`.
         calibration: `(C, 15, 3)` by class named and confidence: pixels, their summed confidence, right ones.
+        edges: see `strata_edges`; those of the depth follow the range that the network was made for.
     """
 
     classes: tuple[str, ...]
@@ -67,6 +73,7 @@ class ErrorCounts:
     confusion: np.ndarray
     strata: dict[str, np.ndarray]
     calibration: np.ndarray
+    edges: dict[str, tuple[float, ...]]
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
@@ -80,9 +87,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
     """
-    count = len(model.config.classes)
+    count, edges = len(model.config.classes), strata_edges(model.config.depth_range_m[1])
     names, scenes, confusion = [], [], []
-    strata = {name: np.zeros((len(bins), count, count), np.int64) for name, bins in STRATA.items()}
+    strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     with progress_bar("predicting", len(samples)) as bar:
         for batch, predicted, confidence, *_ in predict(model, samples, batch_size, confidence=True):
@@ -96,14 +103,15 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
             ):
                 labelled = label != IGNORE_INDEX
                 pair = label[labelled].astype(np.int64) * count + named[labelled]
-                for name, bins in pixel_strata(label, depth).items():
+                for name, bins in pixel_strata(label, depth, edges).items():
                     cells = np.bincount(bins[labelled] * count**2 + pair, minlength=strata[name].size)
                     strata[name] += cells.reshape(strata[name].shape)
                 calibration += _count_confidence(label[labelled], named[labelled], how_sure[labelled], count)
             bar.update(len(batch))
     if not names:
         raise ValueError("part: found no image; nothing validates in split official, use another part")
-    return ErrorCounts(model.config.classes, *map(np.concatenate, (names, scenes, confusion)), strata, calibration)
+    whole = map(np.concatenate, (names, scenes, confusion))
+    return ErrorCounts(model.config.classes, *whole, strata, calibration, edges)
 
 
 def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarray, count: int) -> np.ndarray:
@@ -114,10 +122,10 @@ def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarr
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
 
 
-def pixel_strata(label: np.ndarray, depth: np.ndarray) -> dict[str, np.ndarray]:
-    """For each name in `STRATA` the bin of every pixel, `(H, W)` integers."""
+def pixel_strata(label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]) -> dict[str, np.ndarray]:
+    """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
     values = {DEPTH: depth / 1000, DISTANCE: 100 * boundary_distance(label), SEGMENT: 100 * segment_shares(label)}
-    return {name: np.searchsorted(EDGES[name], value, side="right") for name, value in values.items()}
+    return {name: np.searchsorted(edges[name], value, side="right") for name, value in values.items()}
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
@@ -238,7 +246,7 @@ def plot_strata(errors: ErrorCounts) -> Figure:
     for axes, (name, counts) in zip(grid, known.items(), strict=True):
         table = score_strata(counts)
         kept = table.pixels > 0
-        table, bins = table[kept], np.array(STRATA[name])[kept]
+        table, bins = table[kept], np.array(name_bins(name, errors.edges[name]))[kept]
         axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
         axes.plot(bins, table["pixel accuracy"], color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
         axes.plot(bins, table["mIoU"], color=VALID_COLOUR, marker=".", label="mIoU")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from lib.batches import Batch, decode_depth, encode_batch, plain_batch
+from lib.batches import Batch, check_depth, decode_depth, encode_batch, plain_batch
 from lib.classes import check_same_classes
 from lib.data import Samples
 from lib.data.samples import resize_samples
@@ -118,6 +118,7 @@ def predict(
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")
         for start in range(0, len(piece), batch_size):
             batch = piece[start : start + batch_size]
+            check_depth(model.config, batch)
             scores, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
             how_sure = None
             if confidence:

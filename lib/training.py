@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
+from lib.batches import AUGMENTATIONS, Batch, RawBatch, check_depth, encode_batch
 from lib.checkpoints import checksums, restore_progress, save_progress
 from lib.classes import IGNORE_INDEX
-from lib.data.samples import Samples
+from lib.data.samples import DEPTH_RANGE_M, Samples
 from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
 from lib.evaluation import Evaluation, evaluate, mean_losses
@@ -41,14 +41,17 @@ CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large networ
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
-def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDepthNet:
-    """The network that the parameters of `train.ipynb` describe, with the weights that their seed gives it."""
+def build_network(
+    parameters: dict, classes: tuple[str, ...], depth_range_m: tuple[float, float] = DEPTH_RANGE_M
+) -> SegmentationDepthNet:
+    """The network that the parameters of `train.ipynb` describe for these data, with the weights of their seed."""
     torch.manual_seed(parameters["seed"])
     start_from = parameters["start_from"]
     return build_model(
         encoder_weights=parameters["encoder_weights"],
         start_from=find_run(start_from) / "best.pt" if start_from else None,
         classes=classes,
+        depth_range_m=depth_range_m,
         size=(parameters["image_height"], parameters["image_width"]),
         depth_head=parameters["depth_weight"] > 0,
         **{name: parameters[name] for name in ("inputs", "depth_encoding", "architecture", "encoder")},
@@ -111,6 +114,8 @@ def fit(
     judged = model if average is None else average
     train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
     _check_labels({"train": train, "valid": valid}, len(model.config.classes))
+    for samples in (train, valid):
+        check_depth(model.config, samples, trains=True)
 
     def step(raw: RawBatch) -> torch.Tensor:
         terms = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)

@@ -1,8 +1,9 @@
 import os
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch a user's runs.
+# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's.
 os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
 
 import numpy as np
 import pytest

@@ -40,7 +40,7 @@ def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list
     """What the training cell does; the history without the times."""
     loader = training_loader(train, *(parameters[name] for name in ("augment", "batch_size", "workers", "seed")))
     weights = {name: parameters[name] for name in ("soft_iou_weight", "soft_iou_pooling", "depth_weight")}
-    build, loss = partial(build_network, parameters, train.classes), partial(total_loss, **weights)
+    build, loss = partial(build_network, parameters, train.classes, train.depth_range_m), partial(total_loss, **weights)
     rows = fit(build, loader, valid, run, loss=loss, **{name: parameters[name] for name in FOR_FIT})
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 

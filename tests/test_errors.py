@@ -14,13 +14,13 @@ from lib.errors import (
     DEPTH,
     DISTANCE,
     SEGMENT,
-    STRATA,
     ErrorCounts,
     boundary_distance,
     calibration_error,
     compare_images,
     count_errors,
     describe_errors,
+    name_bins,
     pixel_strata,
     plot_calibration,
     plot_confusion,
@@ -28,6 +28,7 @@ from lib.errors import (
     plot_strata,
     score_strata,
     segment_shares,
+    strata_edges,
 )
 from lib.evaluation import evaluate
 from lib.metrics import mean_iou
@@ -60,11 +61,12 @@ def made_up(images=24, count=13, scene=None):
     """Counts of a network that is right in most pixels and more sure than right."""
     confusion = np.random.default_rng(0).integers(1, 20, (images, count, count))
     confusion[:, range(count), range(count)] *= 3 * count
-    strata = {name: np.resize(confusion, (len(bins), count, count)) for name, bins in STRATA.items()}
+    edges = strata_edges(10.0)
+    strata = {name: np.resize(confusion, (len(between) + 1, count, count)) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     calibration[:, -1] = 100, 98, 75
     names = np.array([f"{index:06d}" for index in range(images)])
-    return ErrorCounts(names_of(count), names, names if scene is None else scene, confusion, strata, calibration)
+    return ErrorCounts(names_of(count), names, names if scene is None else scene, confusion, strata, calibration, edges)
 
 
 def test_boundary_runs_in_the_middle_of_a_sliver():
@@ -83,11 +85,24 @@ def test_segments_of_one_class_are_measured_apart():
     label[0, :3] = label[9, :] = OBJECTS
     shares = segment_shares(label)
     assert (shares[0, 0], shares[9, 5], shares[5, 5]) == (0.03, 0.10, 0.87)
-    bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16))
-    assert STRATA[SEGMENT][bins[SEGMENT][0, 0]] == "3-10"
-    assert STRATA[DISTANCE][bins[DISTANCE][5, 5]] == "over 16"
-    assert STRATA[DEPTH][bins[DEPTH][5, 5]] == "2-3"
-    assert set(bins) == set(STRATA)
+    edges = strata_edges(10.0)
+    bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16), edges)
+    assert name_bins(SEGMENT, edges[SEGMENT])[bins[SEGMENT][0, 0]] == "3-10"
+    assert name_bins(DISTANCE, edges[DISTANCE])[bins[DISTANCE][5, 5]] == "over 16"
+    assert name_bins(DEPTH, edges[DEPTH])[bins[DEPTH][5, 5]] == "2-3"
+    assert set(bins) == set(edges)
+
+
+def test_bins_of_the_depth_follow_its_range(scenes):
+    assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == ["missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"]
+    near = Guess()
+    near.config = replace(near.config, depth_range_m=(0.1, 2.0))
+    samples = replace(scenes[:1], depth=np.full_like(scenes.depth[:1], 500))
+    errors = count_errors(near, samples)
+    shown = ["missing", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.2", "over 1.2"]
+    assert name_bins(DEPTH, errors.edges[DEPTH]) == shown
+    assert errors.strata[DEPTH].any((1, 2)).tolist() == [name == "0.4-0.6" for name in shown]
+    assert "0.4-0.6" in draw(plot_strata(errors))
 
 
 def test_one_pass_counts_what_evaluation_counts(scenes):
@@ -215,5 +230,8 @@ def test_figures_have_room_for_any_class_set(count):
 
 
 def test_without_depth_nothing_is_said_by_depth(scenes):
-    errors = count_errors(Guess(), replace(scenes, depth=None))
+    blind = Guess()
+    blind.config = replace(blind.config, inputs="rgb", depth_head=False)
+    errors = count_errors(blind, replace(scenes, depth=None))
     assert not any("depth" in text for text in draw(plot_strata(errors)))
+    assert "depth" not in describe_errors(errors, "blind", "valid")

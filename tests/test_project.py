@@ -12,7 +12,8 @@ LIB = ROOT / "lib"
 
 GROUND = ["classes", "parameters", "notebook", "files"]
 MATHEMATICS = ["losses", "metrics", "significance"]
-ROAD = ["data.samples", "data.splits", "data.folder", "data.nyuv2", "data.scenes", "data"]
+ROAD = ["data.samples", "data.splits", "data.cache", "data.decoding", "data.description", "data.doubts"]
+ROAD += ["data.folder", "data.nyuv2", "data.scenes", "data"]
 ROAD += [
     "weights",
     "model",

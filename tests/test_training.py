@@ -282,7 +282,7 @@ def test_fit_refuses_bad_options(samples, options, message):
         ({"batch_size": 1}, "batch_size: found 1, expected 2 or more"),
         ({"soft_iou_pooling": "mean"}, "soft_iou_pooling: found 'mean', expected one of batch, image, exp061"),
         ({"inputs": "rgba"}, "inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"),
-        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, random, blocks, scenes, official"),
+        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, given, scenes, blocks, random, official"),
         ({"fold": 5}, "fold: found 5, expected one of 0, 1, 2, 3, 4"),
         ({"image_width": 0}, "image_width: found 0, expected 1 or more"),
     ],
@@ -294,8 +294,8 @@ def test_check_options(options, message):
 
 
 def test_divergence_is_an_error(samples, monkeypatch):
-    def spoiled(parameters, classes):
-        model = build_network(parameters, classes)
+    def spoiled(*arguments):
+        model = build_network(*arguments)
         model.net.segmentation_head[0].bias.data[0] = math.nan
         return model
 

@@ -4,15 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.samples import DataError, Pieces, Samples, Source
 from lib.data.scenes import open_scenes
 
-SUFFIXES = {
-    "images": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
-    "depths": (".png", ".tif", ".tiff", ".npy"),
-}
+INDOORS_MM = (100, 20_000)  # between these lies the median depth of a picture whose unit nobody stated
 
 
 def open_pictures(
@@ -28,7 +25,7 @@ def open_pictures(
     if takes_depth != (depths is not None):
         takes = "takes depth, too" if takes_depth else "takes RGB alone"
         raise ValueError(f"depths: found {depths!r}, but this network {takes}; change depths or run")
-    files, partners = _list_files("images", images), _list_files("depths", depths) if depths else {}
+    files, partners = _list_files("image", images), _list_files("depth", depths) if depths else {}
     if len(files) == len(partners) == 1:  # whatever they are called
         partners = dict(zip(files, partners.values(), strict=True))
     if depths and (missing := [name for name in files if name not in partners]):
@@ -43,39 +40,23 @@ def open_pictures(
     return Pieces(Source(names, None, classes, read, "official"), None, 1, "official", data)
 
 
-def _list_files(parameter: str, place: str) -> dict[str, Path]:
-    root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[parameter]
+def _list_files(kind: str, place: str) -> dict[str, Path]:
+    root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
     for path in [root] if root.is_file() else sorted(root.glob("*")):
         if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
             raise DataError(f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one")
     if not files:
-        raise ValueError(f"{parameter}: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}")
+        raise ValueError(f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}")
     return files
 
 
-def _read(name: str, path: Path, depth_path: Path | None, depth_unit_mm: float) -> Samples:
-    image = _decode(path)
+def _read(name: str, path: Path, depth_path: Path | None, unit_mm: float) -> Samples:
+    image, stated = decode_image(path), unit_mm != 1
     if depth_path is None:
         return Samples(np.array([name]), image[None])
-    depth_mm = np.nan_to_num(depth_unit_mm * _decode(depth_path, depth=True).astype(float), posinf=0)
+    depth_mm = depth_to_mm(decode_depth(depth_path, takes_bytes=stated), unit_mm)
     median = np.median(depth_mm[depth_mm > 0]) if (depth_mm > 0).any() else 1000
-    if depth_mm.shape != image.shape[:2] or not 100 <= median <= 20_000:
+    if depth_mm.shape != image.shape[:2] or not (stated or INDOORS_MM[0] <= median <= INDOORS_MM[1]):
         found = f"found {depth_mm.shape} and a median of {median:g} mm, expected {image.shape[:2]} and 100 to 20000 mm"
         raise DataError(f"{depth_path}: {found}; check it and depth_unit_mm")
-    return Samples(np.array([name]), image[None], np.rint(depth_mm).clip(0, 65535).astype(np.uint16)[None])
-
-
-def _decode(path: Path, depth: bool = False) -> np.ndarray:
-    """Depth as it is stored; RGB upright, as the camera was held."""
-    try:
-        if path.suffix == ".npy":
-            return np.load(path)
-        with Image.open(path) as picture:
-            if depth:
-                return np.asarray(picture)
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode[0] in "IF":
-                raise ValueError(f"found mode {upright.mode}, expected 8 bits a channel")
-            return np.asarray(upright.convert("RGB"))
-    except Exception as error:
-        raise DataError(f"{path}: can't be read ({error}); it is damaged or no picture, copy or remove it") from error
+    return Samples(np.array([name]), image[None], depth_mm[None])

@@ -63,9 +63,9 @@ def spoil(path, picture):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("cut.jpg", spoil, "can't be read"),
-        ("cut.png", spoil, "can't be read"),
-        ("text.jpg", lambda path, picture: path.write_text("no picture"), "can't be read"),
+        ("cut.jpg", spoil, "can't be decoded"),
+        ("cut.png", spoil, "can't be decoded"),
+        ("text.jpg", lambda path, picture: path.write_text("no picture"), "can't be decoded"),
         ("deep.png", lambda path, picture: Image.fromarray(picture[..., 0].astype(np.uint16)).save(path), "8 bits"),
     ],
 )

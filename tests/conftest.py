@@ -36,7 +36,9 @@ def write_folder(root, samples: Samples, part: str = "train", labels: bool = Tru
     for kind, stack in arrays.items():
         (root / part / kind).mkdir(parents=True, exist_ok=True)
         for name, array in zip(samples.names, stack, strict=True):
-            Image.fromarray(array).save(root / part / kind / f"{name}.png")
+            path = root / part / kind / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)  # a name may have folders
+            Image.fromarray(array).save(path)
 
 
 @pytest.fixture

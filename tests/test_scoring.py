@@ -1,20 +1,24 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import write_folder
 from PIL import Image
-from small_run import small_samples, train
+from small_run import PARAMETERS, fit_run, small_samples, train
 
 from lib.classes import NYUV2_13
+from lib.comparison import group_recipes
 from lib.data import DataError, iterate_samples, load_samples
+from lib.errors import count_errors
 from lib.evaluation import evaluate
 from lib.files import write_json
 from lib.metrics import mean_iou, mean_truth_iou
 from lib.model import build_model, load_model, save_model
-from lib.runs import read_counts, read_parameters, run_state, runs_folder
+from lib.plots import plot_predictions
+from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
 from lib.scoring import find_scored, iterate_part, masks_folder, read_masks, read_predictions, read_scored, score_run
 
 ENCODER = "tu-test_resnet.r160_in1k"
@@ -336,3 +340,53 @@ def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
     assert 0 < facts["plain"]["miou"] < 1
     assert np.isnan([*facts["intervals"]["plain"], *facts["gain"]["interval"]]).all()
     assert "(no interval: too few images)" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def without_depth(tmp_path, monkeypatch):
+    """A run on a folder without depth, whose images lie in subfolders, one for each room; scored on what validates."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    scenes, root = small_samples(), tmp_path / "data"
+    write_folder(root, replace(scenes, names=np.char.add(np.char.add(scenes.scene, "/"), scenes.names)))
+    shutil.rmtree(root / "train" / "depth")
+    (root / "dataset.yaml").write_text(
+        "scene: ^([^/]+)/\nclasses: [" + ", ".join(f"my {name}" for name in NYUV2_13) + "]"
+    )
+    made_with = DATA | {"data": str(root), "limit": None}
+    parts = [load_samples(root, part, size=(48, 64)) for part in ("train", "valid")]
+    parameters = PARAMETERS | made_with | {"run_name": "rgb", "inputs": "rgb", "depth_weight": 0.0, "epochs": 1}
+    with open_run(parameters, samples=parts) as run:
+        fit_run(run, parameters, *parts)
+    return run, parts, parameters
+
+
+def test_data_without_depth_train_and_are_scored(without_depth):
+    run, (train, valid), _ = without_depth
+    assert valid.depth is None
+    assert valid.made_with["chosen_split"] == "scenes"
+    pieces = iterate_part(run, "valid")
+    facts = score_run(run, "valid", pieces, "flip", "cpu")
+    assert facts["images"] == len(valid) > 0
+    assert all(np.isnan(value) for value in facts["depth"].values())
+    masks = sorted(
+        path.relative_to(run / "evaluation" / "valid") for path in (run / "evaluation" / "valid").rglob("*.png")
+    )
+    assert [path.with_suffix("").as_posix() for path in masks] == list(valid.names)
+    plot_predictions(pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True)
+    errors = count_errors(load_model(run / "best.pt"), pieces)
+    np.testing.assert_array_equal(errors.confusion, read_scored(run, "valid").counts)
+    assert read_scored(run, "valid").classes == train.classes
+    (recipes,) = group_recipes([read_scored(run, "valid")]).values()
+    assert list(recipes[0].scene) == list(valid.scene)
+    theirs = find_scored("latest", str(masks_folder(run, "valid")), {**read_parameters(run), "run_name": "theirs",
+                         "recipe": "theirs", "predictions": str(masks_folder(run, "valid"))})  # fmt: skip
+    assert score_run(theirs, "valid", iterate_part(theirs, "valid"))["plain"]["miou"] == facts["plain"]["miou"]
+
+
+@pytest.mark.parametrize("change", [{"inputs": "rgbd"}, {"depth_weight": 0.1}])
+def test_nothing_else_trains_without_depth(without_depth, change):
+    _, parts, parameters = without_depth
+    parameters = parameters | {"run_name": "deep"} | change
+    with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
+        fit_run(runs_folder() / "deep", parameters, *parts)
+    assert not (runs_folder() / "deep").exists()

@@ -68,7 +68,7 @@ def find_files(description: Description, part: str) -> dict[str, Files]:
     base = root if place.is_file() else place
     found = {kind: _match(description, base, kind, value, part) for kind, value in description.folders}
     found = {kind: paths for kind, paths in found.items() if paths is not None}
-    names = _listed(description, place, found) if place.is_file() else sorted(set().union(*found.values()))
+    names = _listed(description, part, found) if place.is_file() else sorted(set().union(*found.values()))
     if part == "test" and not found.get("label", {}).keys() & set(names):
         found.pop("label", None)  # held back
     for kind, paths in found.items():
@@ -104,19 +104,21 @@ def _match(description: Description, base: Path, kind: str, value: str, part: st
                 others[path.suffix] += 1
     if not paths and (others or kind == "image"):
         found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
-        raise DataError(f"{top}: found {found}expected files of: {', '.join(SUFFIXES[kind])}")
+        expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
+        raise DataError(f"{top}: found {found}expected files of: {expected}")
     return paths
 
 
-def _listed(description: Description, place: Path, found: dict[str, dict[str, Path]]) -> list[str]:
+def _listed(description: Description, part: str, found: dict[str, dict[str, Path]]) -> list[str]:
     """The names in a list: as they are, or as paths of files, which may lack the suffix."""
-    known = {}
+    places, known = {name: description.root / value for name, value in description.parts}, {}
+    place, trained = places[part], places.get("train")
     for paths in found.values():
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
             known |= {relative.as_posix(): name, relative.with_suffix("").as_posix(): name}
     known |= {f"{name}{suffix}": name for name, path in found["image"].items() for suffix in ("", path.suffix)}
-    lines = [os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()]
+    lines = _read_lines(place)
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
         what = (
@@ -129,7 +131,15 @@ def _listed(description: Description, place: Path, found: dict[str, dict[str, Pa
     names = [known[line] for line in lines]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
+    listed = _read_lines(trained) if part != "train" and trained is not None and trained.is_file() else []
+    if shared := sorted({known.get(line) for line in listed} & set(names)):
+        what = f"shares {len(shared)} images with {trained}, the first is {shared[0]!r}"
+        raise DataError(f"{place}: {what}; what was trained on is no test")
     return sorted(names)
+
+
+def _read_lines(place: Path) -> list[str]:
+    return [os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
@@ -157,7 +167,7 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     if None in found:
         raise DataError(
             f"{place}: gives {found.count(None)} of {len(names)} images no scene, the first is "
-            f"{names[found.index(None)]!r}; every image needs one"
+            f"{str(names[found.index(None)])!r}; every image needs one"
         )
     return np.array(found, str)
 

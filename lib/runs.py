@@ -329,12 +329,14 @@ def _evaluation_section(part: str, scores: dict) -> str:
         how = f" with tta {scores['tta']}" if "tta" in scores else ""
         return f"{text}, predicted{how}; their labels are held back."
     columns = [name for name in ("plain", "augmented") if name in scores]
-    overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float)
+    overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float).drop("averaged_classes")
     by_class = pd.DataFrame(scores["classes"], dtype=float).T
     low, high = scores["intervals"]["plain"]
+    digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
     return (
-        f"{text}: mIoU {scores['plain']['miou']:.4f} ({describe_interval(low, high, scores['scenes'])}).\n\n"
-        f"{overall.to_markdown(floatfmt='.4f')}\n\n{by_class.to_markdown(floatfmt='.3f')}"
+        f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
+        f"({describe_interval(low, high, scores['scenes'])}).\n\n"
+        f"{overall.to_markdown(floatfmt='.4f')}\n\n{by_class.to_markdown(floatfmt=digits)}"
     )
 
 

@@ -135,7 +135,9 @@ def fit(
             row |= _columns("train", train_epoch(model, step, loader, losses, save, bar))
             if schedule == "cosine":
                 scheduler.step()
+            bar.set_description(f"epoch {epoch} of {epochs}, validating")
             scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            bar.set_description(f"epoch {epoch} of {epochs}")
             row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
             by_score = keep == "best" and scored is not None
             if _is_best(row, history) if by_score else epoch == epochs:
@@ -240,21 +242,23 @@ def train_epoch(
         loader: the batches that are left.
         losses: of the batches before these; grows.
         save: called every few minutes.
-        bar: moved on by one a batch.
+        bar: says which epoch; it adds the batch, and the loss each time that it looks at it anyway.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
     names = loader.dataset.samples.names
-    saved, positions = time.monotonic(), []
+    saved, positions, words = time.monotonic(), [], bar.desc.removesuffix(": ")
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
+        bar.set_description(f"{words}, batch {len(losses)} of {len(loader)}", refresh=False)
         bar.update()
         overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
         if overdue or len(positions) % FINITE_STEPS == 0:
             _check_finite(model, losses[-len(positions) :], positions, names)
+            bar.set_postfix_str(f"loss {losses[-1][0].item():.3f}", refresh=False)
         if overdue:
             save()
             saved = time.monotonic()

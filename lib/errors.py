@@ -203,9 +203,10 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     return (
         f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
         f"(mIoU {mean_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
-        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; of "
-        f"{errors.classes[least]} it finds least, {recall[least]:.0%}. Within 1 % of the width from a boundary lie "
-        f"{edge[0].sum() / edge.sum():.0%} of the pixels and {near:.0%} of the wrong ones. The network is "
+        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
+        f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
+        f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
+        f"{near:.0%}. The network is "
         f"{_describe_gap(errors.calibration)}. The worst image is {errors.names[np.nanargmin(accuracy)]}, "
         f"{np.nanmin(accuracy):.0%} right."
     )

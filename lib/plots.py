@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from lib.classes import IGNORE_INDEX
@@ -32,6 +33,7 @@ TRAIN_COLOUR, VALID_COLOUR, GREY = "#999999", "#0072b2", "#666666"
 EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
 WIDTH = 8  # inches, so that a figure fits a notebook
 DEPTH = "depth (m)"  # title of a column of pictures
+HALO = [withStroke(linewidth=3, foreground="white")]  # so that black lines are seen on dark colours
 FEW = 20  # classes up to which matrices show numbers and rows are wide
 STYLE = {
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
@@ -269,16 +271,17 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
         epochs: of the whole run.
         terms: the weight of each term by its name in the history; those that weigh nothing are left out.
     """
-    used = {name: weight for name, weight in terms.items() if weight}
+    used = [name for name, weight in terms.items() if weight]
+    words = [name.replace("_", " ").replace("iou", "IoU").replace("l1", "L1") for name in used]
+    total = " + ".join(f"{terms[name]:g} {word}".removeprefix("1 ") for name, word in zip(used, words, strict=True))
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     loss, score = above.subplots(1, 2)
-    titles = [f"{'' if weight == 1 else f'{weight:g} x '}{name.replace('_', ' ')}" for name, weight in used.items()]
     small = below.subplots(1, len(used), squeeze=False)[0]
-    for axes, name, title in zip([loss, *small], ["loss", *used], ["Loss: " + " + ".join(titles), *used], strict=True):
+    for axes, name, title in zip([loss, *small], ["loss", *used], [f"Loss: {total}", *words], strict=True):
         axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
-        axes.set_title(title.replace("_", " "), fontsize="medium" if len(title) < 45 else "small")
+        axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
     loss.legend()
     score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
     score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
@@ -295,30 +298,31 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
 
 
 @styled
-def plot_class_iou(table: pd.DataFrame, title: str, mean: float) -> Figure:
+def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figure:
     """IoU by class, best first; a class that does not occur (NaN) has no bar.
 
     Args:
         table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the number
             of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets p / (2 - p).
         title: what is shown.
-        mean: the mIoU, for a line to hold classes against.
+        mean: the mIoU, for a line to hold classes against, if it is known.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
     rows, colours = np.arange(len(table)), class_colours(table.index)
     figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
     axes = figure.subplots()
     axes.barh(rows, table.IoU, color=[colours[name] for name in table.index], **EDGED)
-    axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
+    if mean is not None:
+        axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
     names = [shorten(name) for name in table.index]
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
-        axes.hlines(rows, table.low, table.high, color="black", linewidth=1.5, label="95 % interval over scenes")
+        axes.hlines(rows, table.low, table.high, color="black", label="95 % interval over scenes", path_effects=HALO)
         guess = {"marker": "|", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "color": "#d55e00"}
         axes.plot(table.support / (2 - table.support), rows, label="guessing by the share of pixels", **guess)
     for row, value in enumerate(table.IoU):
         text = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.annotate(text, (1.01, row), va="center", color=GREY, fontsize="small")
+        axes.text(1.01, row, text, va="center", color=GREY, fontsize="small")
     label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
     add_title(figure, title)

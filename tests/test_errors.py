@@ -151,7 +151,7 @@ def test_the_most_frequent_error_is_named():
     confusion = np.zeros((2, 13, 13), int)
     confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
     text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
-    assert "objects taken for wall, 75% of the wrong pixels; of objects it finds least, 0%" in text
+    assert "objects taken for wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%" in text
     assert "The worst image is 000001, 0% right" in text
     assert "over-confident by 23.0 points (ECE 0.230)" in text
 

@@ -202,8 +202,8 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
     figure = plot_history(history, 10, terms)
     texts = draw(figure)
     assert "Best validation mIoU: 0.400 at epoch 2" in texts
-    assert "Loss: cross entropy + 0.5 x soft iou + 0.1 x depth l1" in texts
-    assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == ["cross entropy", "soft iou", "depth l1"]
+    assert "Loss: cross entropy + 0.5 soft IoU + 0.1 depth L1" in texts
+    assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == ["cross entropy", "soft IoU", "depth L1"]
     assert list(figure.axes[3].lines[0].get_ydata()) == [5, 2, 1]
     for axes in figure.axes:
         assert axes.get_xlim()[1] > 10

@@ -119,8 +119,11 @@ def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, 
         else:
             text = f"This run of **{better}** scores higher than this one of **{worse}**; further seeds would say more"
         low, high = (np.nan, np.nan) if result is None else result.interval
-        interval = "" if np.isnan(low) else f": {result.difference:+.3f} mIoU (95 % interval {low:+.3f} to {high:+.3f})"
-        lines.append(f"- {text}{interval}.")
+        if not np.isnan(low):
+            text += (
+                f": {name} minus {baseline} is {result.difference:+.3f} mIoU (95 % interval {low:+.3f} to {high:+.3f})"
+            )
+        lines.append(f"- {text}.")
     return "\n".join(lines) or "One recipe is no comparison."
 
 

@@ -309,9 +309,12 @@ def test_the_summary_says_what_the_strongest_claim_says():
 
     first, second = summary(other=better, same=base)
     assert re.fullmatch(
-        r"- \*\*other\*\* is better than \*\*base\*\*: \+0.\d+ mIoU \(95 % interval \+.* to \+.*\)\.", first
+        r"- \*\*other\*\* is better than \*\*base\*\*: other minus base is \+0.\d+ mIoU \(95 % interval \+.* to \+.*\)\.",
+        first,
     )
-    assert second.startswith("- **same** and **base** cannot be told apart: +0.000 mIoU (95 % interval -0.")
+    assert second.startswith(
+        "- **same** and **base** cannot be told apart: same minus base is +0.000 mIoU (95 % interval -0."
+    )
     (alone,) = summary(one=better[:1])
     assert alone.startswith(
         "- This run of **one** scores higher than this one of **base**; further seeds would say more: "

@@ -314,12 +314,12 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     axes.barh(rows, table.IoU, color=[colours[name] for name in table.index], **EDGED)
     if mean is not None:
         axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
-    names = [shorten(name) for name in table.index]
+    names = table.index
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
         axes.hlines(rows, table.low, table.high, color="black", label="95 % interval over scenes", path_effects=HALO)
-        guess = {"marker": "|", "markersize": 9, "markeredgewidth": 2, "linestyle": "", "color": "#d55e00"}
-        axes.plot(table.support / (2 - table.support), rows, label="guessing by the share of pixels", **guess)
+        guess = table.support / (2 - table.support)
+        axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="guessing by the share of pixels")
     for row, value in enumerate(table.IoU):
         text = "none seen" if np.isnan(value) else f"{value:.2f}"
         axes.text(1.01, row, text, va="center", color=GREY, fontsize="small")

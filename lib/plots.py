@@ -268,7 +268,6 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
 
     Args:
         history: rows of `fit` so far.
-        epochs: of the whole run.
         terms: the weight of each term by its name in the history; those that weigh nothing are left out.
     """
     used = [name for name, weight in terms.items() if weight]
@@ -304,7 +303,6 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     Args:
         table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the number
             of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets p / (2 - p).
-        title: what is shown.
         mean: the mIoU, for a line to hold classes against, if it is known.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
@@ -317,7 +315,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     names = table.index
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
-        axes.hlines(rows, table.low, table.high, color="black", label="95 % interval over scenes", path_effects=HALO)
+        axes.hlines(rows, table.low, table.high, color="black", label="95 % interval", path_effects=HALO)
         guess = table.support / (2 - table.support)
         axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="guessing by the share of pixels")
     for row, value in enumerate(table.IoU):

@@ -13,6 +13,7 @@ from lib.metrics import image_accuracy
 from lib.notebook import small_png
 from lib.plots import (
     DEPTH,
+    HALO,
     WIDTH,
     class_patches,
     colour_depth,
@@ -129,12 +130,12 @@ def _browse(
 
 
 def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "all") -> Figure:
-    """One image: RGB, depth, truth, of each run its prediction and errors; of a class or confusion, all else is faded.
+    """One image: RGB, depth, truth, of each run its prediction and errors; all but a class or confusion is faded.
 
     Args:
         sample: a single one.
         predicted: `(H, W)` by run.
-        only: `all`, a class, or two with `PAIR` between them; it is outlined, too.
+        only: `all`, a class, or two with `PAIR` between them; it is outlined, in the RGB image too.
     """
     image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
     shades, truth, chosen = depth_shades([sample]), "truth" if predicted else "labels", {}
@@ -149,18 +150,14 @@ def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "
             chosen |= {name: mask == index[0], f"errors, {name}": (label == index[0]) | (mask == index[0])}
         elif index:
             chosen = dict.fromkeys(pictures, (label == index[0]) & (mask == index[1])) | chosen
-    row = {
-        title: picture
-        if picture is None or title not in chosen
-        else np.where(chosen[title][..., None], picture, fade(image))
-        for title, picture in pictures.items()
-    }
+    row = {title: picture for title, picture in pictures.items() if picture is not None}
+    for title in row.keys() & chosen.keys() - {"RGB"}:
+        row[title] = np.where(chosen[title][..., None], row[title], fade(image))
     legend = class_patches(classes, [label, *predicted.values()])
     figure = plot_grid([row], sample.names.tolist(), legend, shades, width=(1.4 if predicted else 1) * WIDTH)
-    shown = [title for title, picture in row.items() if picture is not None]
-    for axes, title in zip(figure.axes, shown, strict=False):
+    for axes, title in zip(figure.axes, row, strict=False):
         if title in chosen and 0 < chosen[title].mean() < 1:
-            axes.contour(chosen[title], [0.5], colors="black", linewidths=1)
+            axes.contour(chosen[title], [0.5], colors="black", linewidths=1).set_path_effects(HALO)
     return figure
 
 

@@ -17,7 +17,7 @@ from lib.data.samples import Samples
 from lib.model import DEPTH_ENCODINGS, ModelConfig
 from lib.parameters import check_choice
 
-AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour")
+AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")
 RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)  # Exp061's, of RGB / 255
 
 
@@ -112,7 +112,8 @@ def encode_batch(raw: RawBatch, config: ModelConfig, device: torch.device) -> Ba
 def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Compose | None:
     """`exp061`: flip, shift 5 %, scale 10 %, rotate 5 degrees; `crops`: random-resized crops and flip.
 
-    `crops_colour` also changes brightness, contrast, saturation and hue of the RGB image.
+    `zooms`: scale 0.5 to 2, shift 25 % and flip. `_colour` also changes brightness, contrast, saturation and hue of the
+    RGB image.
 
     Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
     is missing depth; labels are passed as label + 1 so that it is 255 for them.
@@ -123,11 +124,12 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     height, width = size
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # albumentations ignores an unknown option with a warning
-        if augment == "exp061":
+        if not augment.startswith("crops"):
+            shift, scale, turn, share = (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
             geometry = albumentations.Affine(
-                translate_percent={"x": (-0.05, 0.05), "y": (-0.05, 0.05)},
-                scale=(0.9, 1.1), keep_ratio=True, rotate=(-5, 5), fill=0, fill_mask=0,
-                mask_interpolation=cv2.INTER_NEAREST, p=0.5,
+                translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
+                scale=scale, keep_ratio=True, rotate=(-turn, turn), fill=0, fill_mask=0,
+                mask_interpolation=cv2.INTER_NEAREST, p=share,
             )  # fmt: skip
         else:
             ratio = width / height
@@ -138,7 +140,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
             brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8
         )
         return albumentations.Compose(
-            [albumentations.HorizontalFlip(p=0.5), geometry, *[colour] * (augment == "crops_colour")],
+            [albumentations.HorizontalFlip(p=0.5), geometry, *[colour] * augment.endswith("_colour")],
             additional_targets={"depth": "mask", "measured": "mask"},
             save_applied_params=True,
         )

@@ -102,7 +102,7 @@ def marked_samples():
     return Samples(np.array(["0"]), image, (1000 + 100 * label.astype(np.uint16)), label)
 
 
-@pytest.mark.parametrize("augment", ["exp061", "crops"])
+@pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
 def test_image_depth_and_label_stay_aligned(augment):
     training = TrainingSet(marked_samples(), augment, seed=3)
     scales = set()
@@ -130,7 +130,7 @@ def test_borders_are_ignored_and_missing():
         assert (image[label == 255] < 120).all()
 
 
-@pytest.mark.parametrize("augment", ["exp061", "crops"])
+@pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
 def test_zoom_brings_things_nearer(augment):
     """A disc of a known size: how much larger it looks is how much nearer it is."""
     row, column = np.mgrid[:240, :320]
@@ -148,7 +148,7 @@ def test_zoom_brings_things_nearer(augment):
     assert checked > 5
 
 
-@pytest.mark.parametrize("augment", ["exp061", "crops"])
+@pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
 def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
     """Ramps to the right and down, in RGB and in depth: after any transform they say the same."""
     monkeypatch.setattr("lib.batches._zoom", lambda applied: 1.0)  # leave the depths as they are
@@ -215,7 +215,7 @@ def test_colours_change_and_nothing_else(scenes):
     assert 5 <= changed <= 10
 
 
-@pytest.mark.parametrize("augment", ["exp061", "crops", "crops_colour"])
+@pytest.mark.parametrize("augment", ["exp061", "crops", "crops_colour", "zooms_colour"])
 def test_stream_is_the_same_for_any_number_of_workers(scenes, augment):
     streams = []
     for workers in (0, 1, 2):

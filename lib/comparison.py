@@ -183,13 +183,14 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
 
 
 @styled
-def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison]) -> Figure:
+def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison | None]) -> Figure:
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     Args:
         recipes: runs by recipe, the baseline first.
         differences: of the other recipes to it; a filled mark has p < 0.05 (after Holm for classes).
     """
+    differences = {name: result for name, result in differences.items() if result is not None}
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
     images = (members[0].counts.sum(2) > 0).sum(0)
@@ -262,20 +263,4 @@ def plot_published(table: pd.DataFrame) -> Figure:
     axes.grid(color="0.92")
     axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
     add_legend(figure, axes.get_legend_handles_labels()[0])
-    return figure
-
-
-@styled
-def plot_recipes(scores: pd.DataFrame) -> Figure:
-    """mIoU of every run of a `score_table` by recipe, a dot each, and the mean of each recipe."""
-    means = scores.groupby("recipe", sort=False).mIoU.mean() if len(scores) else pd.Series(dtype=float)
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(means)), layout="constrained")
-    axes = figure.subplots()
-    for row, (name, colour) in enumerate(zip(means.index, run_colours(len(means)), strict=True)):
-        runs = scores.mIoU[name]
-        axes.plot(runs, np.full(len(runs), row), "o", color=colour, alpha=0.7)
-        axes.plot(means[name], row, "|", color="black", markersize=20)
-    axes.set_yticks(range(len(means)), [shorten(name, 40) for name in means.index])
-    axes.set(title="Each run (dot) and the mean of its recipe (bar)" if len(means) else "No run is done", xlabel="mIoU")
-    axes.set_ylim(max(len(means), 1) - 0.5, -0.5)
     return figure

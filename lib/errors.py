@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind
 from torch import nn
 
 from lib.classes import IGNORE_INDEX
@@ -17,6 +16,7 @@ from lib.evaluation import predict
 from lib.metrics import class_accuracy, confusion_counts, fill_unlabelled, image_accuracy, iou, mean_iou, pixel_accuracy
 from lib.notebook import progress_bar
 from lib.plots import (
+    DEPTH,
     EDGED,
     GREY,
     TRAIN_COLOUR,
@@ -28,14 +28,11 @@ from lib.plots import (
     label_rows,
     plot_matrix,
     rows_height,
-    shorten,
     styled,
 )
 
 CONFIDENCE_BINS = 15
 PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
-ENOUGH = 10  # images on each side of a comparison that a figure shows
-DEPTH = "depth (m)"
 DISTANCE = "distance to a boundary (% of the width)"
 SEGMENT = "size of the segment (% of the image)"
 
@@ -60,7 +57,6 @@ class ErrorCounts:
     Attributes:
         classes: names of the C classes.
         names: `(N,)` of the images.
-        scene: `(N,)` of each image; its own name where scenes are unknown.
         confusion: `(N, C, C)` pixels of each image.
         strata: `{name: (bins, C, C)}` for the bins between `edges`.
         calibration: `(C, 15, 3)` by class named and confidence: pixels, their summed confidence, right ones.
@@ -69,7 +65,6 @@ class ErrorCounts:
 
     classes: tuple[str, ...]
     names: np.ndarray
-    scene: np.ndarray
     confusion: np.ndarray
     strata: dict[str, np.ndarray]
     calibration: np.ndarray
@@ -88,7 +83,7 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
         ValueError: samples without labels, no sample, or classes that are not the network's.
     """
     count, edges = len(model.config.classes), strata_edges(model.config.depth_range_m[1])
-    names, scenes, confusion = [], [], []
+    names, confusion = [], []
     strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     with progress_bar("predicting", len(samples)) as bar:
@@ -96,7 +91,6 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
             if batch.label is None:
                 raise ValueError("part: these images have no labels, so errors can't be counted; use another part")
             names.append(batch.names)
-            scenes.append(batch.names if batch.scene is None else batch.scene)
             confusion.append(confusion_counts(predicted, batch.label, count))
             for label, depth, named, how_sure in zip(
                 batch.label, batch.depth_or_missing, predicted, confidence, strict=True
@@ -110,7 +104,7 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
             bar.update(len(batch))
     if not names:
         raise ValueError("part: found no image; nothing validates in split official, use another part")
-    whole = map(np.concatenate, (names, scenes, confusion))
+    whole = map(np.concatenate, (names, confusion))
     return ErrorCounts(model.config.classes, *whole, strata, calibration, edges)
 
 
@@ -178,28 +172,6 @@ def calibration_error(calibration: np.ndarray) -> float:
     return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
-def compare_images(errors: ErrorCounts, least: float = 0.01) -> pd.DataFrame:
-    """Pixel accuracy of the images in which a class takes 1 % of the labelled pixels, minus that of the others.
-
-    Images of one scene are not independent, so each side is averaged by scene first.
-
-    Returns:
-        A row for each class with 10 images or more on both sides, hardest first: how many they are, the
-        difference, and `low` and `high` of its 95 % interval (Welch's) after Bonferroni's correction.
-    """
-    truth = errors.confusion.sum(2)
-    frame = pd.DataFrame({"scene": errors.scene, "accuracy": image_accuracy(errors.confusion)})[truth.any(1)]
-    holds = (truth > least * truth.sum(1, keepdims=True))[truth.any(1)]
-    compared = np.flatnonzero(np.minimum(holds.sum(0), (~holds).sum(0)) >= ENOUGH)
-    rows = []
-    for index in compared:
-        sides = [frame[side].groupby("scene").accuracy.mean() for side in (holds[:, index], ~holds[:, index])]
-        interval = ttest_ind(*sides, equal_var=False).confidence_interval(1 - 0.05 / len(compared))
-        rows.append((holds[:, index].sum(), (~holds[:, index]).sum(), sides[0].mean() - sides[1].mean(), *interval))
-    table = pd.DataFrame(rows, np.take(errors.classes, compared), ["with", "without", "difference", "low", "high"])
-    return table.sort_values("difference", ascending=False)
-
-
 def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     """The findings of error_analysis in words."""
     pooled, accuracy = errors.confusion.sum(0), image_accuracy(errors.confusion)
@@ -211,9 +183,10 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     return (
         f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
         f"(mIoU {mean_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
-        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; of "
-        f"{errors.classes[least]} it finds least, {recall[least]:.0%}. Within 1 % of the width from a boundary lie "
-        f"{edge[0].sum() / edge.sum():.0%} of the pixels and {near:.0%} of the wrong ones. The network is "
+        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
+        f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
+        f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
+        f"{near:.0%}. The network is "
         f"{_describe_gap(errors.calibration)}. The worst image is {errors.names[np.nanargmin(accuracy)]}, "
         f"{np.nanmin(accuracy):.0%} right."
     )
@@ -280,25 +253,4 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     label_rows(bars, gap.index)
     bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
     add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
-    return figure
-
-
-@styled
-def plot_image_scores(errors: ErrorCounts) -> Figure:
-    """By class, the difference in accuracy between images with and without it, see `compare_images`."""
-    table, colours = compare_images(errors), class_colours(errors.classes)
-    rows = range(len(table))
-    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
-    axes = figure.subplots()
-    axes.hlines(rows, table.low, table.high, color=GREY)
-    axes.scatter(table.difference, rows, c=[colours[name] for name in table.index], zorder=2, **EDGED)
-    axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
-    label_rows(axes, [f"{shorten(row.Index)} ({row[1]}, {row[2]})" for row in table.itertuples()])
-    axes.set_xlabel("pixel accuracy of the images with it minus that of the others, 95 % interval")
-    harder = table.index[table.high < 0][::-1]
-    title = f"Images with {' or '.join(harder)} are harder" if len(harder) else "Images with a class and without it"
-    add_title(
-        figure,
-        f"{title} (in brackets: how many with it, how many without)" if len(table) else "Too few images to compare",
-    )
     return figure

@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from lib.batches import RawBatch
 from lib.data import Pieces, Samples
@@ -15,6 +14,7 @@ from lib.plots import (
     DEPTH,
     EDGED,
     GREY,
+    HALO,
     VALID_COLOUR,
     WIDTH,
     add_title,
@@ -277,7 +277,7 @@ def plot_depth(counts: DataCounts) -> Figure:
     title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total, counts.steps_m))
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
-    median = {"color": "black", "path_effects": [withStroke(linewidth=3, foreground="white")]}  # seen on dark boxes too
+    median = {"color": "black", "path_effects": HALO}  # seen on dark boxes too
     drawn = by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
         patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=EDGED,

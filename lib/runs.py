@@ -317,11 +317,14 @@ def _evaluation_section(part: str, scores: dict) -> str:
         how = f" with tta {scores['tta']}" if "tta" in scores else ""
         return f"{text}, predicted{how}; their labels are held back."
     columns = [name for name in ("plain", "augmented") if name in scores]
-    overall, by_class = pd.DataFrame({name: scores[name] for name in columns}), pd.DataFrame(scores["classes"]).T
+    overall = pd.DataFrame({name: scores[name] for name in columns}).drop("averaged_classes")
+    by_class = pd.DataFrame(scores["classes"]).T
     low, high = scores["intervals"]["plain"]
+    digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
     return (
-        f"{text}: mIoU {scores['plain']['miou']:.4f} ({describe_interval(low, high, scores['scenes'])}).\n\n"
-        f"{_table(overall, '.4f')}\n\n{_table(by_class, '.3f')}"
+        f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
+        f"({describe_interval(low, high, scores['scenes'])}).\n\n"
+        f"{_table(overall, '.4f')}\n\n{_table(by_class, digits)}"
     )
 
 

@@ -109,7 +109,8 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     The mIoU is over the classes in the truth, as in comparisons.
     """
     plain = counted["plain"]
-    columns = {"support": plain.counts.sum((0, 2)) / max(plain.counts.sum(), 1), "IoU": iou(plain.counts)}
+    truth = plain.counts.sum(2)
+    columns = {"images": (truth > 0).sum(0), "support": truth.sum(0) / max(truth.sum(), 1), "IoU": iou(plain.counts)}
     described = {"intervals": {}, "depth": depth_scores(plain.depth)}
     for name, evaluation in counted.items():
         boundary = float(np.nanmean(boundary_iou(evaluation.boundary)))
@@ -212,6 +213,7 @@ class ScoredRun:
     history: pd.DataFrame | None
     folds: int = 1
     group: str = ""  # the folder of runs that it was named by
+    folder: Path | None = None  # the run's own; of five folds that of the last
 
     @property
     def score(self) -> float:
@@ -244,5 +246,6 @@ def read_scored(run: Path, part: str) -> ScoredRun:
         data=facts["data"],
         split=split,
         history=read_history(run) if history.exists() else None,
+        folder=run,
         **counts._asdict(),
     )

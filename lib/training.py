@@ -157,7 +157,9 @@ def fit(
             row |= _columns("train", train_epoch(model, step, loader, losses, save, bar))
             if schedule == "cosine":
                 scheduler.step()
+            bar.set_description(f"epoch {epoch} of {epochs}, validating")
             scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            bar.set_description(f"epoch {epoch} of {epochs}")
             row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
             by_score = keep == "best" and scored is not None
             best_before = max((past["valid_miou"] for past in history), default=-1)
@@ -274,14 +276,14 @@ def train_epoch(
         loader: the batches that are left.
         losses: of the batches before these; grows.
         save: called after each batch, with what to do before it saves.
-        bar: moved on by one a batch.
+        bar: says which epoch; it adds the batch, and the loss each time that it looks at it anyway.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
     names = loader.dataset.samples.names
-    positions = []
+    positions, words = [], bar.desc.removesuffix(": ")
 
     def check() -> None:
         _check_finite(model, losses[-len(positions) :], positions, names)
@@ -289,9 +291,11 @@ def train_epoch(
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
+        bar.set_description(f"{words}, batch {len(losses)} of {len(loader)}", refresh=False)
         bar.update()
         if len(positions) % FINITE_STEPS == 0:
             check()
+            bar.set_postfix_str(f"loss {losses[-1][0].item():.3f}", refresh=False)
         save(check)
     check()
     return mean_losses(losses)

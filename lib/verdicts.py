@@ -103,6 +103,30 @@ def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, V
     return "\n\n".join((*texts, *_caveats(members[0])))
 
 
+def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
+    """A sentence for each recipe: the result of the claim that says most."""
+    lines = []
+    for name, verdict in verdicts.items():
+        result, baseline = verdict.strongest, next(iter(recipes))
+        p_value = np.nan if result is None else verdict.recipe_p_value if verdict.recipes else result.p_value
+        better, worse = (name, baseline) if result is not None and result.difference > 0 else (baseline, name)
+        if np.isnan(p_value):
+            text = f"No verdict on **{name}** and **{baseline}** yet"
+        elif not _differs(p_value):
+            text = f"**{name}** and **{baseline}** cannot be told apart"
+        elif verdict.recipes:
+            text = f"**{better}** is better than **{worse}**"
+        else:
+            text = f"This run of **{better}** scores higher than this one of **{worse}**; further seeds would say more"
+        low, high = (np.nan, np.nan) if result is None else result.interval
+        if not np.isnan(low):
+            text += (
+                f": {name} minus {baseline} is {result.difference:+.3f} mIoU (95 % interval {low:+.3f} to {high:+.3f})"
+            )
+        lines.append(f"- {text}.")
+    return "\n".join(lines) or "One recipe is no comparison."
+
+
 def _caveats(run: ScoredRun) -> list[str]:
     caveats = []
     if run.scene is None:

@@ -61,7 +61,7 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
     assert "**baseline_again** against **baseline**" in text
     assert "**The recipe baseline is better.**" in text  # than a tenth of its learning rate
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 3
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 5
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 

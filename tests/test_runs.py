@@ -350,9 +350,13 @@ def test_evaluation_completes_the_report(trained):
     run = trained("a", scene=("u", "v"))
     report = (run / "report.md").read_text()
     assert "## Evaluation on part test" in report
-    assert "2 images of synthetic, at their own size: mIoU 0.9583 (no interval: too few scenes, 2)." in report
+    assert (
+        "2 images of synthetic, at their own size: mIoU 0.9583 over 12 classes (no interval: too few scenes, 2)."
+        in report
+    )
     assert ["miou", "0.9583", "0.9583"] in table_rows(report)
-    assert ["bed", "0.108", "0.750", "-", "-", "0.750", "1.000"] in table_rows(report)
+    assert "averaged" not in report
+    assert ["bed", "2", "0.108", "0.750", "-", "-", "0.750", "1.000"] in table_rows(report)
     scores = json.loads((run / "evaluation" / "test.json").read_text(), parse_constant=pytest.fail)
     assert scores["images"] == 2
     assert scores["tta"] == "flip"

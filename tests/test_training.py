@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 import math
 import traceback
@@ -11,6 +12,7 @@ import pytest
 import torch
 from small_run import FOR_FIT, PARAMETERS, small_samples, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
@@ -439,3 +441,22 @@ def test_checksums_see_every_kind_of_change(samples):
         after = checksums(replace(filled, **{kind: array}), "valid")
         assert [name for name in before if before[name] != after[name]] == [f"valid/{samples.names[1]}"]
     assert checksums(replace(filled, depth=None, label=None, measured=None), "valid") != before
+
+
+def test_the_bar_says_the_batch_the_loss_and_when_it_validates(samples, monkeypatch):
+    said, bars = [], []
+
+    def watched(*arguments):
+        bar = tqdm(total=arguments[1], file=io.StringIO())
+        describe = bar.set_description
+        monkeypatch.setattr(bar, "set_description", lambda text, **more: (said.append(text), describe(text, **more)))
+        bars.append(bar)
+        return bar
+
+    monkeypatch.setattr(training, "progress_bar", watched)
+    monkeypatch.setattr(training, "FINITE_STEPS", 3)
+    (row,) = train("watched", samples, epochs=1)
+    batches = [f"epoch 1 of 1, batch {batch} of 3" for batch in (1, 2, 3)]
+    assert said == ["epoch 1 of 1", *batches, "epoch 1 of 1, validating", "epoch 1 of 1"]
+    assert bars[0].postfix.startswith("loss ")
+    assert float(bars[0].postfix[5:]) == pytest.approx(row["train_loss"], rel=0.5)

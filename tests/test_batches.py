@@ -301,7 +301,7 @@ def test_little_shared_memory_is_refused(scenes, monkeypatch):
     with pytest.raises(ValueError) as error:
         training_loader(scenes, "none", 2, 1, seed=0)
     assert str(error.value) == (
-        "workers: 1 need 1 MB of shared memory for batches, /dev/shm has 0 MB free; use workers 0, or start the "
+        "workers: 1 need 2 MB of shared memory for batches, /dev/shm has 1 MB free; use workers 0, or start the "
         "container with `docker run --shm-size=1g`"
     )
 

@@ -131,8 +131,7 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
 def _describe_memory(error: str) -> str:
     asked, held = re.search(r"allocate ([\d.]+ \w+)", error), ""
     if torch.cuda.is_available():
-        amounts = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-        free, total, own = (amount / 2**30 for amount in amounts)
+        free, total, own = (amount / 2**30 for amount in (*torch.cuda.mem_get_info(), torch.cuda.memory_reserved()))
         held = (
             f"; {free:.1f} of {total:.1f} GiB were free, this program held {own:.1f}, and CUDA with other programs "
             f"(nvidia-smi lists them) {total - free - own:.1f}"

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +285,7 @@ def train_epoch(
     model.train()
     names = loader.dataset.samples.names
     positions, words = [], bar.desc.removesuffix(": ")
-
-    def check() -> None:
-        _check_finite(model, losses[-len(positions) :], positions, names)
-
+    check = partial(_check_finite, model, losses, positions, names)
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
@@ -304,7 +302,8 @@ def train_epoch(
 def _check_finite(
     model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
 ) -> None:
-    """Losses, and the weights too: a finite loss can have a gradient that is not."""
+    """The last losses, and the weights too: a finite loss can have a gradient that is not."""
+    losses = losses[len(losses) - len(positions) :]
     wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist() if losses else []
     finite = torch.stack([weights.isfinite().all() for weights in model.parameters()]).all()
     if positions and (wrong or not finite):

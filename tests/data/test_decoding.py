@@ -243,3 +243,10 @@ def test_depth_in_a_coloured_palette_is_refused(tmp_path):
         decode_depth(path)
     with pytest.raises(DataError, match="found uint8, expected 16-bit PNG, as depth_bits sun says"):
         decode_depth(save(VALUES, tmp_path / "b.png"), "sun")
+
+
+def test_an_index_outside_its_palette_is_an_index(tmp_path):
+    """As of tools that give 21 classes a colour and 255 none."""
+    for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 9, 9, 9]):
+        path = save_palette(np.array([[0, 1, 255]], np.uint8), palette, tmp_path / "a.png")
+        np.testing.assert_array_equal(decode_label(path), [[0, 1, 255]])

@@ -9,6 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from lib.data import DataError, Pieces, iterate_samples
+from lib.data.decoding import decode_label
 from lib.data.splits import number_runs
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, ahead, count_predictions, predict
@@ -180,22 +181,16 @@ def read_predictions(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
 def _read_mask(path: Path, size: tuple[int, int], class_count: int) -> np.ndarray:
     if not path.exists():
         raise DataError(f"{path}: no such file; predictions need a PNG mask for every image, named like it")
-    try:
-        with Image.open(path) as picture:
-            mode, mask = picture.mode, np.asarray(picture)
-    except Exception as error:
-        raise DataError(f"{path}: can't be decoded ({error}); write the mask again") from error
-    if mode != "L" or mask.shape != size:
-        raise DataError(
-            f"{path}: found {mode} of {'x'.join(map(str, mask.shape[:2]))}, expected one grey channel of 8 bits of "
-            f"{'x'.join(map(str, size))}, the size of its image"
-        )
+    mask = decode_label(path)
+    if mask.shape != size:
+        found, expected = ("x".join(map(str, shape)) for shape in (mask.shape, size))
+        raise DataError(f"{path}: found a mask of {found}, expected {expected}, the size of its image")
     if mask.max() >= class_count:
         raise DataError(
             f"{path}: found the value {mask.max()}, expected class indices 0..{class_count - 1} for every pixel; an "
             "unlabelled pixel is no prediction"
         )
-    return mask
+    return mask.astype(np.uint8)
 
 
 @dataclass(frozen=True)

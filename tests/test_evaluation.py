@@ -96,6 +96,12 @@ def test_scores_grow_before_the_decision(scenes):
     assert list(columns) == [19, 20, 21, 22]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
 
 
+def test_the_depth_range_of_the_network_counts(model, scenes):
+    """It eats metres: what another data set would clip to changes nothing."""
+    one, other = (evaluate(model, replace(scenes[:3], depth_range_m=limits)) for limits in ((0.71, 10.0), (1.0, 2.0)))
+    np.testing.assert_array_equal(one.counts, other.counts)
+
+
 def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
     pieces = [scenes[:5], resize_samples(scenes[5:8], (60, 100)), resize_samples(scenes[8:], (192, 256))]
     together, alone = evaluate(model, pieces, 4), [evaluate(model, piece, 3) for piece in pieces]

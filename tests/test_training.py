@@ -163,6 +163,7 @@ def test_starting_from_another_run(samples, usual):
     started = build_network(PARAMETERS | {"start_from": "usual", "image_height": 96}, samples.classes)
     torch.testing.assert_close(started.state_dict(), load_model(usual[0] / "best.pt").state_dict(), rtol=0, atol=0)
     assert started.config.size == (96, 64)
+    assert build_network(PARAMETERS, samples.classes, (0.4, 8.0)).config.depth_range_m == (0.4, 8.0)
     with pytest.raises(ValueError) as error:
         build_network(PARAMETERS | {"start_from": "usual"}, ("bed", "book", *samples.classes[2:]))
     assert str(error.value) == (

@@ -21,16 +21,14 @@ ABANDONED_S = 24 * 3600  # what is unfinished for that long was killed
 
 def cache_root() -> Path:
     """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)
-        return root if os.access(root, os.W_OK) else _temporary()
+        if os.access(root, os.W_OK):
+            return root
     except (OSError, RuntimeError):  # not to be written, or a user without a home
-        return _temporary()
-
-
-def _temporary() -> Path:
-    root = Path(tempfile.gettempdir()) / f"rgbd-notebooks-{os.getuid() if hasattr(os, 'getuid') else 0}"
+        pass
+    root = Path(tempfile.gettempdir(), f"rgbd-notebooks-{getattr(os, 'getuid', int)()}")
     root.mkdir(exist_ok=True)
     return root
 

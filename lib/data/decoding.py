@@ -64,11 +64,8 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
-        raise _refused(
-            path,
-            "8 bits",
-            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again",
-        )
+        remedy = "Say depth_unit_mm if you know it, or export it again"
+        raise _refused(path, "8 bits", f"16: depth of 8 bits has lost its scale. {remedy}")
     if (depth < 0).any():
         raise _refused(path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0")
     if bits == "sun":
@@ -94,11 +91,9 @@ def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray
         raise _refused(path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys")
     if mode == "P":
         palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        if (palette == palette[:, :1]).all():  # an optimiser's, of what was grey
+        if (palette == palette[:, :1]).all() and values.max(initial=0) < len(palette):  # of an optimiser, once grey
             return palette[:, 0][values]
-        if not depth:
-            return values
-    if mode not in ("L", "P", *INTEGERS, *"F" * depth) or (mode == "P" and depth):
+    if mode not in ("L", *INTEGERS, "F" if depth else "P"):
         raise _refused(path, f"mode {mode} of Pillow", expected)
     return values
 

@@ -75,26 +75,26 @@ def _is_value(value: object) -> bool:
     return isinstance(value, int) and _is_number(value, 0, MOST_VALUES - 1)
 
 
-def _are_classes(classes: object) -> bool:
-    names = list(classes.values()) if isinstance(classes, dict) else classes
-    named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-    return named and 2 <= len(names) <= MOST_CLASSES and (names is classes or all(map(_is_value, classes)))
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
-def _is_range(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] < value[1]
+def _lists(value: object, check: Callable[[object], bool], least: int = 0, most: int = MOST_VALUES) -> bool:
+    return isinstance(value, list) and least <= len(value) <= most and all(map(check, value))
 
 
 def _maps(value: object, *keys: str) -> bool:
     """Whether it is a mapping of some of these keys to text, or to null."""
     texts = [text for text in value.values() if text is not None] if isinstance(value, dict) else []
-    return bool(texts) and set(value) <= set(keys) and all(isinstance(text, str) and text for text in texts)
+    return bool(texts) and set(value) <= set(keys) and all(map(_is_text, texts))
 
 
-def _are(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(check, value))
+def _are_classes(value: object) -> bool:
+    names = list(value.values()) if isinstance(value, dict) and all(map(_is_value, value)) else value
+    return _lists(names, _is_text, 2, MOST_CLASSES)
 
 
+# by key: what its value must be, and how an error says so
 CHECKS = {
     "classes": (
         _are_classes,
@@ -102,15 +102,18 @@ CHECKS = {
         "{value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
     ),
     "first_label": (_is_value, "the label value of the first class, a whole number from 0 to 65535"),
-    "ignore": (_are(_is_value), "a list of label values, whole numbers from 0 to 65535, such as [0, 255]"),
+    "ignore": (
+        lambda value: _lists(value, _is_value),
+        "a list of label values, whole numbers from 0 to 65535, such as [0, 255]",
+    ),
     "depth_unit_mm": (
         lambda value: _is_number(value, 1e-6, 1e6),
         "millimetres of one unit, a number such as 0.2 or 10",
     ),
-    "depth_missing": (_are(_is_number), "a list of depth values, such as [0, 65535]"),
+    "depth_missing": (lambda value: _lists(value, _is_number), "a list of depth values, such as [0, 65535]"),
     "depth_bits": (("plain", "sun").__contains__, "plain, or sun"),
     "depth_range_m": (
-        lambda value: _is_range(value) and value[1] <= FARTHEST_M,
+        lambda value: _lists(value, _is_number, 2, 2) and 0 < value[0] < value[1] <= FARTHEST_M,
         f"[nearest, farthest] in metres, above 0 and up to {FARTHEST_M}, such as [0.71, 10]",
     ),
     "folders": (
@@ -122,7 +125,7 @@ CHECKS = {
         "folders or lists of names of train, valid or test, null for none",
     ),
     "scene": (
-        lambda value: value is None or (isinstance(value, str) and value != ""),
+        lambda value: value is None or _is_text(value),
         "a regular expression, the name of a .csv file, or null",
     ),
 }
@@ -149,17 +152,13 @@ def read_description(root: Path) -> Description:
         check, expected = CHECKS[key]
         if not check(value):
             raise DataError(f"{path}: {key} is {value!r}, expected {expected}")
-    return Description(root, frozenset(content), **_read_classes(path, content), **_as_tuples(content))
-
-
-def _as_tuples(content: dict) -> dict[str, object]:
-    kept = {key: value for key, value in content.items() if key not in ("classes", "first_label", "ignore")}
-    for key, value in kept.items():
+    others = {key: value for key, value in content.items() if key not in ("classes", "first_label", "ignore")}
+    for key, value in others.items():
         if isinstance(value, dict):
-            kept[key] = tuple((name, text) for name, text in value.items() if text is not None)
+            others[key] = tuple((name, text) for name, text in value.items() if text is not None)
         elif isinstance(value, list):
-            kept[key] = tuple(map(float, value))
-    return kept
+            others[key] = tuple(map(float, value))
+    return Description(root, frozenset(content), **_read_classes(path, content), **others)
 
 
 def _read_classes(path: Path, content: dict) -> dict[str, tuple]:

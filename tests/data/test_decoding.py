@@ -34,16 +34,17 @@ def save_palette(indices, palette, path, **options):
     return path
 
 
-def png(bits, rows, path):
-    """Grey PNG of fewer than 8 bits, which Pillow does not write."""
+def png(bits, rows, path, palette=None):
+    """As Pillow does not write them: grey of fewer than 8 bits, or with a palette of fewer entries than indices."""
     width = len(rows[0])
     bytes_ = b""
     for row in rows:
         text = "".join(format(value, f"0{bits}b") for value in row)
         text += "0" * (-len(text) % 8)
         bytes_ += b"\0" + int(text, 2).to_bytes(len(text) // 8, "big")
-    head = struct.pack(">IIBBBBB", width, len(rows), bits, 0, 0, 0, 0)
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes_)), (b"IEND", b"")]
+    head = struct.pack(">IIBBBBB", width, len(rows), bits, 0 if palette is None else 3, 0, 0, 0)
+    entries = [] if palette is None else [(b"PLTE", bytes(palette))]
+    chunks = [(b"IHDR", head), *entries, (b"IDAT", zlib.compress(bytes_)), (b"IEND", b"")]
     parts = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
@@ -243,3 +244,10 @@ def test_depth_in_a_coloured_palette_is_refused(tmp_path):
         decode_depth(path)
     with pytest.raises(DataError, match="found uint8, expected 16-bit PNG, as depth_bits sun says"):
         decode_depth(save(VALUES, tmp_path / "b.png"), "sun")
+
+
+def test_an_index_outside_its_palette_is_an_index(tmp_path):
+    """As of tools that give 21 classes a colour and 255 none."""
+    for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 9, 9, 9]):
+        path = png(8, [[0, 1, 255]], tmp_path / "a.png", palette)
+        np.testing.assert_array_equal(decode_label(path), [[0, 1, 255]])

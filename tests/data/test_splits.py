@@ -116,6 +116,10 @@ def test_what_auto_means():
     assert choose_split("auto", source(ROOMS, "blocks"), 4) == "blocks"
     assert choose_split("auto", source(words, "scenes", scene), 4) == "scenes"
     assert choose_split("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_split("auto", source(ROOMS, "scenes"), 4) == "blocks"
+    assert choose_split("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
+    assert choose_split("auto", source(words, "given", scene), 4) == "given"
+    assert choose_split("scenes", source(words, "given", scene), 4) == "scenes"
     assert choose_split("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
     assert choose_split("auto", source(ROOMS[:6], "blocks"), 4) == "random"  # three runs leave nothing to validate
     assert choose_split("auto", source(ROOMS[:1], "blocks"), 4) == "random"

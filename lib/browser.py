@@ -92,9 +92,10 @@ def _browse(
     options = {group: [(names[at], int(at)) for at in positions] for group, positions in groups.items()}
     options = {group: images for group, images in options.items() if images}
     slider = ipywidgets.SelectionSlider(options=options["all"], continuous_update=False, layout={"width": "100%"})
-    name = ipywidgets.Combobox(description="name", continuous_update=False)
-    group = ipywidgets.Dropdown(options=list(options), description="only")
-    steps = [ipywidgets.Button(description=words) for words in ("Previous", "Next")]
+    short = {"style": {"description_width": "initial"}, "layout": {"width": "auto"}}
+    name = ipywidgets.Combobox(description="name", continuous_update=False, **short)
+    group = ipywidgets.Dropdown(options=list(options), description="only", **short)
+    steps = [ipywidgets.Button(description=words, layout={"width": "90px"}) for words in ("Previous", "Next")]
     count = ipywidgets.Label()
     picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # not stretched
 
@@ -126,7 +127,7 @@ def _browse(
     for button in steps:
         button.on_click(step)
     redraw()
-    return _Browser([slider, ipywidgets.HBox([*steps, name, group, count]), picture])
+    return _Browser([slider, ipywidgets.HBox([*steps, name, group, count], layout={"flex_flow": "row wrap"}), picture])
 
 
 def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "all") -> Figure:

@@ -1,6 +1,7 @@
 """Runs to compare: which ones there are, whether they may be compared, which are of one recipe; their figures."""
 
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs, or of folders full of runs, with commas between; or `all`: every run in the
-            folder of runs that is scored on the part. Where these are fewer than two, `all` takes the committed
-            example.
+        runs: names or paths of runs (with `*` for some of a folder), or of folders full of runs, with commas between;
+            or `all`: every run in the folder of runs that is scored on the part. Where these are fewer than two,
+            `all` takes the committed example.
         part: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
 
@@ -56,6 +57,8 @@ def _read_entry(entry: str, part: str) -> list[ScoredRun]:
         folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
             return [read_scored(folder, part)]
+        if "*" in entry and (some := sorted(path.parent for path in map(Path, glob(f"{folder}/parameters.json")))):
+            return [read_scored(run, part) for run in some]
         if inside := sorted(path.parent for path in folder.glob("*/parameters.json")):
             return [replace(read_scored(run, part), group=folder.name) for run in inside]
     there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
@@ -65,8 +68,9 @@ def _read_entry(entry: str, part: str) -> list[ScoredRun]:
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
     """Runs by recipe, the baseline's first, all on the same images; runs over five folds are joined.
 
-    A recipe is named after the folder that its runs were named by, after its only run, or after the parameters in
-    which the recipes differ. Runs of two folders are never one recipe, so that a recipe can be held against itself.
+    A recipe is named after the folder that its runs were named by, if that holds no other; after its only run; or
+    after the parameters in which the recipes differ. Runs of two folders are never one recipe, so that a recipe can
+    be held against itself.
 
     Args:
         runs: from `read_runs`.
@@ -80,8 +84,9 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
     differing = _differing(list(by_recipe.values()))
     named = {}
-    for members in by_recipe.values():
-        label = _label(members, differing)
+    groups = [group for group, _ in by_recipe]
+    for (group, _), members in by_recipe.items():
+        label = group if group and groups.count(group) == 1 else _label(members, differing)
         named[f"{label} ({members[0].name})" if label in named else label] = members
     for members in named.values():
         for run in members:
@@ -136,8 +141,8 @@ def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
-    if "recipe" in parameters or members[0].group:
-        return parameters.get("recipe", members[0].group)
+    if "recipe" in parameters:
+        return parameters["recipe"]
     values, kept = BEFORE | parameters, dict(recipe(parameters))
     values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
     label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)

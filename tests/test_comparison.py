@@ -117,6 +117,19 @@ def test_runs_of_two_folders_are_two_recipes(home, tmp_path):
     assert grouped(f"{tmp_path / 'before'}, {tmp_path / 'after'}") == names
 
 
+def test_recipes_of_one_folder_are_named_after_what_differs(home, tmp_path, monkeypatch):
+    """As a sweep leaves them in `results`; and some of them, by a pattern."""
+    for weight in (0, 0.5, 1.5):
+        for seed in (1, 2):
+            slim_run(tmp_path / "swept", f"weight={weight}-seed={seed}", seed=seed, soft_iou_weight=weight)
+    names = ["soft_iou_weight 0", "soft_iou_weight 0.5", "soft_iou_weight 1.5"]
+    assert list(grouped(str(tmp_path / "swept"))) == names
+    monkeypatch.chdir(tmp_path)
+    assert list(grouped("swept/*weight=0-*, swept/*weight=1.5-*")) == [names[0], names[2]]
+    with pytest.raises(ValueError, match=r"runs: found 'swept/\*weight=7-\*', which is no run"):
+        grouped("swept/*weight=7-*")
+
+
 def test_a_run_that_is_not_scored_says_how(home):
     slim_run(home, "a", part="test")
     slim_run(home, "b")

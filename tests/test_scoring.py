@@ -104,7 +104,10 @@ def test_the_report_and_the_state_know_of_it(scored):
     assert "## Training progression" in report
     assert "## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU " in report
     low, high = facts["intervals"]["plain"]
-    assert f"over {facts['plain']['averaged_classes']} classes (95 % interval {low:.3f} to {high:.3f} over 8 scenes)." in report
+    assert (
+        f"over {facts['plain']['averaged_classes']} classes (95 % interval {low:.3f} to {high:.3f} over 8 scenes)."
+        in report
+    )
     assert run_state(run).evaluated == ("valid",)
     read = read_scored(run, "valid")
     assert read.score == pytest.approx(mean_truth_iou(read.counts))

@@ -125,7 +125,8 @@ def _decoded(path: Path, decode, *arguments):
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: can't be decoded ({error}); it is damaged or no image, copy it again")
+    reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
+    return DataError(f"{path}: can't be decoded ({reason}); it is damaged or no image, copy it again")
 
 
 def _refused(path: Path, found: str, expected: str) -> DataError:

@@ -104,7 +104,7 @@ BAD_FILES = {
     "no image file": (
         "label",
         replace(data=b"nothing"),
-        "can't be decoded (cannot identify image file '{path}'); it is damaged or no image, copy it again",
+        "can't be decoded (cannot identify image file); it is damaged or no image, copy it again",
     ),
 }
 

@@ -43,6 +43,8 @@ def open_pictures(
 def _list_files(kind: str, place: str) -> dict[str, Path]:
     root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
     for path in [root] if root.is_file() else sorted(root.glob("*")):
+        if path.suffix.lower() in (".heic", ".heif"):
+            raise DataError(f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away")
         if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
             raise DataError(f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one")
     if not files:

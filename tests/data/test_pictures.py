@@ -65,6 +65,7 @@ def spoil(path, picture):
     [
         ("cut.jpg", spoil, "can't be decoded"),
         ("cut.png", spoil, "can't be decoded"),
+        ("phone.HEIC", lambda path, picture: path.write_bytes(b"heic"), "convert them to jpg"),
         ("text.jpg", lambda path, picture: path.write_text("no picture"), "can't be decoded"),
         ("deep.png", lambda path, picture: Image.fromarray(picture[..., 0].astype(np.uint16)).save(path), "8 bits"),
     ],

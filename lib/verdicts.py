@@ -170,7 +170,8 @@ def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, othe
 
 
 def _say_too_few(result: CheckpointComparison | RecipeComparison) -> str:
-    return f"{result.difference:+.3f}, but no verdict: {result.scene_count} scenes, at least {MIN_SCENES} are needed."
+    found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
+    return f"{result.difference:+.3f}, but no verdict: {found}, at least {MIN_SCENES} are needed."
 
 
 def _say_needed(result: CheckpointComparison) -> str:

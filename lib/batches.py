@@ -2,9 +2,10 @@
 
 import math
 import multiprocessing
+import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import albumentations
@@ -18,7 +19,10 @@ from lib.model import DEPTH_ENCODINGS, ModelConfig
 from lib.parameters import check_choice
 
 AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")
-RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)  # Exp061's, of RGB / 255
+# Exp061's, of RGB / 255. Constants, whatever the data, so that weights keep their meaning from one data set to another
+RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
+SHARED_MEMORY = Path("/dev/shm")
+PATIENCE_SECONDS = 300  # for a batch from a worker
 
 
 class RawBatch(NamedTuple):
@@ -159,6 +163,15 @@ def _zoom(applied: list[tuple[str, dict]]) -> float:
     return zoom
 
 
+def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> None:
+    """Raise a ValueError where a network would eat, or learn, the depth of samples that have none."""
+    if samples.depth is None and (config.inputs != "rgb" or (trains and config.depth_head)):
+        raise ValueError(
+            f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth head, but "
+            "these data have no depth; use inputs rgb and depth_weight 0"
+        )
+
+
 class TrainingSet(Dataset):
     """Augmented samples by (epoch, position): the same for any number of workers, another every epoch.
 
@@ -171,13 +184,13 @@ class TrainingSet(Dataset):
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
         if samples.label is None:
             raise ValueError("train: these samples have no labels; train on part 'train'")
-        self.samples, self.seed = replace(samples, depth=samples.depth_or_missing), seed
+        self.samples, self.depth, self.seed = samples, samples.depth_or_missing, seed
         self.augmentation = build_augmentation(augment, samples.size)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
         epoch, position = key
         samples = self.samples
-        arrays = {"image": samples.image[position], "depth": samples.depth[position]}
+        arrays = {"image": samples.image[position], "depth": self.depth[position]}
         arrays["mask"] = samples.label[position] + np.uint8(1)  # 255 wraps to 0, the value that fills borders
         if samples.measured is not None:
             arrays["measured"] = samples.measured[position].view(np.uint8)
@@ -228,18 +241,42 @@ def training_loader(samples: Samples, augment: str, batch_size: int, workers: in
     """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
     if workers < 0:
         raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
+    _check_shared_memory(workers, min((2 * workers + 2) * (batch_size + 1), len(samples)), samples.size)
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
-    return DataLoader(
+    return _Loader(
         TrainingSet(samples, augment, seed),
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
         collate_fn=stack_items,
         num_workers=workers,
+        timeout=PATIENCE_SECONDS if workers else 0,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each pass draws from the generator of weights and dropout
     )
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[RawBatch]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:  # nothing came in time, or a process was killed
+            if not self.num_workers:
+                raise
+            raise RuntimeError(
+                f"workers: {self.num_workers} processes left no batch ({error}); use workers 0"
+            ) from error
+
+
+def _check_shared_memory(workers: int, images: int, size: tuple[int, int]) -> None:
+    """Without room workers wait for ever: each prepares two batches there, the one in use and the next beside them."""
+    needed = images * 7 * math.prod(size)  # bytes: RGB, depth, label, measured
+    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
+    if free < needed:
+        raise ValueError(
+            f"workers: {workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
+            f"{free // 10**6} MB free; use workers 0, or start the container with `docker run --shm-size=1g`"
+        )
 
 
 def _start_worker(worker: int) -> None:

@@ -44,7 +44,7 @@ def restore_progress(path: Path, parts: dict, made_of: dict, device: torch.devic
         owner.load_state_dict(state[part])
     torch.set_rng_state(state["rng"][0])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"][1], device)
+        torch.cuda.set_rng_state(state["rng"][1], device)  # older files have those of all GPUs
     progress["losses"] = [loss.to(device) for loss in progress["losses"]]
     return progress
 
@@ -53,8 +53,9 @@ def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
     before = saved.get("computed", "an unknown device")
     if before != made_of["computed"]:
         raise ValueError(
-            f"resume: {run_name!r} was trained on {before}, found {made_of['computed']}; pass the same device and "
-            "precision, or start another run_name with resume False"
+            f"resume: {run_name!r} was trained on {before}, and here it would go on on {made_of['computed']}; pass the "
+            "device and the precision that it was trained with, on a machine that has them, or start another run_name "
+            "with resume False"
         )
     old, new = saved.get("data", made_of["data"]), made_of["data"]
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]

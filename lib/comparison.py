@@ -1,6 +1,7 @@
 """Runs to compare: which ones there are, whether they may be compared, which are of one recipe; their figures."""
 
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs, or of folders full of runs, with commas between; or `all`: every run in the
-            folder of runs that is scored on the part. Where these are fewer than two, `all` takes the committed
-            example.
+        runs: names or paths of runs (with `*` for some of a folder), or of folders full of runs, with commas between;
+            or `all`: every run in the folder of runs that is scored on the part. Where these are fewer than two,
+            `all` takes the committed example.
         part: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
 
@@ -43,7 +44,7 @@ def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
         return [run for entry in entries for run in _read_entry(entry, part)]
     files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
     own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
-    chosen = [run for run in own if run.data == (data or own[-1].data)]
+    chosen = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
     if len(chosen) < 2 and data is None:
         examples = sorted(path.parents[1] for path in EXAMPLE.glob(f"*/*/evaluation/{part}.json"))
         chosen = [replace(read_scored(run, part), group=run.parent.name) for run in examples] or chosen
@@ -56,6 +57,8 @@ def _read_entry(entry: str, part: str) -> list[ScoredRun]:
         folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
             return [read_scored(folder, part)]
+        if "*" in entry and (some := sorted(path.parent for path in map(Path, glob(f"{folder}/parameters.json")))):
+            return [read_scored(run, part) for run in some]
         if inside := sorted(path.parent for path in folder.glob("*/parameters.json")):
             return [replace(read_scored(run, part), group=folder.name) for run in inside]
     there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
@@ -65,8 +68,9 @@ def _read_entry(entry: str, part: str) -> list[ScoredRun]:
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
     """Runs by recipe, the baseline's first, all on the same images; runs over five folds are joined.
 
-    A recipe is named after the folder that its runs were named by, after its only run, or after the parameters in
-    which the recipes differ. Runs of two folders are never one recipe, so that a recipe can be held against itself.
+    A recipe is named after the folder that its runs were named by, if that holds no other; after its only run; or
+    after the parameters in which the recipes differ. Runs of two folders are never one recipe, so that a recipe can
+    be held against itself.
 
     Args:
         runs: from `read_runs`.
@@ -80,8 +84,9 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
     differing = _differing(list(by_recipe.values()))
     named = {}
-    for members in by_recipe.values():
-        label = _label(members, differing)
+    groups = [group for group, _ in by_recipe]
+    for (group, _), members in by_recipe.items():
+        label = group if group and groups.count(group) == 1 else _label(members, differing)
         named[f"{label} ({members[0].name})" if label in named else label] = members
     for members in named.values():
         for run in members:
@@ -136,8 +141,8 @@ def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
 
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
-    if "recipe" in parameters or members[0].group:
-        return parameters.get("recipe", members[0].group)
+    if "recipe" in parameters:
+        return parameters["recipe"]
     values, kept = BEFORE | parameters, dict(recipe(parameters))
     values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
     label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
@@ -183,13 +188,14 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
 
 
 @styled
-def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison]) -> Figure:
+def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison | None]) -> Figure:
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     Args:
         recipes: runs by recipe, the baseline first.
         differences: of the other recipes to it; a filled mark has p < 0.05 (after Holm for classes).
     """
+    differences = {name: result for name, result in differences.items() if result is not None}
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
     images = (members[0].counts.sum(2) > 0).sum(0)
@@ -262,20 +268,4 @@ def plot_published(table: pd.DataFrame) -> Figure:
     axes.grid(color="0.92")
     axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
     add_legend(figure, axes.get_legend_handles_labels()[0])
-    return figure
-
-
-@styled
-def plot_recipes(scores: pd.DataFrame) -> Figure:
-    """mIoU of every run of a `score_table` by recipe, a dot each, and the mean of each recipe."""
-    means = scores.groupby("recipe", sort=False).mIoU.mean() if len(scores) else pd.Series(dtype=float)
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(means)), layout="constrained")
-    axes = figure.subplots()
-    for row, (name, colour) in enumerate(zip(means.index, run_colours(len(means)), strict=True)):
-        runs = scores.mIoU[name]
-        axes.plot(runs, np.full(len(runs), row), "o", color=colour, alpha=0.7)
-        axes.plot(means[name], row, "|", color="black", markersize=20)
-    axes.set_yticks(range(len(means)), [shorten(name, 40) for name in means.index])
-    axes.set(title="Each run (dot) and the mean of its recipe (bar)" if len(means) else "No run is done", xlabel="mIoU")
-    axes.set_ylim(max(len(means), 1) - 0.5, -0.5)
     return figure

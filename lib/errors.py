@@ -2,20 +2,29 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind
 from torch import nn
 
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.evaluation import predict
-from lib.metrics import class_accuracy, confusion_counts, fill_unlabelled, image_accuracy, iou, mean_iou, pixel_accuracy
+from lib.metrics import (
+    class_accuracy,
+    confusion_counts,
+    fill_unlabelled,
+    image_accuracy,
+    iou,
+    mean_truth_iou,
+    pixel_accuracy,
+)
 from lib.notebook import progress_bar
 from lib.plots import (
+    DEPTH,
     EDGED,
     GREY,
     TRAIN_COLOUR,
@@ -27,25 +36,26 @@ from lib.plots import (
     label_rows,
     plot_matrix,
     rows_height,
-    shorten,
     styled,
 )
 
 CONFIDENCE_BINS = 15
 PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
-ENOUGH = 10  # images on each side of a comparison that a figure shows
-# pixels are told apart by these edges
-EDGES = {
-    "depth (m)": (0.001, 1, 2, 3, 4, 6),
-    "distance to a boundary (% of the width)": (1, 2, 4, 8, 16),
-    "size of the segment (% of the image)": (0.3, 1, 3, 10, 30),
-}
-DEPTH, DISTANCE, SEGMENT = EDGES
-STRATA = {
-    DEPTH: ("missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"),
-    DISTANCE: ("0-1", "1-2", "2-4", "4-8", "8-16", "over 16"),
-    SEGMENT: ("0-0.3", "0.3-1", "1-3", "3-10", "10-30", "over 30"),
-}
+DISTANCE = "distance to a boundary (% of the width)"
+SEGMENT = "size of the segment (% of the image)"
+
+
+def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
+    """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
+    depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
+    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), SEGMENT: (0.3, 1, 3, 10, 30)}
+
+
+def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
+    """The bins of a stratum in words."""
+    if name == DEPTH:
+        return ["missing", *name_bins("", edges[1:])]
+    return [f"{low:g}-{high:g}" for low, high in pairwise((0, *edges))] + [f"over {edges[-1]:g}"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,18 @@ class ErrorCounts:
     Attributes:
         classes: names of the C classes.
         names: `(N,)` of the images.
-        scene: `(N,)` of each image; its own name where scenes are unknown.
         confusion: `(N, C, C)` pixels of each image.
-        strata: `{name: (bins, C, C)}` for the bins named in `STRATA`.
+        strata: `{name: (bins, C, C)}` for the bins between `edges`.
         calibration: `(C, 15, 3)` by class named and confidence: pixels, their summed confidence, right ones.
+        edges: see `strata_edges`; those of the depth follow the range that the network was made for.
     """
 
     classes: tuple[str, ...]
     names: np.ndarray
-    scene: np.ndarray
     confusion: np.ndarray
     strata: dict[str, np.ndarray]
     calibration: np.ndarray
+    edges: dict[str, tuple[float, ...]]
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
@@ -80,30 +90,30 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
     """
-    count = len(model.config.classes)
-    names, scenes, confusion = [], [], []
-    strata = {name: np.zeros((len(bins), count, count), np.int64) for name, bins in STRATA.items()}
+    count, edges = len(model.config.classes), strata_edges(model.config.depth_range_m[1])
+    names, confusion = [], []
+    strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     with progress_bar("predicting", len(samples)) as bar:
         for batch, predicted, confidence, *_ in predict(model, samples, batch_size, confidence=True):
             if batch.label is None:
                 raise ValueError("part: these images have no labels, so errors can't be counted; use another part")
             names.append(batch.names)
-            scenes.append(batch.names if batch.scene is None else batch.scene)
             confusion.append(confusion_counts(predicted, batch.label, count))
             for label, depth, named, how_sure in zip(
                 batch.label, batch.depth_or_missing, predicted, confidence, strict=True
             ):
                 labelled = label != IGNORE_INDEX
                 pair = label[labelled].astype(np.int64) * count + named[labelled]
-                for name, bins in pixel_strata(label, depth).items():
+                for name, bins in pixel_strata(label, depth, edges).items():
                     cells = np.bincount(bins[labelled] * count**2 + pair, minlength=strata[name].size)
                     strata[name] += cells.reshape(strata[name].shape)
                 calibration += _count_confidence(label[labelled], named[labelled], how_sure[labelled], count)
             bar.update(len(batch))
     if not names:
         raise ValueError("part: found no image; nothing validates in split official, use another part")
-    return ErrorCounts(model.config.classes, *map(np.concatenate, (names, scenes, confusion)), strata, calibration)
+    whole = map(np.concatenate, (names, confusion))
+    return ErrorCounts(model.config.classes, *whole, strata, calibration, edges)
 
 
 def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarray, count: int) -> np.ndarray:
@@ -114,10 +124,10 @@ def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarr
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
 
 
-def pixel_strata(label: np.ndarray, depth: np.ndarray) -> dict[str, np.ndarray]:
-    """For each name in `STRATA` the bin of every pixel, `(H, W)` integers."""
+def pixel_strata(label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]) -> dict[str, np.ndarray]:
+    """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
     values = {DEPTH: depth / 1000, DISTANCE: 100 * boundary_distance(label), SEGMENT: 100 * segment_shares(label)}
-    return {name: np.searchsorted(EDGES[name], value, side="right") for name, value in values.items()}
+    return {name: np.searchsorted(edges[name], value, side="right") for name, value in values.items()}
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
@@ -170,28 +180,6 @@ def calibration_error(calibration: np.ndarray) -> float:
     return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
-def compare_images(errors: ErrorCounts, least: float = 0.01) -> pd.DataFrame:
-    """Pixel accuracy of the images in which a class takes 1 % of the labelled pixels, minus that of the others.
-
-    Images of one scene are not independent, so each side is averaged by scene first.
-
-    Returns:
-        A row for each class with 10 images or more on both sides, hardest first: how many they are, the
-        difference, and `low` and `high` of its 95 % interval (Welch's) after Bonferroni's correction.
-    """
-    truth = errors.confusion.sum(2)
-    frame = pd.DataFrame({"scene": errors.scene, "accuracy": image_accuracy(errors.confusion)})[truth.any(1)]
-    holds = (truth > least * truth.sum(1, keepdims=True))[truth.any(1)]
-    compared = np.flatnonzero(np.minimum(holds.sum(0), (~holds).sum(0)) >= ENOUGH)
-    rows = []
-    for index in compared:
-        sides = [frame[side].groupby("scene").accuracy.mean() for side in (holds[:, index], ~holds[:, index])]
-        interval = ttest_ind(*sides, equal_var=False).confidence_interval(1 - 0.05 / len(compared))
-        rows.append((holds[:, index].sum(), (~holds[:, index]).sum(), sides[0].mean() - sides[1].mean(), *interval))
-    table = pd.DataFrame(rows, np.take(errors.classes, compared), ["with", "without", "difference", "low", "high"])
-    return table.sort_values("difference", ascending=False)
-
-
 def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     """The findings of error_analysis in words."""
     pooled, accuracy = errors.confusion.sum(0), image_accuracy(errors.confusion)
@@ -202,10 +190,11 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
     return (
         f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
-        f"(mIoU {mean_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
-        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; of "
-        f"{errors.classes[least]} it finds least, {recall[least]:.0%}. Within 1 % of the width from a boundary lie "
-        f"{edge[0].sum() / edge.sum():.0%} of the pixels and {near:.0%} of the wrong ones. The network is "
+        f"(mIoU {mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
+        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
+        f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
+        f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
+        f"{near:.0%}. The network is "
         f"{_describe_gap(errors.calibration)}. The worst image is {errors.names[np.nanargmin(accuracy)]}, "
         f"{np.nanmin(accuracy):.0%} right."
     )
@@ -238,7 +227,7 @@ def plot_strata(errors: ErrorCounts) -> Figure:
     for axes, (name, counts) in zip(grid, known.items(), strict=True):
         table = score_strata(counts)
         kept = table.pixels > 0
-        table, bins = table[kept], np.array(STRATA[name])[kept]
+        table, bins = table[kept], np.array(name_bins(name, errors.edges[name]))[kept]
         axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
         axes.plot(bins, table["pixel accuracy"], color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
         axes.plot(bins, table["mIoU"], color=VALID_COLOUR, marker=".", label="mIoU")
@@ -272,25 +261,4 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     label_rows(bars, gap.index)
     bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
     add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
-    return figure
-
-
-@styled
-def plot_image_scores(errors: ErrorCounts) -> Figure:
-    """By class, the difference in accuracy between images with and without it, see `compare_images`."""
-    table, colours = compare_images(errors), class_colours(errors.classes)
-    rows = range(len(table))
-    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
-    axes = figure.subplots()
-    axes.hlines(rows, table.low, table.high, color=GREY)
-    axes.scatter(table.difference, rows, c=[colours[name] for name in table.index], zorder=2, **EDGED)
-    axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
-    label_rows(axes, [f"{shorten(row.Index)} ({row[1]}, {row[2]})" for row in table.itertuples()])
-    axes.set_xlabel("pixel accuracy of the images with it minus that of the others, 95 % interval")
-    harder = table.index[table.high < 0][::-1]
-    title = f"Images with {' or '.join(harder)} are harder" if len(harder) else "Images with a class and without it"
-    add_title(
-        figure,
-        f"{title} (in brackets: how many with it, how many without)" if len(table) else "Too few images to compare",
-    )
     return figure

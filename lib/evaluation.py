@@ -1,6 +1,8 @@
 """One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of them."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from lib.batches import Batch, decode_depth, encode_batch, plain_batch
+from lib.batches import Batch, check_depth, decode_depth, encode_batch, plain_batch
 from lib.classes import check_same_classes
 from lib.data import Samples
 from lib.data.samples import resize_samples
-from lib.device import autocast
+from lib.device import autocast, explain_out_of_memory
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import Prediction
 from lib.parameters import check_choice
@@ -97,6 +99,7 @@ def evaluate(
     return count_predictions(predict(model, samples, batch_size, tta, precision, loss), keep=True)
 
 
+@explain_out_of_memory
 def predict(
     model: nn.Module,
     samples: Samples | Iterable[Samples],
@@ -115,6 +118,7 @@ def predict(
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")
         for start in range(0, len(piece), batch_size):
             batch = piece[start : start + batch_size]
+            check_depth(model.config, batch)
             scores, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
             how_sure = None
             if confidence:
@@ -132,11 +136,10 @@ def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor | None]:
     """Logits `(B, C, H, W)` at the batch's size, of several views summed probabilities; the first's depth and loss."""
-    config, total, first = model.config, 0, None
-    for zoom, flipped in views:
-        view = _look(batch, zoom, flipped, config.size)
-        with torch.inference_mode(), autocast(next(model.parameters()).device, precision):
-            encoded = encode_batch(plain_batch(view), config, next(model.parameters()).device)
+    config, device, total, first = model.config, next(model.parameters()).device, 0, None
+    for flipped, view in _looks(batch, views, config.size):
+        with torch.inference_mode(), autocast(device, precision):
+            encoded = encode_batch(plain_batch(view), config, device)
             prediction = model(encoded.inputs)
         with torch.inference_mode():
             grown = _grow(prediction.logits.flip(-1) if flipped else prediction.logits, batch.size)
@@ -148,12 +151,14 @@ def _predict_views(
     return total, *first
 
 
-def _look(batch: Samples, zoom: float, flipped: bool, size: tuple[int, int]) -> Samples:
-    """The batch as one view shows it to a network that works at this size."""
-    view = resize_samples(batch, tuple(round(zoom * length) for length in size))
-    if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
-        view = replace(view, depth=np.rint(view.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
-    return view.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else view
+def _looks(batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]) -> Iterator[tuple[bool, Samples]]:
+    """Of each view whether it is flipped, and the batch as it shows it to a network that works at this size."""
+    for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resizing takes long
+        seen = resize_samples(batch, tuple(round(zoom * length) for length in size))
+        if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
+            seen = replace(seen, depth=np.rint(seen.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
+        for _, flipped in group:
+            yield flipped, seen.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else seen
 
 
 def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -161,6 +166,20 @@ def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if scores.shape[2:] == size:
         return scores.float()
     return interpolate(scores.float(), size, mode="bilinear")
+
+
+def ahead(batches: Iterator[Predicted]) -> Iterator[Predicted]:
+    """The same, each made in a thread while the one before is counted and written, for which a GPU need not wait."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def mean_losses(losses: list[torch.Tensor]) -> list[float]:
+    """The plain mean over batches of each term: in float64, which not every device has, so on the CPU."""
+    return torch.stack(losses).cpu().double().mean(0).tolist()
 
 
 def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep: bool = False) -> Evaluation:
@@ -198,7 +217,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         predicted=np.stack(predicted) if one_size else predicted,
         boundary=np.concatenate(boundary) if thorough else None,
         depth=np.sum(depth, axis=0) if thorough else None,
-        losses=None if losses[0] is None else torch.stack(losses).double().mean(0).tolist(),
+        losses=None if losses[0] is None else mean_losses(losses),
     )
 
 

@@ -6,15 +6,15 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from lib.batches import RawBatch
-from lib.data import Samples
-from lib.data.splits import split_names
+from lib.data import Pieces, Samples
+from lib.data.splits import read_numbers, split_names
 from lib.plots import (
     DEPTH,
     EDGED,
     GREY,
+    HALO,
     VALID_COLOUR,
     WIDTH,
     add_title,
@@ -31,9 +31,9 @@ from lib.plots import (
     styled,
 )
 
-DEPTH_STEPS_M = np.linspace(0, 10, 101)
-NEARBY = 0.025  # of the width: classes meet over the unlabelled slivers that people leave between them
-UNRELATED = 50  # images farther apart than this in order of their names are taken to be of different scenes
+DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
+NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
+FEW_IMAGES = 10
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near copies
 COMPARED_SPLITS = ("random", "blocks", "scenes")
 
@@ -45,14 +45,21 @@ class DataCounts:
     Attributes:
         classes: names of the C classes.
         pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
-        depth: `(C + 1, 101)` pixels by class and depth: missing, then `DEPTH_STEPS_M`.
+        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the top.
         meetings: `(C, C)` pairs of nearby pixels of two classes, symmetric.
+        depth_range_m: of the data, see `Samples`.
     """
 
     classes: tuple[str, ...]
     pixels: np.ndarray
     depth: np.ndarray
     meetings: np.ndarray
+    depth_range_m: tuple[float, float]
+
+    @property
+    def steps_m(self) -> np.ndarray:
+        """`(101,)` edges of the steps of depth."""
+        return np.linspace(0, self.depth_range_m[1], DEPTH_STEPS + 1)
 
     @property
     def has_depth(self) -> bool:
@@ -64,16 +71,17 @@ def count_data(samples: Samples) -> DataCounts:
     """Count labelled images, one at a time; where the data set has no depth, all of it is missing."""
     count = len(samples.classes)
     pixels = np.zeros((len(samples), count + 1), np.int64)
-    depths = np.zeros((count + 1, len(DEPTH_STEPS_M)), np.int64)
+    depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
+    step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
     meetings = np.zeros((count, count), np.int64)
     for index in range(len(samples)):
         one = samples[index : index + 1]
         label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
-        step = 1 + np.minimum(one.depth_or_missing[0] // 100, len(DEPTH_STEPS_M) - 2)
+        step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
         pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
         depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
         meetings += _count_meetings(label, count)
-    return DataCounts(samples.classes, pixels, depths, meetings)
+    return DataCounts(samples.classes, pixels, depths, meetings, samples.depth_range_m)
 
 
 def _joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -89,20 +97,17 @@ def _count_meetings(label: np.ndarray, count: int) -> np.ndarray:
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
     """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
-    pixels, depth = counts.pixels[:, :-1], counts.depth[:-1]
-    total = pixels.sum(0)
-    shares = {
-        "pixels": total / max(total.sum(), 1),
-        "images": (pixels > 0).mean(0),
-        "without depth": np.where(total > 0, depth[:, 0] / np.maximum(total, 1), np.nan),
-    }
+    pixels, total = counts.pixels[:, :-1], counts.pixels[:, :-1].sum(0)
+    shares = {"pixels": total / max(total.sum(), 1), "images": (pixels > 0).mean(0)}
+    if counts.has_depth:
+        shares["without depth"] = np.where(total > 0, counts.depth[:-1, 0] / np.maximum(total, 1), np.nan)
     return pd.DataFrame(shares, index=list(counts.classes)).sort_values("pixels", ascending=False)
 
 
-def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: np.ndarray) -> np.ndarray:
     """Metres below which these shares of the measured pixels lie, from a row of `DataCounts.depth`."""
     measured = np.cumsum(np.append(0, histogram[1:]))
-    return np.interp(np.multiply(shares, measured[-1]), measured, DEPTH_STEPS_M)
+    return np.interp(np.multiply(shares, measured[-1]), measured, steps_m)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Leakage:
         valid: `(V,)` positions of the validation images.
         match: `(V,)` of the training image most like each in colour; of its own scene, where there is one.
         same_scene: `(V,)` bool, where there is one; None where scenes are unknown.
+        nearest: `(V,)` bool, where the image with the nearest id is in training; None where names are no numbers.
         near_copies: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
     """
 
@@ -121,6 +127,7 @@ class Leakage:
     valid: np.ndarray
     match: np.ndarray
     same_scene: np.ndarray | None
+    nearest: np.ndarray | None
     near_copies: int
 
     @property
@@ -133,10 +140,13 @@ def find_leakage(samples: Samples) -> dict[str, Leakage]:
     """Of each split that these images allow.
 
     Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
-    pairs of neighbouring ids are near copies, and 0.6 % where thumbnails are compared instead.
+    pairs of neighbouring ids are near copies, and 0.6 % where thumbnails are compared instead. Those are taken to be
+    unrelated between which a quarter of the images lies, in order of their names.
     """
     signatures, order = _colour_signatures(samples.image), np.arange(len(samples))
-    alike, unrelated = signatures @ signatures.T, np.abs(order[:, None] - order) > min(UNRELATED, len(order) // 4)
+    alike, unrelated = signatures @ signatures.T, np.abs(order[:, None] - order) > len(order) // 4
+    ids = read_numbers(samples.names)
+    apart = None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
     threshold = np.quantile(alike[unrelated], 1 - CHANCE) if unrelated.any() else 1.0
     found = {}
     for split in COMPARED_SPLITS:
@@ -146,11 +156,12 @@ def find_leakage(samples: Samples) -> dict[str, Leakage]:
             continue
         if min(len(train), len(valid)):
             pairs, same_scene = alike[np.ix_(valid, train)], None
+            nearest = None if ids is None else apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
             near_copies = int((pairs.max(1) > threshold).sum())
             if samples.scene is not None:
                 together = samples.scene[valid][:, None] == samples.scene[train]
                 pairs, same_scene = pairs + 2 * together, together.any(1)
-            found[split] = Leakage(len(train), valid, train[pairs.argmax(1)], same_scene, near_copies)
+            found[split] = Leakage(len(train), valid, train[pairs.argmax(1)], same_scene, nearest, near_copies)
     return found
 
 
@@ -172,26 +183,40 @@ def describe_leakage(leakage: dict[str, Leakage]) -> str:
         count = f"{len(leak.valid)} validation images"
         if leak.same_scene is not None:
             count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
+        elif leak.nearest is not None:
+            count = f"{leak.nearest.sum()} of {count} have the image with the nearest id in training"
         sentences.append(f"Split `{split}`: {count}; {text}.")
     return " ".join(sentences) or "Too few images to split."
 
 
-def describe_data(counts: DataCounts, leakage: dict[str, Leakage]) -> str:
-    """The findings of explore in words."""
-    shares, total = class_shares(counts).pixels, counts.pixels.sum()
-    shares = shares[shares > 0]
-    text = (
-        f"In {len(counts.pixels)} images {counts.pixels[:, -1].sum() / total:.1%} of the pixels are unlabelled. "
-        f"Of the others, {shares.iloc[0]:.1%} are {shares.index[0]}, the most common class, and {shares.iloc[-1]:.2%} "
-        f"are {shares.index[-1]}, the rarest; both count alike in the mIoU. "
-    )
+def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
+    """In Markdown: what labelled images were read, how a split parts them, and what is odd about them."""
+    images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
+    missing, unlabelled = counts.depth[:, 0].sum() / total, counts.pixels[:, -1].sum() / total
+    few, empty = ((images > 0) & (images < FEW_IMAGES)).sum(), (counts.pixels[:, :-1].sum(1) == 0).sum()
+    absent = ", ".join(np.array(counts.classes)[images == 0])
+    facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
+    facts += [f"{few} of them in fewer than {FEW_IMAGES} images"] * bool(few)
+    odd = {f"These classes are in no image: {absent}.": absent, f"{empty} images have no labelled pixel.": empty}
+    odd[f"{unlabelled:.1%} of the pixels are unlabelled."] = unlabelled > 0.5
     if counts.has_depth:
-        low, middle, high = depth_quantiles(counts.depth.sum(0), (0.05, 0.5, 0.95))
-        text += (
-            f"Half of the depths are below {middle:.1f} m, nine in ten between {low:.1f} and {high:.1f} m; "
-            f"{counts.depth[:, 0].sum() / total:.1%} of the pixels have none. "
-        )
-    return text + describe_leakage(leakage)
+        steps, (near, far) = counts.depth[:, 1:].sum(0), counts.depth_range_m
+        outside = (steps[counts.steps_m[1:] <= near].sum() + steps[-1]) / steps.sum()
+        facts.append(f"median depth {depth_quantiles(counts.depth.sum(0), (0.5,), counts.steps_m)[0]:.1f} m")
+        odd[f"{missing:.1%} of the pixels have no depth."] = missing > 0.5
+        odd[
+            f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "
+            "`depth_unit_mm` and `depth_range_m` in `dataset.yaml`."
+        ] = outside > 0.2
+    depth = [f"depth missing in {missing:.1%}"] * bool(missing) if counts.has_depth else ["no depth"]
+    facts += [*depth, f"{unlabelled:.1%} unlabelled"]
+    text = f"**{', '.join(facts)}; validation ({len(valid)} images, split {valid.split}) "
+    if valid.source.scene is None or train.source.scene is None:
+        text += "may share scenes with training, because they are unknown.**"
+    else:
+        shared = np.isin(valid.source.scene, train.source.scene).sum()
+        text += f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
+    return text + "".join(f"\n- {warning}" for warning, applies in odd.items() if applies)
 
 
 def plot_samples(samples: Samples) -> Figure:
@@ -240,15 +265,19 @@ def plot_class_shares(counts: DataCounts) -> Figure:
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth, of all pixels and of each class."""
     colours, total = class_colours(counts.classes), counts.depth.sum(0)
-    boxes = {name: _box(row) for name, row in zip(counts.classes, counts.depth, strict=False) if row[1:].any()}
+    boxes = {
+        name: _box(row, counts.steps_m)
+        for name, row in zip(counts.classes, counts.depth, strict=False)
+        if row[1:].any()
+    }
     names = sorted(boxes, key=lambda name: -boxes[name]["med"])
     figure = Figure(figsize=(WIDTH, 1.5 + rows_height(len(names))), layout="constrained")
     overall, by_class = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, rows_height(len(names))))
-    overall.stairs(total[1:], DEPTH_STEPS_M, fill=True, color=VALID_COLOUR)
-    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total))
+    overall.stairs(total[1:], counts.steps_m, fill=True, color=VALID_COLOUR)
+    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total, counts.steps_m))
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
-    median = {"color": "black", "path_effects": [withStroke(linewidth=3, foreground="white")]}  # seen on dark boxes too
+    median = {"color": "black", "path_effects": HALO}  # seen on dark boxes too
     drawn = by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
         patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=EDGED,
@@ -257,12 +286,12 @@ def plot_depth(counts: DataCounts) -> Figure:
         box.set_facecolor(colours[name])
     label_rows(by_class, names)
     by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
-    by_class.set_xlim(0, max(1, *depth_quantiles(total, (0.999,))))
+    by_class.set_xlim(0, depth_quantiles(total, (0.999,), counts.steps_m)[0])
     return figure
 
 
-def _box(histogram: np.ndarray) -> dict[str, float]:
-    quantiles = depth_quantiles(histogram, (0.05, 0.25, 0.5, 0.75, 0.95))
+def _box(histogram: np.ndarray, steps_m: np.ndarray) -> dict[str, float]:
+    quantiles = depth_quantiles(histogram, (0.05, 0.25, 0.5, 0.75, 0.95), steps_m)
     return dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles.tolist(), strict=True))
 
 

@@ -110,7 +110,7 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
         raise ValueError(
             f"{path}: not written; {versions} agree on {share:.2%} of the pixels, expected {AGREEMENT:.1%}"
         )
-    write_atomically(Path(path), lambda file: file.write(content))
+    write_atomically(Path(path).expanduser(), lambda file: file.write(content))
     return share
 
 

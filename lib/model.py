@@ -1,7 +1,7 @@
 """A network with a segmentation and a depth head, which knows what it eats and what it names."""
 
 import difflib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from segmentation_models_pytorch.encoders import encoders, get_encoder_names
 from torch import nn
 
 from lib.classes import NYUV2_13, check_same_classes
+from lib.data.samples import DEPTH_RANGE_M
 from lib.files import CheckpointError, load_checkpoint, read_json, save_checkpoint
 from lib.parameters import check_choice
 from lib.weights import load_encoder_weights
 
 INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")
-DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
 UNDILATED = "fpn, unet or upernet"  # architectures for encoders that can't be dilated
@@ -157,7 +157,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     Raises:
         CheckpointError: the file is missing, damaged or no model of this project.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     saved = load_checkpoint(path, device, ("config", "weights"))
     try:
         model = SegmentationDepthNet(_read_config(saved["config"], path))
@@ -187,6 +187,10 @@ def _copy_weights(model: SegmentationDepthNet, path: Path) -> None:
     """Copy the weights of the network in a `best.pt` into a model of the same make, at whatever size it works."""
     trained = load_model(path)
     check_same_classes(trained.config.classes, model.config.classes, f"start_from: {path}", "the data")
-    if replace(trained.config, size=model.config.size) != model.config:
-        raise ValueError(f"start_from: {path} holds {trained.config}, this run has {model.config}; make them equal")
+    saved, wanted = ({**asdict(config), "size": None} for config in (trained.config, model.config))
+    differing = [f"{name} {value}, not {wanted[name]}" for name, value in saved.items() if value != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"start_from: {path} has {', '.join(differing)}; make them equal (depth_range_m in DATA/dataset.yaml)"
+        )
     model.load_state_dict(trained.state_dict())

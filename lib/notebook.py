@@ -63,6 +63,8 @@ def _mistyped(name: str, value: object, declared: type) -> str | None:
         hint = "; in YAML write 0.0001, because 1e-4 is read as text"
     elif isinstance(value, str) and (bool in kinds or type(None) in kinds):
         hint = "; papermill knows True, False and None with a capital only"
+    elif str in kinds and value is not None:
+        hint = f"; papermill's -p reads 001 as a number, -r as text: `-r {name} 001`"
     return f"{name}: found {value!r}, expected {expected}{hint}"
 
 

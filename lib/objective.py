@@ -53,7 +53,8 @@ def total_loss(
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch has it.
 
-    It sorts the pixels of each class; a batch without a labelled pixel, which it can't sort, gives 0.
+    It sorts the pixels of each class, for which a GPU waits; a batch without a labelled pixel, which it can't sort,
+    gives 0.
     """
     if labels.device.type == "cpu" and not (labels != IGNORE_INDEX).any():
         return logits.sum() * 0

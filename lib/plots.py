@@ -13,6 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples
@@ -31,6 +33,7 @@ TRAIN_COLOUR, VALID_COLOUR, GREY = "#999999", "#0072b2", "#666666"
 EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
 WIDTH = 8  # inches, so that a figure fits a notebook
 DEPTH = "depth (m)"  # title of a column of pictures
+HALO = [withStroke(linewidth=3, foreground="white")]  # so that black lines are seen on dark colours
 FEW = 20  # classes up to which matrices show numbers and rows are wide
 STYLE = {
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
@@ -86,8 +89,12 @@ def blend_labels(image: np.ndarray, label: np.ndarray, classes: Sequence[str], o
 
 def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Wrong pixels in the colour of the class they were given, over the faded RGB image."""
-    wrong = (label != IGNORE_INDEX) & (label != predicted)
-    return np.where(wrong[..., None], colour_labels(predicted, classes), fade(image))
+    return colour_where((label != IGNORE_INDEX) & (label != predicted), image, predicted, classes)
+
+
+def colour_where(chosen: np.ndarray, image: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Class colours of the chosen pixels `(H, W)` over the faded RGB image."""
+    return np.where(chosen[..., None], colour_labels(label, classes), fade(image))
 
 
 def fade(image: np.ndarray) -> np.ndarray:
@@ -256,38 +263,69 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 
 
 @styled
-def plot_history(history: pd.DataFrame, epochs: int) -> Figure:
-    """Loss and validation scores by epoch, over the whole span of `epochs` from the start."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    loss, score = figure.subplots(1, 2)
-    loss.plot(history.epoch, history.train_loss, color=TRAIN_COLOUR, marker=".", label="training")
-    loss.plot(history.epoch, history.valid_loss, color=VALID_COLOUR, marker=".", label="validation")
-    loss.set(title="Loss", xlabel="epoch", xlim=(0.5, epochs + 0.5))
+def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) -> Figure:
+    """Total loss, validation scores and each term of the loss by epoch, over the whole span of `epochs`.
+
+    Args:
+        history: rows of `fit` so far.
+        terms: the weight of each term by its name in the history; those that weigh nothing are left out.
+    """
+    used = [name for name, weight in terms.items() if weight]
+    words = [name.replace("_", " ").replace("iou", "IoU").replace("l1", "L1") for name in used]
+    total = " + ".join(f"{terms[name]:g} {word}".removeprefix("1 ") for name, word in zip(used, words, strict=True))
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    loss, score = above.subplots(1, 2)
+    small = below.subplots(1, len(used), squeeze=False)[0]
+    for axes, name, title in zip([loss, *small], ["loss", *used], [f"Loss: {total}", *words], strict=True):
+        axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
+        axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
+        axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
     loss.legend()
     score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
     score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
-    score.set(title="Nothing validates in this split", xlabel="epoch", xlim=(0.5, epochs + 0.5), ylim=(0, 1))
+    score.set(title="Nothing validates in this split", ylim=(0, 1))
     if history.valid_miou.notna().any():
         best = history.loc[history.valid_miou.idxmax()]
         score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
         score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
     score.legend(loc="upper left")
+    for axes in (loss, score, *small):
+        axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure
 
 
 @styled
-def plot_class_iou(iou: pd.Series, name: str) -> Figure:
-    """IoU by class name of the run of that name, best first; a class that does not occur (NaN) has no bar."""
-    iou, colours = iou.sort_values(na_position="first"), class_colours(iou.index)
-    figure = Figure(figsize=(WIDTH, rows_height(len(iou))), layout="constrained")
+def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figure:
+    """IoU by class, best first; a class that does not occur (NaN) has no bar.
+
+    Args:
+        table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the number
+            of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets p / (2 - p).
+        mean: the mIoU, for a line to hold classes against, if it is known.
+    """
+    table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
+    rows, colours = np.arange(len(table)), class_colours(table.index)
+    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(len(iou)), iou, color=[colours[name] for name in iou.index], **EDGED)
-    for row, value in enumerate(iou):
+    axes.barh(rows, table.IoU, color=[colours[name] for name in table.index], **EDGED)
+    if mean is not None:
+        axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
+    names = table.index
+    if "support" in table:
+        names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
+        known = "95 % interval" if table.low.notna().any() else None
+        axes.hlines(rows, table.low, table.high, color="black", label=known, path_effects=HALO)
+        guess = table.support / (2 - table.support)
+        axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="guessing by the share of pixels")
+    for row, value in enumerate(table.IoU):
         text = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.text(np.nan_to_num(value) + 0.005, row, text, va="center", color=GREY, fontsize="small")
-    label_rows(axes, iou.index)
+        axes.text(1.01, row, text, va="center", color=GREY, fontsize="small")
+    label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
-    add_title(figure, f"IoU by class of {name}")
+    add_title(figure, title)
+    add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from lib.classes import NYUV2_13
 from lib.data import Samples
 from lib.evaluation import Evaluation
-from lib.files import read_json, write_atomically, write_json, write_text
-from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
+from lib.files import hold_run, read_json, write_atomically, write_json, write_text
+from lib.metrics import averaged_classes, mean_truth_iou, pixel_accuracy, truth_iou
 from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
+WHERE = ("device", "precision")  # what these come to is held against the checkpoint
 NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
 PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
 # what runs did before a parameter was there
@@ -70,6 +70,7 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
+        if not (run / "last.pt").exists():  # nothing has been computed that other parameters would not tell of
             write_json(saved | {"commit": _commit()}, run / "parameters.json")
         yield run
 
@@ -80,23 +81,6 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-@contextmanager
-def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Let no other process have the run: one that was just killed may still hold it for a while.
-
-    Raises:
-        RuntimeError: another process has it all the time.
-    """
-    run.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds):
-            yield
-    except Timeout:
-        raise RuntimeError(
-            f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another run_name"
-        ) from None
 
 
 def _set_aside(run: Path) -> None:
@@ -132,7 +116,7 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in MAY_CHANGE and saved.get(name, "unknown") != parameters.get(name, "unknown")
+        if name not in (*MAY_CHANGE, *WHERE) and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
         hint = ""
@@ -204,9 +188,9 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
     """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
-        scores |= {"valid_miou": mean_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
+        scores |= {"valid_miou": mean_truth_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
         scores |= {"averaged_classes": averaged_classes(valid.counts)}
-        scores |= {"class_iou": dict(zip(valid.classes, iou(valid.counts).round(6).tolist(), strict=True))}
+        scores |= {"class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))}
         write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     write_json(scores, run / "scores.json")
@@ -266,12 +250,11 @@ def find_run(run: str) -> Path:
 
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
-    configuration = pd.Series(read_parameters(run), name="value").to_markdown()
-    sections = [f"# {run.name}", "## Configuration\n\n" + configuration]
+    sections = [f"# {run.name}", "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown()]
     if (run / "scores.json").exists():
         sections += _training_sections(run, read_scores(run))
-    for path in sorted((run / "evaluation").glob("*.json")):
-        sections.append(_evaluation_section(path.stem, read_json(path)))
+    evaluated = sorted((run / "evaluation").glob("*.json"))
+    sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
     write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
 
@@ -283,8 +266,7 @@ def _training_sections(run: Path, scores: dict) -> list[str]:
         "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
     ]
     if "class_iou" in scores:
-        by_class = pd.Series(scores["class_iou"], name="IoU", dtype=float)
-        sections.append("## Per-class IoU\n\n" + by_class.to_markdown(floatfmt=".3f"))
+        sections.append("## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f"))
     return sections
 
 
@@ -294,8 +276,9 @@ def summarise(run: Path) -> str:
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
+    few = max(1, min(3, len(ranked) // 2))
     best, least = (
-        ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:3], ranked[-3:])
+        ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:few], ranked[-few:])
     )
     kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
     return (
@@ -319,7 +302,13 @@ def _summary(scores: dict) -> dict[str, str]:
 def _progression(history: pd.DataFrame, best_epoch: int) -> str:
     shown = history.epoch.isin([1, best_epoch, history.epoch.max()]) | (history.epoch % REPORTED_EPOCHS == 0)
     columns = ["epoch", "train_loss", "valid_loss", "valid_miou", "valid_pixel_acc"]
-    return history.loc[shown, columns].astype({"epoch": str}).to_markdown(index=False, floatfmt=".4f")
+    epochs = history.epoch.map(lambda epoch: f"**{epoch}**" if epoch == best_epoch else str(epoch))
+    return _table(history.assign(epoch=epochs).loc[shown, columns].set_index("epoch"), ".4f")
+
+
+def _table(scores: pd.DataFrame, form: str) -> str:
+    """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
+    return scores.astype(object).where(scores.notna(), None).to_markdown(floatfmt=form, missingval="-")
 
 
 def _evaluation_section(part: str, scores: dict) -> str:
@@ -329,12 +318,14 @@ def _evaluation_section(part: str, scores: dict) -> str:
         how = f" with tta {scores['tta']}" if "tta" in scores else ""
         return f"{text}, predicted{how}; their labels are held back."
     columns = [name for name in ("plain", "augmented") if name in scores]
-    overall = pd.DataFrame({name: scores[name] for name in columns}, dtype=float)
-    by_class = pd.DataFrame(scores["classes"], dtype=float).T
+    overall = pd.DataFrame({name: scores[name] for name in columns}).drop("averaged_classes")
+    by_class = pd.DataFrame(scores["classes"]).T
     low, high = scores["intervals"]["plain"]
+    digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
     return (
-        f"{text}: mIoU {scores['plain']['miou']:.4f} ({describe_interval(low, high, scores['scenes'])}).\n\n"
-        f"{overall.to_markdown(floatfmt='.4f')}\n\n{by_class.to_markdown(floatfmt='.3f')}"
+        f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
+        f"({describe_interval(low, high, scores['scenes'])}).\n\n"
+        f"{_table(overall, '.4f')}\n\n{_table(by_class, digits)}"
     )
 
 

@@ -9,11 +9,12 @@ import pandas as pd
 from PIL import Image
 
 from lib.data import DataError, Pieces, iterate_samples
+from lib.data.decoding import decode_label
 from lib.data.splits import number_runs
 from lib.device import choose_device
-from lib.evaluation import Evaluation, Predicted, count_predictions, predict
+from lib.evaluation import Evaluation, Predicted, ahead, count_predictions, predict
 from lib.files import read_json, write_atomically, write_json
-from lib.metrics import all_scores, boundary_iou, depth_scores, iou, mean_truth_iou
+from lib.metrics import all_scores, boundary_iou, depth_scores, mean_truth_iou, truth_iou
 from lib.model import load_model
 from lib.notebook import progress_bar
 from lib.runs import find_run, open_run, read_counts, read_history, read_parameters, write_counts, write_report
@@ -80,7 +81,7 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
         facts |= {"tta": tta, "working_size": model.config.size}
         views = {"plain": "none"} if labelled else {}
         views |= {"augmented": tta} if tta != "none" or not labelled else {}
-        passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
+        passes = {name: ahead(predict(model, pieces, pieces.batch_size, view)) for name, view in views.items()}
     first = next(iter(passes))
     passes[first] = _saved(passes[first], masks_folder(run, part))
     counted = {
@@ -109,20 +110,24 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     The mIoU is over the classes in the truth, as in comparisons.
     """
     plain = counted["plain"]
-    columns = {"support": plain.counts.sum((0, 2)) / max(plain.counts.sum(), 1), "IoU": iou(plain.counts)}
+    truth = plain.counts.sum(2)
+    columns = {
+        "images": (truth > 0).sum(0),
+        "support": truth.sum(0) / max(truth.sum(), 1),
+        "IoU": truth_iou(plain.counts),
+    }
     described = {"intervals": {}, "depth": depth_scores(plain.depth)}
     for name, evaluation in counted.items():
-        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)))
+        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)[truth.any(0)]))
         interval = score_interval(evaluation.counts, evaluation.scene)
-        in_truth = {"miou": interval.score, "averaged_classes": int((evaluation.counts.sum((0, 2)) > 0).sum())}
-        described[name] = all_scores(evaluation.counts) | in_truth | {"boundary_miou": boundary}
+        described[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
         described["intervals"][name] = interval.interval
         if name == "plain":
             columns |= dict(zip(("low", "high"), interval.class_interval, strict=True))
             described["scenes"] = interval.scene_count if evaluation.scene is not None else None
     if "augmented" in counted:
         augmented = counted["augmented"]
-        columns["IoU, augmented"] = iou(augmented.counts)
+        columns["IoU, augmented"] = truth_iou(augmented.counts)
         gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
         described["gain"] = {"difference": gain.difference, "interval": gain.interval, "p_value": gain.p_value}
     columns["boundary IoU"] = boundary_iou(plain.boundary)
@@ -179,22 +184,16 @@ def read_predictions(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
 def _read_mask(path: Path, size: tuple[int, int], class_count: int) -> np.ndarray:
     if not path.exists():
         raise DataError(f"{path}: no such file; predictions need a PNG mask for every image, named like it")
-    try:
-        with Image.open(path) as picture:
-            mode, mask = picture.mode, np.asarray(picture)
-    except Exception as error:
-        raise DataError(f"{path}: can't be decoded ({error}); write the mask again") from error
-    if mode != "L" or mask.shape != size:
-        raise DataError(
-            f"{path}: found {mode} of {'x'.join(map(str, mask.shape[:2]))}, expected one grey channel of 8 bits of "
-            f"{'x'.join(map(str, size))}, the size of its image"
-        )
+    mask = decode_label(path)
+    if mask.shape != size:
+        found, expected = ("x".join(map(str, shape)) for shape in (mask.shape, size))
+        raise DataError(f"{path}: found a mask of {found}, expected {expected}, the size of its image")
     if mask.max() >= class_count:
         raise DataError(
             f"{path}: found the value {mask.max()}, expected class indices 0..{class_count - 1} for every pixel; an "
             "unlabelled pixel is no prediction"
         )
-    return mask
+    return mask.astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,7 @@ class ScoredRun:
     history: pd.DataFrame | None
     folds: int = 1
     group: str = ""  # the folder of runs that it was named by
+    folder: Path | None = None  # the run's own; of five folds that of the last
 
     @property
     def score(self) -> float:
@@ -244,5 +244,6 @@ def read_scored(run: Path, part: str) -> ScoredRun:
         data=facts["data"],
         split=split,
         history=read_history(run) if history.exists() else None,
+        folder=run,
         **counts._asdict(),
     )

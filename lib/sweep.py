@@ -153,7 +153,7 @@ def sweep(
     runs: dict[str, dict],
     part: str,
     where: str = "local",
-    cpus_per_run: int = 1,
+    cpus_per_run: int | None = None,
     gpus_per_run: float | None = None,
     results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
@@ -167,8 +167,9 @@ def sweep(
         runs: from `plan_runs`.
         part: to score them on.
         where: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
-        cpus_per_run: cores, and threads, of each run.
-        gpus_per_run: GPUs of each run, 0.5 lets two share one; None takes 1 where there are GPUs.
+        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one and one a worker.
+        gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the CPU;
+            None takes 1 where there are GPUs.
         results: folder in which each finished run is left without its weights; one that is there is done.
 
     Raises:
@@ -180,13 +181,16 @@ def sweep(
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
     with _connected(where):
         gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
-        _check_share(cpus_per_run, gpus)
-        task = _remote_task().options(num_cpus=cpus_per_run, num_gpus=gpus)
+        workers = max((parameters["workers"] for parameters in runs.values()), default=0)
+        cpus = min(1 + workers, int(_most("CPU"))) if cpus_per_run is None else cpus_per_run
+        _check_share(cpus, gpus)
+        task = _remote_task().options(num_cpus=cpus, num_gpus=gpus)
+        settings = _environment(cpus - workers, gpus) | {"RUNS_DIR": str(runs_folder())}
         for name, parameters in runs.items():
             done = [folder for folder in _homes(name, kept) if _is_done(folder, parameters, part)]
             if not done:
                 executed_notebook(name).unlink(missing_ok=True)  # its presence says: running
-                tasks[task.remote(str(ROOT), str(runs_folder()), parameters, part, kept, cpus_per_run)] = name
+                tasks[task.remote(str(ROOT), settings, parameters, part, kept)] = name
             elif kept and kept / name not in done:
                 copy_slim(done[0], kept / name)
         while tasks:
@@ -252,19 +256,29 @@ def _check_share(cpus: int, gpus: float) -> None:
             raise ValueError(f"{name}: found {asked}, the largest machine has {_most(resource):g} of them")
 
 
+def _environment(threads: int, gpus: float) -> dict[str, str]:
+    """Of a run's processes, which else see every GPU where they ask for none, and take all memory of a shared one."""
+    environment = {"OMP_NUM_THREADS": str(max(1, threads))}
+    if gpus < 1:
+        share = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{gpus}"}
+        environment |= share if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
 def _remote_task():
     """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
 
-    @ray.remote(max_retries=LOST_MACHINES)
-    def run_on_worker(root: str, runs: str, parameters: dict, part: str, kept: Path | None, cpus: int) -> str | None:
-        needed = [root + "/lib", runs + "/notebooks", *[parameters["data"]] * (parameters["data"] != "synthetic")]
+    @ray.remote(max_retries=LOST_MACHINES, max_calls=1)  # a process that has ended holds no GPU memory
+    def run_on_worker(root: str, settings: dict, parameters: dict, part: str, kept: Path | None) -> str | None:
+        data, notebooks = parameters["data"], settings["RUNS_DIR"] + "/notebooks"
+        needed = [root + "/lib", notebooks, *[data] * (data != "synthetic")]
         missing = [path for path in needed if not Path(path).exists()]
         if missing:
             return (
                 f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, the data "
                 "and the folder of runs at the same paths, on a shared disk"
             )
-        os.environ |= {"RUNS_DIR": runs, "OMP_NUM_THREADS": str(cpus)}  # before torch
+        os.environ |= settings  # before torch
         sys.path.insert(0, root)
         from lib.sweep import try_run
 

@@ -1,5 +1,6 @@
 """Train a network: the total loss of a batch, an epoch, and `fit` with its checkpoints."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -9,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.batches import AUGMENTATIONS, Batch, RawBatch, encode_batch
+from lib.batches import AUGMENTATIONS, Batch, RawBatch, check_depth, encode_batch
 from lib.checkpoints import checksums, restore_progress, save_progress
-from lib.data.samples import Samples
+from lib.classes import IGNORE_INDEX
+from lib.data.samples import DEPTH_RANGE_M, Samples
 from lib.data.splits import FOLDS, SPLITS
-from lib.device import PRECISIONS, autocast, choose_device, choose_precision
-from lib.evaluation import Evaluation, evaluate
+from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
+from lib.evaluation import Evaluation, evaluate, mean_losses
 from lib.losses import POOLINGS
-from lib.metrics import mean_iou, pixel_accuracy
+from lib.metrics import mean_truth_iou, pixel_accuracy
 from lib.model import (
     ARCHITECTURES,
     DEPTH_ENCODINGS,
@@ -37,24 +38,28 @@ from lib.runs import find_run, write_history, write_report, write_scores
 
 SCHEDULES = ("cosine", "one_cycle")
 KEEP = ("best", "last")
-CHECKPOINT_SECONDS = 300  # an epoch that takes longer is saved within
+CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
 
-def build_network(parameters: dict, classes: tuple[str, ...]) -> SegmentationDepthNet:
-    """The network that the parameters of `train.ipynb` describe, with the weights that their seed gives it."""
+def build_network(
+    parameters: dict, classes: tuple[str, ...], depth_range_m: tuple[float, float] = DEPTH_RANGE_M
+) -> SegmentationDepthNet:
+    """The network that the parameters of `train.ipynb` describe for these data, with the weights of their seed."""
     torch.manual_seed(parameters["seed"])
     start_from = parameters["start_from"]
     return build_model(
         encoder_weights=parameters["encoder_weights"],
         start_from=find_run(start_from) / "best.pt" if start_from else None,
         classes=classes,
+        depth_range_m=depth_range_m,
         size=(parameters["image_height"], parameters["image_width"]),
         depth_head=parameters["depth_weight"] > 0,
         **{name: parameters[name] for name in ("inputs", "depth_encoding", "architecture", "encoder")},
     )
 
 
+@explain_out_of_memory
 def fit(
     build: Callable[[], nn.Module],
     loader: DataLoader,
@@ -72,12 +77,12 @@ def fit(
     precision: str = "auto",
     device: str = "auto",
 ) -> Iterator[dict[str, float]]:
-    """Train, and yield each epoch's row of the history once everything about it is on disk.
+    """Train, and yield each epoch's row of the history.
 
     Where the run's folder holds a `last.pt`, training goes on from it, to the bit on a CPU, and the
-    rows of the epochs before it are yielded first. Into the folder go `history.csv`, `last.pt` (also
-    within long epochs) and, of the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`; in the
-    end `report.md`. The `seconds` of a resumed epoch count from where it was resumed.
+    rows of the epochs before it are yielded first. Into the folder go, together, every 30 seconds after a step
+    or an epoch, and in the end, `last.pt`, `history.csv` and, of the epoch that is kept, `best.pt`, `scores.json`
+    and `counts.npz`; then `report.md`. The `seconds` of a resumed epoch count from where it was resumed.
 
     Args:
         build: makes the network, the same each time: what a cell trained before is never trained on.
@@ -91,7 +96,9 @@ def fit(
         precision, device: `auto` for what suits this machine.
 
     Raises:
-        ValueError: a parameter out of range, or data that changed since the run was started; it is named.
+        ValueError: a parameter out of range, a label that is no class, or data that changed since the run was
+            started; it is named.
+        MemoryError: a GPU's memory does not suffice.
         CheckpointError: `last.pt` can't be read.
         FloatingPointError: a loss is not finite; the images of its batch are named.
         OSError: something can't be written; what was there before is intact.
@@ -100,31 +107,47 @@ def fit(
                   encoder_lr_scale=encoder_lr_scale, ema_decay=ema_decay, keep=keep)  # fmt: skip
     where = choose_device(device)
     precision = choose_precision(precision, where)
+    loader.pin_memory = where.type == "cuda"  # pinning opens a GPU, also for a run on the CPU
     model = _place(build(), where)
     optimizer = build_optimizer(model, learning_rate, encoder_lr_scale, weight_decay)
     scheduler = build_schedule(schedule, optimizer, epochs, len(loader))
-    average = build_average(model, ema_decay)
-    judged = model if average is None else average.module
+    average = copy.deepcopy(model) if ema_decay else None
+    judged = model if average is None else average
     train, batch_size = loader.dataset.samples, loader.batch_sampler.batch_size
+    _check_labels({"train": train, "valid": valid}, len(model.config.classes))
+    for samples in (train, valid):
+        check_depth(model.config, samples, trains=True)
 
     def step(raw: RawBatch) -> torch.Tensor:
         terms = training_step(model, encode_batch(raw, model.config, where), loss, optimizer, precision)
         if schedule == "one_cycle":
             scheduler.step()
         if average is not None:
-            average.update_parameters(model)
+            follow(average, model, ema_decay if history or losses else 0.0)
         return terms
 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {} if average is None else {"average": average}
-    made_of = {
-        "computed": f"{where.type} in {precision}",
-        "data": checksums(train, "train") | checksums(valid, "valid"),
-    }
+    data = checksums(train, "train") | checksums(valid, "valid")
+    made_of = {"computed": f"{where.type} in {precision}", "data": data}
     progress = restore_progress(run / "last.pt", parts, made_of, where)
-    save = partial(save_progress, run / "last.pt", parts, progress, where)
-    history, losses = progress["history"], progress["losses"]
+    history, losses, kept, saved = progress["history"], progress["losses"], [], [time.monotonic()]
     first = len(history) + 1
+
+    def save(check: Callable[[], None] = lambda: None, seconds: float = CHECKPOINT_SECONDS) -> None:
+        """All together, or last.pt would go on beside a best.pt of epochs that it does not know; not too often."""
+        if time.monotonic() - saved[0] <= seconds:
+            return
+        check()
+        if kept:
+            save_model(kept[0], run / "best.pt")
+            write_scores(run, *kept[1:])
+            kept.clear()
+        if history:
+            write_history(run, history)
+        save_progress(run / "last.pt", parts, progress, where)
+        saved[0] = time.monotonic()
+
     yield from list(history)
     with progress_bar("training", epochs * len(loader), len(history) * len(loader) + len(losses)) as bar:
         for epoch in range(first, epochs + 1):
@@ -135,17 +158,18 @@ def fit(
             row |= _columns("train", train_epoch(model, step, loader, losses, save, bar))
             if schedule == "cosine":
                 scheduler.step()
+            bar.set_description(f"epoch {epoch} of {epochs}, validating")
             scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            bar.set_description(f"epoch {epoch} of {epochs}")
             row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
             by_score = keep == "best" and scored is not None
-            if _is_best(row, history) if by_score else epoch == epochs:
-                save_model(judged, run / "best.pt")
-                write_scores(run, row, scored)
+            best_before = max((past["valid_miou"] for past in history), default=-1)
+            if row["valid_miou"] > best_before if by_score else epoch == epochs:
+                kept[:] = copy.deepcopy(judged).cpu(), row, scored
             history.append(row)
-            write_history(run, history)
             losses.clear()
             progress["row"] = {}
-            save()
+            save(seconds=-1 if epoch == epochs else CHECKPOINT_SECONDS)
             yield row
     if first <= epochs or not (run / "report.md").exists():
         write_report(run)
@@ -157,10 +181,6 @@ def _place(model: nn.Module, device: torch.device) -> nn.Module:
         torch.backends.cudnn.benchmark = True
         return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
-
-
-def _is_best(row: dict[str, float], history: list[dict[str, float]]) -> bool:
-    return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
 
 
 def check_options(**options: object) -> None:
@@ -208,9 +228,26 @@ def build_schedule(
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=highest, total_steps=epochs * steps)
 
 
-def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
-    """A copy of the model that will follow its weights and statistics as an exponential moving average."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an exponential moving average of weights and statistics on; a decay of 0 copies them.
+
+    As torch's `AveragedModel` does, without the counter on the device, whose reading lets a GPU wait at each step.
+    """
+    states = average.state_dict().values(), model.state_dict().values()
+    averaged, current = ([value for value in state if value.is_floating_point()] for state in states)
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+def _check_labels(parts: dict[str, Samples], class_count: int) -> None:
+    """On a GPU a label that is no class would end in an assertion, steps later and without a name."""
+    for part, samples in parts.items():
+        for name, label in zip(samples.names, samples.labels_or_ignored, strict=True):
+            wrong = label[(label >= class_count) & (label != IGNORE_INDEX)]
+            if len(wrong):
+                raise ValueError(
+                    f"label: found the value {wrong[0]} in {part}/{name}, expected 0..{class_count - 1} or "
+                    f"{IGNORE_INDEX} = unlabelled; say in dataset.yaml which values mean which classes"
+                )
 
 
 def training_step(model: nn.Module, batch: Batch, loss: Callable, optimizer, precision: str) -> torch.Tensor:
@@ -229,7 +266,7 @@ def train_epoch(
     step: Callable[[RawBatch], torch.Tensor],
     loader: DataLoader,
     losses: list[torch.Tensor],
-    save: Callable[[], None],
+    save: Callable[[Callable[[], None]], None],
     bar: tqdm,
 ) -> list[float]:
     """Train on the batches that are left of an epoch; returns the mean of each term over all of its batches.
@@ -239,33 +276,34 @@ def train_epoch(
         step: trains on one batch and returns the terms of its loss.
         loader: the batches that are left.
         losses: of the batches before these; grows.
-        save: called every few minutes.
-        bar: moved on by one a batch.
+        save: called after each batch, with what to do before it saves.
+        bar: says which epoch; it adds the batch, and the loss each time that it looks at it anyway.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
     names = loader.dataset.samples.names
-    saved, positions = time.monotonic(), []
+    positions, words = [], bar.desc.removesuffix(": ")
+    check = partial(_check_finite, model, losses, positions, names)
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
+        bar.set_description(f"{words}, batch {len(losses)} of {len(loader)}", refresh=False)
         bar.update()
-        overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
-        if overdue or len(positions) % FINITE_STEPS == 0:
-            _check_finite(model, losses[-len(positions) :], positions, names)
-        if overdue:
-            save()
-            saved = time.monotonic()
-    _check_finite(model, losses[-len(positions) :], positions, names)
-    return torch.stack(losses).double().mean(0).tolist()
+        if len(positions) % FINITE_STEPS == 0:
+            check()
+            bar.set_postfix_str(f"loss {losses[-1][0].item():.3f}", refresh=False)
+        save(check)
+    check()
+    return mean_losses(losses)
 
 
 def _check_finite(
     model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
 ) -> None:
-    """Losses, and the weights too: a finite loss can have a gradient that is not."""
+    """The last losses, and the weights too: a finite loss can have a gradient that is not."""
+    losses = losses[len(losses) - len(positions) :]
     wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist() if losses else []
     finite = torch.stack([weights.isfinite().all() for weights in model.parameters()]).all()
     if positions and (wrong or not finite):
@@ -280,13 +318,10 @@ def _check_finite(
 
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """The history's columns about validation; NaN where nothing validates."""
-    if scored is None:
-        return _columns("valid", [math.nan] * len(Losses._fields)) | {
-            "valid_miou": math.nan,
-            "valid_pixel_acc": math.nan,
-        }
-    scores = {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
-    return _columns("valid", scored.losses) | scores
+    terms, scores = [math.nan] * len(Losses._fields), (math.nan, math.nan)
+    if scored is not None:
+        terms, scores = scored.losses, (mean_truth_iou(scored.counts), pixel_accuracy(scored.counts))
+    return _columns("valid", terms) | dict(zip(("valid_miou", "valid_pixel_acc"), scores, strict=True))
 
 
 def _columns(prefix: str, terms: list[float]) -> dict[str, float]:

@@ -103,6 +103,30 @@ def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, V
     return "\n\n".join((*texts, *_caveats(members[0])))
 
 
+def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
+    """A sentence for each recipe: the result of the claim that says most."""
+    lines = []
+    for name, verdict in verdicts.items():
+        result, baseline = verdict.strongest, next(iter(recipes))
+        p_value = np.nan if result is None else verdict.recipe_p_value if verdict.recipes else result.p_value
+        better, worse = (name, baseline) if result is not None and result.difference > 0 else (baseline, name)
+        if np.isnan(p_value):
+            text = f"No verdict on **{name}** and **{baseline}** yet"
+        elif not _differs(p_value):
+            text = f"**{name}** and **{baseline}** cannot be told apart"
+        elif verdict.recipes:
+            text = f"**{better}** is better than **{worse}**"
+        else:
+            text = f"This run of **{better}** scores higher than this one of **{worse}**; further seeds would say more"
+        low, high = (np.nan, np.nan) if result is None else result.interval
+        if not np.isnan(low):
+            text += (
+                f": {name} minus {baseline} is {result.difference:+.3f} mIoU (95 % interval {low:+.3f} to {high:+.3f})"
+            )
+        lines.append(f"- {text}.")
+    return "\n".join(lines) or "One recipe is no comparison."
+
+
 def _caveats(run: ScoredRun) -> list[str]:
     caveats = []
     if run.scene is None:
@@ -146,7 +170,8 @@ def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, othe
 
 
 def _say_too_few(result: CheckpointComparison | RecipeComparison) -> str:
-    return f"{result.difference:+.3f}, but no verdict: {result.scene_count} scenes, at least {MIN_SCENES} are needed."
+    found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
+    return f"{result.difference:+.3f}, but no verdict: {found}, at least {MIN_SCENES} are needed."
 
 
 def _say_needed(result: CheckpointComparison) -> str:
@@ -170,7 +195,8 @@ def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple
 def _say_seeds(result: SeedComparison | None, runs: int) -> str:
     claim = "the recipes, on these very images: "
     if result is None:
-        return f"{claim}one run of a recipe cannot tell. Train both with further seeds (`-p seed 1`, ...)."
+        further = "Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)"
+        return f"{claim}one run of a recipe cannot tell. {further}."
     text = f"{claim}{_say(result)}. "
     if _differs(result.p_value):
         return text + "They differ here, whatever the seed."

@@ -1,8 +1,9 @@
 import os
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch a user's runs.
+# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's.
 os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ def write_folder(root, samples: Samples, part: str = "train", labels: bool = Tru
     for kind, stack in arrays.items():
         (root / part / kind).mkdir(parents=True, exist_ok=True)
         for name, array in zip(samples.names, stack, strict=True):
-            Image.fromarray(array).save(root / part / kind / f"{name}.png")
+            path = root / part / kind / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)  # a name may have folders
+            Image.fromarray(array).save(path)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lib  # noqa: F401
+from lib import training
 from lib.batches import training_loader
 from lib.data import load_samples
 from lib.data.samples import Samples
@@ -39,7 +40,7 @@ def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list
     """What the training cell does; the history without the times."""
     loader = training_loader(train, *(parameters[name] for name in ("augment", "batch_size", "workers", "seed")))
     weights = {name: parameters[name] for name in ("soft_iou_weight", "soft_iou_pooling", "depth_weight")}
-    build, loss = partial(build_network, parameters, train.classes), partial(total_loss, **weights)
+    build, loss = partial(build_network, parameters, train.classes, train.depth_range_m), partial(total_loss, **weights)
     rows = fit(build, loader, valid, run, loss=loss, **{name: parameters[name] for name in FOR_FIT})
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
@@ -71,7 +72,7 @@ def kill_at(write: int, moment: str) -> None:
 
 
 if __name__ == "__main__":
-    samples = small_samples()
+    samples, training.CHECKPOINT_SECONDS = small_samples(), -1
     for name, write, moment in zip(*(iter(sys.argv[1:]),) * 3, strict=True):
         if os.fork() == 0:  # each run is killed in a process of its own, and all have been imported once
             kill_at(int(write), moment)

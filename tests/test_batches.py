@@ -1,14 +1,18 @@
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from lib import batches
 from lib.batches import (
     EpochBatches,
     TrainingSet,
     build_augmentation,
+    check_depth,
     decode_depth,
     encode_batch,
     encode_depth,
@@ -18,7 +22,8 @@ from lib.batches import (
     training_loader,
 )
 from lib.data import Samples
-from lib.model import DEPTH_RANGE_M, INPUT_CHANNELS, ModelConfig
+from lib.data.samples import DEPTH_RANGE_M
+from lib.model import INPUT_CHANNELS, ModelConfig
 
 
 def millimetres(*values):
@@ -286,6 +291,48 @@ def test_negative_workers_are_refused(scenes):
         training_loader(scenes, "none", 4, -1, seed=0)
 
 
+def test_little_shared_memory_is_refused(scenes, monkeypatch):
+    """Two batches of each worker, one in use and the next, of 3 images at most, times 3 + 2 + 1 + 1 bytes a pixel."""
+    needed = (2 * 1 + 2) * 3 * 7 * 96 * 128
+    free = [needed, needed - 1]
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
+    training_loader(scenes, "none", 2, 0, seed=0)  # in this process there is no need
+    training_loader(scenes, "none", 2, 1, seed=0)
+    with pytest.raises(ValueError) as error:
+        training_loader(scenes, "none", 2, 1, seed=0)
+    assert str(error.value) == (
+        "workers: 1 need 2 MB of shared memory for batches, /dev/shm has 1 MB free; use workers 0, or start the "
+        "container with `docker run --shm-size=1g`"
+    )
+
+
+def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, key: time.sleep(3))
+    with pytest.raises(RuntimeError) as error:
+        next(iter(training_loader(scenes, "none", 4, 1, seed=0)))
+    assert str(error.value) == (
+        "workers: 1 processes left no batch (DataLoader timed out after 0.5 seconds); use workers 0"
+    )
+
+
 def test_stacking_keeps_types(scenes):
     raw = stack_items([TrainingSet(scenes, "none", seed=0)[0, position] for position in range(3)])
     assert [tensor.dtype for tensor in raw] == [torch.uint8, torch.uint16, torch.uint8, torch.bool, torch.int64]
+
+
+def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
+    bare = replace(scenes, depth=None)
+    check_depth(ModelConfig(inputs="rgbd"), scenes, trains=True)
+    check_depth(ModelConfig(inputs="rgb", depth_head=False), bare, trains=True)
+    check_depth(ModelConfig(inputs="rgb"), bare)  # a head that learned elsewhere
+    for config, trains, head in (
+        ({"inputs": "rgb"}, True, "a"),
+        ({"inputs": "rgbd", "depth_head": False}, False, "no"),
+    ):
+        with pytest.raises(ValueError) as error:
+            check_depth(ModelConfig(**config), bare, trains)
+        assert str(error.value) == (
+            f"inputs: the network takes {config['inputs']} and has {head} depth head, but these data have no depth; use "
+            "inputs rgb and depth_weight 0"
+        )

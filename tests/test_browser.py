@@ -3,6 +3,7 @@
 The latter needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
 """
 
+import base64
 import os
 import shutil
 import socket
@@ -20,7 +21,9 @@ import numpy as np
 import pytest
 from test_plots import SETS, draw, relabel
 
-from lib.browser import LAYERS, browse_samples, choices, plot_sample
+from lib.browser import browse_results, browse_samples, plot_sample
+from lib.data import iterate_samples
+from lib.metrics import confusion_counts
 from lib.plots import FADED, shorten
 
 ROOT = Path(__file__).parents[1]
@@ -32,51 +35,112 @@ SETTINGS = {
 }
 
 
-def test_layers_of_a_sample(scenes):
-    for layer in LAYERS:
-        assert f"{scenes.names[3]}: {layer}" in draw(plot_sample(scenes, 3, layer))
-
-
 def test_of_one_class_all_else_is_faded(scenes):
-    figure = plot_sample(scenes, 3, only="wall", opacity=1)
-    assert f"{scenes.names[3]}: labels, only wall" in draw(figure)
-    shown, wall = figure.axes[0].images[0].get_array(), scenes.label[3] == scenes.classes.index("wall")
+    figure = plot_sample(scenes[[3]], {}, only="wall")
+    assert {scenes.names[3], "RGB", "depth (m)", "labels"} <= set(draw(figure))
+    wall = scenes.label[3] == scenes.classes.index("wall")
+    for axes in figure.axes[1:3]:
+        shown = axes.images[0].get_array()
+        assert (np.ptp(shown[~wall], axis=1) == 0).all()
+        assert shown[~wall].min() >= FADED[0]
     assert len(np.unique(shown[wall], axis=0)) == 1
-    assert (np.ptp(shown[~wall], axis=1) == 0).all()
-    assert shown[~wall].min() >= FADED[0]
-
-
-@pytest.mark.parametrize("count", SETS)
-def test_a_sample_has_room_for_any_class_set(scenes, count):
-    samples = relabel(scenes, count)
-    texts = draw(plot_sample(samples, 0))
-    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(texts)
-    draw(plot_sample(samples, 0, only=samples.classes[-1]))
 
 
 def test_nobody_gets_widgets_where_nobody_can_move_them(scenes):
-    assert f"{scenes.names[0]}: labels" in draw(browse_samples(scenes))
+    assert {scenes.names[0], "labels"} <= set(draw(browse_samples(scenes)))
+
+
+def controls(browser):
+    """slider, Previous, Next, name, group, count, picture"""
+    slider, row, picture = browser.children
+    return slider, *row.children, picture
 
 
 def test_browsing(scenes):
-    index, layer, opacity, only, picture = browse_samples(scenes, interactive=True).children
+    slider, *_, name, group, count, picture = controls(browse_samples(scenes, interactive=True))
     seen = {picture.value}
-    for control, value in ((layer, "depth"), (index, 5), (layer, "labels"), (opacity, 0.2), (only, "wall")):
+    for control, value in ((slider, 5), (group, "wall")):
         control.value = value
         assert picture.value not in seen, value
         seen.add(picture.value)
-    assert index.value == 5  # which has a wall
-    rare = min(scenes.classes, key=lambda name: len(choices(scenes, name)) or len(scenes))
-    only.value = rare
-    assert list(index.options) == choices(scenes, rare)
-    assert len(index.options) < len(scenes)
-    only.value = "all"
-    assert len(index.options) == len(scenes)
+    assert (slider.value, name.value) == (5, scenes.names[5])  # it has a wall
+    images = {each: (scenes.label == index).any((1, 2)).sum() for index, each in enumerate(scenes.classes)}
+    assert set(group.options) == {"all", *(each for each, found in images.items() if found)}
+    rare = min(group.options[1:], key=images.get)
+    group.value = rare
+    assert count.value == f"{images[rare]} of 12 images with {rare}"
+    assert len(slider.options) == images[rare] < 12
+    group.value = "all"
+    assert (len(slider.options), count.value) == (12, "12 of 12 images")
 
 
-def test_data_without_depth_has_no_layer_for_it(scenes):
-    _, layer, *_ = browse_samples(replace(scenes, depth=None), interactive=True).children
-    assert list(layer.options) == ["labels", "RGB"]
+def test_stepping_and_naming(scenes):
+    slider, previous, following, name, *_ = controls(browse_samples(scenes, interactive=True))
+    previous.click()
+    assert slider.value == 0
+    following.click()
+    following.click()
+    previous.click()
+    assert (slider.value, name.value) == (1, scenes.names[1])
+    name.value = str(scenes.names[11])
+    following.click()
+    assert slider.value == 11
+    name.value = "no such name"
+    assert (slider.value, name.value) == (11, scenes.names[11])
+
+
+def test_what_is_saved_of_widgets_keeps_the_picture(scenes):
+    browser = browse_samples(scenes, interactive=True)
+    saved = browser._repr_mimebundle_()
+    assert base64.b64decode(saved["image/png"]) == browser.children[-1].value
+    assert "application/vnd.jupyter.widget-view+json" in saved
+
+
+def test_results_are_browsed_from_the_worst_on_and_by_confusion(scenes):
+    """In image 7 half is wrong, in image 2 a bit; walls are taken for beds."""
+    pieces = iterate_samples("synthetic", "train", "official", limit=12)
+    masks = np.where(scenes.label == 255, 0, scenes.label)
+    wall, wrong = scenes.classes.index("wall"), np.zeros(masks.shape, bool)
+    wrong[7], wrong[2, :20] = True, True
+    masks[wrong & (scenes.label == wall)] = 0
+    counts = confusion_counts(masks, scenes.label, 13)
+    look = {"run": lambda samples: masks[np.isin(scenes.names, samples.names)]}
+    slider, _, following, name, group, count, picture = controls(browse_results(pieces, counts, look, True))
+    assert [slider.value, name.value[:6], slider.options[1][1]] == [7, scenes.names[7], 2]
+    group.value = "wall taken for bed"
+    assert [at for _, at in slider.options] == [7, 2]
+    assert count.value == "2 of 12 images with wall taken for bed"
+    first = picture.value
+    following.click()
+    assert picture.value != first
+    texts = draw(browse_results(pieces, counts, look))
+    assert {"RGB", "truth", "run", "errors, run"} <= set(texts)
+
+
+def test_a_confusion_is_outlined_and_all_else_faded(scenes):
+    mask, bed = np.where(scenes.label[3] == 255, 0, scenes.label[3]), scenes.classes.index("bed")
+    mask[:, :40] = bed
+    figure = plot_sample(scenes[[3]], {"run": mask}, "wall taken for bed")
+    confused = (scenes.label[3] == scenes.classes.index("wall")) & (mask == bed)
+    assert 0 < confused.sum() < confused.size
+    for axes in figure.axes[2:5]:
+        shown = axes.images[0].get_array()
+        assert len(np.unique(shown[confused], axis=0)) == 1
+        assert (np.ptp(shown[~confused], axis=1) == 0).all()
+    figure = plot_sample(scenes[[3]], {"run": mask}, "bed")
+    of_truth, of_run = (figure.axes[column].images[0].get_array() for column in (2, 3))
+    assert (np.ptp(of_truth[scenes.label[3] != bed], axis=1) == 0).all()
+    assert (np.ptp(of_run[mask != bed], axis=1) == 0).all()
+    assert len(np.unique(of_run[mask == bed], axis=0)) == 1
+
+
+@pytest.mark.parametrize("count", SETS)
+def test_a_result_has_room_for_any_class_set(scenes, count):
+    samples = relabel(scenes, count)
+    mask = samples.label[0] % count
+    texts = draw(plot_sample(samples[[0]], {"the long name of a run that a sweep has made": mask}))
+    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(texts)
+    draw(plot_sample(replace(samples[[0]], depth=None), {"a": mask, "b": mask}, samples.classes[-1]))
 
 
 @contextmanager
@@ -190,13 +254,9 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
             page.wait_for_timeout(500)  # of a class both the image and its labels may change
             seen.append(picture.screenshot())
 
-        slider = page.locator(".widget-hslider", has_text="index").locator(".noUi-handle")
-        changes(lambda: slider.press("ArrowRight"))
-        opacity = page.locator(".widget-hslider", has_text="opacity").locator(".noUi-handle")
-        changes(lambda: opacity.press("ArrowLeft"))
-        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="depth").click())
-        changes(lambda: slider.press("ArrowRight"))
-        changes(lambda: page.locator(".widget-toggle-buttons button", has_text="labels").click())
+        changes(lambda: page.locator("button", has_text="Next").click())
+        changes(lambda: page.locator("button", has_text="Next").click())
+        changes(lambda: page.locator(".widget-hslider .noUi-handle").press("ArrowRight"))
         changes(lambda: page.locator(".widget-dropdown select").select_option("ceiling"))
         photograph(page, tmp_path, "explore")
     assert len(list(tmp_path.glob("explore_*.png"))) >= 4

@@ -12,7 +12,6 @@ from lib.comparison import (
     group_recipes,
     plot_comparison,
     plot_published,
-    plot_recipes,
     read_published,
     read_runs,
     score_table,
@@ -116,6 +115,19 @@ def test_runs_of_two_folders_are_two_recipes(home, tmp_path):
             slim_run(tmp_path / folder, f"run {seed}", seed=seed)
     names = {"before": ["run 1", "run 2"], "after": ["run 1", "run 2"]}
     assert grouped(f"{tmp_path / 'before'}, {tmp_path / 'after'}") == names
+
+
+def test_recipes_of_one_folder_are_named_after_what_differs(home, tmp_path, monkeypatch):
+    """As a sweep leaves them in `results`; and some of them, by a pattern."""
+    for weight in (0, 0.5, 1.5):
+        for seed in (1, 2):
+            slim_run(tmp_path / "swept", f"weight={weight}-seed={seed}", seed=seed, soft_iou_weight=weight)
+    names = ["soft_iou_weight 0", "soft_iou_weight 0.5", "soft_iou_weight 1.5"]
+    assert list(grouped(str(tmp_path / "swept"))) == names
+    monkeypatch.chdir(tmp_path)
+    assert list(grouped("swept/*weight=0-*, swept/*weight=1.5-*")) == [names[0], names[2]]
+    with pytest.raises(ValueError, match=r"runs: found 'swept/\*weight=7-\*', which is no run"):
+        grouped("swept/*weight=7-*")
 
 
 def test_a_run_that_is_not_scored_says_how(home):
@@ -361,9 +373,8 @@ def test_comparison_of_few_and_many(home, count, others):
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2" in text]) == others + 1
-    draw(plot_recipes(score_table(recipes)))
+    draw(plot_comparison(recipes, dict.fromkeys(differences)))  # where runs allow no claim
 
 
-def test_figures_of_nothing_and_of_what_was_published():
-    assert "No run is done" in draw(plot_recipes(score_table({})))
+def test_a_figure_of_what_was_published():
     assert "exp061: mean 0.620" in draw(plot_published(read_published("class_iou", "exp060, exp061").T))

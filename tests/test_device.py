@@ -1,25 +1,133 @@
+import gc
+import sys
+import weakref
+
 import pytest
 import torch
 
-from lib.device import autocast, choose_device, choose_precision, describe_device
+from lib import device as lib_device
+from lib.device import autocast, choose_device, choose_precision, describe_device, explain_out_of_memory
+
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+NAMES = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 6): "NVIDIA A10", (9, 0): "NVIDIA H100"}
 
 
 @pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+def machine(monkeypatch):
+    """A function that gives this machine GPUs of these capabilities; it returns those that become torch's current."""
+
+    def make(*capabilities, mps=False):
+        index = lambda gpu: torch.device(gpu).index if isinstance(gpu, (str, torch.device)) else gpu  # noqa: E731
+        capability = lambda gpu: capabilities[index(gpu)]  # noqa: E731
+        current = []
+        for name, answer in {
+            "is_available": lambda: bool(capabilities), "device_count": lambda: len(capabilities),
+            "get_arch_list": lambda: BUILT, "get_device_capability": capability,
+            "get_device_name": lambda gpu: NAMES[capability(gpu)], "set_device": current.append,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(lib_device, "_has_nvidia_gpu", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        return current
+
+    return make
 
 
-def test_devices(no_gpu, monkeypatch):
-    assert choose_device("cpu") == choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device: found 'cuda', torch .* has auto, cpu here"):
-        choose_device("cuda")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto").type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto").type == "cuda"
+@pytest.mark.parametrize(
+    ("capabilities", "taken", "precision"),
+    [
+        ([], "cpu", None),
+        ([(7, 0)], "cpu", None),  # no kernels in this torch
+        ([(7, 5)], "cuda:0", "fp32"),
+        ([(8, 6)], "cuda:0", "bf16"),
+        ([(8, 9)], "cuda:0", "bf16"),  # runs what is built for its generation
+        ([(9, 0), (9, 0)], "cuda:0", "bf16"),
+        ([(7, 0), (8, 6)], "cuda:1", "bf16"),
+        ([(11, 0)], "cpu", None),  # neither of the generation before nor of the next
+        ([(13, 0)], "cuda:0", "bf16"),  # compiles compute_120 for itself
+    ],
+)
+def test_auto_takes_the_first_gpu_that_torch_has_kernels_for(machine, capabilities, taken, precision):
+    current = machine(*capabilities)
+    assert choose_device("auto") == torch.device(taken)
+    assert current == ([] if taken == "cpu" else [taken])  # nothing is opened on another GPU
+    assert choose_device("cpu") == torch.device("cpu")
+    if precision:
+        assert choose_device("cuda") == torch.device(taken)
+        assert choose_precision("auto", torch.device(taken)) == precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "there"),
+    [
+        ([], "cuda", "auto, cpu"),
+        ([(9, 0), (9, 0)], "cuda:2", "auto, cuda, cuda:0, cuda:1, cpu"),
+        ([(9, 0)], "cuda:x", "auto, cuda, cuda:0, cpu"),
+        ([(9, 0)], "cuda:", "auto, cuda, cuda:0, cpu"),
+        ([(9, 0)], "mps", "auto, cuda, cuda:0, cpu"),
+        ([], "gpu", "auto, cpu"),
+    ],
+)
+def test_devices_that_are_not_there(machine, capabilities, device, there):
+    current = machine(*capabilities)
+    with pytest.raises(ValueError) as error:
+        choose_device(device)
+    assert str(error.value) == f"device: found {device!r}, torch {torch.__version__} has {there} here"
+    assert current == []
+
+
+def test_the_gpu_that_was_asked_for_is_the_current_one(machine):
+    current = machine((9, 0), (9, 0))
     assert choose_device("cuda:1") == torch.device("cuda", 1)
-    assert choose_device("cpu").type == "cpu"
+    assert current == ["cuda:1"]
+    assert describe_device("cuda:1", "auto") == f"cuda:1 (NVIDIA H100), bf16, torch {torch.__version__}"
+
+
+TOO_OLD = (
+    "\nAn NVIDIA GPU is installed, but this torch can't use it. Tesla V100 (cuda:0) is of compute capability 7.0, and "
+    f"it has kernels for {', '.join(BUILT)}: install a torch and torchvision built for that"
+)
+
+
+def test_a_gpu_without_kernels_is_told(machine):
+    machine((7, 0))
+    assert describe_device("auto", "fp32") == f"{describe_device('cpu', 'fp32')}{TOO_OLD}"
+    with pytest.raises(ValueError) as error:
+        choose_device("cuda:0")
+    assert str(error.value) == f"device: found 'cuda:0', torch {torch.__version__} has auto, cpu here{TOO_OLD}"
+
+
+def test_auto_leaves_a_mac_on_the_cpu_and_says_so(machine):
+    machine(mps=True)
+    assert choose_device("auto") == torch.device("cpu")
+    assert choose_device("mps") == torch.device("mps")
+    assert describe_device("auto", "fp32").endswith(
+        "\nNobody has trained on a Mac's GPU with this code yet, so auto takes the CPU: device mps tries it"
+    )
+    assert "Mac" not in describe_device("cpu", "fp32")
+
+
+def test_a_driver_that_is_too_old_is_told(machine, monkeypatch):
+    machine()
+    assert describe_device("auto", "fp32") == describe_device("cpu", "fp32")
+    assert describe_device("cpu", "fp32").startswith(f"cpu ({torch.get_num_threads()} threads), fp32, torch ")
+    monkeypatch.setattr(lib_device, "_has_nvidia_gpu", lambda: True)
+    assert describe_device("auto", "fp32").endswith(
+        "\nAn NVIDIA GPU is installed, but this torch can't use it. The usual reason is a driver older than CUDA 13.0: "
+        "update it, or install a torch and torchvision built for it"
+    )
+    assert "NVIDIA" not in describe_device("cpu", "fp32")
+
+
+def test_a_gpu_that_is_hidden_is_not_told(monkeypatch):
+    monkeypatch.setattr(lib_device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    listing = lambda *arguments, **options: type("Result", (), {"stdout": "GPU 0: NVIDIA H100"})  # noqa: E731
+    monkeypatch.setattr(lib_device.subprocess, "run", listing)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert lib_device._has_nvidia_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a sweep with gpus_per_run 0 has it
+    assert not lib_device._has_nvidia_gpu()
 
 
 @pytest.mark.parametrize(
@@ -35,12 +143,6 @@ def test_precisions(monkeypatch, capabilities, expected):
         choose_precision("fp16", cpu)
 
 
-@pytest.mark.parametrize(("generation", "expected"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
-def test_precision_of_gpus(monkeypatch, generation, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    assert choose_precision("auto", torch.device("cuda")) == expected
-
-
 def test_mixed_precision_only_where_it_is_asked_for():
     weights = torch.ones(2, 2)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -48,10 +150,53 @@ def test_mixed_precision_only_where_it_is_asked_for():
             assert (weights @ weights).dtype == dtype
 
 
-def test_an_unusable_gpu_is_told(no_gpu, monkeypatch):
-    assert describe_device("cpu", "fp32").startswith(f"cpu ({torch.get_num_threads()} threads), fp32, torch ")
-    monkeypatch.setattr("lib.device._has_nvidia_gpu", lambda: True)
-    assert "An NVIDIA GPU is installed, but this torch can't use it" in describe_device("auto", "fp32")
-    assert "NVIDIA" not in describe_device("cpu", "fp32")
-    monkeypatch.setattr("lib.device._has_nvidia_gpu", lambda: False)
-    assert "NVIDIA" not in describe_device("auto", "fp32")
+CUDA_SAYS = "CUDA out of memory. Tried to allocate 320.00 MiB. GPU 0 has a total capacity of 11.77 GiB of which ..."
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, error):
+    machine((8, 6))
+    emptied, networks = [], []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**28, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9 * 2**30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(networks[0]() is None))
+
+    @explain_out_of_memory
+    def inner(network):
+        yield 1
+        raise error
+
+    @explain_out_of_memory  # as training calls prediction
+    def outer():
+        network = torch.nn.Linear(1, 1)
+        networks.append(weakref.ref(network))
+        yield from inner(network)
+
+    batches = outer()
+    assert next(batches) == 1
+    try:
+        next(batches)
+    except MemoryError as told:
+        sys.last_exc = told  # as Jupyter keeps it
+    gc.collect()
+    asked = "320.00 MiB" if "320" in str(error) else "more than there is"
+    assert str(sys.last_exc) == (
+        f"out of memory: {asked} was asked for; 0.2 of 12.0 GiB were free, this program held 9.0, and CUDA with other "
+        "programs (nvidia-smi lists them) 2.8. Take precision bf16, or lower batch_size, or image_height and "
+        "image_width; where that fails too, restart the kernel. The run's folder is as it was"
+    )
+    assert networks[0]() is None
+    assert emptied == [False, True]  # in the end the network was gone before the cache was emptied
+    del sys.last_exc
+
+
+def test_other_errors_pass():
+    @explain_out_of_memory
+    def fail():
+        yield 1
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        list(fail())

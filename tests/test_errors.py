@@ -14,20 +14,19 @@ from lib.errors import (
     DEPTH,
     DISTANCE,
     SEGMENT,
-    STRATA,
     ErrorCounts,
     boundary_distance,
     calibration_error,
-    compare_images,
     count_errors,
     describe_errors,
+    name_bins,
     pixel_strata,
     plot_calibration,
     plot_confusion,
-    plot_image_scores,
     plot_strata,
     score_strata,
     segment_shares,
+    strata_edges,
 )
 from lib.evaluation import evaluate
 from lib.metrics import mean_iou
@@ -56,15 +55,16 @@ class Guess(torch.nn.Module):
         return Prediction(probability.log(), None)
 
 
-def made_up(images=24, count=13, scene=None):
+def made_up(images=24, count=13):
     """Counts of a network that is right in most pixels and more sure than right."""
     confusion = np.random.default_rng(0).integers(1, 20, (images, count, count))
     confusion[:, range(count), range(count)] *= 3 * count
-    strata = {name: np.resize(confusion, (len(bins), count, count)) for name, bins in STRATA.items()}
+    edges = strata_edges(10.0)
+    strata = {name: np.resize(confusion, (len(between) + 1, count, count)) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     calibration[:, -1] = 100, 98, 75
     names = np.array([f"{index:06d}" for index in range(images)])
-    return ErrorCounts(names_of(count), names, names if scene is None else scene, confusion, strata, calibration)
+    return ErrorCounts(names_of(count), names, confusion, strata, calibration, edges)
 
 
 def test_boundary_runs_in_the_middle_of_a_sliver():
@@ -83,18 +83,30 @@ def test_segments_of_one_class_are_measured_apart():
     label[0, :3] = label[9, :] = OBJECTS
     shares = segment_shares(label)
     assert (shares[0, 0], shares[9, 5], shares[5, 5]) == (0.03, 0.10, 0.87)
-    bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16))
-    assert STRATA[SEGMENT][bins[SEGMENT][0, 0]] == "3-10"
-    assert STRATA[DISTANCE][bins[DISTANCE][5, 5]] == "over 16"
-    assert STRATA[DEPTH][bins[DEPTH][5, 5]] == "2-3"
-    assert set(bins) == set(STRATA)
+    edges = strata_edges(10.0)
+    bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16), edges)
+    assert name_bins(SEGMENT, edges[SEGMENT])[bins[SEGMENT][0, 0]] == "3-10"
+    assert name_bins(DISTANCE, edges[DISTANCE])[bins[DISTANCE][5, 5]] == "over 16"
+    assert name_bins(DEPTH, edges[DEPTH])[bins[DEPTH][5, 5]] == "2-3"
+    assert set(bins) == set(edges)
+
+
+def test_bins_of_the_depth_follow_its_range(scenes):
+    assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == ["missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"]
+    near = Guess()
+    near.config = replace(near.config, depth_range_m=(0.1, 2.0))
+    samples = replace(scenes[:1], depth=np.full_like(scenes.depth[:1], 500))
+    errors = count_errors(near, samples)
+    shown = ["missing", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.2", "over 1.2"]
+    assert name_bins(DEPTH, errors.edges[DEPTH]) == shown
+    assert errors.strata[DEPTH].any((1, 2)).tolist() == [name == "0.4-0.6" for name in shown]
+    assert "0.4-0.6" in draw(plot_strata(errors))
 
 
 def test_one_pass_counts_what_evaluation_counts(scenes):
     errors, evaluation = count_errors(Guess(), scenes, 5), evaluate(Guess(), scenes, 5)
     np.testing.assert_array_equal(errors.confusion, evaluation.counts)
     assert errors.names.tolist() == scenes.names.tolist()
-    assert errors.scene.tolist() == scenes.scene.tolist()
     for name, counts in errors.strata.items():
         np.testing.assert_array_equal(counts.sum(0), evaluation.counts.sum(0), err_msg=name)
     np.testing.assert_array_equal(errors.calibration[..., 0].sum(1), evaluation.counts.sum((0, 1)))
@@ -151,7 +163,7 @@ def test_the_most_frequent_error_is_named():
     confusion = np.zeros((2, 13, 13), int)
     confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
     text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
-    assert "objects taken for wall, 75% of the wrong pixels; of objects it finds least, 0%" in text
+    assert "objects taken for wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%" in text
     assert "The worst image is 000001, 0% right" in text
     assert "over-confident by 23.0 points (ECE 0.230)" in text
 
@@ -164,45 +176,6 @@ def test_a_stray_class_is_no_class_of_a_bin():
     assert table.iloc[1].isna().tolist() == [False, True, True]
 
 
-def images_with_and_without_a_bed(with_bed, right):
-    """Ten wall pixels an image, and two of bed in the first `with_bed`; of the walls there only some are right."""
-    confusion = np.zeros((40, 13, 13), int)
-    confusion[:, WALL, WALL] = np.where(np.arange(40) % 2, 9, 10)
-    confusion[:, WALL, FLOOR] = 10 - confusion[:, WALL, WALL]
-    confusion[:with_bed, BED, BED] = 2
-    confusion[:with_bed, WALL, WALL] -= 9 - right
-    confusion[:with_bed, WALL, FLOOR] += 9 - right
-    return confusion
-
-
-def test_images_with_a_class_are_called_harder_only_where_it_is_clear():
-    errors = replace(made_up(40), confusion=images_with_and_without_a_bed(20, 5))
-    table = compare_images(errors)
-    assert list(table.index) == ["bed"]
-    assert table.loc["bed", ["with", "without"]].tolist() == [20, 20]
-    expected = np.mean([(2 + walls) / 12 for walls in (6, 5)]) - 0.95
-    assert table.difference["bed"] == pytest.approx(expected)
-    assert table.low["bed"] < table.difference["bed"] < table.high["bed"] < 0
-    assert any(text.startswith("Images with bed are harder") for text in draw(plot_image_scores(errors)))
-    alike = replace(errors, confusion=images_with_and_without_a_bed(20, 9))
-    assert not any("harder" in text for text in draw(plot_image_scores(alike)))
-
-
-def test_few_images_are_not_compared():
-    errors = replace(made_up(40), confusion=images_with_and_without_a_bed(9, 1))
-    assert compare_images(errors).empty
-    assert "Too few images to compare" in draw(plot_image_scores(errors))
-
-
-def test_images_of_one_scene_count_once():
-    errors = replace(made_up(40), confusion=images_with_and_without_a_bed(20, 5))
-    grouped = replace(errors, scene=np.arange(40) // 5)
-    alone, together = compare_images(errors), compare_images(grouped)
-    assert together.difference["bed"] == pytest.approx(alone.difference["bed"])
-    one_scene_a_side = compare_images(replace(errors, scene=np.arange(40) // 20))
-    assert not one_scene_a_side.high["bed"] < 0  # nothing is known from two rooms
-
-
 @pytest.mark.parametrize("count", SETS)
 def test_figures_have_room_for_any_class_set(count):
     errors = made_up(count=count)
@@ -211,9 +184,11 @@ def test_figures_have_room_for_any_class_set(count):
     assert ("98" in texts or "97" in texts or any(text.isdigit() for text in texts)) == (count <= 20)
     assert {"share of the pixels", "mIoU", "pixel accuracy"} <= set(draw(plot_strata(errors)))
     assert "The network is over-confident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
-    draw(plot_image_scores(errors))
 
 
 def test_without_depth_nothing_is_said_by_depth(scenes):
-    errors = count_errors(Guess(), replace(scenes, depth=None))
+    blind = Guess()
+    blind.config = replace(blind.config, inputs="rgb", depth_head=False)
+    errors = count_errors(blind, replace(scenes, depth=None))
     assert not any("depth" in text for text in draw(plot_strata(errors)))
+    assert "depth" not in describe_errors(errors, "blind", "valid")

@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -6,11 +7,12 @@ import pytest
 import torch
 from small_run import ENCODER
 
+from lib import evaluation
 from lib.batches import encode_batch, plain_batch
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples
 from lib.data.samples import Samples, resize_samples
-from lib.evaluation import Predicted, count_predictions, evaluate, predict
+from lib.evaluation import Predicted, ahead, count_predictions, evaluate, predict
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import ModelConfig, Prediction, build_model
 from lib.objective import Losses, total_loss
@@ -92,6 +94,12 @@ def test_scores_grow_before_the_decision(scenes):
     predicted = evaluate(Stub(answer, size=(48, 64)), scenes[:1]).predicted[0]
     (columns,) = np.nonzero((predicted == 1).all(0))
     assert list(columns) == [19, 20, 21, 22]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
+
+
+def test_the_depth_range_of_the_network_counts(model, scenes):
+    """It eats metres: what another data set would clip to changes nothing."""
+    one, other = (evaluate(model, replace(scenes[:3], depth_range_m=limits)) for limits in ((0.71, 10.0), (1.0, 2.0)))
+    np.testing.assert_array_equal(one.counts, other.counts)
 
 
 def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
@@ -257,3 +265,33 @@ def test_empty_parts_and_batches_of_nothing(model, scenes):
         evaluate(model, scenes, batch_size=0)
     with pytest.raises(ValueError, match="tta: found 'rotate', expected one of none, flip, scales"):
         evaluate(model, scenes, tta="rotate")
+
+
+def test_flipped_views_are_not_resized_again(model, scenes, monkeypatch):
+    """Resizing, on the CPU, is what a GPU waits for: three zooms of each batch, and not six views."""
+    sizes = []
+    monkeypatch.setattr(
+        evaluation, "resize_samples", lambda samples, size: sizes.append(size) or resize_samples(samples, size)
+    )
+    list(predict(model, scenes[:4], 2, "scales"))
+    assert sizes == [(48, 64), (38, 51), (60, 80)] * 2
+
+
+def test_the_next_batch_is_made_while_one_is_used(scenes):
+    """Made one ahead, and no more than one, in order; an error comes where its batch would have."""
+    made = [threading.Event() for _ in range(3)]
+
+    def batches():
+        for position, event in enumerate(made):
+            event.set()
+            yield Predicted(scenes[position : position + 1], scenes.label[position : position + 1])
+        raise OSError("disk")
+
+    coming = ahead(batches())
+    first = next(coming)
+    assert first.samples.names[0] == scenes.names[0]
+    assert made[1].wait(10)  # without being asked for
+    assert not made[2].is_set()
+    assert [batch.samples.names[0] for batch in (next(coming), next(coming))] == list(scenes.names[1:3])
+    with pytest.raises(OSError, match="disk"):
+        next(coming)

@@ -243,14 +243,21 @@ def test_weights_to_begin_with(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"inputs": "rgb"}, {"depth_encoding": "log"}, {"depth_head": False}, {"encoder": "resnet18"}]
+    ("other", "found"),
+    [
+        ({"inputs": "rgb"}, "inputs rgbd, not rgb"),
+        ({"depth_encoding": "log"}, "depth_encoding inverse, not log"),
+        ({"depth_head": False}, "depth_head True, not False"),
+        ({"encoder": "resnet18"}, f"encoder {TINY}, not resnet18"),
+        ({"depth_range_m": (0.3, 5.0)}, "depth_range_m (0.71, 10.0), not (0.3, 5.0)"),
+    ],
 )
-def test_weights_of_another_make_are_refused(tmp_path, other):
+def test_weights_of_another_make_are_refused(tmp_path, other, found):
     save_model(tiny(), tmp_path / "best.pt")
     with pytest.raises(ValueError) as error:
         tiny(start_from=tmp_path / "best.pt", **other)
     assert str(error.value) == (
-        f"start_from: {tmp_path}/best.pt holds {tiny().config}, this run has {tiny(**other).config}; make them equal"
+        f"start_from: {tmp_path}/best.pt has {found}; make them equal (depth_range_m in DATA/dataset.yaml)"
     )
 
 

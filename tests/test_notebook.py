@@ -16,6 +16,7 @@ rate: float = 0.1
 resume: bool = False
 name: str = "a"
 """
+TEXT = "; papermill's -p reads 001 as a number, -r as text: `-r name 001`"
 CAPITAL = "; papermill knows True, False and None with a capital only"
 
 
@@ -59,6 +60,7 @@ def test_values_edited_by_hand(notebook):
         ("epochs = True", "epochs: found True, expected int"),
         ("rate = True", "rate: found True, expected float"),
         ("name = None", "name: found None, expected str"),
+        ("name = 1", "name: found 1, expected str" + TEXT),  # of `-p name 001`
     ],
 )  # fmt: skip
 def test_mistakes(notebook, assignment, message):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))
@@ -37,6 +40,13 @@ def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_a_notebook_copied_elsewhere_says_how_lib_is_found(tmp_path, path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cells(path)[0].source)])
+    with pytest.raises(CellExecutionError, match=r"---> .* Not found\? Set PYTHONPATH to the repository's root"):
+        NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+
+
 def test_without_a_run_the_command_that_makes_one_is_named(tmp_path):
     result = papermill(tmp_path, notebook="evaluate", RUNS_DIR=str(tmp_path))
     assert result.returncode == 1
@@ -51,18 +61,27 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
     assert "**baseline_again** against **baseline**" in text
     assert "**The recipe baseline is better.**" in text  # than a tenth of its learning rate
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 3
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 5
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 
-def test_exploring_a_folder(tmp_path, folder):
+@pytest.mark.parametrize("depth", [True, False])
+def test_exploring_a_folder(tmp_path, folder, depth):
+    if not depth:
+        shutil.rmtree(folder / "train" / "depth")
+        shutil.rmtree(folder / "test" / "depth")
+        (folder / "dataset.yaml").write_text("folders: {image: image, depth: null, label: label}")
     result = papermill(tmp_path, "-p", "data", str(folder), notebook="explore")
     assert result.returncode == 0, result.stderr
     outputs = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     text = " ".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
-    assert "In 12 images" in text
+    assert text.startswith("**12 images, 13 classes, ")
     assert "of 3 validation images share a scene" in text
+    assert ("median depth" in text) == depth
+    assert ("These data have no depth." in text) != depth
+    tables = " ".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    assert ("without depth" in tables) == depth
     assert not [output for output in outputs if WIDGET in output.get("data", {})]
 
 

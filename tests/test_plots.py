@@ -194,22 +194,44 @@ def test_columns_that_are_not_there_are_left_out():
     assert sorted(draw(plot_grid(rows, ["first", "second"]))) == ["a", "first", "second"]
 
 
-def test_history_marks_the_best_epoch():
-    history = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [3, 2, 1.0], "valid_loss": [3, 2, 2.5]})
-    history["valid_miou"], history["valid_pixel_acc"] = [0.1, 0.4, 0.3], 0.5
-    figure = plot_history(history, 10)
-    assert "Best validation mIoU: 0.400 at epoch 2" in draw(figure)
-    assert figure.axes[0].get_xlim()[1] > 10
-    draw(plot_history(history.assign(valid_miou=np.nan, valid_loss=np.nan), 3))
+def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
+    history = pd.DataFrame({"epoch": [1, 2, 3], "valid_miou": [0.1, 0.4, 0.3], "valid_pixel_acc": 0.5})
+    terms = {"cross_entropy": 1, "soft_iou": 0.5, "lovasz": 0.0, "depth_l1": 0.1}
+    for number, name in enumerate(("loss", *terms)):
+        history[f"train_{name}"], history[f"valid_{name}"] = [3 + number, 2, 1.0], [3 + number, 2, 2.5]
+    figure = plot_history(history, 10, terms)
+    texts = draw(figure)
+    assert "Best validation mIoU: 0.400 at epoch 2" in texts
+    assert "Loss: cross entropy + 0.5 soft IoU + 0.1 depth L1" in texts
+    assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == ["cross entropy", "soft IoU", "depth L1"]
+    assert list(figure.axes[3].lines[0].get_ydata()) == [5, 2, 1]
+    for axes in figure.axes:
+        assert axes.get_xlim()[1] > 10
+        assert (axes.get_xticks() % 1 == 0).all()
+    draw(plot_history(history.assign(valid_miou=np.nan, valid_loss=np.nan), 3, terms))
 
 
 @pytest.mark.parametrize("count", SETS)
 def test_bars_show_values_and_absent_classes(count):
-    iou = pd.Series(np.linspace(0, 0.96, count), names_of(count))
-    iou.iloc[0] = np.nan
-    texts = draw(plot_class_iou(iou, "trial"))
-    assert {"IoU by class of trial", "0.96", "none seen"} <= set(texts)
+    table = pd.DataFrame({"IoU": np.linspace(0, 0.96, count)}, names_of(count))
+    table.iloc[0] = np.nan
+    texts = draw(plot_class_iou(table, "IoU by class of trial", 0.5))
+    assert {"IoU by class of trial", "0.96", "none seen", "mIoU 0.500"} <= set(texts)
     assert {shorten(name) for name in names_of(count)} <= set(texts)
+
+
+@pytest.mark.parametrize("count", SETS)
+def test_bars_with_intervals_stand_beside_what_guessing_gives(count):
+    """A class of half of the pixels, guessed as often: a quarter of them is hit, of three quarters."""
+    table = pd.DataFrame({"IoU": 0.4, "low": 0.3, "high": 0.5, "images": 12.0, "support": 0.5}, names_of(count))
+    figure = plot_class_iou(table, "a title " * 20, 0.4)
+    assert f"{shorten(names_of(count)[0], 20)} (12)" in draw(figure)
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_xdata(), 0.25 / 0.75)
+
+
+def test_equal_classes_keep_their_order():
+    figure = plot_class_iou(pd.DataFrame({"IoU": [0.5, 0.7, 0.5]}, ["bed", "books", "sofa"]), "", 0.5)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["sofa", "bed", "books"]  # from below
 
 
 def test_curves():

@@ -77,7 +77,7 @@ def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_p
 
 def test_masks_stay_where_the_way_is_cut_short(model, pictures, tmp_path):
     (pictures / "c.png").write_text("no picture")
-    with pytest.raises(ValueError, match="c.png: can't be read"):
+    with pytest.raises(ValueError, match="c.png: can't be decoded"):
         predict_pictures(model, open_all(pictures), str(tmp_path / "masks"))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "b.png", "predict.json"]
 

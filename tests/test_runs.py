@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,12 +115,36 @@ def test_a_run_is_waited_for(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
+    """As network disks answer: a number without a path."""
+
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RuntimeError) as error, open_run({"run_name": "remote"}):
+        pytest.fail("opened")
+    assert str(error.value) == (
+        f"RUNS_DIR: no file in {runs} can be locked ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
+        "folder of a local disk"
+    )
+
+
+def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
+    with pytest.raises(RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"):
+        open_run({"run_name": "a"}).__enter__()
+
+
 STARTED = {"run_name": "one", "epochs": 3, "learning_rate": 0.001, "seed": 0, "workers": 0, "save_figures": False}
 
 
 @pytest.fixture
 def begun(runs):
     with open_run(STARTED | {"resume": False}) as run:
+        (run / "last.pt").touch()  # something was computed
         return run
 
 
@@ -274,10 +301,11 @@ def test_report(tmp_path):
         ["pixel accuracy", "0.9730"], ["loss", "0.4286"], ["bed", "0.750"],
     ):  # bed and books at 0.75, ten at 1  # fmt: skip
         assert cells in table_rows(report)
-    assert ["window", "nan"] in table_rows(report)
+    assert ["window", "-"] in table_rows(report)
     progression = table_rows(report[report.index("## Training progression") : report.index("## Per-class")])[2:]
-    assert [row[0] for row in progression] == ["1", "5", "7", "10", "12"]
-    assert read_scores(tmp_path)["class_iou"]["floor"] == 1
+    assert [row[0] for row in progression] == ["1", "5", "**7**", "10", "12"]
+    strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert (strict["class_iou"]["floor"], strict["class_iou"]["window"]) == (1, None)
     assert "Learned best: ceiling (1.00)" in summarise(tmp_path)
     assert "bed (0.75)" in summarise(tmp_path).split("Learned least")[1]
 
@@ -298,6 +326,8 @@ def test_report_without_validation(tmp_path):
     assert "nothing validates in this split" in report
     assert "2 (the last" in report
     assert "Per-class" not in report
+    assert ["1", "2.0000", "-", "-", "-"] in table_rows(report)
+    assert "nan" not in report
     assert read_scores(tmp_path)["valid_miou"] is None
     assert not (tmp_path / "counts.npz").exists()
     assert pd.read_csv(tmp_path / "history.csv").valid_miou.isna().all()
@@ -321,9 +351,13 @@ def test_evaluation_completes_the_report(trained):
     run = trained("a", scene=("u", "v"))
     report = (run / "report.md").read_text()
     assert "## Evaluation on part test" in report
-    assert "2 images of synthetic, at their own size: mIoU 0.9583 (no interval: too few scenes, 2)." in report
+    assert (
+        "2 images of synthetic, at their own size: mIoU 0.9583 over 12 classes (no interval: too few scenes, 2)."
+        in report
+    )
     assert ["miou", "0.9583", "0.9583"] in table_rows(report)
-    assert ["bed", "0.108", "0.750", "nan", "nan", "0.750", "1.000"] in table_rows(report)
+    assert "averaged" not in report
+    assert ["bed", "2", "0.108", "0.750", "-", "-", "0.750", "1.000"] in table_rows(report)
     scores = json.loads((run / "evaluation" / "test.json").read_text(), parse_constant=pytest.fail)
     assert scores["images"] == 2
     assert scores["tta"] == "flip"

@@ -1,20 +1,24 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import write_folder
 from PIL import Image
-from small_run import small_samples, train
+from small_run import PARAMETERS, fit_run, small_samples, train
 
 from lib.classes import NYUV2_13
+from lib.comparison import group_recipes
 from lib.data import DataError, iterate_samples, load_samples
+from lib.errors import count_errors
 from lib.evaluation import evaluate
 from lib.files import write_json
 from lib.metrics import mean_iou, mean_truth_iou
 from lib.model import build_model, load_model, save_model
-from lib.runs import read_counts, read_parameters, run_state, runs_folder
+from lib.plots import plot_predictions
+from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
 from lib.scoring import find_scored, iterate_part, masks_folder, read_masks, read_predictions, read_scored, score_run
 
 ENCODER = "tu-test_resnet.r160_in1k"
@@ -100,7 +104,10 @@ def test_the_report_and_the_state_know_of_it(scored):
     assert "## Training progression" in report
     assert "## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU " in report
     low, high = facts["intervals"]["plain"]
-    assert f"mIoU {facts['plain']['miou']:.4f} (95 % interval {low:.3f} to {high:.3f} over 8 scenes)." in report
+    assert (
+        f"over {facts['plain']['averaged_classes']} classes (95 % interval {low:.3f} to {high:.3f} over 8 scenes)."
+        in report
+    )
     assert run_state(run).evaluated == ("valid",)
     read = read_scored(run, "valid")
     assert read.score == pytest.approx(mean_truth_iou(read.counts))
@@ -240,7 +247,7 @@ def test_foreign_masks_have_the_scores_of_the_run_that_made_them(scored, run):
     report = (folder / "report.md").read_text()
     assert report.startswith("# theirs\n\n## Configuration")
     assert (
-        f"## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU {facts['plain']['miou']:.4f} (95 %"
+        f"## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU {facts['plain']['miou']:.4f} over"
         in report
     )
     read = read_scored(folder, "valid")
@@ -280,32 +287,33 @@ def masks(tmp_path, folder):
     return lambda: list(read_predictions(tmp_path / "masks", [samples[:5], samples[5:]])), tmp_path / "masks", samples
 
 
-def test_good_masks_are_read_as_they_are(masks):
-    read, _, samples = masks
+@pytest.mark.parametrize("change", ["none", "16 bits", "palette"])
+def test_good_masks_are_read_as_they_are_meant(masks, change):
+    read, folder, samples = masks
+    for path in folder.iterdir() if change != "none" else []:
+        mask = np.asarray(Image.open(path))
+        if change == "palette":
+            picture = Image.frombytes("P", mask.shape[::-1], mask.tobytes())
+            picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+        else:
+            picture = Image.fromarray(mask.astype(np.uint16))
+        picture.save(path)
     labels = np.concatenate([batch.labels for batch in read()])
     np.testing.assert_array_equal(labels, np.where(samples.label == 255, 0, samples.label))
-
-
-def palette(mask):
-    picture = Image.fromarray(mask, "L").convert("P")
-    picture.putpalette([255 - value for value in range(256) for _ in range(3)])
-    return picture
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (None, "no such file; predictions need a PNG mask for every image, named like it"),
-        (lambda mask: mask[:-1], "found L of 95x128, expected one grey channel of 8 bits of 96x128, the size of its image"),
-        (lambda mask: mask.T, "found L of 128x96, expected one grey channel"),
-        (palette, "found P of 96x128, expected one grey channel"),
-        (lambda mask: np.stack([mask] * 3, -1), "found RGB of 96x128, expected one grey channel"),
-        (lambda mask: mask.astype(np.uint16), "found I;16 of 96x128, expected one grey channel"),
-        (lambda mask: mask > 3, "found 1 of 96x128, expected one grey channel"),
+        (lambda mask: mask[:-1], "found a mask of 95x128, expected 96x128, the size of its image"),
+        (lambda mask: mask.T, "found a mask of 128x96, expected 96x128"),
+        (lambda mask: np.stack([mask] * 3, -1), "found mode RGB of Pillow, expected one channel of 8 or 16 bits"),
+        (lambda mask: mask > 3, "found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits"),
         (lambda mask: np.where(mask == mask[0, 0], 255, mask).astype(np.uint8), "found the value 255, expected class indices 0..12 for"),
         (lambda mask: np.where(mask == mask[0, 0], 13, mask).astype(np.uint8), "found the value 13, expected class indices 0..12 for"),
     ],
-    ids=["missing", "smaller", "turned", "palette", "colour", "16 bits", "1 bit", "unlabelled", "no class"],
+    ids=["missing", "smaller", "turned", "colour", "1 bit", "unlabelled", "no class"],
 )  # fmt: skip
 def test_masks_that_cannot_be_meant_are_refused_by_name(masks, change, problem):
     read, folder, samples = masks
@@ -313,8 +321,7 @@ def test_masks_that_cannot_be_meant_are_refused_by_name(masks, change, problem):
     mask = np.asarray(Image.open(path))
     path.unlink()
     if change is not None:
-        changed = change(mask)
-        (changed if isinstance(changed, Image.Image) else Image.fromarray(changed)).save(path)
+        Image.fromarray(change(mask)).save(path)
     with pytest.raises(DataError) as error:
         read()
     assert str(error.value).startswith(f"{path}: {problem}")
@@ -324,7 +331,7 @@ def test_a_damaged_mask_is_refused_by_name(masks):
     read, folder, samples = masks
     path = folder / f"{samples.names[7]}.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=f"{path}: can't be decoded .*write the mask again"):
+    with pytest.raises(DataError, match=f"{path}: can't be decoded .*copy it again"):
         read()
 
 
@@ -336,3 +343,53 @@ def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
     assert 0 < facts["plain"]["miou"] < 1
     assert np.isnan([*facts["intervals"]["plain"], *facts["gain"]["interval"]]).all()
     assert "(no interval: too few images)" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def without_depth(tmp_path, monkeypatch):
+    """A run on a folder without depth, whose images lie in subfolders, one for each room; scored on what validates."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    scenes, root = small_samples(), tmp_path / "data"
+    write_folder(root, replace(scenes, names=np.char.add(np.char.add(scenes.scene, "/"), scenes.names)))
+    shutil.rmtree(root / "train" / "depth")
+    (root / "dataset.yaml").write_text(
+        "scene: ^([^/]+)/\nclasses: [" + ", ".join(f"my {name}" for name in NYUV2_13) + "]"
+    )
+    made_with = DATA | {"data": str(root), "limit": None}
+    parts = [load_samples(root, part, size=(48, 64)) for part in ("train", "valid")]
+    parameters = PARAMETERS | made_with | {"run_name": "rgb", "inputs": "rgb", "depth_weight": 0.0, "epochs": 1}
+    with open_run(parameters, samples=parts) as run:
+        fit_run(run, parameters, *parts)
+    return run, parts, parameters
+
+
+def test_data_without_depth_train_and_are_scored(without_depth):
+    run, (train, valid), _ = without_depth
+    assert valid.depth is None
+    assert valid.made_with["chosen_split"] == "scenes"
+    pieces = iterate_part(run, "valid")
+    facts = score_run(run, "valid", pieces, "flip", "cpu")
+    assert facts["images"] == len(valid) > 0
+    assert all(np.isnan(value) for value in facts["depth"].values())
+    masks = sorted(
+        path.relative_to(run / "evaluation" / "valid") for path in (run / "evaluation" / "valid").rglob("*.png")
+    )
+    assert [path.with_suffix("").as_posix() for path in masks] == list(valid.names)
+    plot_predictions(pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True)
+    errors = count_errors(load_model(run / "best.pt"), pieces)
+    np.testing.assert_array_equal(errors.confusion, read_scored(run, "valid").counts)
+    assert read_scored(run, "valid").classes == train.classes
+    (recipes,) = group_recipes([read_scored(run, "valid")]).values()
+    assert list(recipes[0].scene) == list(valid.scene)
+    theirs = find_scored("latest", str(masks_folder(run, "valid")), {**read_parameters(run), "run_name": "theirs",
+                         "recipe": "theirs", "predictions": str(masks_folder(run, "valid"))})  # fmt: skip
+    assert score_run(theirs, "valid", iterate_part(theirs, "valid"))["plain"]["miou"] == facts["plain"]["miou"]
+
+
+@pytest.mark.parametrize("change", [{"inputs": "rgbd"}, {"depth_weight": 0.1}])
+def test_nothing_else_trains_without_depth(without_depth, change):
+    _, parts, parameters = without_depth
+    parameters = parameters | {"run_name": "deep"} | change
+    with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
+        fit_run(runs_folder() / "deep", parameters, *parts)
+    assert not (runs_folder() / "deep").exists()

@@ -210,7 +210,8 @@ def no_ray(monkeypatch):
             started.append(resources)
             return self
 
-        def remote(self, root, runs, parameters, part, kept, cpus):
+        def remote(self, root, settings, parameters, part, kept):
+            started[0] |= settings
             started.append(parameters["run_name"])
             execute_run(parameters, part, kept)
             return parameters["run_name"]
@@ -301,6 +302,34 @@ def test_places_and_shares_that_are_not_there(runs, monkeypatch):
         with pytest.raises(ValueError, match=message):
             sweep._check_share(cpus, gpus)
     sweep._check_share(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "workers", "expected"),
+    [
+        ((8, 0), (None, None), 0, {"num_cpus": 1, "num_gpus": 0, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
+        ((8, 2), (None, None), 4, {"num_cpus": 5, "num_gpus": 1, "OMP_NUM_THREADS": "1"}),
+        ((2, 0), (None, 0), 4, {"num_cpus": 2, "num_gpus": 0, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
+        ((8, 2), (4, 0), 1, {"num_cpus": 4, "num_gpus": 0, "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}),
+        (
+            (8, 1), (2, 0.5), 0,
+            {"num_cpus": 2, "num_gpus": 0.5, "OMP_NUM_THREADS": "2", "PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.5"},
+        ),
+    ],
+)  # fmt: skip
+def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked, workers, expected):
+    """Without a GPU of its own a run sees none; of one that is shared it takes its part of the memory."""
+    monkeypatch.setattr(sweep, "_most", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
+    list(sweep.sweep(plan_runs(None, TINY | {"workers": workers}, {}, [1]), "test", "local", *asked))
+    assert no_ray[0] == expected | {"RUNS_DIR": str(runs)}
+
+
+def test_torch_knows_the_share_of_the_memory():
+    (setting,) = (value for name, value in sweep._environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF")
+    torch._C._accelerator_setAllocatorSettings(setting)
+    with pytest.raises(ValueError, match="per_process_memory_fraction is invalid"):
+        torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "7"))
+    torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "1.0"))
 
 
 def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):

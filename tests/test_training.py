@@ -1,5 +1,8 @@
+import copy
+import io
 import json
 import math
+import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -8,16 +11,18 @@ import pandas as pd
 import pytest
 import torch
 from small_run import FOR_FIT, PARAMETERS, small_samples, train
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
 from lib.checkpoints import checksums
 from lib.evaluation import evaluate
-from lib.metrics import confusion_counts, iou, mean_iou
+from lib.metrics import confusion_counts, iou, mean_iou, mean_truth_iou
 from lib.model import Prediction, load_model
 from lib.objective import Losses, total_loss
-from lib.runs import open_run, read_counts, read_history, runs_folder
-from lib.training import build_average, build_network, build_schedule, check_options, fit
+from lib.runs import open_run, read_counts, read_history, read_scores, runs_folder
+from lib.training import build_network, build_schedule, check_options, fit, follow
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
@@ -59,7 +64,7 @@ def test_run_folder_holds_the_best_epoch(samples, usual):
     assert scores["best_epoch"] == best["epoch"]
     assert scores["valid_miou"] == best["valid_miou"]
     saved = read_counts(run / "counts.npz")
-    assert mean_iou(saved.counts) == best["valid_miou"]
+    assert mean_truth_iou(saved.counts) == best["valid_miou"]
     assert saved.classes == samples.classes
     assert list(saved.names) == list(samples.names[13:])
     assert list(saved.scene) == list(samples.scene[13:])
@@ -97,7 +102,7 @@ def test_equal_to_a_plain_loop(samples, schedule):
         assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
         scored = evaluate(model, samples[13:], batch_size=4, loss=LOSS)
         assert row["valid_loss"] == pytest.approx(scored.losses[0], rel=1e-6)
-        assert row["valid_miou"] == pytest.approx(mean_iou(scored.counts), rel=1e-6)
+        assert row["valid_miou"] == pytest.approx(mean_truth_iou(scored.counts), rel=1e-6)
 
 
 def test_the_model_knows_what_it_was_trained_for(usual):
@@ -158,6 +163,7 @@ def test_starting_from_another_run(samples, usual):
     started = build_network(PARAMETERS | {"start_from": "usual", "image_height": 96}, samples.classes)
     torch.testing.assert_close(started.state_dict(), load_model(usual[0] / "best.pt").state_dict(), rtol=0, atol=0)
     assert started.config.size == (96, 64)
+    assert build_network(PARAMETERS, samples.classes, (0.4, 8.0)).config.depth_range_m == (0.4, 8.0)
     with pytest.raises(ValueError) as error:
         build_network(PARAMETERS | {"start_from": "usual"}, ("bed", "book", *samples.classes[2:]))
     assert str(error.value) == (
@@ -173,7 +179,7 @@ def test_other_inputs_train_and_predict(samples, inputs):
     assert history[1]["train_loss"] < history[0]["train_loss"]
     model = load_model(runs_folder() / inputs / "best.pt")
     predicted = evaluate(model, samples[13:])
-    assert max(row["valid_miou"] for row in history) == mean_iou(predicted.counts)
+    assert max(row["valid_miou"] for row in history) == mean_truth_iou(predicted.counts)
     np.testing.assert_array_equal(evaluate(model, blind[13:]).predicted, predicted.predicted)
 
 
@@ -182,7 +188,7 @@ def test_samples_without_depth_train_on_rgb(samples):
     (row,) = train("flat", flat, inputs="rgb", depth_weight=0.0, epochs=1)
     assert row["valid_depth_l1"] == 0
     scored = evaluate(load_model(runs_folder() / "flat" / "best.pt"), flat[13:])
-    assert mean_iou(scored.counts) == row["valid_miou"]
+    assert mean_truth_iou(scored.counts) == row["valid_miou"]
 
 
 def test_other_classes_travel_into_the_run(samples):
@@ -279,7 +285,7 @@ def test_fit_refuses_bad_options(samples, options, message):
         ({"batch_size": 1}, "batch_size: found 1, expected 2 or more"),
         ({"soft_iou_pooling": "mean"}, "soft_iou_pooling: found 'mean', expected one of batch, image, exp061"),
         ({"inputs": "rgba"}, "inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"),
-        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, random, blocks, scenes, official"),
+        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, given, scenes, blocks, random, official"),
         ({"fold": 5}, "fold: found 5, expected one of 0, 1, 2, 3, 4"),
         ({"image_width": 0}, "image_width: found 0, expected 1 or more"),
     ],
@@ -291,8 +297,8 @@ def test_check_options(options, message):
 
 
 def test_divergence_is_an_error(samples, monkeypatch):
-    def spoiled(parameters, classes):
-        model = build_network(parameters, classes)
+    def spoiled(*arguments):
+        model = build_network(*arguments)
         model.net.segmentation_head[0].bias.data[0] = math.nan
         return model
 
@@ -307,6 +313,7 @@ def test_divergence_is_an_error(samples, monkeypatch):
 
 def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch):
     """A finite loss in the last step of an epoch, whose gradient is not."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
     real, steps = training.training_step, []
 
     def step(model, *arguments):
@@ -323,32 +330,88 @@ def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch
     assert train("weights", samples, resume=True) == usual[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gpu(samples, precision):
-    history = train("gpu", samples, device="cuda", precision=precision, epochs=2)
-    assert history[1]["train_loss"] < history[0]["train_loss"]
-
-
 def test_averaged_weights_are_validated_and_kept(samples):
     train("averaged", samples, epochs=1, ema_decay=0.5)
     run = runs_folder() / "averaged"
     kept = load_model(run / "best.pt").state_dict()
     trained = torch.load(run / "last.pt", weights_only=True)
-    average = {name.removeprefix("module."): tensor for name, tensor in trained["average"].items()}
-    assert all(torch.equal(tensor, average[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, trained["average"][name]) for name, tensor in kept.items())
     assert not all(torch.equal(tensor, trained["model"][name]) for name, tensor in kept.items())
 
 
-def test_an_average_follows_by_hand():
-    model = torch.nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0)
-    average = build_average(model, 0.75)
-    for value in (1.0, 5.0, 9.0):
-        model.weight.data.fill_(value)
-        average.update_parameters(model)
-    assert average.module.weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
-    assert build_average(model, 0) is None
+def test_an_average_follows_by_hand_and_as_that_of_torch():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    average, theirs = (
+        copy.deepcopy(model),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True),
+    )
+    for step, value in enumerate((1.0, 5.0, 9.0)):
+        model[0].weight.data.fill_(value)
+        model(torch.randn(4, 1))
+        follow(average, model, 0.75 if step else 0.0)
+        theirs.update_parameters(model)
+    assert average[0].weight.item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
+    for name, value in theirs.module.state_dict().items():
+        assert torch.equal(average.state_dict()[name], value) or name == "1.num_batches_tracked"
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_labels_that_are_no_class_are_named_before_training(samples, monkeypatch, part):
+    monkeypatch.setattr(training, "training_step", pytest.fail)
+    label, position = samples.label.copy(), 2 if part == "train" else 14
+    label[position, 3, 3] = 13
+    with pytest.raises(ValueError) as error:
+        train("wrong", replace(samples, label=label))
+    assert str(error.value) == (
+        f"label: found the value 13 in {part}/{samples.names[position]}, expected 0..12 or 255 = unlabelled; say in "
+        "dataset.yaml which values mean which classes"
+    )
+
+
+def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, usual, monkeypatch):
+    """Nine steps of 4 seconds and epochs of three: after the eighth step, in the third epoch, and in the end."""
+    clock, saves, real = [0.0], [], (training.training_step, training.save_progress)
+
+    def step(*arguments):
+        clock[0] += 4
+        return real[0](*arguments)
+
+    def save(path, parts, progress, device):
+        real[1](path, parts, progress, device)
+        saves.append((len(progress["history"]), len(progress["losses"])))
+        assert len(read_history(path.parent)) == len(progress["history"])
+        best = max(progress["history"], key=lambda row: row["valid_miou"])["epoch"]
+        assert read_scores(path.parent)["best_epoch"] == best
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(training, "save_progress", save)
+    assert train("clocked", samples) == usual[1]
+    assert saves == [(2, 2), (3, 0)]
+
+
+def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypatch):
+    """As a card whose memory ends at the third step says it: the lock is free, last.pt loads, the run goes on."""
+    steps, real = iter(range(9)), training.training_step
+
+    def step(*arguments):
+        if next(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", step)
+        with pytest.raises(MemoryError) as error:
+            train("full", samples)
+    assert str(error.value).startswith("out of memory: 2.00 GiB was asked for")
+    assert str(error.value).endswith("restart the kernel. The run's folder is as it was")
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.tb)]
+    assert "explained" in frames
+    assert "fit" not in frames  # whose locals are the network and its gradients
+    saved = torch.load(runs_folder() / "full" / "last.pt", weights_only=True)
+    assert len(saved["progress"]["losses"]) == 2
+    assert train("full", samples, resume=True) == usual[1]
 
 
 def test_any_loss_can_be_handed_in(samples):
@@ -379,3 +442,22 @@ def test_checksums_see_every_kind_of_change(samples):
         after = checksums(replace(filled, **{kind: array}), "valid")
         assert [name for name in before if before[name] != after[name]] == [f"valid/{samples.names[1]}"]
     assert checksums(replace(filled, depth=None, label=None, measured=None), "valid") != before
+
+
+def test_the_bar_says_the_batch_the_loss_and_when_it_validates(samples, monkeypatch):
+    said, bars = [], []
+
+    def watched(*arguments):
+        bar = tqdm(total=arguments[1], file=io.StringIO())
+        describe = bar.set_description
+        monkeypatch.setattr(bar, "set_description", lambda text, **more: (said.append(text), describe(text, **more)))
+        bars.append(bar)
+        return bar
+
+    monkeypatch.setattr(training, "progress_bar", watched)
+    monkeypatch.setattr(training, "FINITE_STEPS", 3)
+    (row,) = train("watched", samples, epochs=1)
+    batches = [f"epoch 1 of 1, batch {batch} of 3" for batch in (1, 2, 3)]
+    assert said == ["epoch 1 of 1", *batches, "epoch 1 of 1, validating", "epoch 1 of 1"]
+    assert bars[0].postfix.startswith("loss ")
+    assert float(bars[0].postfix[5:]) == pytest.approx(row["train_loss"], rel=0.5)

@@ -9,7 +9,7 @@ from slim_runs import CLASSES, DEFAULTS, SCENES, names_of, some_counts
 from lib import verdicts
 from lib.scoring import ScoredRun
 from lib.significance import compare_checkpoints, compare_recipes, compare_seeds, holm
-from lib.verdicts import describe_verdicts, judge
+from lib.verdicts import describe_verdicts, judge, summarise_verdicts
 
 SCENE = np.arange(3 * SCENES) // 3
 
@@ -212,7 +212,7 @@ def test_only_the_third_claim_says_better_and_none_says_worse():
             better += "better" in text
         if runs == 1:
             assert claims["other", "b1"].endswith(
-                "one run of a recipe cannot tell. Train both with further seeds (`-p seed 1`, ...)."
+                "one run of a recipe cannot tell. Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)."
             )
             assert claims["other", "b2"] == "the recipes, on scenes like these: needs two runs or more of each."
     assert better >= 6
@@ -298,3 +298,28 @@ def test_how_many_scenes_are_said_as_a_range():
     )
     assert found
     assert all(any(re.fullmatch(pattern, text) for pattern in patterns) for text in found)
+
+
+def test_the_summary_says_what_the_strongest_claim_says():
+    base, better = recipe("a", 0.6, [0, 1, 2]), recipe("b", 0.8, [0, 1, 2])
+
+    def summary(**others):
+        recipes = {"base": base} | others
+        return summarise_verdicts(recipes, judge(recipes)).splitlines()
+
+    first, second = summary(other=better, same=base)
+    assert re.fullmatch(
+        r"- \*\*other\*\* is better than \*\*base\*\*: other minus base is \+0.\d+ mIoU \(95 % interval \+.* to \+.*\)\.",
+        first,
+    )
+    assert second.startswith(
+        "- **same** and **base** cannot be told apart: same minus base is +0.000 mIoU (95 % interval -0."
+    )
+    (alone,) = summary(one=better[:1])
+    assert alone.startswith(
+        "- This run of **one** scores higher than this one of **base**; further seeds would say more: "
+    )
+    few = [replace(run, scene=np.arange(len(run.names)) // 12) for run in (base[0], better[0])]
+    (none,) = summarise_verdicts({"a": few[:1], "b": few[1:]}, judge({"a": few[:1], "b": few[1:]})).splitlines()
+    assert none == "- No verdict on **b** and **a** yet."
+    assert summarise_verdicts({"base": base}, {}) == "One recipe is no comparison."

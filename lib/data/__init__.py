@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.classes import IGNORE_INDEX
 from lib.data.folder import open_folder
 from lib.data.nyuv2 import open_file
 from lib.data.samples import DataError, Pieces, Samples, Source
@@ -31,24 +32,24 @@ def load_samples(
 
     Args:
         source: `"synthetic"` for the embedded scenes; the path of `nyu_depth_v2_labeled.mat`; or a
-            folder with `train/{image,depth,label}` and `test/{image,depth}`: images png or jpg, depth
-            16-bit PNG in millimetres, labels 8-bit PNG with class indices and 255 = ignore. A
-            `dataset.yaml` in it names the classes, if they are not NYUv2's 13.
-        part: `"train"`, `"valid"` (both cut from the training images by `split`) or `"test"`.
+            folder with `train/{image,depth,label}` and `test/{image,depth}`, or as its `dataset.yaml` says;
+            see README.md here.
+        part: `"train"`, `"valid"` (both cut from the training images by `split`, if not `given`) or `"test"`.
         split: `"random"` (20 % of the images validate, as in Exp061), `"blocks"` (every fifth run
             of neighbouring ids validates), `"scenes"` (a fifth of the scenes validates, where they
-            are known), `"official"` (all train, `"valid"` is empty), or `"auto"`: `scenes` for the .mat
-            file, `blocks` for the embedded scenes and for folders whose names are numbers, else `random`.
+            are known), `"official"` (all train, `"valid"` is empty), `"given"` (the data set's own part
+            validates), or `"auto"`: `given`, `scenes`, `blocks` or `random`, the first that the data allow;
+            the embedded scenes begin with `blocks`.
         size: (height, width) to resize to, RGB by area, depth and label by nearest neighbour;
             None keeps the native size.
-        limit: use only the first N images, before splitting.
+        limit: use only the first N images, before splitting; of a given part, its first N.
         classes: class set of the .mat file, `nyuv2_13` (None) or `nyuv2_40`; other sources know theirs.
         fold: which of the five folds of `blocks` or `scenes` validates, 0 to 4.
 
     Raises:
         ValueError: an unknown part or split, or a limit that leaves a part empty.
-        DataError: a missing folder or partner, a damaged file, sizes that differ, or values
-            that can't be RGB, millimetres or class indices.
+        DataError: a missing folder or partner, a damaged file, sizes that differ, values that can't be RGB, depth
+            or labels, or a part to train or validate on in which nothing is labelled.
     """
     pieces = iterate_samples(source, part, split, size, limit, classes, fold)
     first, *others = pieces[np.arange(len(pieces))]
@@ -57,6 +58,16 @@ def load_samples(
             f"{source}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} is "
             f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native size into "
             "one array: give a size, or read them with iterate_samples"
+        )
+    if (
+        part != "test"
+        and first.label is not None
+        and len(first)
+        and not any((one != IGNORE_INDEX).any() for one in first.label)
+    ):
+        raise DataError(
+            f"{source}: nothing is labelled in the {len(first)} images of part {part!r} (split {pieces.split}); look "
+            "at the labels, at `ignore` in DATA/dataset.yaml and at limit"
         )
     made_with = {"data": str(source), "split": split, "limit": limit, "classes": classes, "fold": fold}
     made_with |= {"chosen_split": pieces.split}
@@ -83,15 +94,21 @@ def iterate_samples(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: found {value}, expected a number of images of at least 1")
-    opened = _open_source(source, part, classes)
-    opened = opened.select(np.arange(len(opened.names))[:limit])
+    opened = _open_source(source, "test" if part == "test" else "train", classes, limit)
     chosen = choose_split(split, opened, fold)
-    if part != "test":
+    if part == "valid" and chosen == "given":
+        opened = _open_source(source, part, classes, limit)
+    elif part != "test":
         opened = opened.select(select_part(opened, part, chosen, fold))
     return Pieces(opened, size, batch_size, chosen, str(source))
 
 
-def _open_source(source: str | os.PathLike, part: str, classes: str | None) -> Source:
+def _open_source(source: str | os.PathLike, part: str, classes: str | None, limit: int | None) -> Source:
+    opened = _open_whole(source, part, classes)
+    return opened.select(np.arange(len(opened.names))[:limit])
+
+
+def _open_whole(source: str | os.PathLike, part: str, classes: str | None) -> Source:
     path = Path(source).expanduser()
     if path.suffix == ".mat":
         return open_file(path, part, classes)

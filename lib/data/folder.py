@@ -1,229 +1,245 @@
-"""Folders of images as `Samples`: find the partners, decode, check."""
+"""Folders of images as `Samples`: find the partners, decode, resize once, keep."""
 
 import os
+import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import yaml
-from PIL import Image
+import pandas as pd
 
-from lib.classes import IGNORE_INDEX, MOST_CLASSES, NYUV2_13
+from lib.data.cache import Blocks, map_arrays, select_rows
+from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
+from lib.data.description import FILE, Description, read_description
+from lib.data.doubts import judge_files
 from lib.data.samples import DataError, Samples, Source, resize_image, resize_nearest
 from lib.data.splits import number_runs
 from lib.notebook import progress_bar
 
-LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}"
-KINDS = ("image", "depth", "label")
-MANY = 64  # files from which a bar shows how far reading is
-
-
-@dataclass(frozen=True)
-class Description:
-    """What `dataset.yaml` says of a folder; every key has a default.
-
-    Attributes:
-        classes: names in the order of their indices.
-    """
-
-    classes: tuple[str, ...] = NYUV2_13
-
-
-def read_description(root: Path) -> Description:
-    """The `dataset.yaml` of a folder, or the defaults where there is none.
-
-    Raises:
-        DataError: no YAML mapping, an unknown key, or a value that can't be meant.
-    """
-    path = root / "dataset.yaml"
-    if not path.exists():
-        return Description()
-    try:
-        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: is no YAML ({error})") from error
-    content = {} if content is None else content  # nothing, or comments alone
-    known = list(Description.__dataclass_fields__)
-    if not isinstance(content, dict) or set(content) - set(known):
-        found = ", ".join(map(str, set(content) - set(known))) if isinstance(content, dict) else repr(content)
-        raise DataError(f"{path}: found {found}, expected keys of: {', '.join(known)}")
-    return Description(classes=_check_classes(path, content.get("classes", NYUV2_13)))
-
-
-def _check_classes(path: Path, classes: object) -> tuple[str, ...]:
-    names = classes if isinstance(classes, (list, tuple)) else []
-    if not 2 <= len(names) <= MOST_CLASSES or not all(isinstance(name, str) for name in names):
-        raise DataError(
-            f"{path}: classes is {classes!r}, expected a list of 2 to {MOST_CLASSES} names in the order of their "
-            "indices, such as [bed, books, ceiling]; quote names that YAML reads otherwise, such as 'no'"
-        )
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own")
-    return tuple(names)
+LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
+CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ())}
+CACHED_FROM = 128  # images: fewer are read in about a second
+CACHE_VERSION = 1
+BLOCK = 64  # images in memory at a time while a cache is made
+Files = dict[str, Path]  # of one image, by kind
 
 
 def open_folder(root: Path, part: str) -> Source:
-    """The images below `root/train`, or of part `test` below `root/test`; runs of neighbouring ids are scenes.
+    """The images of a part as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
 
     Raises:
         DataError: a missing folder or partner; when they are read, a damaged file or values that can't be meant.
     """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
     description = read_description(root)
-    files = _list_files(root / ("test" if part == "test" else "train"))
+    files = find_files(description, part)
     names = np.array(sorted(files))
     runs = number_runs(names)
-    scene = None if runs is None else np.array([f"run_{run:04d}" for run in runs])
+    part_of = "valid_" if part == "valid" else ""  # a part of its own, whose first run is not the first of training
+    scene = None if runs is None else np.array([f"{part_of}run_{run:04d}" for run in runs])
+    usual_split = "random" if runs is None else "blocks"
+    if description.scene is not None:
+        scene, usual_split = _name_scenes(description, names), "scenes"
+    if "valid" in dict(description.parts):
+        usual_split = "given"
+    trusted = []
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
-        return _read_files([files[name] for name in names[positions]], size, len(description.classes))
+        chosen = [files[name] for name in names[positions]]
+        if size is not None and len(positions) >= CACHED_FROM:
+            arrays = _read_cached(description, part, [files[name] for name in names], size)
+            return [Samples(names[positions], **select_rows(arrays, positions))]
+        if not trusted:
+            judge_files(description, part, list(files.values()))
+            trusted.append(part)
+        return _read_files(names[positions], chosen, size, description)
 
-    return Source(names, scene, description.classes, read, "random" if runs is None else "blocks")
+    return Source(names, scene, description.classes, read, usual_split, description.depth_range_m)
 
 
-def _list_files(folder: Path) -> dict[str, dict[str, Path]]:
+def find_files(description: Description, part: str) -> dict[str, Files]:
     """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present."""
-    for kind in KINDS:
-        optional = kind == "label" and folder.name == "test"
-        if not (folder / kind).is_dir() and not optional:
-            raise DataError(f"{folder / kind}: no such folder; {LAYOUT}. Check the parameter data")
-    found = {kind: _stems(folder / kind) for kind in KINDS if (folder / kind).is_dir()}
-    if not found["image"]:
-        raise DataError(f"{folder / 'image'}: holds no png or jpg file; {LAYOUT}")
-    everything = set().union(*found.values())
-    for kind, stems in found.items():
-        missing = sorted(everything - set(stems))
+    root, parts = description.root, dict(description.parts)
+    if part not in parts:
+        raise DataError(f"{root}: has no part {part!r}, expected one of: {', '.join(parts)}; name it in {root / FILE}")
+    place = root / parts[part]
+    base = root if place.is_file() else place
+    found = {kind: _match(description, base, kind, value, part) for kind, value in description.folders}
+    found = {kind: paths for kind, paths in found.items() if paths is not None}
+    names = _listed(description, part, found) if place.is_file() else sorted(set().union(*found.values()))
+    if part == "test" and not found.get("label", {}).keys() & set(names):
+        found.pop("label", None)  # held back
+    for kind, paths in found.items():
+        missing = [name for name in names if name not in paths]
         if missing:
             raise DataError(
-                f"{folder / kind}: {len(missing)} of {len(everything)} files missing, the first is "
+                f"{base / dict(description.folders)[kind]}: {len(missing)} of {len(names)} files missing, the first is "
                 f"{missing[0]!r}; every image needs its {', '.join(found)} file under the same name"
             )
-    return {name: {kind: stems[name] for kind, stems in found.items()} for name in found["image"]}
+    return {name: {kind: paths[name] for kind, paths in found.items()} for name in names}
 
 
-def _stems(folder: Path) -> dict[str, Path]:
-    suffixes = (".png", ".jpg", ".jpeg") if folder.name == "image" else (".png",)
-    stems: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in stems:
-                raise DataError(f"{path}: a second file named {path.stem!r} beside {stems[path.stem].name}; keep one")
-            stems[path.stem] = path
-    return stems
+def _match(description: Description, base: Path, kind: str, value: str, part: str) -> dict[str, Path] | None:
+    """The files of a kind by name; None where there need be none."""
+    pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
+    first, *rest = pattern.split("{name}")
+    top = base / os.path.dirname(first)
+    if not top.is_dir():
+        if (kind, part) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
+            return None
+        raise DataError(f"{top}: no such folder; {LAYOUT}. Check the parameter data")
+    whole = pattern.lower().endswith(SUFFIXES[kind])
+    wanted = re.compile(re.escape(first) + "(?P<name>.+)" + "(?P=name)".join(map(re.escape, rest)))
+    paths, others = {}, Counter()
+    for folder, _, files in os.walk(top, followlinks=True):
+        for path in (Path(folder, file) for file in sorted(files) if not file.startswith(".")):
+            relative = Path(os.path.relpath(path, base))
+            match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
+            if match and path.suffix.lower() in SUFFIXES[kind]:
+                if (twin := paths.setdefault(match["name"], path)) != path:
+                    raise DataError(f"{path}: a second file named {match['name']!r} beside {twin.name}; keep one")
+            elif match:
+                others[path.suffix] += 1
+    if not paths and (others or kind == "image"):
+        found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
+        expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
+        raise DataError(f"{top}: found {found}expected files of: {expected}")
+    return paths
 
 
-def _read_files(files: list[dict[str, Path]], size: tuple[int, int] | None, class_count: int) -> list[Samples]:
+def _listed(description: Description, part: str, found: dict[str, dict[str, Path]]) -> list[str]:
+    """The names in a list: as they are, or as paths of files, which may lack the suffix."""
+    places, known = {name: description.root / value for name, value in description.parts}, {}
+    place, trained = places[part], places.get("train")
+    for paths in found.values():
+        for name, path in paths.items():
+            relative = Path(os.path.relpath(path, description.root))
+            known |= {relative.as_posix(): name, relative.with_suffix("").as_posix(): name}
+    known |= {f"{name}{suffix}": name for name, path in found["image"].items() for suffix in ("", path.suffix)}
+    lines = _read_lines(place)
+    unknown = [line for line in lines if line not in known]
+    if unknown or not lines:
+        what = (
+            f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}" if lines else "is empty"
+        )
+        raise DataError(
+            f"{place}: {what}; expected a name a line, such as {next(iter(found['image']), None)!r}, of images in "
+            f"{description.root / dict(description.folders)['image']}"
+        )
+    names = [known[line] for line in lines]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
+    listed = _read_lines(trained) if part != "train" and trained is not None and trained.is_file() else []
+    if shared := sorted({known.get(line) for line in listed} & set(names)):
+        what = f"shares {len(shared)} images with {trained}, the first is {shared[0]!r}"
+        raise DataError(f"{place}: {what}; what was trained on is no test")
+    return sorted(names)
+
+
+def _read_lines(place: Path) -> list[str]:
+    return [os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()]
+
+
+def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
+    """The scene of each image, from a table or from its name."""
+    place, text = description.root / FILE, description.scene
+    if text.lower().endswith(".csv"):
+        place = description.root / text
+        try:
+            scenes = pd.read_csv(place, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{place}: can't be read ({error}); expected a table with the columns name,scene"
+            ) from error
+        found = [scenes.get(name) for name in names.tolist()]
+    else:
+        try:
+            wanted = re.compile(text)
+        except re.error as error:
+            raise DataError(f"{place}: scene is {text!r}, expected a regular expression ({error})") from error
+        if wanted.groups != 1:
+            raise DataError(
+                f"{place}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'"
+            )
+        found = [match and match[1] for match in map(wanted.search, names.tolist())]
+    if None in found:
+        raise DataError(
+            f"{place}: gives {found.count(None)} of {len(names)} images no scene, the first is "
+            f"{str(names[found.index(None)])!r}; every image needs one"
+        )
+    return np.array(found, str)
+
+
+def _read_cached(
+    description: Description, part: str, files: list[Files], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """All images of a part, mapped; what was judged when they were kept is not judged again."""
+    states = [(path, path.stat()) for paths in files for path in paths.values()]
+    key = {"version": CACHE_VERSION, "kind": part, "size": list(size)}
+    key["files"] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+    text = description.root / FILE
+    key["description"] = text.read_bytes().hex() if text.exists() else None
+    layout = {
+        kind: (dtype, (len(files), *size, *shape)) for kind, (dtype, shape) in CHANNELS.items() if kind in files[0]
+    }
+
+    def make() -> Blocks:
+        judge_files(description, part, files)
+        yield from _read_blocks(files, size, description)
+
+    return map_arrays(description.root, key, layout, make)
+
+
+def _read_files(
+    names: np.ndarray, files: list[Files], size: tuple[int, int] | None, description: Description
+) -> list[Samples]:
     """In order; at their native size one `Samples` for each stretch of files of one size."""
     if not files:
         height, width = size or (0, 0)
-        empty = np.empty((0, height, width), np.uint8)
-        image = np.empty((0, height, width, 3), np.uint8)
-        return [Samples(np.array([], dtype=str), image, empty.astype(np.uint16), empty)]
-    stretches = [files] if size else [list(stretch) for _, stretch in groupby(files, _native_size)]
-    return [_read_stretch(stretch, size, class_count) for stretch in stretches]
+        empty = {kind: np.empty((0, height, width, *shape), dtype) for kind, (dtype, shape) in CHANNELS.items()}
+        return [Samples(names, **empty)]
+    sizes = [size] * len(files) if size else [upright_size(paths["image"]) for paths in files]
+    pieces, start = [], 0
+    for _, stretch in groupby(sizes):
+        end, stacks = start + len(list(stretch)), {}
+        for rows, arrays in _read_blocks(files[start:end], size, description):
+            for kind, array in arrays.items():
+                stacks.setdefault(kind, np.empty((end - start, *array.shape[1:]), array.dtype))[rows] = array
+        pieces.append(Samples(names[start:end], **stacks))
+        start = end
+    return pieces
 
 
-def _native_size(paths: dict[str, Path]) -> tuple[int, int]:
-    try:
-        with Image.open(paths["image"]) as picture:
-            return picture.size
-    except OSError as error:
-        raise _undecodable(paths["image"], error) from error
-
-
-def _read_stretch(files: list[dict[str, Path]], size: tuple[int, int] | None, class_count: int) -> Samples:
-    """Decode in parallel, resize once, stack."""
-    read = partial(_read_sample, size=size, class_count=class_count)
-    names = np.array([paths["image"].stem for paths in files], dtype=str)
-    stacks = {kind: np.empty((len(files), *array.shape), array.dtype) for kind, array in read(files[0]).items()}
-
-    def fill(position: int) -> None:
-        for kind, array in read(files[position]).items():
-            stacks[kind][position] = array
-
-    label = f"reading {files[0]['image'].parents[1]}"
-    bar = progress_bar(label, len(files), disable=len(files) < MANY)
+def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: Description) -> Blocks:
+    """Positions and arrays of block after block, decoded in parallel."""
+    read = partial(_read_sample, size=size, description=description)
+    bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for _ in pool.map(fill, range(len(files))):
-            bar.update()
-    return Samples(names, **stacks)
+        for start in range(0, len(files), BLOCK):
+            block = list(pool.map(read, files[start : start + BLOCK]))
+            yield start + np.arange(len(block)), {kind: np.stack([one[kind] for one in block]) for kind in block[0]}
+            bar.update(len(block))
 
 
-def _read_sample(paths: dict[str, Path], size: tuple[int, int] | None, class_count: int) -> dict[str, np.ndarray]:
-    checks = {"image": _check_image, "depth": _check_depth, "label": partial(_check_label, class_count=class_count)}
-    arrays = {kind: checks[kind](path, _decode(path)) for kind, path in paths.items()}
+def _read_sample(paths: Files, size: tuple[int, int] | None, description: Description) -> dict[str, np.ndarray]:
+    unit, bits = description.depth_unit_mm, description.depth_bits
+    arrays = {"image": decode_image(paths["image"])}
+    if path := paths.get("depth"):
+        depth = decode_depth(path, bits, takes_bytes="depth_unit_mm" in description.stated)
+        arrays["depth"] = depth_to_mm(depth, unit, description.depth_missing)
+    if path := paths.get("label"):
+        arrays["label"] = description.to_indices(path, decode_label(path))
     for kind, array in arrays.items():
         if array.shape[:2] != arrays["image"].shape[:2]:
+            found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
             raise DataError(
-                f"{paths[kind]}: {_dimensions(array)}, but its image {paths['image'].name} is "
-                f"{_dimensions(arrays['image'])}; image, depth and label must have one size"
+                f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth and label "
+                "must have one size"
             )
     if size is None:
         return arrays
-    resize = {"image": resize_image, "depth": resize_nearest, "label": resize_nearest}
-    return {kind: resize[kind](array, size) for kind, array in arrays.items()}
-
-
-def _decode(path: Path) -> np.ndarray:
-    # Pillow, because OpenCV returns the readable half of a truncated JPEG without an error.
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture)
-    except Exception as error:
-        raise _undecodable(path, error) from error
-
-
-def _undecodable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: can't be decoded ({error}); it is damaged or no image, copy it again")
-
-
-def _check_image(path: Path, image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(
-            f"{path}: found {_describe(image)}, expected 8-bit RGB (3 channels); convert the file, "
-            "for example with Pillow's image.convert('RGB')"
-        )
-    return image
-
-
-def _check_depth(path: Path, depth: np.ndarray) -> np.ndarray:
-    if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
-        raise DataError(
-            f"{path}: found {_describe(depth)}, expected one channel of 16 bits in millimetres; "
-            "8-bit depth has lost its scale, export it again from the source"
-        )
-    sample = depth[::4, ::4]
-    sample = sample[sample > 0]
-    median = float(np.median(sample)) if sample.size else 1000.0
-    if not 100 <= median <= 20_000:
-        guess = "metres: multiply by 1000" if median < 100 else "a finer unit: divide to get millimetres"
-        raise DataError(
-            f"{path}: median depth {median:g}, expected millimetres of an indoor scene (100 to 20000). "
-            f"This looks like {guess}, and write 16-bit PNG"
-        )
-    return depth.astype(np.uint16)
-
-
-def _check_label(path: Path, label: np.ndarray, class_count: int) -> np.ndarray:
-    if label.dtype != np.uint8 or label.ndim != 2:
-        raise DataError(f"{path}: found {_describe(label)}, expected one channel of 8 bits with class indices")
-    present = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
-    wrong = [int(value) for value in present if value >= class_count and value != IGNORE_INDEX]
-    if wrong:
-        raise DataError(
-            f"{path}: label values {wrong[:8]}, expected 0..{class_count - 1} and {IGNORE_INDEX} = ignore; "
-            "name the classes of other label sets in DATA/dataset.yaml, a list under the key classes"
-        )
-    return label
-
-
-def _dimensions(array: np.ndarray) -> str:
-    return f"{array.shape[0]}x{array.shape[1]}"
-
-
-def _describe(array: np.ndarray) -> str:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    return f"{channels} channel{'s' * (channels > 1)} of {array.dtype}"
+    return {kind: (resize_image if kind == "image" else resize_nearest)(array, size) for kind, array in arrays.items()}

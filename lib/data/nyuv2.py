@@ -7,11 +7,6 @@ raw ids to the 13 and 40 classes (0 = unlabelled), `tables/nyuv2_split.csv` hold
 were made from `classMapping40.mat`, `class13Mapping.mat` and `splits.mat`, as published.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import h5py
@@ -19,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lib.classes import IGNORE_INDEX, NYUV2_13, NYUV2_40
+from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.samples import DataError, Samples, Source, resize_samples
 from lib.notebook import progress_bar
 from lib.parameters import check_choice
@@ -27,7 +23,7 @@ TABLES = Path(__file__).parent / "tables"
 ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}
 CACHED = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ()), "measured": (np.bool_, ())}
 BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
@@ -61,16 +57,10 @@ def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, clas
         count, width, height = file["labels"].shape
         status = path.stat()
         key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        key |= {"count": count, "size": list(size or (height, width)), "classes": class_set}
-        folder = _cache_folder(path, key)
-        arrays = _open_cache(folder, key)
-        if arrays is None:
-            _fill_cache(file, folder, key)
-            arrays = _open_cache(folder, key)
-    rows = _rows(count)[ids]
-    if len(rows) and (np.diff(rows) == 1).all():
-        rows = slice(rows[0], rows[-1] + 1)  # stays on disk; other selections are read into memory
-    return Samples(np.array([f"{frame:06d}" for frame in ids]), *(array[rows] for array in arrays))
+        key |= {"size": list(size or (height, width)), "kind": class_set}
+        layout = {name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()}
+        arrays = map_arrays(path, key, layout, lambda: _read_blocks(file, tuple(key["size"]), class_set))
+    return Samples(np.array([f"{frame:06d}" for frame in ids]), **select_rows(arrays, _rows(count)[ids]))
 
 
 def _official_split(count: int) -> pd.DataFrame:
@@ -89,9 +79,14 @@ def _open(path: Path) -> h5py.File:
     try:
         file = h5py.File(path)
     except OSError as error:
+        with open(path, "rb") as start:
+            older = start.read(10) == b"MATLAB 5.0"
+        remedy = (
+            "It is a file of version 5, as splits.mat" if older else "A download that was cut short has to be repeated"
+        )
         raise DataError(
-            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB. A download that "
-            "was cut short has to be repeated"
+            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's "
+            f"version 7.3. {remedy}"
         ) from error
     _check_layout(path, file)
     return file
@@ -105,6 +100,11 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             "labelled data set, nyu_depth_v2_labeled.mat"
         )
     count, *frame = file["labels"].shape
+    if file["scenes"].size != count:
+        raise DataError(
+            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; "
+            "use the file as it was published"
+        )
     for name, (dtype, dimensions) in ARRAYS.items():
         shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
@@ -114,59 +114,14 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             )
 
 
-def _cache_folder(path: Path, key: dict) -> Path:
-    parent = path.parent if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir())
-    height, width = key["size"]
-    return parent / f"{path.stem}.{height}x{width}.{key['classes']}.cache"
-
-
-def _open_cache(folder: Path, key: dict) -> list[np.ndarray] | None:
-    """The mapped arrays, or None where there are none or they were made from another file."""
-    try:
-        if json.loads((folder / "key.json").read_text()) != key:
-            return None
-        arrays = [np.load(folder / f"{kind}.npy", mmap_mode="r") for kind in CACHED]
-    except (OSError, ValueError):  # missing, or cut short
-        return None
-    return arrays if all(array.shape[:3] == (key["count"], *key["size"]) for array in arrays) else None
-
-
-def _fill_cache(file: h5py.File, folder: Path, key: dict) -> None:
-    """Convert all frames block by block, beside the folder, and put it in its place at the end."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    rows, shape = _rows(key["count"]), (key["count"], *key["size"])
-    try:
-        unfinished.mkdir(parents=True)
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(unfinished / f"{kind}.npy", "wb")) for kind in CACHED]
-            headers = [_write_header(*pair, shape) for pair in zip(files, CACHED.values(), strict=True)]
-            bar = stack.enter_context(progress_bar(f"reading {file.filename}", key["count"]))
-            for start in range(0, key["count"], BLOCK):
-                block = resize_samples(_read_block(file, start, key["classes"]), tuple(key["size"]))
-                arrays = (block.image, block.depth, block.label, block.measured)
-                for opened, header, array in zip(files, headers, arrays, strict=True):
-                    for row, frame in zip(rows[start : start + BLOCK], array, strict=True):
-                        opened.seek(header + int(row) * frame.nbytes)
-                        opened.write(frame.tobytes())
-                bar.update(len(block))
-        (unfinished / "key.json").write_text(json.dumps(key))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: the cache of {file.filename} could not be made ({error}); it needs "
-            f"{7 * np.prod(shape) / 1e9:.1f} GB there, and the .mat file must be whole"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_header(file, layout: tuple, shape: tuple[int, ...]) -> int:
-    dtype, channels = layout
-    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    header = {"descr": description, "fortran_order": False, "shape": (*shape, *channels)}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
+def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Blocks:
+    """All frames, block by block, and the rows of the cache they go to."""
+    rows = _rows(len(file["labels"]))
+    with progress_bar(f"reading {file.filename}", len(rows)) as bar:
+        for start in range(0, len(rows), BLOCK):
+            block = resize_samples(_read_block(file, start, class_set), size)
+            yield rows[start : start + BLOCK], {name: getattr(block, name) for name in CACHED}
+            bar.update(len(block))
 
 
 def _read_block(file: h5py.File, start: int, class_set: str) -> Samples:

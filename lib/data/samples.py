@@ -8,6 +8,8 @@ import numpy as np
 
 from lib.classes import IGNORE_INDEX, NYUV2_13
 
+DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
+
 
 class DataError(ValueError):
     """Data that can't be used as it is; the message names the file and the remedy."""
@@ -25,6 +27,7 @@ class Samples:
         measured: `(N, H, W)` bool, where the sensor measured; None where depth is not hole-filled.
         scene: `(N,)` the scene an image belongs to; None where that is unknown.
         classes: names of the classes, in the order of their indices.
+        depth_range_m: (nearest, farthest) that a network made for these data clips depth to.
         made_with: the parameters of `load_samples` by the names they have in the notebooks.
     """
 
@@ -35,6 +38,7 @@ class Samples:
     measured: np.ndarray | None = None
     scene: np.ndarray | None = None
     classes: tuple[str, ...] = NYUV2_13
+    depth_range_m: tuple[float, float] = DEPTH_RANGE_M
     made_with: dict | None = None
 
     def __len__(self) -> int:
@@ -76,7 +80,7 @@ class Source:
     """The images of one part that are still where they come from.
 
     Attributes:
-        names, scene, classes: as in `Samples`.
+        names, scene, classes, depth_range_m: as in `Samples`.
         read: (positions, size) to a list of `Samples` in that order, more than one where sizes differ.
         usual_split: what `auto` means, where the images allow it.
     """
@@ -86,6 +90,7 @@ class Source:
     classes: tuple[str, ...]
     read: Callable[[np.ndarray, tuple[int, int] | None], list[Samples]]
     usual_split: str
+    depth_range_m: tuple[float, float] = DEPTH_RANGE_M
 
     def select(self, positions: np.ndarray) -> "Source":
         """Only the images at these positions."""
@@ -128,7 +133,7 @@ class Pieces:
         for samples in source.read(np.asarray(positions), self.size):
             at = positions[start : start + len(samples)]
             scene = None if source.scene is None else source.scene[at]
-            read.append(replace(samples, scene=scene, classes=source.classes))
+            read.append(replace(samples, scene=scene, classes=source.classes, depth_range_m=source.depth_range_m))
             start += len(samples)
         return read
 

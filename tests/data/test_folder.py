@@ -60,14 +60,9 @@ def replace(array=None, data=None, remove=False):
 
 
 SIZE = (96, 128)
-IMAGE_REMEDY = "expected 8-bit RGB (3 channels); convert the file, for example with Pillow's image.convert('RGB')"
-DEPTH_REMEDY = (
-    "expected one channel of 16 bits in millimetres; 8-bit depth has lost its scale, export it again from the source"
-)
-LABEL_REMEDY = "expected one channel of 8 bits with class indices"
-SCALE = (
-    "median depth {}, expected millimetres of an indoor scene (100 to 20000). This looks like {}, and write 16-bit PNG"
-)
+IMAGE_REMEDY = "expected 8 bits a channel; convert the file"
+DEPTH_REMEDY = "expected 16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
+LABEL_REMEDY = "expected one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
 PARTNER = (
     "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
 )
@@ -75,23 +70,32 @@ BAD_FILES = {
     "missing partner": ("depth", replace(remove=True), PARTNER),
     "missing label": ("label", replace(remove=True), PARTNER),
     "no image for a depth": ("image", replace(remove=True), PARTNER),
-    "grey image": ("image", replace(np.zeros(SIZE, np.uint8)), f"found 1 channel of uint8, {IMAGE_REMEDY}"),
-    "alpha": ("image", replace(np.zeros((*SIZE, 4), np.uint8)), f"found 4 channels of uint8, {IMAGE_REMEDY}"),
-    "8-bit depth": ("depth", replace(np.full(SIZE, 90, np.uint8)), f"found 1 channel of uint8, {DEPTH_REMEDY}"),
-    "metres": ("depth", replace(np.full(SIZE, 3, np.uint16)), SCALE.format(3, "metres: multiply by 1000")),
-    "tenths": (
-        "depth",
-        replace(np.full(SIZE, 30000, np.uint16)),
-        SCALE.format(30000, "a finer unit: divide to get millimetres"),
+    "16-bit image": ("image", replace(np.zeros(SIZE, np.uint16)), f"found I;16 of 16 bits or more, {IMAGE_REMEDY}"),
+    "transparent": (
+        "image",
+        replace(np.full((*SIZE, 4), 200, np.uint8)),
+        "found transparent pixels, expected an opaque picture; put it on a background of your choice",
     ),
+    "8-bit depth": ("depth", replace(np.full(SIZE, 90, np.uint8)), f"found 8 bits, {DEPTH_REMEDY}"),
     "label 20": (
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
-        "label values [20], expected 0..12 and 255 = ignore; name the classes of other label sets in "
-        "DATA/dataset.yaml, a list under the key classes",
+        "label values [20], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
+        "unlabelled under `ignore`, in {root}/dataset.yaml",
     ),
-    "16-bit label": ("label", replace(np.full(SIZE, 2, np.uint16)), f"found 1 channel of uint16, {LABEL_REMEDY}"),
-    "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), f"found 3 channels of uint8, {LABEL_REMEDY}"),
+    "label of 16 bits": (
+        "label",
+        replace(np.full(SIZE, 300, np.uint16)),
+        "label values [300], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
+        "unlabelled under `ignore`, in {root}/dataset.yaml",
+    ),
+    "label after the last": (
+        "label",
+        replace(np.full(SIZE, 13, np.uint8)),
+        "label values [13], expected 0..12 and 255 = unlabelled; where 0 means unlabelled, write `first_label: 1` into "
+        "{root}/dataset.yaml",
+    ),
+    "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), f"found mode RGB of Pillow, {LABEL_REMEDY}"),
     "other size": (
         "depth",
         replace(np.full((48, 64), 900, np.uint16)),
@@ -100,7 +104,7 @@ BAD_FILES = {
     "no image file": (
         "label",
         replace(data=b"nothing"),
-        "can't be decoded (cannot identify image file '{path}'); it is damaged or no image, copy it again",
+        "can't be decoded (cannot identify image file); it is damaged or no image, copy it again",
     ),
 }
 
@@ -113,7 +117,7 @@ def test_bad_file_is_named(folder, case):
     with pytest.raises(DataError) as error:
         load_samples(folder, "train", "official", (48, 64))
     named = path.parent if message == PARTNER else path
-    assert str(error.value) == f"{named}: {message.format(path=path)}"
+    assert str(error.value) == f"{named}: {message.format(path=path, root=folder)}"
 
 
 def test_a_file_that_disappears_while_reading(folder):
@@ -139,13 +143,11 @@ def test_truncated_image_is_an_error(folder, suffix):
 
 
 def test_missing_folders(tmp_path, folder):
-    with pytest.raises(
-        DataError, match=r"nowhere/train/image: no such folder; expected DATA/train/\{image,depth,label"
-    ):
+    with pytest.raises(DataError, match=r"nowhere: no such folder; expected DATA/train/\{image,depth,label"):
         load_samples(tmp_path / "nowhere", "train")
     for path in (folder / "train" / "image").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="train/image: holds no png or jpg file"):
+    with pytest.raises(DataError, match="train/image: found nothing, expected files of: .jpg, .jpeg, .png,"):
         load_samples(folder, "train")
 
 
@@ -205,12 +207,14 @@ def test_class_names_in_any_language(folder, encoding):
 def test_labels_outside_of_the_named_classes(folder):
     (folder / "dataset.yaml").write_text("classes: [a, b, c]")
     with pytest.raises(
-        DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = ignore; name"
+        DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = unlabelled; name"
     ):
         load_samples(folder, "train", "official")
 
 
-LIST = "expected a list of 2 to 255 names in the order of their indices, such as [bed, books, ceiling]; quote names"
+LIST = (
+    "expected a list of 2 to 255 names in the order of their indices, such as [bed, books, ceiling], or {value: name}"
+)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
 from lib.classes import NYUV2_13, NYUV2_40
 from lib.data import DataError, iterate_samples, load_samples, nyuv2
+from lib.data.cache import cache_root
 
 SHARED = Path(__file__).parents[3] / "shared" / "nyuv2"
 COUNT = 40
@@ -44,7 +46,8 @@ def write_mat(path, frames):
 
 
 @pytest.fixture
-def mat(tmp_path, frames):
+def mat(tmp_path, frames, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_mat(tmp_path / "nyu_depth_v2_labeled.mat", frames)
 
 
@@ -115,17 +118,15 @@ def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
     assert_equal_samples(first, again)
     assert isinstance(again.image, np.memmap)
     assert not isinstance(load_samples(mat, "train", "random", (48, 64)).image, np.memmap)
-    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "nyu_depth_v2_labeled.48x64.nyuv2_13.cache"}
+    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "cache"}  # nothing within the data
 
 
-@pytest.mark.parametrize("change", ["file", "key", "array cut short", "array missing"])
+@pytest.mark.parametrize("change", ["file", "array cut short", "array missing"])
 def test_cache_that_does_not_match_is_made_again(mat, frames, change):
     before = load_samples(mat, "test", size=(48, 64)).image.copy()
-    cache = mat.parent / "nyu_depth_v2_labeled.48x64.nyuv2_13.cache"
+    (cache,) = cache_root().iterdir()
     if change == "file":
         write_mat(mat, frames[::-1])
-    if change == "key":
-        (cache / "key.json").write_text("{")
     if change == "array cut short":
         (cache / "image.npy").write_bytes((cache / "image.npy").read_bytes()[:-50])
     if change == "array missing":
@@ -133,14 +134,7 @@ def test_cache_that_does_not_match_is_made_again(mat, frames, change):
     after = load_samples(mat, "test", size=(48, 64))
     assert np.array_equal(after.image, before) == (change != "file")
     assert len(after.label) == len(after.image)
-
-
-def test_read_only_folder_gets_its_cache_elsewhere(mat, tmp_path, monkeypatch):
-    monkeypatch.setattr(nyuv2.os, "access", lambda *arguments: False)
-    monkeypatch.setattr(nyuv2.tempfile, "gettempdir", lambda: str(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere").mkdir()
-    load_samples(mat, "test", size=(24, 32))
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["nyu_depth_v2_labeled.24x32.nyuv2_13.cache"]
+    assert len(list(cache_root().iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,7 +158,7 @@ def test_wrong_content_is_named(mat, damage, message):
     with pytest.raises(DataError, match=message) as error:
         load_samples(mat, "train", "official", (48, 64))
     assert str(error.value).startswith(f"{mat}: ")
-    assert not list(mat.parent.glob("*unfinished*"))
+    assert not list(cache_root().iterdir())
 
 
 def test_wrong_layout_is_named(mat):
@@ -181,6 +175,28 @@ def test_truncated_and_missing_files(mat):
         load_samples(mat, "train")
     with pytest.raises(DataError, match=r"gone.mat: no such file; check the parameter data"):
         load_samples(mat.parent / "gone.mat", "train")
+
+
+def test_a_file_of_matlab_5_is_named(tmp_path):
+    path = tmp_path / "splits.mat"
+    scipy.io.savemat(path, {"trainNdxs": [1, 2]})
+    with pytest.raises(DataError) as error:
+        load_samples(path, "train")
+    assert str(error.value).startswith(f"{path}: can't be opened as HDF5 (")
+    assert str(error.value).endswith(
+        "); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's version 7.3. It is a file of version 5, as splits.mat"
+    )
+
+
+def test_scenes_that_are_too_few_are_named(mat):
+    with h5py.File(mat, "a") as file:
+        scenes = file.pop("scenes")[:]
+        file["scenes"] = scenes[:, :-1]
+    with pytest.raises(DataError) as error:
+        load_samples(mat, "train")
+    assert str(error.value) == (
+        f"{mat}: names the scenes of 39 images, expected 40, as many as it has labels; use the file as it was published"
+    )
 
 
 def test_class_table():

@@ -126,7 +126,7 @@ def test_what_samples_were_loaded_with(folder):
     ("arguments", "message"),
     [
         ({"part": "valdi"}, "part: found 'valdi', expected one of train, valid, test"),
-        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, random, blocks, scenes, official"),
+        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, given, scenes, blocks, random, official"),
         ({"size": (0, 64)}, "size: found (0, 64), expected a height and a width of at least 1 pixel"),
         ({"limit": 0}, "limit: found 0, expected a number of images of at least 1"),
         ({"batch_size": 0}, "batch_size: found 0, expected a number of images of at least 1"),

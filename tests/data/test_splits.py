@@ -46,8 +46,19 @@ def test_the_usual_gap_is_the_step():
     names = numbered(0, 5, 10, 40, 45, 50, 100, 105, 200, 205, 210, 215, 300, 305, 310)
     assert list(number_runs(names)) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4]
     assert list(names[split_names(names, "blocks")[1]]) == ["0300", "0305", "0310"]
+    milliseconds = numbered(0, 33, 67, 100, 500, 533, 567, 600)
+    assert list(number_runs(milliseconds)) == [0] * 4 + [1] * 4
     shuffled = np.random.default_rng(0).permutation(len(names))
     np.testing.assert_array_equal(number_runs(names[shuffled]), number_runs(names)[shuffled])
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 10])
+def test_blocks_have_no_neighbours_on_both_sides(step):
+    """Ids 0, 5, 10, ...: seven scenes of six frames that are further apart than their frames."""
+    ids = np.concatenate([step * (100 * scene + np.arange(6)) for scene in range(7)])
+    train, valid = (ids[part] for part in split_names(numbered(*ids), "blocks"))
+    assert valid.tolist() == [step * (400 + frame) for frame in range(6)]
+    assert np.abs(train[:, None] - valid).min() > step
 
 
 def test_names_that_are_no_runs():
@@ -105,6 +116,10 @@ def test_what_auto_means():
     assert choose_split("auto", source(ROOMS, "blocks"), 4) == "blocks"
     assert choose_split("auto", source(words, "scenes", scene), 4) == "scenes"
     assert choose_split("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_split("auto", source(ROOMS, "scenes"), 4) == "blocks"
+    assert choose_split("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
+    assert choose_split("auto", source(words, "given", scene), 4) == "given"
+    assert choose_split("scenes", source(words, "given", scene), 4) == "scenes"
     assert choose_split("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
     assert choose_split("auto", source(ROOMS[:6], "blocks"), 4) == "random"  # three runs leave nothing to validate
     assert choose_split("auto", source(ROOMS[:1], "blocks"), 4) == "random"
@@ -119,6 +134,12 @@ def test_splits_that_can_not_be():
         match="split: 'blocks' needs numbers as file names that run on within a scene, found a, b, c, ...; use",
     ):
         split_names(np.array(["a", "b", "c", "d"]), "blocks")
+    with pytest.raises(ValueError) as error:
+        split_names(numbered(0, 1, 10, 30, 70, 80), "blocks")
+    assert str(error.value) == (
+        "split: 'blocks' needs numbers as file names that run on within a scene, found 0000, 0001, 0010, ..., most of "
+        "them alone; use split 'random' or 'official'"
+    )
     for fold in (5, -1):
         with pytest.raises(ValueError, match=f"fold: found {fold}, expected one of 0, 1, 2, 3, 4"):
             split_names(ROOMS, "blocks", fold=fold)

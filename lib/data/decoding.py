@@ -1,0 +1,133 @@
+"""One file to one array: what a file shows or holds is taken as it is meant, or the file is refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lib.data.samples import DataError
+
+SUFFIXES = {
+    "image": (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"),
+    "depth": (".png", ".tif", ".tiff", ".npy"),
+    "label": (".png", ".tif", ".tiff", ".bmp"),
+}
+TURNED = range(5, 9)  # values of the orientation tag with which height and width change places
+INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from the head of its file."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow turns TIFF
+            return picture.size if turned else picture.size[::-1]
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """`(H, W, 3)` uint8 RGB as a viewer shows it: upright, its palette looked up.
+
+    Raises:
+        DataError: more than 8 bits a channel, several pictures, transparency, or a file that can't be read.
+    """
+    picture, stored = _open(path)
+    if picture.mode[0] in "IF" or ";16" in stored:  # Pillow drops half of 16-bit RGB
+        raise _refused(path, f"{picture.mode} of 16 bits or more", "8 bits a channel; convert the file")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema()[0] < 255:
+            raise _refused(path, "transparent pixels", "an opaque picture; put it on a background of your choice")
+    return np.asarray(_decoded(path, picture.convert, "RGB"))
+
+
+def decode_label(path: Path) -> np.ndarray:
+    """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices."""
+    return _decode_values(
+        path, "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+    )
+
+
+def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
+    """`(H, W)` numbers as they are stored, `bits` apart; those of a `.npy` or TIFF file may be real.
+
+    Args:
+        path: of the file.
+        bits: `plain`, or `sun` for the rotated bits of SUN RGB-D.
+        takes_bytes: whether 8 bits are enough, which holds where somebody says in which unit they are.
+    """
+    if path.suffix.lower() == ".npy":
+        depth = _decoded(path, np.load, path)
+    else:
+        depth = _decode_values(path, "one channel of depth of 16 bits; export it again from the source", depth=True)
+    if depth.ndim != 2 or depth.dtype.kind not in "iuf":
+        raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
+    if depth.dtype.itemsize == 1 and not takes_bytes:
+        remedy = "Say depth_unit_mm if you know it, or export it again"
+        raise _refused(path, "8 bits", f"16: depth of 8 bits has lost its scale. {remedy}")
+    if (depth < 0).any():
+        raise _refused(path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0")
+    if bits == "sun":
+        if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
+            raise _refused(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
+        depth = depth >> 3 | depth << 13
+    return depth
+
+
+def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: tuple[float, ...] = (0,)) -> np.ndarray:
+    """uint16 millimetres, 0 where nothing was measured (or NaN or infinity says so), at most 65.5 m."""
+    if depth.dtype == np.uint16 and unit_mm == 1 and missing == (0,):
+        return depth
+    there = np.isfinite(depth) & ~np.isin(depth, missing)
+    return np.where(there, np.rint(depth * float(unit_mm)), 0).clip(0, 65535).astype(np.uint16)
+
+
+def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray:
+    """One channel of numbers."""
+    picture, stored = _open(path)
+    mode, values = picture.mode, np.asarray(picture)
+    if mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
+        raise _refused(path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys")
+    if mode == "P":
+        palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        if (palette == palette[:, :1]).all() and values.max(initial=0) < len(palette):  # of an optimiser, once grey
+            return palette[:, 0][values]
+    if mode not in ("L", *INTEGERS, "F" if depth else "P"):
+        raise _refused(path, f"mode {mode} of Pillow", expected)
+    return values
+
+
+def _open(path: Path) -> tuple[Image.Image, str]:
+    """A picture, decoded and upright, and how its pixels lie in the file.
+
+    With Pillow, because OpenCV returns the readable half of a truncated JPEG.
+    """
+
+    def open_upright() -> tuple[Image.Image, str]:
+        # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
+        with open(path, "rb") as file, Image.open(file) as picture:
+            count, stored = getattr(picture, "n_frames", 1), str(getattr(picture, "tile", ""))
+            if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
+                raise ValueError(f"it holds {count} pictures, expected one")
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture, stored
+
+    return _decoded(path, open_upright)
+
+
+def _decoded(path: Path, decode, *arguments):
+    try:
+        return decode(*arguments)
+    except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
+    return DataError(f"{path}: can't be decoded ({reason}); it is damaged or no image, copy it again")
+
+
+def _refused(path: Path, found: str, expected: str) -> DataError:
+    return DataError(f"{path}: found {found}, expected {expected}")

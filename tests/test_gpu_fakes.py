@@ -1,0 +1,176 @@
+"""What can be known of a GPU without one: by tensors without content, and by watching what torch is asked for."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from small_run import ENCODER, small_samples, train
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lib import evaluation, losses, training
+from lib.batches import RawBatch, encode_batch, training_loader
+from lib.device import autocast
+from lib.evaluation import Predicted, count_predictions, decide
+from lib.losses import POOLINGS
+from lib.model import INPUT_CHANNELS, build_model
+from lib.objective import total_loss
+
+CUDA = torch.device("cuda")
+# each needs its result on the host, for which a GPU has to finish everything before
+WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "equal")
+
+
+def raw_batch(count: int, size: tuple[int, int]) -> RawBatch:
+    kinds = (torch.uint8, torch.uint16, torch.uint8, torch.bool)
+    image, *others = (torch.zeros((count, *size), dtype=kind) for kind in kinds)
+    return RawBatch(image[..., None].expand(*image.shape, 3), *others, torch.arange(count))
+
+
+@pytest.mark.parametrize("inputs", INPUT_CHANNELS)
+def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
+    """From encoding to decisions, with every pooling: a fake tensor has no value, and no CPU tensor meets it."""
+    with FakeTensorMode(), torch.no_grad():
+        with CUDA:
+            model = build_model(encoder=ENCODER, inputs=inputs, size=(48, 64)).eval()
+        batch = encode_batch(raw_batch(2, (48, 64)), model.config, CUDA)
+        prediction = model(batch.inputs)
+        for pooling in POOLINGS:
+            terms = total_loss(prediction, batch, 0.5, pooling, 0.1, torch.ones(13))
+            assert {term.device.type for term in terms} == {"cuda"}
+        decided = decide(prediction.logits)
+        assert {tensor.device.type for tensor in (*batch, *prediction, decided)} == {"cuda"}
+        assert decided.shape == (2, 48, 64)
+
+
+class Watch(TorchDispatchMode):
+    """Fails where an operation waits for a GPU, or leaves float64 on the device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.calls = device, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.calls += 1
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == self.device for tensor in tensors):
+            assert not any(name in str(operation) for name in WAITS), operation
+            by_mask = "index" in str(operation) and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+            assert not by_mask, f"{operation} by a mask"
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
+                assert tensor.dtype != torch.float64, operation
+        return result
+
+
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"precision": "bf16", "soft_iou_pooling": "exp061"}])
+def test_a_training_step_waits_for_nothing(monkeypatch, options):
+    """Encoding, forward, loss, backward, update, schedule and average; Lovasz alone waits, within smp."""
+    real, watches = training.train_epoch, []
+
+    def watched(model, step, *others):
+        def watched_step(raw):
+            with Watch("cpu") as watch:
+                watches.append(watch)
+                return step(raw)
+
+        return real(model, watched_step, *others)
+
+    monkeypatch.setattr(training, "train_epoch", watched)
+    monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)  # looks at labels on a CPU alone
+    train("watched", small_samples()[:10], held_out=2, epochs=1, **options)
+    assert len(watches) == 2
+    assert min(watch.calls for watch in watches) > 500
+
+
+class Finished(list):
+    """A loader without a batch that is left: a real one reads its seed from a tensor."""
+
+
+@pytest.mark.parametrize("what", ["training", "evaluation"])
+def test_means_of_losses_leave_no_float64_on_the_device(scenes, monkeypatch, what):
+    """A Mac's GPU has none. A mean of fake tensors can't be read: that all comes to that is the proof."""
+    monkeypatch.setattr(training, "_check_finite", lambda *arguments: None)
+    batch, finished = Predicted(scenes[:1], scenes.label[:1] % 13), Finished()
+    finished.dataset = training_loader(scenes, "none", 2, 0, 0).dataset
+    monkeypatch.setattr(evaluation, "confusion_counts", lambda *arguments: np.zeros((1, 13, 13)))
+    bar = training.progress_bar("", 2, disable=True)
+    bar.set_description("epoch 1 of 1")
+    with FakeTensorMode(), Watch("cuda"):
+        terms = [torch.zeros(5, device="cuda")] * 2
+        means = {
+            "training": lambda: training.train_epoch(
+                torch.nn.Identity(), pytest.fail, finished, terms, pytest.fail, bar
+            ),
+            "evaluation": lambda: count_predictions([batch._replace(losses=terms[0])]),
+        }
+        with pytest.raises(DataDependentOutputException):
+            means[what]()
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the most that there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, storage._cdata)
+            self.most = max(self.most, sum(self.alive.values()))
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return result
+
+
+def step_memory(batch_size: int, precision: str) -> float:
+    """GiB of a step of Exp061 up to the end of the backward pass, weights among them, without the optimizer's."""
+    size, cpu = (480, 640), torch.device("cpu")  # autocast and backward don't know a fake GPU
+    with FakeTensorMode():
+        model = build_model(encoder="resnet101", size=size)
+        memory = Memory()
+        for tensor in (*model.parameters(), *model.buffers()):
+            memory.see(tensor)
+        raw = raw_batch(batch_size, size)
+        with memory:
+            batch = encode_batch(raw, model.config, cpu)
+            with autocast(cpu, precision):
+                prediction = model(batch.inputs)
+            total_loss(prediction, batch, 0.5, "exp061", 0.1).total.backward()
+    return memory.most / 2**30
+
+
+@pytest.mark.parametrize(("precision", "found"), [("fp32", 8.43), ("bf16", 4.72)])
+def test_the_memory_of_a_step_of_exp061_does_not_grow(monkeypatch, precision, found):
+    """What notebooks/README.md says of it, to 2 %."""
+    monkeypatch.setattr(losses, "CPU_CHUNK", losses.GPU_CHUNK)
+    monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)
+    assert 0.9 * found < step_memory(8, precision) < 1.02 * found
+
+
+def test_a_run_on_the_cpu_pins_nothing(scenes, monkeypatch):
+    """Where there is a GPU: pinned memory would open it. A run on a GPU pins."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = training_loader(scenes, "none", 2, 0, 0)
+    assert not loader.pin_memory
+
+    def stop(model, device):
+        raise StopIteration
+
+    monkeypatch.setattr(training, "_place", stop)
+    for device, pins in (("cuda:1", True), ("cpu", False)):
+        monkeypatch.setattr(training, "choose_device", lambda name: torch.device(name))
+        options = {"learning_rate": 0.1, "weight_decay": 0.0, "precision": "fp32", "device": device}
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            next(training.fit(torch.nn.Identity, loader, scenes, None, loss=None, epochs=1, **options))
+        assert loader.pin_memory == pins

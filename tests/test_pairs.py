@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import write_folder
+from PIL import Image
+from slim_runs import names_of, slim_run, some_counts
+from test_plots import draw
+
+from lib.comparison import EXAMPLE, group_recipes, read_runs
+from lib.metrics import confusion_counts
+from lib.pairs import choose_images, choose_pair, image_scores, plot_pair, plot_pair_images
+from lib.plots import FADED, colour_where
+from lib.scoring import iterate_part, masks_folder, read_masks
+
+
+def test_the_score_of_an_image_is_over_the_classes_in_its_truth():
+    counts = np.zeros((3, 3, 3), int)
+    counts[0, 0, :2] = 6, 2  # class 1 is named, but not in the truth
+    counts[0, 2, 2] = 4
+    counts[1, 0, 1] = 5
+    np.testing.assert_array_equal(image_scores(counts), [(6 / 8 + 1) / 2, 0, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("gains", "chosen"),
+    [
+        ([0.1, np.nan, 0.3, -0.2, 0.2, -0.1], [2, 4, 3]),
+        ([0.1, 0.2, 0.3], [2, 1]),
+        ([-0.1, -0.2], [1]),
+        ([0, np.nan], []),
+    ],
+)
+def test_shown_are_the_largest_gains_and_the_largest_loss(gains, chosen):
+    assert choose_images(np.array(gains)).tolist() == chosen
+
+
+def test_of_several_recipes_the_last_is_held_against_the_first(tmp_path):
+    for name, rate in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
+        slim_run(tmp_path, name, learning_rate=rate)
+    recipes = group_recipes(read_runs(",".join(str(tmp_path / name) for name in "abc"), "valid"))
+    assert list(choose_pair(recipes)) == ["a", "c"]
+    assert list(choose_pair(recipes, "b")) == ["a", "b"]
+    assert choose_pair({"a": recipes["a"]}) == {}
+    with pytest.raises(ValueError, match="other: found 'd', expected one of b, c"):
+        choose_pair(recipes, "d")
+
+
+def test_all_is_inside_the_figure(tmp_path):
+    for name, rate in (("a " * 40, 0.6), ("b " * 40, 0.7)):
+        long = [f"{number}, {'a long name of an image ' * 3}" for number in names_of()]
+        slim_run(tmp_path, name, some_counts(rate), names=long, scene=None, learning_rate=rate)
+    recipes = group_recipes(read_runs(str(tmp_path), "valid"))
+    texts = draw(plot_pair(choose_pair(recipes)))
+    assert "B higher on 24 of 24 images, lower on 0" in texts
+
+
+@pytest.fixture
+def pair(tmp_path, scenes):
+    """Two runs of the scenes: A names all right but for the first image, B but for the second."""
+    write_folder(tmp_path / "data", scenes, "test")
+    label, found = np.where(scenes.label == 255, 0, scenes.label), {}
+    for name, wrong in (("a", 0), ("b", 1)):
+        masks = label.copy()
+        masks[wrong] = (masks[wrong] + 1) % 13
+        counts = confusion_counts(masks, scenes.label, 13)
+        run = slim_run(tmp_path, name, counts, names=scenes.names.tolist(), scene=None, classes=scenes.classes,
+                       part="test", data=str(tmp_path / "data"), learning_rate=float(wrong))  # fmt: skip
+        masks_folder(run, "test").mkdir()
+        for image, mask in zip(scenes.names, masks, strict=True):
+            Image.fromarray(mask).save(masks_folder(run, "test") / f"{image}.png")
+        found[name] = run
+    recipes = group_recipes(read_runs(",".join(map(str, found.values())), "test"))
+    return choose_pair(recipes)
+
+
+def test_what_b_fixes_and_breaks(pair, scenes):
+    figure = plot_pair_images(pair, "test")
+    texts = draw(figure)
+    assert {"RGB", "truth", "A", "B", "B fixes", "B breaks", f"{scenes.names[0]}: +1.00"} <= set(texts)
+    fixes, breaks = (figure.axes[column].images[0].get_array() for column in (4, 5))  # of the first row, the gain
+    labelled = scenes.label[0] != 255
+    expected = colour_where(labelled, scenes.image[0], scenes.label[0], scenes.classes)
+    np.testing.assert_array_equal(fixes, expected)
+    assert breaks.min() >= FADED[0]
+    assert (np.ptp(breaks, axis=2) == 0).all()
+
+
+def test_without_predictions_or_data_a_sentence_says_so(pair):
+    first, second = pair.values()
+    elsewhere = {"a": replace(first, data="/no/such/place"), "b": second}
+    assert plot_pair_images(elsewhere, "test").startswith("No pictures, because the images can't be read: /no/such/pla")
+    gone = masks_folder(second.folder, "test") / f"{first.names[0]}.png"
+    gone.unlink()
+    assert plot_pair_images(pair, "test").startswith(f"No pictures: `{gone}` was not kept; ")
+
+
+def test_the_committed_example_keeps_the_predictions_that_are_shown():
+    pair = choose_pair(group_recipes(read_runs(f"{EXAMPLE / 'baseline'}, {EXAMPLE / 'tenth_learning_rate'}", "test")))
+    assert "B breaks" in draw(plot_pair_images(pair, "test"))
+    for run in pair.values():
+        kept = sorted(path.stem for path in masks_folder(run.folder, "test").iterdir())
+        at = np.flatnonzero(np.isin(run.names, kept))
+        label = iterate_part(run.folder, "test")[at][0].label
+        counts = confusion_counts(np.stack(read_masks(masks_folder(run.folder, "test"), kept)), label, 13)
+        np.testing.assert_array_equal(counts, run.counts[at])

@@ -1,0 +1,63 @@
+"""`~` is the home folder in every parameter that is a path; tests of `runs` and RUNS_DIR are with theirs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+from test_predict import CLASSES, build_network
+
+from lib.classes import NYUV2_13
+from lib.comparison import read_runs
+from lib.data import load_samples
+from lib.data.pictures import open_pictures
+from lib.files import CheckpointError
+from lib.model import build_model, load_model, save_model
+from lib.predict import predict_pictures
+from lib.runs import find_run
+from lib.scoring import find_scored, iterate_part, score_run
+from lib.sweep import plan_runs, scored_folders
+from lib.weights import weights_digest
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, scenes):
+    """A folder of images as the home folder; the working directory is another one, and stays empty."""
+    write_folder(tmp_path / "home", scenes[:3])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "home" / "runs"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path / "home"
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_data_images_and_depths(home):
+    assert len(load_samples("~", "train", "official")) == 3
+    (first, *_) = open_pictures("~/train/image", "~/train/depth", 1.0, True, NYUV2_13)
+    assert first.depth.any()
+    assert plan_runs(None, {"data": "~/train"}, {}, [1]).popitem()[1]["data"] == str(home / "train")
+
+
+def test_a_network_is__writes_its_masks(home):
+    save_model(build_network(), home / "best.pt")
+    assert load_model("~/best.pt").config.classes == CLASSES
+    assert find_run("~") == home  # start_from, and run
+    predict_pictures(load_model("~/best.pt"), open_pictures("~/train/image", None, 1.0, False, CLASSES), "~/masks")
+    assert len(list((home / "masks").glob("*.png"))) == 3
+    torch.save({"a": torch.zeros(1)}, home / "weights.pth")
+    with pytest.raises(CheckpointError, match="such as"):  # read, but of another encoder
+        build_model(encoder="resnet18", encoder_weights="~/weights.pth")
+    assert weights_digest("~/weights.pth") == weights_digest(str(home / "weights.pth")) is not None
+
+
+def test_predictions_and_results(home, scenes):
+    parameters = {"data": "~", "split": "official", "limit": None, "classes": None, "fold": 4}
+    parameters |= {"run_name": "theirs", "recipe": "theirs", "seed": 0, "predictions": "~/train/label"}
+    for path, label in zip(sorted((home / "train" / "label").iterdir()), scenes.label, strict=False):
+        Image.fromarray(np.where(label == 255, 0, label)).save(path)
+    (home / "dataset.yaml").write_text("first_label: 0")  # or 0 between all others would be doubted
+    run = find_scored("latest", parameters["predictions"], parameters)
+    assert score_run(run, "train", iterate_part(run, "train"))["plain"]["pixel_accuracy"] == 1
+    assert scored_folders(["theirs"], "~/runs") == str(run)
+    assert [scored.name for scored in read_runs("all", "train", str(home))] == ["theirs"]

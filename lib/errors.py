@@ -13,7 +13,15 @@ from torch import nn
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.evaluation import predict
-from lib.metrics import class_accuracy, confusion_counts, fill_unlabelled, image_accuracy, iou, mean_iou, pixel_accuracy
+from lib.metrics import (
+    class_accuracy,
+    confusion_counts,
+    fill_unlabelled,
+    image_accuracy,
+    iou,
+    mean_truth_iou,
+    pixel_accuracy,
+)
 from lib.notebook import progress_bar
 from lib.plots import (
     DEPTH,
@@ -182,7 +190,7 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
     return (
         f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
-        f"(mIoU {mean_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
+        f"(mIoU {mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
         f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
         f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
         f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "

@@ -92,7 +92,7 @@ def iou(counts: Array) -> np.ndarray:
 
 
 def mean_iou(counts: Array) -> float:
-    """Mean of `iou` over the classes in truth or prediction; say how many with `averaged_classes`.
+    """Mean of `iou` over the classes in truth or prediction.
 
     Raises:
         ValueError: no labelled pixel.
@@ -100,19 +100,24 @@ def mean_iou(counts: Array) -> float:
     return float(np.nanmean(iou(_pool_labelled(counts))))
 
 
+def truth_iou(counts: Array) -> np.ndarray:
+    """As `iou`, but NaN for every class that is not in the truth."""
+    return np.where(_pool(counts).sum(1) > 0, iou(counts), np.nan)
+
+
 def mean_truth_iou(counts: Array) -> float:
-    """Mean of `iou` over the classes in the truth: for all runs on the same images the same classes.
+    """Mean of `iou` over the classes in the truth: for all runs, and all epochs, on the same images the same classes.
 
     Raises:
         ValueError: no labelled pixel.
     """
-    pooled = _pool_labelled(counts)
-    return float(iou(pooled)[pooled.sum(1) > 0].mean())
+    ious = truth_iou(_pool_labelled(counts))
+    return float(ious[np.isfinite(ious)].mean())
 
 
 def averaged_classes(counts: Array) -> int:
-    """How many classes `mean_iou` averages."""
-    return int(np.isfinite(iou(counts)).sum())
+    """How many classes `mean_truth_iou` averages."""
+    return int(np.isfinite(truth_iou(counts)).sum())
 
 
 def pixel_accuracy(counts: Array) -> float:
@@ -213,7 +218,7 @@ def image_accuracy(counts: np.ndarray) -> np.ndarray:
 def all_scores(counts: Array) -> dict[str, float]:
     """The scalar scores of a set of images."""
     return {
-        "miou": mean_iou(counts),
+        "miou": mean_truth_iou(counts),
         "averaged_classes": averaged_classes(counts),
         "pixel_accuracy": pixel_accuracy(counts),
         "mean_class_accuracy": float(np.nanmean(class_accuracy(_pool_labelled(counts)))),

@@ -315,7 +315,8 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     names = table.index
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
-        axes.hlines(rows, table.low, table.high, color="black", label="95 % interval", path_effects=HALO)
+        known = "95 % interval" if table.low.notna().any() else None
+        axes.hlines(rows, table.low, table.high, color="black", label=known, path_effects=HALO)
         guess = table.support / (2 - table.support)
         axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="guessing by the share of pixels")
     for row, value in enumerate(table.IoU):

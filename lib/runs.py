@@ -16,7 +16,7 @@ from lib.classes import NYUV2_13
 from lib.data import Samples
 from lib.evaluation import Evaluation
 from lib.files import hold_run, read_json, write_atomically, write_json, write_text
-from lib.metrics import averaged_classes, iou, mean_iou, pixel_accuracy
+from lib.metrics import averaged_classes, mean_truth_iou, pixel_accuracy, truth_iou
 from lib.weights import weights_digest
 
 MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
@@ -188,9 +188,9 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
     """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
-        scores |= {"valid_miou": mean_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
+        scores |= {"valid_miou": mean_truth_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
         scores |= {"averaged_classes": averaged_classes(valid.counts)}
-        scores |= {"class_iou": dict(zip(valid.classes, iou(valid.counts).round(6).tolist(), strict=True))}
+        scores |= {"class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))}
         write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     write_json(scores, run / "scores.json")
@@ -276,8 +276,9 @@ def summarise(run: Path) -> str:
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
+    few = max(1, min(3, len(ranked) // 2))
     best, least = (
-        ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:3], ranked[-3:])
+        ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:few], ranked[-few:])
     )
     kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
     return (

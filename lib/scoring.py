@@ -14,7 +14,7 @@ from lib.data.splits import number_runs
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, ahead, count_predictions, predict
 from lib.files import read_json, write_atomically, write_json
-from lib.metrics import all_scores, boundary_iou, depth_scores, iou, mean_truth_iou
+from lib.metrics import all_scores, boundary_iou, depth_scores, mean_truth_iou, truth_iou
 from lib.model import load_model
 from lib.notebook import progress_bar
 from lib.runs import find_run, open_run, read_counts, read_history, read_parameters, write_counts, write_report
@@ -111,20 +111,23 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     """
     plain = counted["plain"]
     truth = plain.counts.sum(2)
-    columns = {"images": (truth > 0).sum(0), "support": truth.sum(0) / max(truth.sum(), 1), "IoU": iou(plain.counts)}
+    columns = {
+        "images": (truth > 0).sum(0),
+        "support": truth.sum(0) / max(truth.sum(), 1),
+        "IoU": truth_iou(plain.counts),
+    }
     described = {"intervals": {}, "depth": depth_scores(plain.depth)}
     for name, evaluation in counted.items():
-        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)))
+        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)[truth.any(0)]))
         interval = score_interval(evaluation.counts, evaluation.scene)
-        in_truth = {"miou": interval.score, "averaged_classes": int((evaluation.counts.sum((0, 2)) > 0).sum())}
-        described[name] = all_scores(evaluation.counts) | in_truth | {"boundary_miou": boundary}
+        described[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
         described["intervals"][name] = interval.interval
         if name == "plain":
             columns |= dict(zip(("low", "high"), interval.class_interval, strict=True))
             described["scenes"] = interval.scene_count if evaluation.scene is not None else None
     if "augmented" in counted:
         augmented = counted["augmented"]
-        columns["IoU, augmented"] = iou(augmented.counts)
+        columns["IoU, augmented"] = truth_iou(augmented.counts)
         gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
         described["gain"] = {"difference": gain.difference, "interval": gain.interval, "p_value": gain.p_value}
     columns["boundary IoU"] = boundary_iou(plain.boundary)

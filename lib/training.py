@@ -21,7 +21,7 @@ from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
 from lib.evaluation import Evaluation, evaluate, mean_losses
 from lib.losses import POOLINGS
-from lib.metrics import mean_iou, pixel_accuracy
+from lib.metrics import mean_truth_iou, pixel_accuracy
 from lib.model import (
     ARCHITECTURES,
     DEPTH_ENCODINGS,
@@ -320,7 +320,7 @@ def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """The history's columns about validation; NaN where nothing validates."""
     terms, scores = [math.nan] * len(Losses._fields), (math.nan, math.nan)
     if scored is not None:
-        terms, scores = scored.losses, (mean_iou(scored.counts), pixel_accuracy(scored.counts))
+        terms, scores = scored.losses, (mean_truth_iou(scored.counts), pixel_accuracy(scored.counts))
     return _columns("valid", terms) | dict(zip(("valid_miou", "valid_pixel_acc"), scores, strict=True))
 
 

@@ -170,7 +170,8 @@ def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, othe
 
 
 def _say_too_few(result: CheckpointComparison | RecipeComparison) -> str:
-    return f"{result.difference:+.3f}, but no verdict: {result.scene_count} scenes, at least {MIN_SCENES} are needed."
+    found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
+    return f"{result.difference:+.3f}, but no verdict: {found}, at least {MIN_SCENES} are needed."
 
 
 def _say_needed(result: CheckpointComparison) -> str:
@@ -194,7 +195,8 @@ def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple
 def _say_seeds(result: SeedComparison | None, runs: int) -> str:
     claim = "the recipes, on these very images: "
     if result is None:
-        return f"{claim}one run of a recipe cannot tell. Train both with further seeds (`-p seed 1`, ...)."
+        further = "Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)"
+        return f"{claim}one run of a recipe cannot tell. {further}."
     text = f"{claim}{_say(result)}. "
     if _differs(result.p_value):
         return text + "They differ here, whatever the seed."

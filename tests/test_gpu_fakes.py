@@ -98,6 +98,7 @@ def test_means_of_losses_leave_no_float64_on_the_device(scenes, monkeypatch, wha
     finished.dataset = training_loader(scenes, "none", 2, 0, 0).dataset
     monkeypatch.setattr(evaluation, "confusion_counts", lambda *arguments: np.zeros((1, 13, 13)))
     bar = training.progress_bar("", 2, disable=True)
+    bar.set_description("epoch 1 of 1")
     with FakeTensorMode(), Watch("cuda"):
         terms = [torch.zeros(5, device="cuda")] * 2
         means = {

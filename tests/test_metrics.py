@@ -20,6 +20,7 @@ from lib.metrics import (
     mean_iou,
     mean_truth_iou,
     pixel_accuracy,
+    truth_iou,
 )
 
 
@@ -189,6 +190,8 @@ def test_classes_of_the_truth_alone():
     counts = np.array([[8, 0, 2], [0, 5, 5], [0, 0, 0]])
     assert mean_truth_iou(counts) == pytest.approx((8 / 10 + 5 / 10) / 2)
     assert mean_iou(counts) == pytest.approx((8 / 10 + 5 / 10) / 3)
+    assert averaged_classes(counts) == np.isfinite(truth_iou(counts)).sum() == 2
+    assert all_scores(counts)["miou"] == mean_truth_iou(counts)
     with pytest.raises(ValueError, match="counts: all zero; without a labelled pixel there is no score"):
         mean_truth_iou(0 * counts)
 

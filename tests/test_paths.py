@@ -56,6 +56,7 @@ def test_predictions_and_results(home, scenes):
     parameters |= {"run_name": "theirs", "recipe": "theirs", "seed": 0, "predictions": "~/train/label"}
     for path, label in zip(sorted((home / "train" / "label").iterdir()), scenes.label, strict=False):
         Image.fromarray(np.where(label == 255, 0, label)).save(path)
+    (home / "dataset.yaml").write_text("first_label: 0")  # or 0 between all others would be doubted
     run = find_scored("latest", parameters["predictions"], parameters)
     assert score_run(run, "train", iterate_part(run, "train"))["plain"]["pixel_accuracy"] == 1
     assert scored_folders(["theirs"], "~/runs") == str(run)

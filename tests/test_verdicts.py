@@ -212,7 +212,7 @@ def test_only_the_third_claim_says_better_and_none_says_worse():
             better += "better" in text
         if runs == 1:
             assert claims["other", "b1"].endswith(
-                "one run of a recipe cannot tell. Train both with further seeds (`-p seed 1`, ...)."
+                "one run of a recipe cannot tell. Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)."
             )
             assert claims["other", "b2"] == "the recipes, on scenes like these: needs two runs or more of each."
     assert better >= 6

@@ -22,9 +22,8 @@ UNITS = (
     (1e9, "tenths of mm", 0.1),
 )
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
-BETWEEN = (
-    0.75  # of the borders between values run along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its objects
-)
+# so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its objects
+BETWEEN = 0.75
 
 
 def judge_files(description: Description, part: str, files: list[dict[str, Path]]) -> None:
@@ -36,14 +35,14 @@ def judge_files(description: Description, part: str, files: list[dict[str, Path]
     sample = files[:: -(-len(files) // SAMPLED) or 1]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         if sample and "depth" in sample[0]:
-            look = partial(_look_at_depth, description=description)
+            look = partial(look_at_depth, description=description)
             _judge_depth(description, part, np.array(list(pool.map(look, [paths["depth"] for paths in sample]))))
         if sample and "label" in sample[0] and not {"first_label", "ignore"} & description.stated:
             seen = np.array(list(pool.map(_look_at_label, [paths["label"] for paths in sample])))
             _judge_labels(description, part, seen, max(description.values))
 
 
-def _look_at_depth(path: Path, description: Description) -> tuple[float, float]:
+def look_at_depth(path: Path, description: Description) -> tuple[float, float]:
     """The median of what was measured, NaN where nothing was, and the share of the largest number."""
     depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)[::4, ::4]
     measured = depth[np.isfinite(depth) & ~np.isin(depth, description.depth_missing) & (depth != LARGEST)]
@@ -62,13 +61,21 @@ def _judge_depth(description: Description, part: str, seen: np.ndarray) -> None:
             f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it means "
             f"not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: [0]`"
         )
-    median = np.nanmedian(seen[:, 0])
-    if "depth_unit_mm" not in description.stated and not INDOORS_MM[0] <= median <= INDOORS_MM[1]:
-        name, unit = next((name, unit) for most, name, unit in UNITS if median <= most)
+    found, unit = doubt_unit(seen[:, 0])
+    if unit and "depth_unit_mm" not in description.stated:
         raise DataError(
-            f"{where} has the median {median:g} in {len(seen)} files, expected {INDOORS_MM[0]} to {INDOORS_MM[1]} mm. "
-            f"It looks like {name}: write `depth_unit_mm: {unit}` into {yaml}, or `depth_unit_mm: 1` if these are mm"
+            f"{where} {found}: write `depth_unit_mm: {unit}` into {yaml}, or `depth_unit_mm: 1` if these are mm"
         )
+
+
+def doubt_unit(medians: np.ndarray) -> tuple[str, float | None]:
+    """What the medians of depth files look like, if they are no millimetres of rooms, and the unit they may have."""
+    median = np.nanmedian(medians)
+    if INDOORS_MM[0] <= median <= INDOORS_MM[1]:
+        return "", None
+    name, unit = next((name, unit) for most, name, unit in UNITS if median <= most)
+    found = f"has the median {median:g} in {len(medians)} files, expected {INDOORS_MM[0]} to {INDOORS_MM[1]} mm"
+    return f"{found}. It looks like {name}", unit
 
 
 def _look_at_label(path: Path) -> tuple[int, int, int, int, int]:

@@ -33,6 +33,8 @@ def open_folder(root: Path, part: str) -> Source:
     Raises:
         DataError: a missing folder or partner; when they are read, a damaged file or values that can't be meant.
     """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
     description = read_description(root)
     files = find_files(description, part)
     names = np.array(sorted(files))

@@ -16,7 +16,7 @@ def picture():
     return quarters.repeat(20, 0).repeat(30, 1)
 
 
-def read(images, depths=None, depth_unit_mm=1.0):
+def read(images, depths=None, depth_unit_mm=None):
     return list(open_pictures(str(images), depths and str(depths), depth_unit_mm, bool(depths), CLASSES))
 
 
@@ -76,8 +76,9 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path, picture, name, write, m
         read(tmp_path)
 
 
-@pytest.mark.parametrize(("unit", "suffix"), [(1, ".png"), (0.2, ".tif"), (1000, ".npy")])
-def test_depth_in_its_unit(tmp_path, picture, unit, suffix):
+@pytest.mark.parametrize(("stated", "suffix"), [(None, ".png"), (1, ".png"), (0.2, ".tif"), (1000, ".npy")])
+def test_depth_in_its_unit(tmp_path, picture, stated, suffix):
+    unit = stated or 1
     depth_mm = np.linspace(800, 4000, 2400).reshape(40, 60).round(-3 if unit == 1000 else 0)
     depth_mm[0, 0] = 0
     stored = depth_mm / unit
@@ -87,7 +88,7 @@ def test_depth_in_its_unit(tmp_path, picture, unit, suffix):
         np.save(tmp_path / "depth.npy", stored.astype(np.float32))
     else:
         Image.fromarray(stored.astype(np.uint16)).save(tmp_path / f"depth{suffix}")
-    (piece,) = read(tmp_path / "room.png", tmp_path / f"depth{suffix}", unit)
+    (piece,) = read(tmp_path / "room.png", tmp_path / f"depth{suffix}", stated)
     assert piece.depth.dtype == np.uint16
     assert np.abs(piece.depth[0].astype(int) - depth_mm).max() <= unit
     assert piece.depth[0, 0, 0] == 0
@@ -97,14 +98,21 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     depth, folder = tmp_path / "depth" / "room.png", tmp_path / "depth"
     folder.mkdir()
-    Image.fromarray(np.full((40, 60), 2, np.uint16)).save(depth)
-    with pytest.raises(DataError, match="room.png: found .* median of 2 mm.*depth_unit_mm"):
+    Image.fromarray(np.full((40, 60), 9060, np.uint16)).save(depth)
+    with pytest.raises(DataError) as error:
         read(tmp_path, folder)
+    assert str(error.value) == (
+        f"depths: {folder} has the median 9060 in 1 files, expected 500 to 5000 mm. It looks like 5000 units a metre: "
+        "give depth_unit_mm 0.2, or 1 if these are mm"
+    )
+    assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # what is stated is believed
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)
-    with pytest.raises(DataError, match="found \\(20, 30\\).*expected \\(40, 60\\)"):
+    with pytest.raises(DataError, match="room.png: 20x30, but its picture room.jpg is 40x60; both must have one size"):
         read(tmp_path, folder)
     Image.fromarray(picture).save(tmp_path / "other.jpg")
-    with pytest.raises(DataError, match="1 files missing in .*, the first is that of image 'other'"):
+    with pytest.raises(
+        DataError, match="1 files missing in .*, the first is that of image 'other'; expected other.png"
+    ):
         read(tmp_path, folder)
 
 

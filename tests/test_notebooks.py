@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def papermill(tmp_path, *arguments, notebook="train", cwd=NOTEBOOKS, **environme
     ("arguments", "message"),
     [
         (["-p", "soft_iou_wieght", "0.5"], "soft_iou_wieght: no such parameter, did you mean soft_iou_weight?"),
-        (["-p", "data", "/no/such/place"], "/no/such/place/train/image: no such folder; expected DATA/train/{image,"),
+        (["-p", "data", "/no/such/place"], "/no/such/place: no such folder; expected DATA/train/{image,"),
     ],
 )
 def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, message):
@@ -134,6 +135,17 @@ def test_experiments_know_the_parameters(path):
     assert parameters["run_name"] == path.stem
     assert path.read_text().startswith("# ")
     assert f"-f experiments/{path.name}" in path.read_text()
+
+
+def test_the_runs_of_the_question_are_those_planned_and_of_one_version():
+    results = NOTEBOOKS / "experiments" / "results" / "nyuv2"
+    runs = [json.loads(path.read_text()) for path in results.glob("*/parameters.json")]
+    planned = {(weight, fold, seed) for weight in (0, 0.5) for fold in range(5) for seed in (1, 2, 3)}
+    assert planned <= {(run["soft_iou_weight"], run["fold"], run["seed"]) for run in runs}
+    setting = yaml.safe_load((NOTEBOOKS / "experiments" / "nyuv2_question.yaml").read_text())
+    varied = ("run_name", "encoder_weights", "soft_iou_weight", "class_weights", "seed")
+    assert all(run[name] == value for run in runs for name, value in setting.items() if name not in varied)
+    assert len({run["commit"] for run in runs}) == len({run["encoder_weights_digest"] for run in runs}) == 1
 
 
 def test_exp061_is_the_published_one():

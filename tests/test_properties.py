@@ -146,7 +146,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size
 def test_any_description(small_folder, classes, key):
     path = small_folder / "dataset.yaml"
     path.write_text(yaml.safe_dump({key: classes}, allow_unicode=True), "utf-8")
-    strings = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    strings = isinstance(classes, list) and all(isinstance(name, str) and name for name in classes)
     right = key == "classes" and strings and 2 <= len(classes) == len(set(classes))
     try:
         opened = iterate_samples(small_folder, "train")

@@ -23,7 +23,9 @@ from lib.files import read_json, write_json
 from lib.notebook import check_parameters
 from lib.training import check_options
 
-FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 KINDS = st.sampled_from(["image", "depth", "label"])
 
 
@@ -71,7 +73,7 @@ def test_damaged_files(small_folder, kind, cut, flips):
     kind=KINDS,
     mode=st.sampled_from(["L", "RGB", "RGBA", "I;16", "1", "LA"]),
     shape=st.just((96, 128)) | st.tuples(st.integers(1, 100), st.integers(1, 130)),
-    value=st.integers(0, 65535),
+    value=st.integers(0, 65534),  # 65535 everywhere is doubted of the whole part, see test_doubts
 )
 @example(kind="image", mode="RGB", shape=(96, 128), value=0)
 @example(kind="depth", mode="I;16", shape=(96, 128), value=900)

@@ -202,7 +202,8 @@ def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
     if counts.has_depth:
         steps, (near, far) = counts.depth[:, 1:].sum(0), counts.depth_range_m
         outside = (steps[counts.steps_m[1:] <= near].sum() + steps[-1]) / steps.sum()
-        facts.append(f"median depth {depth_quantiles(counts.depth.sum(0), (0.5,), counts.steps_m)[0]:.1f} m")
+        (median,) = depth_quantiles(counts.depth.sum(0), (0.5,), counts.steps_m)
+        facts.append(f"median depth {'over ' * bool(median > counts.steps_m[-2])}{median:.1f} m")
         odd[f"{missing:.1%} of the pixels have no depth."] = missing > 0.5
         odd[
             f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "

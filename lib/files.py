@@ -11,6 +11,8 @@ from typing import BinaryIO
 import torch
 from filelock import FileLock, Timeout
 
+torch.serialization.set_crc32_options(False)  # checksums take a third of the time, and torch.load never looks at them
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message names the file and the remedy."""
@@ -61,9 +63,6 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
-
-
-torch.serialization.set_crc32_options(False)  # checksums take a third of the time, and torch.load never looks at them
 
 
 @contextmanager

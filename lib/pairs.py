@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
+from lib.metrics import mean_truth_iou
 from lib.parameters import check_choice
 from lib.plots import GREY, VALID_COLOUR, class_patches, colour_labels, colour_where, plot_grid, shorten, styled
 from lib.scoring import ScoredRun, iterate_part, masks_folder, read_masks
@@ -22,9 +23,7 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], other: str | None = None) -
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
     """mIoU of each image over the classes in its truth, `(N,)` of `(N, C, C)`; NaN without a labelled pixel."""
-    truth, hits = counts.sum(2), np.diagonal(counts, axis1=1, axis2=2)
-    shares = np.where(truth > 0, hits / np.maximum(truth + counts.sum(1) - hits, 1), 0)
-    return np.where(truth.any(1), shares.sum(1) / np.maximum((truth > 0).sum(1), 1), np.nan)
+    return np.array([mean_truth_iou(image) if image.any() else np.nan for image in counts])
 
 
 def choose_images(gains: np.ndarray) -> np.ndarray:

@@ -195,6 +195,11 @@ def test_the_verdict_on_odd_data():
     ]
 
 
+def test_a_median_beyond_the_range_is_said_to_be():
+    samples = made_up_samples()
+    assert "median depth over 9.9 m" in judge(replace(samples, depth=np.full_like(samples.depth, 60_000)))
+
+
 @pytest.mark.parametrize("depth", [275, 13_750])
 def test_the_verdict_doubts_depth_in_another_unit(depth):
     """Centimetres, and 5000 units a metre, read as millimetres."""

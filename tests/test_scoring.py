@@ -15,7 +15,7 @@ from lib.data import DataError, iterate_samples, load_samples
 from lib.errors import count_errors
 from lib.evaluation import evaluate
 from lib.files import write_json
-from lib.metrics import mean_iou, mean_truth_iou
+from lib.metrics import mean_truth_iou, truth_iou
 from lib.model import build_model, load_model, save_model
 from lib.plots import plot_predictions
 from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
@@ -72,9 +72,12 @@ def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
     assert [path.stem for path in masks] == list(valid.names)
     np.testing.assert_array_equal(read_masks(masks_folder(run, "valid"), valid.names), expected.predicted)
     assert Image.open(masks[0]).mode == "L"
-    assert facts["plain"]["miou"] == mean_iou(expected.counts)
+    assert facts["plain"]["miou"] == mean_truth_iou(expected.counts)
     flipped = evaluate(load_model(run / "best.pt"), valid, tta="flip")
-    assert facts["augmented"]["miou"] == mean_iou(flipped.counts) != facts["plain"]["miou"]
+    assert facts["augmented"]["miou"] == mean_truth_iou(flipped.counts) != facts["plain"]["miou"]
+    for column, evaluation in (("IoU", expected), ("IoU, augmented", flipped)):
+        by_class = [facts["classes"][name][column] for name in NYUV2_13]
+        np.testing.assert_array_equal(by_class, truth_iou(evaluation.counts))
     difference = mean_truth_iou(flipped.counts) - mean_truth_iou(expected.counts)
     assert facts["gain"]["difference"] == pytest.approx(difference)
     assert facts["images"] == len(valid) == 16

@@ -1,9 +1,12 @@
 import os
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's.
-os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
+# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's, nor leave
+# gigabytes of checkpoints behind.
+HOME = tempfile.TemporaryDirectory(prefix="home-of-tests-", ignore_cleanup_errors=True)
+for variable, folder_name in (("RUNS_DIR", "runs"), ("XDG_CACHE_HOME", "cache")):
+    os.environ[variable] = os.path.join(HOME.name, folder_name)
+    os.mkdir(os.environ[variable])
 
 import numpy as np
 import pytest

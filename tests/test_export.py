@@ -1,6 +1,7 @@
 import json
 from copy import deepcopy
 from functools import cache
+from itertools import product
 
 import numpy as np
 import onnxruntime
@@ -67,14 +68,20 @@ def exported(tmp_path_factory):
     return make
 
 
+THREE = ("bed", "wall", "floor")
+# each input, number of classes and architecture at least once; the other eight take long
+COMBINATIONS = (
+    ("rgb", NYUV2_13, "fpn"),
+    ("rgbd", THREE, "deeplabv3plus"),
+    ("rgbd_xy", NYUV2_13, "deeplabv3plus"),
+    ("rgbd_xy", THREE, "fpn"),
+)
+OTHERS = set(product(("rgb", "rgbd", "rgbd_xy"), (NYUV2_13, THREE), ("deeplabv3plus", "fpn"))) - set(COMBINATIONS)
+
+
 @pytest.mark.parametrize(
     ("inputs", "classes", "architecture"),
-    [
-        ("rgb", NYUV2_13, "fpn"),
-        ("rgbd", ("bed", "wall", "floor"), "deeplabv3plus"),
-        ("rgbd_xy", NYUV2_13, "deeplabv3plus"),
-        ("rgbd_xy", ("bed", "wall", "floor"), "fpn"),
-    ],
+    [*COMBINATIONS, *(pytest.param(*others, marks=pytest.mark.slow) for others in sorted(OTHERS))],
 )
 def test_the_file_says_of_raw_arrays_what_evaluate_says(exported, inputs, classes, architecture):
     model, path = exported(inputs, classes, architecture)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from lib.classes import check_same_classes
 from lib.data import PARTS
@@ -124,6 +125,7 @@ def _join(folds: list[ScoredRun]) -> ScoredRun:
     known = all(run.scene is not None for run in folds)
     return replace(
         folds[-1],
+        name=f"five folds, seed {folds[-1].parameters['seed']}",
         names=names[order],
         counts=np.concatenate([run.counts for run in folds])[order],
         scene=np.concatenate([run.scene for run in folds])[order] if known else None,
@@ -175,6 +177,14 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
             row |= dict(zip(("low", "high"), scored.interval, strict=True))
             rows.append(row | {"pixel accuracy": pixel_accuracy(run.counts)})
     return pd.DataFrame(rows).set_index(["recipe", "run"]) if rows else pd.DataFrame()
+
+
+def show_scores(table: pd.DataFrame) -> Styler:
+    """The table of `score_table` for a notebook: three digits, names of runs on one line."""
+    scores = table.columns.drop("seed")
+    return table.style.format("{:.3f}", subset=scores).set_table_styles(
+        [{"selector": "th", "props": "white-space: nowrap"}]
+    )
 
 
 def read_published(table: str, experiments: str) -> pd.DataFrame:

@@ -95,8 +95,12 @@ def show_small_figures() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG of 256 colours, chosen by an octree, which keeps those that are rare."""
+    """A PNG of 256 colours, chosen by an octree, which keeps those that are rare; its page stays white."""
     picture, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight")
-    Image.open(picture).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(reduced, "PNG", optimize=True)
+    image = Image.open(picture).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    palette, page = image.getpalette(), image.getpixel((0, 0))  # a mean of what is nearly white
+    palette[3 * page : 3 * page + 3] = 255, 255, 255
+    image.putpalette(palette)
+    image.save(reduced, "PNG", optimize=True)
     return reduced.getvalue()

@@ -308,6 +308,7 @@ def test_runs_from_before_there_were_folds_are_of_the_last(home):
     (older / "parameters.json").write_text(text)
     ((joined,),) = group_recipes(read_runs("all", "valid")).values()
     assert len(joined.names) == 5 * 24
+    assert joined.name == f"five folds, seed {joined.parameters['seed']}"  # not the name of its last fold
 
 
 def test_unknown_scenes_stay_unknown_when_joined(home):

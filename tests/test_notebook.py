@@ -94,6 +94,13 @@ def test_small_pngs_keep_rare_colours():
     assert np.abs(colours - (255, 0, 0)).sum(1).min() < 60
 
 
+def test_the_page_of_a_small_png_is_white():
+    """Pale cells beside the page are nearly white, and an octree takes the mean of both."""
+    figure = Figure(figsize=(3, 3), dpi=100)
+    figure.subplots().imshow(np.linspace(0, 1, 4096).reshape(64, 64), cmap="Blues")
+    assert Image.open(io.BytesIO(small_png(figure))).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_bars_in_a_notebook_end_in_their_last_state(monkeypatch):
     """What a saved notebook shows when it is reopened is the last that was displayed."""
     shown = []

@@ -19,12 +19,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from small_run import PARAMETERS, fit_run, small_samples
 from test_plots import SETS, draw, relabel
 
 from lib.browser import browse_results, browse_samples, plot_sample
-from lib.data import iterate_samples
+from lib.data import iterate_samples, load_samples
 from lib.metrics import confusion_counts
 from lib.plots import FADED, shorten
+from lib.runs import open_run
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -239,6 +241,19 @@ def photograph(page, folder, name):
             page.screenshot(path=folder / f"{name}_{theme.split()[1].lower()}_{number:02d}.png")
 
 
+def changing(page, picture):
+    """A function that does something and waits until the picture is one that was not seen yet."""
+    seen = [picture.screenshot()]
+
+    def change(act, *arguments):
+        act(*arguments)
+        wait_for(lambda: picture.screenshot() not in seen, 15, "the picture changes")
+        page.wait_for_timeout(500)  # of a class both the image and its labels may change
+        seen.append(picture.screenshot())
+
+    return change
+
+
 @pytest.mark.browser
 def test_a_person_browses_samples_in_jupyterlab(tmp_path):
     copy_project(tmp_path, "explore", limit=40, read_test=False)
@@ -246,17 +261,33 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
         assert run_all(page, address, "explore", 120) == []
         picture = page.locator("img.widget-image")
         picture.scroll_into_view_if_needed()
-        seen = [picture.screenshot()]
-
-        def changes(act):
-            act()
-            wait_for(lambda: picture.screenshot() not in seen, 15, "the picture changes")
-            page.wait_for_timeout(500)  # of a class both the image and its labels may change
-            seen.append(picture.screenshot())
-
-        changes(lambda: page.locator("button", has_text="Next").click())
-        changes(lambda: page.locator("button", has_text="Next").click())
-        changes(lambda: page.locator(".widget-hslider .noUi-handle").press("ArrowRight"))
-        changes(lambda: page.locator(".widget-dropdown select").select_option("ceiling"))
+        change = changing(page, picture)
+        change(page.locator("button", has_text="Next").click)
+        change(page.locator("button", has_text="Next").click)
+        change(page.locator(".widget-hslider .noUi-handle").press, "ArrowRight")
+        change(page.locator(".widget-dropdown select").select_option, "ceiling")
         photograph(page, tmp_path, "explore")
     assert len(list(tmp_path.glob("explore_*.png"))) >= 4
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("notebook", ["evaluate", "error_analysis"])
+def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
+    parameters = PARAMETERS | {"run_name": f"seen_{notebook}", "data": "synthetic", "split": "official", "fold": 4}
+    with open_run(parameters) as run:
+        fit_run(run, parameters, load_samples("synthetic", "train", "official", limit=40), small_samples()[:0])
+    copy_project(tmp_path, notebook, run=run.name, part="test")
+    with browser_page() as page, jupyter_lab(tmp_path) as address:
+        assert run_all(page, address, notebook, 120) == []
+        picture, count = page.locator("img.widget-image"), page.locator(".widget-label", has_text=" of 100 images")
+        picture.scroll_into_view_if_needed()
+        change, group = changing(page, picture), page.locator(".widget-dropdown select")
+        change(page.locator("button", has_text="Next").click)
+        options = [text.replace("\xa0", " ") for text in group.locator("option").all_text_contents()]
+        confused = next(text for text in options if " taken for " in text)
+        change(group.select_option, confused)
+        assert count.inner_text().replace("\xa0", " ").endswith(f"images with {confused}")
+        change(group.select_option, "ceiling")
+        change(page.locator("button", has_text="Next").click)
+        page.screenshot(path=tmp_path / f"{notebook}_browser.png")
+        photograph(page, tmp_path, notebook)

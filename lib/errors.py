@@ -36,13 +36,18 @@ from lib.plots import (
     label_rows,
     plot_matrix,
     rows_height,
+    run_colours,
+    shorten,
     styled,
 )
+from lib.scoring import ScoredRun, iterate_part, masks_folder, read_masks
+from lib.significance import RecipeComparison, compare_recipes
 
 CONFIDENCE_BINS = 15
 PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 DISTANCE = "distance to a boundary (% of the width)"
 SEGMENT = "size of the segment (% of the image)"
+CLASS = "class"
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
@@ -127,7 +132,7 @@ def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarr
 def pixel_strata(label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]) -> dict[str, np.ndarray]:
     """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
     values = {DEPTH: depth / 1000, DISTANCE: 100 * boundary_distance(label), SEGMENT: 100 * segment_shares(label)}
-    return {name: np.searchsorted(edges[name], value, side="right") for name, value in values.items()}
+    return {name: np.searchsorted(between, values[name], side="right") for name, between in edges.items()}
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
@@ -261,4 +266,84 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     label_rows(bars, gap.index)
     bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
     add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
+    return figure
+
+
+def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
+    """Pixels of each image and those that a run named right, from the predictions that it keeps.
+
+    Returns:
+        rows (scene, image); columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between
+        two classes and by size of the segment.
+
+    Raises:
+        FileNotFoundError: it keeps none.
+    """
+    edges = {name: between for name, between in strata_edges(1).items() if name in (DISTANCE, SEGMENT)}
+    bins = {CLASS: run.classes} | {name: name_bins(name, between) for name, between in edges.items()}
+    rows = []
+    for piece in iterate_part(run.folder, part, run.data):
+        masks = read_masks(masks_folder(run.folder, part), piece.names)
+        for label, depth, mask in zip(piece.labels_or_ignored, piece.depth_or_missing, masks, strict=True):
+            strata = {CLASS: label} | pixel_strata(label, depth, edges)
+            rows.append({
+                (name, each, kind): count
+                for name, names in bins.items()
+                for kind, chosen in (("pixels", label != IGNORE_INDEX), ("right", label == mask))
+                for each, count in zip(names, np.bincount(strata[name][chosen], minlength=len(names)), strict=True)
+            })  # fmt: skip
+    scene = run.names if run.scene is None else run.scene
+    columns = pd.MultiIndex.from_tuples(rows[0], names=("stratum", "bin", "kind"))
+    index = pd.MultiIndex.from_arrays((scene, run.names), names=("scene", "image"))
+    return pd.DataFrame([list(row.values()) for row in rows], index, columns)
+
+
+def compare_right(table: pd.DataFrame, baseline: str) -> dict[str, dict[str, RecipeComparison]]:
+    """By recipe and stratum, claim (b2) on the share of each bin's pixels that is right, held against a baseline.
+
+    Args:
+        table: rows (recipe, seed, scene, image), columns as of `count_right`.
+        baseline: one of the recipes.
+    """
+    results: dict[str, dict[str, RecipeComparison]] = {}
+    for stratum in table.columns.unique(0):
+        sides = {name: _share_counts(rows[stratum]) for name, rows in table.sort_index().groupby(level=0)}
+        scene = table.loc[baseline].sort_index().index.get_level_values("scene")[: sides[baseline].shape[1]]
+        for name in sorted(sides.keys() - {baseline}):
+            results.setdefault(name, {})[stratum] = compare_recipes(sides[baseline], sides[name], scene)
+    return results
+
+
+def _share_counts(rows: pd.DataFrame) -> np.ndarray:
+    """`(S, N, B + 1, B + 1)`: wrong pixels go to a class without truth, so the IoU of a bin is the share right."""
+    pixels, right = (rows.xs(kind, axis=1, level=1).to_numpy() for kind in ("pixels", "right"))
+    bins = np.arange(right.shape[1])
+    counts = np.zeros((len(rows), len(bins) + 1, len(bins) + 1), np.int64)
+    counts[:, bins, bins], counts[:, bins, -1] = right, pixels - right
+    return counts.reshape(rows.index.unique("seed").size, -1, *counts.shape[1:])
+
+
+@styled
+def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeComparison]]) -> Figure:
+    """The differences of `compare_right`, a column for each stratum; a filled mark has p < 0.05 after Holm."""
+    strata = table.columns.unique(0)
+    highest = max(table[stratum].columns.unique(0).size for stratum in strata)
+    figure = Figure(figsize=(WIDTH, rows_height(highest)), layout="constrained")
+    colours = run_colours(len(results) + 1)[1:]
+    for axes, stratum in zip(figure.subplots(1, len(strata), sharex=True), strata, strict=True):
+        pixels = table[stratum].xs("pixels", axis=1, level=1).sum()
+        order = np.argsort(pixels.to_numpy()) if stratum == CLASS else np.arange(len(pixels))
+        offsets = np.linspace(-0.35, 0.35, 2 * len(results) + 1)[1::2]
+        for offset, (name, by_stratum), colour in zip(offsets, results.items(), colours, strict=True):
+            result, rows = by_stratum[stratum], np.arange(len(order)) + offset
+            middle, clear = 100 * result.class_difference[order], result.class_p_value[order] < 0.05
+            axes.hlines(rows, *100 * result.class_interval[:, order], color=colour, linewidth=1.5)
+            axes.plot(middle, rows, "o", color=colour, markerfacecolor="white", label=shorten(name, 60))
+            axes.plot(middle[clear], rows[clear], "o", color=colour)
+        shares = 100 * pixels.iloc[order] / pixels.sum()
+        label_rows(axes, [f"{name} ({share:.2g} %)" for name, share in shares.items()])
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.grid(axis="x", color="0.92")
+        axes.set(title=f"by {stratum}".replace(" (", "\n("), xlabel="points right, 95 % interval")
+    add_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
     return figure

@@ -1,12 +1,10 @@
 import os
+import shutil
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's, nor leave
-# gigabytes of checkpoints behind.
-HOME = tempfile.TemporaryDirectory(prefix="home-of-tests-", ignore_cleanup_errors=True)
-for variable, folder_name in (("RUNS_DIR", "runs"), ("XDG_CACHE_HOME", "cache")):
-    os.environ[variable] = os.path.join(HOME.name, folder_name)
-    os.mkdir(os.environ[variable])
+# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's.
+os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
 
 import numpy as np
 import pytest
@@ -18,6 +16,12 @@ from lib.data import Samples, load_samples
 from lib.evaluation import Evaluation
 from lib.runs import open_run, write_history, write_scores
 from lib.scoring import write_evaluation
+
+
+def pytest_unconfigure():
+    """Leave no gigabytes of checkpoints behind."""
+    for variable in ("RUNS_DIR", "XDG_CACHE_HOME"):
+        shutil.rmtree(os.environ[variable], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import write_folder
 from PIL import Image
@@ -8,6 +9,7 @@ from slim_runs import names_of, slim_run, some_counts
 from test_plots import draw
 
 from lib.comparison import EXAMPLE, group_recipes, read_runs
+from lib.errors import CLASS, DISTANCE, SEGMENT, boundary_distance, compare_right, count_right, plot_right
 from lib.metrics import confusion_counts
 from lib.pairs import choose_images, choose_pair, image_scores, plot_pair, plot_pair_images
 from lib.plots import FADED, colour_where
@@ -104,3 +106,47 @@ def test_the_committed_example_keeps_the_predictions_that_are_shown():
         label = iterate_part(run.folder, "test")[at][0].label
         counts = confusion_counts(np.stack(read_masks(masks_folder(run.folder, "test"), kept)), label, 13)
         np.testing.assert_array_equal(counts, run.counts[at])
+
+
+def test_right_pixels_are_counted_by_class_outline_and_size(pair, scenes):
+    first = pair["a"]
+    table = count_right(first, "test")
+    assert table.index.names == ["scene", "image"]
+    by_class = table[CLASS]
+    np.testing.assert_array_equal(by_class.xs("right", axis=1, level=1), np.diagonal(first.counts, axis1=1, axis2=2))
+    np.testing.assert_array_equal(by_class.xs("pixels", axis=1, level=1), first.counts.sum(2))
+    for stratum in (DISTANCE, SEGMENT):
+        np.testing.assert_array_equal(table[stratum].T.groupby(level=1).sum().T, by_class.T.groupby(level=1).sum().T)
+    near = (boundary_distance(scenes.label[0]) < 0.01) & (scenes.label[0] != 255)
+    assert table[DISTANCE, "0-1", "pixels"].iloc[0] == near.sum()
+    masks_folder(first.folder, "test").rename(first.folder / "gone")
+    with pytest.raises(FileNotFoundError):
+        count_right(first, "test")
+
+
+def right_table(shares, seeds=3, images=24):
+    """Of 1,000 pixels in each of two bins, such shares are right; seeds and scenes differ a little."""
+    rng, rows = np.random.default_rng(0), {}
+    for recipe, by_bin in shares.items():
+        for seed, image in np.ndindex(seeds, images):
+            bed, books = (1000 * (np.array(by_bin) + rng.normal(0, 0.01, 2))).astype(int)
+            rows[recipe, seed, f"s{image // 2}", f"{image:02d}"] = [1000, bed, 1000, books]
+    columns = pd.MultiIndex.from_product(([CLASS], ("bed", "books"), ("pixels", "right")))
+    index = pd.MultiIndex.from_tuples(rows, names=("recipe", "seed", "scene", "image"))
+    table = pd.DataFrame(rows.values(), index, columns)
+    return pd.concat((table, table.rename(columns={CLASS: SEGMENT, "bed": "0-1", "books": "over 1"})), axis=1)
+
+
+def test_shares_that_are_right_are_held_against_a_baseline():
+    table = right_table({"base": (0.5, 0.5), "other": (0.5, 0.6), "same": (0.5, 0.5)})
+    results = compare_right(table.sample(frac=1, random_state=1), "base")
+    assert list(results) == ["other", "same"]
+    result = results["other"][CLASS]
+    right = table[CLASS].xs("right", axis=1, level=1).groupby(level=0).mean() / 1000
+    np.testing.assert_allclose(result.class_difference[:2], right.loc["other"] - right.loc["base"], atol=1e-12)
+    assert np.isnan(result.class_difference[2])
+    assert result.class_p_value[1] < 0.001 < 0.05 < result.class_p_value[0]
+    assert result.scene_count == 12
+    texts = set(draw(plot_right(table, results)))
+    assert {"by class", "by size of the segment\n(% of the image)", "books (50 %)", "over 1 (50 %)"} <= texts
+    assert {"other", "same"} <= texts

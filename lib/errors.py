@@ -330,7 +330,7 @@ def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeCompariso
     highest = max(table[stratum].columns.unique(0).size for stratum in strata)
     figure = Figure(figsize=(WIDTH, rows_height(highest)), layout="constrained")
     colours = run_colours(len(results) + 1)[1:]
-    for axes, stratum in zip(figure.subplots(1, len(strata), sharex=True), strata, strict=True):
+    for axes, stratum in zip(figure.subplots(1, len(strata)), strata, strict=True):
         pixels = table[stratum].xs("pixels", axis=1, level=1).sum()
         order = np.argsort(pixels.to_numpy()) if stratum == CLASS else np.arange(len(pixels))
         offsets = np.linspace(-0.35, 0.35, 2 * len(results) + 1)[1::2]
@@ -344,6 +344,7 @@ def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeCompariso
         label_rows(axes, [f"{name} ({share:.2g} %)" for name, share in shares.items()])
         axes.axvline(0, color=GREY, linewidth=1)
         axes.grid(axis="x", color="0.92")
-        axes.set(title=f"by {stratum}".replace(" (", "\n("), xlabel="points right, 95 % interval")
+        axes.set_title(f"by {stratum}".replace(" (", "\n("), fontsize="small")
+    figure.axes[1].set_xlabel("difference in the share that is right, in points, with 95 % interval")
     add_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
     return figure

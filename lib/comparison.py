@@ -229,7 +229,8 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
     left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
     right.axvline(0, color=GREY, linewidth=1)
-    right.set(title=f"Difference to {shorten(baseline, 20)}", xlabel="difference in IoU, 95 % interval")
+    baseline = baseline if len(baseline) <= 28 else "the first recipe"
+    right.set(title=f"Difference to {baseline}", xlabel="difference in IoU, 95 % interval")
     add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 

@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from lib.comparison import group_recipes, read_runs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))
@@ -146,6 +150,21 @@ def test_the_runs_of_the_question_are_those_planned_and_of_one_version():
     varied = ("run_name", "encoder_weights", "soft_iou_weight", "class_weights", "seed")
     assert all(run[name] == value for run in runs for name, value in setting.items() if name not in varied)
     assert len({run["commit"] for run in runs}) == len({run["encoder_weights_digest"] for run in runs}) == 1
+
+
+def test_right_pixels_are_those_of_the_kept_counts():
+    results = NOTEBOOKS / "experiments" / "results"
+    table = pd.read_csv(results / "nyuv2_right.csv.gz", header=[0, 1, 2], index_col=[0, 1, 2, 3])
+    patterns = {"cross-entropy": "*iou_weight=0-fold*", "0.5 soft IoU": "*iou_weight=0.5-fold*",
+                "median class weights": "*class_weights=median*"}  # fmt: skip
+    for name, pattern in patterns.items():
+        (members,) = group_recipes(read_runs(str(results / "nyuv2" / pattern), "valid")).values()
+        assert [run.parameters["seed"] for run in members] == [1, 2, 3]
+        for run in members:
+            rows = table.loc[name, run.parameters["seed"]].droplevel("scene").loc[run.names.astype(int)]
+            right, pixels = (rows["class"].xs(kind, axis=1, level=1) for kind in ("right", "pixels"))
+            np.testing.assert_array_equal(right, np.diagonal(run.counts, axis1=1, axis2=2))
+            np.testing.assert_array_equal(pixels, run.counts.sum(2))
 
 
 def test_exp061_is_the_published_one():

@@ -8,21 +8,10 @@ import numpy as np
 from IPython import get_ipython
 from matplotlib.figure import Figure
 
+from lib import plots
 from lib.data import Pieces, Samples
 from lib.metrics import image_accuracy
 from lib.notebook import small_png
-from lib.plots import (
-    DEPTH,
-    HALO,
-    WIDTH,
-    class_patches,
-    colour_depth,
-    colour_errors,
-    colour_labels,
-    depth_shades,
-    fade,
-    plot_grid,
-)
 
 PAIRS = 12  # of classes taken for one another, most frequent first
 PAIR = " taken for "
@@ -40,10 +29,8 @@ class _Browser(ipywidgets.VBox):
 def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidgets.VBox | Figure:
     """Widgets to go through labelled samples, or through those with a class; or the first one, without widgets.
 
-    Args:
-        samples: labelled samples.
-        interactive: None shows widgets only where a person runs the cell: papermill and nbval get the
-            picture, so that a saved notebook holds no widget without a kernel.
+    With `interactive` None, widgets show only where a person runs the cell: papermill and nbval get the picture, so
+    that a saved notebook holds no widget without a kernel.
     """
     label, groups = samples.labels_or_ignored, {"all": np.arange(len(samples))}
     groups |= {name: np.flatnonzero((label == index).any((1, 2))) for index, name in enumerate(samples.classes)}
@@ -81,10 +68,7 @@ def browse_results(
 
 
 def _browse(
-    names: list[str],
-    groups: dict[str, np.ndarray],
-    draw: Callable[[int, str], Figure],
-    interactive: bool | None,
+    names: list[str], groups: dict[str, np.ndarray], draw: Callable[[int, str], Figure], interactive: bool | None
 ) -> ipywidgets.VBox | Figure:
     """Widgets that go through the positions of a group of images, `all` at first, and draw what is chosen."""
     if not (runs_in_editor() if interactive is None else interactive):
@@ -133,32 +117,32 @@ def _browse(
 def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "all") -> Figure:
     """One image: RGB, depth, truth, of each run its prediction and errors; all but a class or confusion is faded.
 
-    Args:
-        sample: a single one.
-        predicted: `(H, W)` by run.
-        only: `all`, a class, or two with `PAIR` between them; it is outlined, in the RGB image too.
+    `predicted` holds `(H, W)` by run; `only` is `all`, a class, or two with `PAIR` between them, which is outlined, in
+    the RGB image too.
     """
     image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
-    shades, truth, chosen = depth_shades([sample]), "truth" if predicted else "labels", {}
-    pictures = {"RGB": image / 255, DEPTH: colour_depth(sample.depth_or_missing[0], shades)}
-    pictures |= {truth: colour_labels(label, classes)}
+    shades, truth, chosen = plots.depth_shades([sample]), "truth" if predicted else "labels", {}
+    pictures = {"RGB": image / 255, plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
+    pictures[truth] = plots.colour_labels(label, classes)
     index = [] if only == "all" else [classes.index(name) for name in only.split(PAIR)]
     if len(index) == 1:
         chosen = dict.fromkeys(pictures, label == index[0])
     for name, mask in predicted.items():
-        pictures |= {name: colour_labels(mask, classes), f"errors, {name}": colour_errors(image, label, mask, classes)}
+        pictures[name] = plots.colour_labels(mask, classes)
+        pictures[f"errors, {name}"] = plots.colour_errors(image, label, mask, classes)
         if len(index) == 1:
             chosen |= {name: mask == index[0], f"errors, {name}": (label == index[0]) | (mask == index[0])}
         elif index:
             chosen = dict.fromkeys(pictures, (label == index[0]) & (mask == index[1])) | chosen
     row = {title: picture for title, picture in pictures.items() if picture is not None}
     for title in row.keys() & chosen.keys() - {"RGB"}:
-        row[title] = np.where(chosen[title][..., None], row[title], fade(image))
-    legend = class_patches(classes, [label, *predicted.values()])
-    figure = plot_grid([row], sample.names.tolist(), legend, shades, width=(1.4 if predicted else 1) * WIDTH)
+        row[title] = np.where(chosen[title][..., None], row[title], plots.fade(image))
+    legend = plots.class_patches(classes, [label, *predicted.values()])
+    width = (1.4 if predicted else 1) * plots.WIDTH
+    figure = plots.plot_grid([row], sample.names.tolist(), legend, shades, width)
     for axes, title in zip(figure.axes, row, strict=False):
         if title in chosen and 0 < chosen[title].mean() < 1:
-            axes.contour(chosen[title], [0.5], colors="black", linewidths=1).set_path_effects(HALO)
+            axes.contour(chosen[title], [0.5], colors="black", linewidths=1).set_path_effects(plots.HALO)
     return figure
 
 

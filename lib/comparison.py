@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from lib import plots
 from lib.classes import check_same_classes
 from lib.data import PARTS
 from lib.data.splits import FOLDS
 from lib.metrics import iou, pixel_accuracy
 from lib.parameters import check_choice
-from lib.plots import FEW, GREY, WIDTH, add_legend, class_colours, label_rows, rows_height, run_colours, shorten, styled
 from lib.runs import BEFORE, PLACES, recipe, runs_folder
 from lib.scoring import ScoredRun, read_scored
 from lib.significance import SceneComparison, score_interval
@@ -83,8 +83,9 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     by_recipe: dict[tuple, list[ScoredRun]] = {}
     for run in _join_folds(runs):
         by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
-    differing = _differing(list(by_recipe.values()))
-    named = {}
+    rows, named = [dict(kept) for _, kept in by_recipe], {}
+    names = dict.fromkeys(name for row in rows for name in row)
+    differing = [name for name in names if len({row[name] for row in rows if name in row}) > 1]
     groups = [group for group, _ in by_recipe]
     for (group, _), members in by_recipe.items():
         label = group if group and groups.count(group) == 1 else _label(members, differing)
@@ -134,13 +135,6 @@ def _join(folds: list[ScoredRun]) -> ScoredRun:
     )
 
 
-def _differing(recipes: list[list[ScoredRun]]) -> list[str]:
-    """Parameters in which those recipes differ that have them."""
-    rows = [dict(recipe(members[0].parameters)) for members in recipes]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
-
-
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
     if "recipe" in parameters:
@@ -169,22 +163,18 @@ def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
 
 def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
     """A row for each run: recipe, seed, mIoU with its interval over scenes, pixel accuracy."""
-    rows = []
-    for name, members in recipes.items():
-        for run in members:
-            scored = score_interval(run.counts, run.scene)
-            row = {"recipe": name, "run": run.name, "seed": run.parameters["seed"], "mIoU": scored.score}
-            row |= dict(zip(("low", "high"), scored.interval, strict=True))
-            rows.append(row | {"pixel accuracy": pixel_accuracy(run.counts)})
-    return pd.DataFrame(rows).set_index(["recipe", "run"]) if rows else pd.DataFrame()
+    columns, rows = ("recipe", "run", "seed", "mIoU", "low", "high", "pixel accuracy"), []
+    for name, run in ((name, run) for name, members in recipes.items() for run in members):
+        scored = score_interval(run.counts, run.scene)
+        found = scored.score, *scored.interval, pixel_accuracy(run.counts)
+        rows.append((name, run.name, run.parameters["seed"], *found))
+    return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
 
 
 def show_scores(table: pd.DataFrame) -> Styler:
     """The table of `score_table` for a notebook: three digits, names of runs on one line."""
-    scores = table.columns.drop("seed")
-    return table.style.format("{:.3f}", subset=scores).set_table_styles(
-        [{"selector": "th", "props": "white-space: nowrap"}]
-    )
+    one_line = {"selector": "th", "props": "white-space: nowrap"}
+    return table.style.format("{:.3f}", subset=table.columns.drop("seed")).set_table_styles([one_line])
 
 
 def read_published(table: str, experiments: str) -> pd.DataFrame:
@@ -197,41 +187,39 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
     return figures.loc[names]
 
 
-@styled
+@plots.styled
 def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison | None]) -> Figure:
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
-    Args:
-        recipes: runs by recipe, the baseline first.
-        differences: of the other recipes to it; a filled mark has p < 0.05 (after Holm for classes).
+    A filled mark has p < 0.05 (after Holm for classes).
     """
     differences = {name: result for name, result in differences.items() if result is not None}
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
     images = (members[0].counts.sum(2) > 0).sum(0)
-    names = ["mIoU", *(f"{shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
-    thickness = (0.22 if len(names) <= FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
-    figure = Figure(figsize=(WIDTH, 1 + thickness * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
-    colours = dict(zip(recipes, run_colours(len(recipes)), strict=True))
+    names = ["mIoU", *(f"{plots.shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
+    thickness = (0.22 if len(names) <= plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
+    height = 1 + thickness * len(names)
+    figure, (left, right) = plots.new_figure(height, 1, 2, sharey=True, width_ratios=(1.2, 1))
+    colours = dict(zip(recipes, plots.run_colours(len(recipes)), strict=True))
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, [0, *(order + 1)]], colours[name], name)
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
         _draw_differences(right, result, order, offset, colours[name], numbers=len(differences) == 1)
-    swatches = class_colours(members[0].classes)
+    swatches = plots.class_colours(members[0].classes)
     for row, index in enumerate(order, start=1):
         colour = swatches[members[0].classes[index]]
-        left.plot(-0.03, row, "s", color=colour, markeredgecolor=GREY, markersize=7, clip_on=False, zorder=4)
+        left.plot(-0.03, row, "s", color=colour, markeredgecolor=plots.GREY, markersize=7, clip_on=False, zorder=4)
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
-    left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= FEW else "x-small")
+    left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= plots.FEW else "x-small")
     left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
-    right.axvline(0, color=GREY, linewidth=1)
+    right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
     right.set(title=f"Difference to {baseline}", xlabel="difference in IoU, 95 % interval")
-    add_legend(figure, left.get_legend_handles_labels()[0])
+    plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
@@ -243,7 +231,7 @@ def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
 def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:
     """A small dot for each run, a large one for their mean."""
     rows, mean = np.arange(scores.shape[1]), scores.mean(0)
-    label = f"{shorten(name, 60)}: mIoU {mean[0]:.3f}"
+    label = f"{plots.shorten(name, 60)}: mIoU {mean[0]:.3f}"
     if len(scores) > 1:
         axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
         label += f", mean of {len(scores)}"
@@ -263,20 +251,19 @@ def _draw_differences(
     for row, value in zip(rows, middle, strict=True):
         if numbers and np.isfinite(value):
             place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
-            axes.annotate(f"{round(value, 3) + 0:+.3f}", color=GREY, **place)
+            axes.annotate(f"{round(value, 3) + 0:+.3f}", color=plots.GREY, **place)
 
 
-@styled
+@plots.styled
 def plot_published(table: pd.DataFrame) -> Figure:
     """IoU by class (rows) of published experiments (columns), a hollow dot each."""
     table = table.iloc[np.argsort(table.mean(axis=1))]
-    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
-    axes = figure.subplots()
-    for name, colour in zip(table, run_colours(len(table.columns)), strict=True):
+    figure, axes = plots.new_figure(plots.rows_height(len(table)))
+    for name, colour in zip(table, plots.run_colours(len(table.columns)), strict=True):
         label = f"{name}: mean {table[name].mean():.3f}"
         axes.plot(table[name], range(len(table)), "o", color=colour, markerfacecolor="none", label=label)
-    label_rows(axes, table.index)
+    plots.label_rows(axes, table.index)
     axes.grid(color="0.92")
     axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
-    add_legend(figure, axes.get_legend_handles_labels()[0])
+    plots.add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

@@ -10,36 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 
+from lib import metrics, plots
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.evaluation import predict
-from lib.metrics import (
-    class_accuracy,
-    confusion_counts,
-    fill_unlabelled,
-    image_accuracy,
-    iou,
-    mean_truth_iou,
-    pixel_accuracy,
-)
 from lib.notebook import progress_bar
-from lib.plots import (
-    DEPTH,
-    EDGED,
-    GREY,
-    TRAIN_COLOUR,
-    VALID_COLOUR,
-    WIDTH,
-    add_legend,
-    add_title,
-    class_colours,
-    label_rows,
-    plot_matrix,
-    rows_height,
-    run_colours,
-    shorten,
-    styled,
-)
+from lib.plots import DEPTH
 from lib.scoring import ScoredRun, iterate_part, masks_folder, read_masks
 from lib.significance import RecipeComparison, compare_recipes
 
@@ -85,12 +61,7 @@ class ErrorCounts:
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
-    """One pass of the model over labelled samples at their own size; of each image only counts are kept.
-
-    Args:
-        model: from `load_model`.
-        samples: `Samples`, or pieces of them as `iterate_samples` reads them.
-        batch_size: images at a time.
+    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts are kept.
 
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
@@ -104,10 +75,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
             if batch.label is None:
                 raise ValueError("part: these images have no labels, so errors can't be counted; use another part")
             names.append(batch.names)
-            confusion.append(confusion_counts(predicted, batch.label, count))
-            for label, depth, named, how_sure in zip(
-                batch.label, batch.depth_or_missing, predicted, confidence, strict=True
-            ):
+            confusion.append(metrics.confusion_counts(predicted, batch.label, count))
+            images = zip(batch.label, batch.depth_or_missing, predicted, confidence, strict=True)
+            for label, depth, named, how_sure in images:
                 labelled = label != IGNORE_INDEX
                 pair = label[labelled].astype(np.int64) * count + named[labelled]
                 for name, bins in pixel_strata(label, depth, edges).items():
@@ -124,8 +94,7 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
 def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarray, count: int) -> np.ndarray:
     bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
     cell = named.astype(np.int64) * CONFIDENCE_BINS + bins
-    weights = (None, confidence, label == named)
-    sums = [np.bincount(cell, weight, count * CONFIDENCE_BINS) for weight in weights]
+    sums = [np.bincount(cell, weights, count * CONFIDENCE_BINS) for weights in (None, confidence, label == named)]
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
 
 
@@ -141,11 +110,9 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
     Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
     slivers between segments, and where nothing is labelled on one side there is none.
     """
-    label = fill_unlabelled(label)
-    inside = np.ones(label.shape, np.uint8)
-    across, down = label[:, 1:] == label[:, :-1], label[1:] == label[:-1]
-    for half, same in ((inside[:, 1:], across), (inside[:, :-1], across), (inside[1:], down), (inside[:-1], down)):
-        half &= same
+    label = metrics.fill_unlabelled(label)
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its four neighbours
+    inside = (cv2.erode(label, cross) == cv2.dilate(label, cross)).astype(np.uint8)
     if inside.all():
         return np.ones(label.shape, np.float32)
     return (cv2.distanceTransform(inside, cv2.DIST_L2, 5) + 0.5) / label.shape[1]
@@ -170,7 +137,7 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
     rows = []
     for bin_counts in counts:
         total, present = bin_counts.sum(), bin_counts.any(1)
-        scores = (np.trace(bin_counts) / total, iou(bin_counts)[present].mean()) if total else (np.nan, np.nan)
+        scores = (np.trace(bin_counts) / total, metrics.iou(bin_counts)[present].mean()) if total else (np.nan, np.nan)
         rows.append((total / max(counts.sum(), 1), *scores))
     return pd.DataFrame(rows, columns=["pixels", "pixel accuracy", "mIoU"])
 
@@ -187,15 +154,15 @@ def calibration_error(calibration: np.ndarray) -> float:
 
 def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     """The findings of error_analysis in words."""
-    pooled, accuracy = errors.confusion.sum(0), image_accuracy(errors.confusion)
+    pooled, accuracy = errors.confusion.sum(0), metrics.image_accuracy(errors.confusion)
     edge, wrong = errors.strata[DISTANCE], pooled * ~np.eye(len(pooled), dtype=bool)
     truth, named = np.unravel_index(wrong.argmax(), wrong.shape)
-    score, recall = pixel_accuracy(pooled), class_accuracy(pooled)
+    score, recall = metrics.pixel_accuracy(pooled), metrics.class_accuracy(pooled)
     least = np.nanargmin(recall)
     near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
     return (
         f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
-        f"(mIoU {mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
+        f"(mIoU {metrics.mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
         f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
         f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
         f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
@@ -214,70 +181,62 @@ def _describe_gap(calibration: np.ndarray) -> str:
 
 def plot_confusion(errors: ErrorCounts) -> Figure:
     """Of each true class (rows), the share that was given each name."""
-    pooled, classes = errors.confusion.sum(0), errors.classes
-    total = pooled.sum(1, keepdims=True)
-    shares = np.where(total > 0, pooled / np.maximum(total, 1), np.nan)
     images = (errors.confusion.sum(2) > 0).sum(0)
-    truth = [f"{name} ({count})" for name, count in zip(classes, images, strict=True)]
-    table = pd.DataFrame(shares, pd.Index(truth, name="truth (images)"), pd.Index(classes, name="prediction"))
-    return plot_matrix(table, "What each class was taken for, in % of its pixels")
+    truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
+    rows, columns = pd.Index(truth, name="truth (images)"), pd.Index(errors.classes, name="prediction")
+    table = pd.DataFrame(errors.confusion.sum(0), rows, columns)
+    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), "What each class was taken for, in % of its pixels")
 
 
-@styled
+@plots.styled
 def plot_strata(errors: ErrorCounts) -> Figure:
     """Pixel accuracy and mIoU by depth, where it is known, distance to a boundary and size of the segment."""
     known = {name: counts for name, counts in errors.strata.items() if name != DEPTH or counts[1:].any()}
-    figure = Figure(figsize=(WIDTH, 3), layout="constrained")
-    grid = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
-    for axes, (name, counts) in zip(grid, known.items(), strict=True):
+    figure, grid = plots.new_figure(3, 1, len(known), sharey=True, squeeze=False)
+    for axes, (name, counts) in zip(grid[0], known.items(), strict=True):
         table = score_strata(counts)
         kept = table.pixels > 0
         table, bins = table[kept], np.array(name_bins(name, errors.edges[name]))[kept]
         axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
-        axes.plot(bins, table["pixel accuracy"], color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
-        axes.plot(bins, table["mIoU"], color=VALID_COLOUR, marker=".", label="mIoU")
+        axes.plot(bins, table["pixel accuracy"], color=plots.TRAIN_COLOUR, marker=".", label="pixel accuracy")
+        axes.plot(bins, table["mIoU"], color=plots.VALID_COLOUR, marker=".", label="mIoU")
         axes.set(title=f"by {name}".replace(" (", "\n("), ylim=(0, 1))
         axes.tick_params(axis="x", labelsize="small", rotation=60)
-    add_legend(figure, grid[0].get_legend_handles_labels()[0])
+    plots.add_legend(figure, grid[0, 0].get_legend_handles_labels()[0])
     return figure
 
 
-@styled
+@plots.styled
 def plot_calibration(errors: ErrorCounts) -> Figure:
     """Reliability diagram of all classes together; by class, confidence minus accuracy."""
     pixels, confidence, right = np.moveaxis(errors.calibration.sum(0), -1, 0)
-    used, colours = pixels > 0, class_colours(errors.classes)
+    used, colours = pixels > 0, plots.class_colours(errors.classes)
     by_class = pd.DataFrame(errors.calibration.sum(1), list(errors.classes), ["pixels", "confidence", "right"])
     by_class = by_class[by_class.pixels > 0]
     gap = (100 * (by_class.confidence - by_class.right) / by_class.pixels).sort_values()
-    figure = Figure(figsize=(WIDTH, max(3.4, rows_height(len(gap)))), layout="constrained")
-    diagram, bars = figure.subplots(1, 2)
+    figure, (diagram, bars) = plots.new_figure(max(3.4, plots.rows_height(len(gap))), 1, 2)
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
     diagram.stairs(pixels / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels")
-    diagram.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="as right as sure")
-    diagram.plot(confidence[used] / pixels[used], right[used] / pixels[used], color=VALID_COLOUR, marker=".",
+    diagram.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="as right as sure")
+    diagram.plot(confidence[used] / pixels[used], right[used] / pixels[used], color=plots.VALID_COLOUR, marker=".",
                  label="this network")  # fmt: skip
     diagram.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     diagram.legend(loc="upper left")
-    drawn = bars.barh(range(len(gap)), gap, color=[colours[name] for name in gap.index], **EDGED)
-    bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=GREY)
-    bars.axvline(0, color=GREY, linewidth=1)
+    drawn = bars.barh(range(len(gap)), gap, color=[colours[name] for name in gap.index], **plots.EDGED)
+    bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=plots.GREY)
+    bars.axvline(0, color=plots.GREY, linewidth=1)
     bars.margins(x=0.2)
-    label_rows(bars, gap.index)
+    plots.label_rows(bars, gap.index)
     bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
-    add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
+    plots.add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
     return figure
 
 
 def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
     """Pixels of each image and those that a run named right, from the predictions that it keeps.
 
-    Returns:
-        rows (scene, image); columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between
-        two classes and by size of the segment.
-
-    Raises:
-        FileNotFoundError: it keeps none.
+    Rows (scene, image); columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between
+    two classes and by size of the segment. Raises a FileNotFoundError where it keeps none.
     """
     edges = {name: between for name, between in strata_edges(1).items() if name in (DISTANCE, SEGMENT)}
     bins = {CLASS: run.classes} | {name: name_bins(name, between) for name, between in edges.items()}
@@ -301,9 +260,7 @@ def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
 def compare_right(table: pd.DataFrame, baseline: str) -> dict[str, dict[str, RecipeComparison]]:
     """By recipe and stratum, claim (b2) on the share of each bin's pixels that is right, held against a baseline.
 
-    Args:
-        table: rows (recipe, seed, scene, image), columns as of `count_right`.
-        baseline: one of the recipes.
+    The table has rows (recipe, seed, scene, image) and columns as of `count_right`.
     """
     results: dict[str, dict[str, RecipeComparison]] = {}
     for stratum in table.columns.unique(0):
@@ -323,14 +280,14 @@ def _share_counts(rows: pd.DataFrame) -> np.ndarray:
     return counts.reshape(rows.index.unique("seed").size, -1, *counts.shape[1:])
 
 
-@styled
+@plots.styled
 def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeComparison]]) -> Figure:
     """The differences of `compare_right`, a column for each stratum; a filled mark has p < 0.05 after Holm."""
     strata = table.columns.unique(0)
     highest = max(table[stratum].columns.unique(0).size for stratum in strata)
-    figure = Figure(figsize=(WIDTH, rows_height(highest)), layout="constrained")
-    colours = run_colours(len(results) + 1)[1:]
-    for axes, stratum in zip(figure.subplots(1, len(strata)), strata, strict=True):
+    figure, grid = plots.new_figure(plots.rows_height(highest), 1, len(strata))
+    colours = plots.run_colours(len(results) + 1)[1:]
+    for axes, stratum in zip(grid, strata, strict=True):
         pixels = table[stratum].xs("pixels", axis=1, level=1).sum()
         order = np.argsort(pixels.to_numpy()) if stratum == CLASS else np.arange(len(pixels))
         offsets = np.linspace(-0.35, 0.35, 2 * len(results) + 1)[1::2]
@@ -338,13 +295,13 @@ def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeCompariso
             result, rows = by_stratum[stratum], np.arange(len(order)) + offset
             middle, clear = 100 * result.class_difference[order], result.class_p_value[order] < 0.05
             axes.hlines(rows, *100 * result.class_interval[:, order], color=colour, linewidth=1.5)
-            axes.plot(middle, rows, "o", color=colour, markerfacecolor="white", label=shorten(name, 60))
+            axes.plot(middle, rows, "o", color=colour, markerfacecolor="white", label=plots.shorten(name, 60))
             axes.plot(middle[clear], rows[clear], "o", color=colour)
         shares = 100 * pixels.iloc[order] / pixels.sum()
-        label_rows(axes, [f"{name} ({share:.2g} %)" for name, share in shares.items()])
-        axes.axvline(0, color=GREY, linewidth=1)
+        plots.label_rows(axes, [f"{name} ({share:.2g} %)" for name, share in shares.items()])
+        axes.axvline(0, color=plots.GREY, linewidth=1)
         axes.grid(axis="x", color="0.92")
         axes.set_title(f"by {stratum}".replace(" (", "\n("), fontsize="small")
-    figure.axes[1].set_xlabel("difference in the share that is right, in points, with 95 % interval")
-    add_legend(figure, figure.axes[0].get_legend_handles_labels()[0])
+    grid[1].set_xlabel("difference in the share that is right, in points, with 95 % interval")
+    plots.add_legend(figure, grid[0].get_legend_handles_labels()[0])
     return figure

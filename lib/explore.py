@@ -7,35 +7,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib import plots
 from lib.batches import RawBatch
 from lib.data import Pieces, Samples
 from lib.data.splits import read_numbers, split_names
-from lib.plots import (
-    DEPTH,
-    EDGED,
-    GREY,
-    HALO,
-    VALID_COLOUR,
-    WIDTH,
-    add_title,
-    blend_labels,
-    class_colours,
-    class_patches,
-    colour_depth,
-    colour_labels,
-    depth_shades,
-    label_rows,
-    plot_grid,
-    plot_matrix,
-    rows_height,
-    styled,
-)
 
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
 FEW_IMAGES = 10
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near copies
-COMPARED_SPLITS = ("random", "blocks", "scenes")
 
 
 @dataclass(frozen=True)
@@ -149,7 +129,7 @@ def find_leakage(samples: Samples) -> dict[str, Leakage]:
     apart = None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
     threshold = np.quantile(alike[unrelated], 1 - CHANCE) if unrelated.any() else 1.0
     found = {}
-    for split in COMPARED_SPLITS:
+    for split in ("random", "blocks", "scenes"):
         try:
             train, valid = split_names(samples.names, split, samples.scene)
         except ValueError:  # these names or scenes do not allow it
@@ -222,70 +202,68 @@ def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
 
 def plot_samples(samples: Samples) -> Figure:
     """A row for each sample: RGB, depth with its scale, labels over RGB."""
-    label, shades, rows = samples.labels_or_ignored, depth_shades([samples]), []
+    label, shades, rows = samples.labels_or_ignored, plots.depth_shades([samples]), []
     for at, image in enumerate(samples.image):
-        labels = blend_labels(image, label[at], samples.classes, 0.65)
-        rows.append({"RGB": image, DEPTH: colour_depth(samples.depth_or_missing[at], shades), "labels": labels})
-    return plot_grid(rows, samples.names.tolist(), class_patches(samples.classes, label), shades)
+        labels = plots.blend_labels(image, label[at], samples.classes, 0.65)
+        depth = plots.colour_depth(samples.depth_or_missing[at], shades)
+        rows.append({"RGB": image, plots.DEPTH: depth, "labels": labels})
+    return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
 def plot_batch(samples: Samples, batch: RawBatch) -> Figure:
     """A row for each image of a batch: as it is stored, then as it trains."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
     stored = samples[position]
-    shades, rows = depth_shades([stored]), []
+    shades, rows = plots.depth_shades([stored]), []
     for at in range(len(stored)):
-        pictures = {"stored": stored.image[at], "as it trains": image[at], DEPTH: colour_depth(depth[at], shades)}
-        rows.append(pictures | {"labels": colour_labels(label[at], samples.classes)})
-    return plot_grid(rows, stored.names.tolist(), class_patches(samples.classes, label), shades)
+        pictures = {"stored": stored.image[at], "as it trains": image[at]}
+        pictures |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
+        rows.append(pictures | {"labels": plots.colour_labels(label[at], samples.classes)})
+    return plots.plot_grid(rows, stored.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
-@styled
+@plots.styled
 def plot_class_shares(counts: DataCounts) -> Figure:
     """By class on a log scale: its share of the labelled pixels, and of the images."""
-    shares, colours = class_shares(counts)[::-1], class_colours(counts.classes)
+    shares, colours = class_shares(counts)[::-1], plots.class_colours(counts.classes)
     shares = shares[shares.pixels > 0]
     rows = np.arange(len(shares))
-    figure = Figure(figsize=(WIDTH, rows_height(len(rows))), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plots.new_figure(plots.rows_height(len(rows)))
     axes.hlines(rows, shares.pixels, shares.images, color="0.85", zorder=0)
-    axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **EDGED)
-    axes.plot(shares.images, rows, "|", color=GREY)
+    axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **plots.EDGED)
+    axes.plot(shares.images, rows, "|", color=plots.GREY)
     for row, share in zip(rows, shares.pixels, strict=True):
-        axes.text(share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=GREY)
-    label_rows(axes, shares.index)
+        axes.text(share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY)
+    plots.label_rows(axes, shares.index)
     axes.set(xscale="log", xlim=(shares.pixels.min() / 3, 1.3))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.set_xlabel("share of the labelled pixels (dots) and of the images (strokes), log scale")
     ratio = shares.pixels.iloc[-1] / shares.pixels.iloc[0]
-    add_title(figure, f"{shares.index[-1]} has {ratio:.0f} times as many pixels as {shares.index[0]}")
+    plots.add_title(figure, f"{shares.index[-1]} has {ratio:.0f} times as many pixels as {shares.index[0]}")
     return figure
 
 
-@styled
+@plots.styled
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth, of all pixels and of each class."""
-    colours, total = class_colours(counts.classes), counts.depth.sum(0)
-    boxes = {
-        name: _box(row, counts.steps_m)
-        for name, row in zip(counts.classes, counts.depth, strict=False)
-        if row[1:].any()
-    }
+    colours, total = plots.class_colours(counts.classes), counts.depth.sum(0)
+    rows = zip(counts.classes, counts.depth, strict=False)
+    boxes = {name: _box(row, counts.steps_m) for name, row in rows if row[1:].any()}
     names = sorted(boxes, key=lambda name: -boxes[name]["med"])
-    figure = Figure(figsize=(WIDTH, 1.5 + rows_height(len(names))), layout="constrained")
-    overall, by_class = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, rows_height(len(names))))
-    overall.stairs(total[1:], counts.steps_m, fill=True, color=VALID_COLOUR)
+    heights = 1.5, plots.rows_height(len(names))
+    figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
+    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.VALID_COLOUR)
     title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total, counts.steps_m))
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
-    median = {"color": "black", "path_effects": HALO}  # seen on dark boxes too
+    median = {"color": "black", "path_effects": plots.HALO}  # seen on dark boxes too
     drawn = by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
-        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=EDGED,
+        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=plots.EDGED,
     )  # fmt: skip
     for box, name in zip(drawn["boxes"], names, strict=True):
         box.set_facecolor(colours[name])
-    label_rows(by_class, names)
+    plots.label_rows(by_class, names)
     by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
     by_class.set_xlim(0, depth_quantiles(total, (0.999,), counts.steps_m)[0])
     return figure
@@ -298,11 +276,11 @@ def _box(histogram: np.ndarray, steps_m: np.ndarray) -> dict[str, float]:
 
 def plot_meetings(counts: DataCounts) -> Figure:
     """Of the neighbours of each class (rows), the share of each other class (columns)."""
-    total, names = counts.meetings.sum(1, keepdims=True), counts.classes
-    shares = np.where(total > 0, counts.meetings / np.maximum(total, 1), np.nan)
+    names = counts.classes
+    table = pd.DataFrame(counts.meetings, pd.Index(names, name="class"), pd.Index(names, name="meets"))
     one, other = np.unravel_index(counts.meetings.argmax(), counts.meetings.shape)
     title = f"{names[one]} and {names[other]} meet most often; in % of what the row's class meets"
-    return plot_matrix(pd.DataFrame(shares, pd.Index(names, name="class"), pd.Index(names, name="meets")), title)
+    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
 
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
@@ -313,4 +291,4 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
     pairs = list(zip(leak.valid[shown[:count]], leak.match[shown[:count]], strict=True))
     titles = [f"{samples.names[valid]}, {samples.names[train]}" for valid, train in pairs]
     rows = [dict(zip(titles, samples.image[list(side)], strict=True)) for side in zip(*pairs, strict=True)]
-    return plot_grid(rows, ["validation", "training"])
+    return plots.plot_grid(rows, ["validation", "training"])

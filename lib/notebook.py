@@ -25,26 +25,16 @@ def check_parameters() -> dict[str, object]:
         ValueError: names that are not declared, values of another type than declared; all at once.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
-    declared = _annotations(namespace)
+    annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on
+    declared = namespace["__annotations__"] if "__annotations__" in namespace else annotate(1)
     # In holds the cells that ran, the one papermill injected among them; under nbval it is empty
-    injected = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
-    problems = [_unknown(name, declared) for name in _assigned(injected[-1:]) if name not in declared]
+    injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
+    given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
+    problems = [_unknown(name, declared) for name in given if name not in declared]
     problems += [_mistyped(name, namespace[name], kind) for name, kind in declared.items()]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
     return {name: namespace[name] for name in declared}
-
-
-def _annotations(namespace: dict) -> dict[str, type]:
-    if "__annotations__" in namespace:
-        return namespace["__annotations__"]
-    annotate = namespace.get("__annotate__")  # from Python 3.14 on
-    return annotate(1) if annotate else {}
-
-
-def _assigned(cells: list[str]) -> list[str]:
-    statements = [statement for cell in cells for statement in ast.parse(cell).body]
-    return [statement.targets[0].id for statement in statements if isinstance(statement, ast.Assign)]
 
 
 def _unknown(name: str, declared: dict[str, type]) -> str:

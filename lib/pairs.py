@@ -3,11 +3,11 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from lib import plots
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.metrics import mean_truth_iou
 from lib.parameters import check_choice
-from lib.plots import GREY, VALID_COLOUR, class_patches, colour_labels, colour_where, plot_grid, shorten, styled
 from lib.scoring import ScoredRun, iterate_part, masks_folder, read_masks
 
 
@@ -32,25 +32,25 @@ def choose_images(gains: np.ndarray) -> np.ndarray:
     return np.concatenate((order[:2][gains[order[:2]] > 0], order[-1:][gains[order[-1:]] < 0]))
 
 
-@styled
+@plots.styled
 def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     """B against A, a dot for each image; those of `choose_images` are named."""
     (first, second), names = (image_scores(run.counts) for run in pair.values()), next(iter(pair.values())).names
     gains, limit = second - first, min(1, 0.05 + np.nanmax((first, second)))
-    figure = Figure(figsize=(5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
-    axes.plot(first, second, "o", color=VALID_COLOUR, alpha=0.5, markersize=4)
+    figure, axes = plots.new_figure(4.6, width=5)
+    axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
+    axes.plot(first, second, "o", color=plots.VALID_COLOUR, alpha=0.5, markersize=4)
     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
     for index in choose_images(gains):
         place = first[index], second[index]
         axes.plot(*place, "o", color="black", markerfacecolor="none")
         side, shift = ("right", -6) if place[0] > 0.5 * limit else ("left", 6)
-        axes.annotate(shorten(names[index], 20), place, (shift, 0), textcoords="offset points", ha=side, va="center",
-                      fontsize="small", bbox=box)  # fmt: skip
+        axes.annotate(plots.shorten(names[index], 20), place, (shift, 0), textcoords="offset points",
+                      ha=side, va="center", fontsize="small", bbox=box)  # fmt: skip
     title = f"B higher on {(gains > 0).sum()} of {np.isfinite(gains).sum()} images, lower on {(gains < 0).sum()}"
-    xlabel, ylabel = (f"{side}: {shorten(name, 40)}, mIoU of an image" for side, name in zip("AB", pair, strict=True))
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    words = [f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair]
+    axes.set(title=title, xlabel=f"A: {words[0]}", ylabel=f"B: {words[1]}")
+    axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     return figure
 
 
@@ -74,15 +74,15 @@ def plot_pair_images(pair: dict[str, ScoredRun], part: str) -> Figure | str:
     rows, classes = [], runs[0].classes
     for sample, first, second in zip(images, *masks, strict=True):
         image, label = sample.image[0], sample.labels_or_ignored[0]
-        fixed, broken = ((label != IGNORE_INDEX) & (label == one) & (label != two)
-                         for one, two in ((second, first), (first, second)))  # fmt: skip
-        row = {"RGB": image} | {title: colour_labels(mask, classes)
-                                for title, mask in (("truth", label), ("A", first), ("B", second))}  # fmt: skip
-        rows.append(row | {title: colour_where(where, image, second, classes)
-                           for title, where in (("B fixes", fixed), ("B breaks", broken))})  # fmt: skip
+        a_right, b_right = ((label == mask) & (label != IGNORE_INDEX) for mask in (first, second))
+        row = {"RGB": image, "truth": plots.colour_labels(label, classes)}
+        row |= {"A": plots.colour_labels(first, classes), "B": plots.colour_labels(second, classes)}
+        row["B fixes"] = plots.colour_where(b_right & ~a_right, image, second, classes)
+        row["B breaks"] = plots.colour_where(a_right & ~b_right, image, second, classes)
+        rows.append(row)
     titles = [f"{runs[0].names[index]}: {gains[index]:+.2f}" for index in chosen]
     shown = [*masks[0], *masks[1], *(sample.labels_or_ignored[0] for sample in images)]
-    return plot_grid(rows, titles, class_patches(classes, shown))
+    return plots.plot_grid(rows, titles, plots.class_patches(classes, shown))
 
 
 def _read_images(run: ScoredRun, part: str, names: np.ndarray) -> list[Samples]:
@@ -91,6 +91,5 @@ def _read_images(run: ScoredRun, part: str, names: np.ndarray) -> list[Samples]:
     missing = [name for name in names.tolist() if name not in where]
     if missing:
         raise ValueError(f"{run.data} has no {missing[0]}")
-    return [
-        piece[[at]] for piece in pieces[np.array([where[name] for name in names.tolist()])] for at in range(len(piece))
-    ]
+    positions = np.array([where[name] for name in names.tolist()])
+    return [piece[[at]] for piece in pieces[positions] for at in range(len(piece))]

@@ -35,13 +35,11 @@ WIDTH = 8  # inches, so that a figure fits a notebook
 DEPTH = "depth (m)"  # title of a column of pictures
 HALO = [withStroke(linewidth=3, foreground="white")]  # so that black lines are seen on dark colours
 FEW = 20  # classes up to which matrices show numbers and rows are wide
-STYLE = {
+styled = matplotlib.rc_context({  # a decorator
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlesize": "medium", "figure.titlesize": "medium",
     "legend.frameon": False, "image.interpolation": "nearest",
-}  # fmt: skip
-
-styled = matplotlib.rc_context(STYLE)  # a decorator
+})  # fmt: skip
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
@@ -147,6 +145,12 @@ def add_title(figure: Figure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, 95), x=0.01, ha="left")
 
 
+def new_figure(height: float, *grid: int, width: float = WIDTH, **options: object) -> tuple[Figure, Axes | np.ndarray]:
+    """A figure of so many inches, and its axes: `grid` and `options` as `Figure.subplots` takes them."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(*grid, **options)
+
+
 @styled
 def plot_grid(
     rows: Sequence[dict[str, np.ndarray | None]],
@@ -190,13 +194,9 @@ def plot_predictions(
     row_titles: Sequence[str] | None = None,
     errors: bool = False,
 ) -> Figure:
-    """A row for each image: RGB, depth, truth (where there are any), prediction and, if asked, errors.
+    """A row for each image: RGB, depth, truth (where there are any), prediction and, if asked, `colour_errors`.
 
-    Args:
-        samples: of one size, or pieces of which each has its own.
-        predicted: class indices `(H, W)` of each image.
-        row_titles: written beside the rows.
-        errors: add a column of `colour_errors`.
+    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each image.
     """
     pieces = [samples] if isinstance(samples, Samples) else samples
     images = [(piece, at) for piece in pieces for at in range(len(piece))]
@@ -219,14 +219,13 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
         rimmed = np.pad((label == index).astype(np.uint8), 1)  # so that a region ends where the picture does
-        count, region, stats, _ = cv2.connectedComponentsWithStats(rimmed)
-        for number in range(1, count):
-            if stats[number, cv2.CC_STAT_AREA] >= least * label.size:
-                room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
-                row, column = np.unravel_index(room.argmax(), room.shape)
-                across = column / label.shape[1]
-                side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
-                axes.text(column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box)
+        _, region, stats, _ = cv2.connectedComponentsWithStats(rimmed)
+        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
+            room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
+            row, column = np.unravel_index(room.argmax(), room.shape)
+            across = column / label.shape[1]
+            side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
+            axes.text(column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box)
 
 
 def rows_height(count: int) -> float:
@@ -249,8 +248,7 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
     few = len(shares) <= FEW
     numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if few else None
     across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
-    figure = Figure(figsize=(WIDTH, rows_height(len(shares)) + 1.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(rows_height(len(shares)) + 1.5)
     seaborn.heatmap(
         shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=across, yticklabels=down,
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
@@ -266,9 +264,7 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) -> Figure:
     """Total loss, validation scores and each term of the loss by epoch, over the whole span of `epochs`.
 
-    Args:
-        history: rows of `fit` so far.
-        terms: the weight of each term by its name in the history; those that weigh nothing are left out.
+    The history holds the rows of `fit` so far, `terms` the weight of each term by its name there; 0 leaves it out.
     """
     used = [name for name, weight in terms.items() if weight]
     words = [name.replace("_", " ").replace("iou", "IoU").replace("l1", "L1") for name in used]
@@ -307,8 +303,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
     rows, colours = np.arange(len(table)), class_colours(table.index)
-    figure = Figure(figsize=(WIDTH, rows_height(len(table))), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(rows_height(len(table)))
     axes.barh(rows, table.IoU, color=[colours[name] for name in table.index], **EDGED)
     if mean is not None:
         axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
@@ -332,8 +327,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
 @styled
 def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str) -> Figure:
     """Validation mIoU by epoch, a line for each run in the colour of its recipe."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(2.8)
     for colour, (name, runs) in zip(run_colours(len(histories)), histories.items(), strict=True):
         for number, history in enumerate(runs):
             label = "_" if number else shorten(name, 60)  # once in the legend

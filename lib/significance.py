@@ -127,9 +127,7 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
     difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
     variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]])
     runs = np.array([[len(scores_a)], [len(scores_b)]])
-    error, degrees = _crossed_error(
-        variances / runs, runs, np.zeros(1), np.ones(1)
-    )  # scipy's warns where one side is constant
+    error, degrees = _crossed_error(variances / runs, runs, np.zeros(1), np.ones(1))  # scipy warns of a constant side
     _check_varies("scores", difference[0], error[0])
     (low, high), p_value = _t_test(difference, error, degrees)
     interval, needed = (float(low[0]), float(high[0])), (np.nan, np.nan)

@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
 SLIM = ("parameters.json", "history.csv", "scores.json", "evaluation/*.npz", "evaluation/*.json")
-POLL_SECONDS = 2
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
 LOST_MACHINES = 10  # how often a run is started elsewhere
 OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
@@ -58,7 +57,11 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
     defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
     for name in (*fixed, *grid):
         check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
-    base, runs = defaults | _read_experiment(experiment) | fixed, {}
+    base, runs = defaults | fixed, {}
+    if experiment is not None:
+        files = {path.stem: path for path in (NOTEBOOKS / "experiments").glob("*.yaml")}
+        check_choice("experiment", experiment, sorted(files))
+        base = defaults | yaml.safe_load(files[experiment].read_text()) | fixed
     for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
@@ -75,17 +78,9 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
 
 def _with_whole_paths(parameters: dict) -> dict:
     """Workers have another working directory."""
-    paths = {"data": parameters["data"] != "synthetic", "encoder_weights": is_file(parameters["encoder_weights"])}
-    return parameters | {
-        name: str(Path(parameters[name]).expanduser().resolve()) for name, is_path in paths.items() if is_path
-    }
-
-
-def _read_experiment(experiment: str | None) -> dict:
-    if experiment is None:
-        return {}
-    check_choice("experiment", experiment, sorted(path.stem for path in (NOTEBOOKS / "experiments").glob("*.yaml")))
-    return yaml.safe_load((NOTEBOOKS / "experiments" / f"{experiment}.yaml").read_text())
+    paths = ["data"] * (parameters["data"] != "synthetic")
+    paths += ["encoder_weights"] * is_file(parameters["encoder_weights"])
+    return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
 
 
 def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
@@ -108,12 +103,10 @@ def _identity(parameters: dict, defaults: dict) -> dict:
 
 
 def execute_run(parameters: dict, part: str, results: Path | None = None) -> None:
-    """Train and score one run, going on from whatever there is of it; nothing is done twice.
+    """Train and score one run on a part, going on from whatever there is of it; nothing is done twice.
 
-    Args:
-        parameters: of `train.ipynb`; the executed notebook goes into `notebooks/` in the folder of runs.
-        part: to score it on.
-        results: folder in which it also leaves what a comparison needs, without weights; or None.
+    The executed notebook goes into `notebooks/` in the folder of runs; what a comparison needs, which are no weights,
+    goes into the folder `results`, too.
 
     Raises:
         PapermillExecutionError: the notebook failed; the message holds its error.
@@ -194,21 +187,19 @@ def sweep(
             elif kept and kept / name not in done:
                 copy_slim(done[0], kept / name)
         while tasks:
-            finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=POLL_SECONDS)
+            finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2)
             errors |= {tasks.pop(reference): _error(reference) for reference in finished}
             yield progress_table(runs, part, errors, kept)
     yield progress_table(runs, part, errors, kept)
 
 
-def _homes(name: str, kept: Path | None) -> list[Path]:
-    """Where a run may be."""
-    return [runs_folder() / name] + ([kept / name] if kept else [])
+def _homes(name: str, kept: Path | str | None) -> list[Path]:
+    return [runs_folder() / name] + ([Path(kept).expanduser().resolve() / name] if kept else [])
 
 
 def scored_folders(names: list[str], results: str | None = None) -> str:
     """These scored runs for `read_runs`: their paths in the folder of runs, or in that of results."""
-    kept = None if results is None else Path(results).expanduser().resolve()
-    return ",".join(str(next(home for home in _homes(name, kept) if run_state(home).evaluated)) for name in names)
+    return ",".join(str(next(home for home in _homes(name, results) if run_state(home).evaluated)) for name in names)
 
 
 def _is_done(run: Path, parameters: dict, part: str) -> bool:
@@ -216,9 +207,8 @@ def _is_done(run: Path, parameters: dict, part: str) -> bool:
     if state.done < parameters["epochs"] or part not in state.evaluated:
         return False
     saved = read_parameters(run)  # a parameter that came later is not in it
-    differing = [
-        key for key in saved if key not in (*NO_IDENTITY, *PLACES) and saved[key] != parameters.get(key, saved[key])
-    ]
+    fixed = saved.keys() - {*NO_IDENTITY, *PLACES}
+    differing = [key for key in saved if key in fixed and saved[key] != parameters.get(key, saved[key])]
     if differing:
         raise ValueError(
             f"{run}: found another {', '.join(differing)} than its name says, so a default has changed since; "
@@ -258,11 +248,10 @@ def _check_share(cpus: int, gpus: float) -> None:
 
 def _environment(threads: int, gpus: float) -> dict[str, str]:
     """Of a run's processes, which else see every GPU where they ask for none, and take all memory of a shared one."""
-    environment = {"OMP_NUM_THREADS": str(max(1, threads))}
-    if gpus < 1:
+    share = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    if 0 < gpus < 1:
         share = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{gpus}"}
-        environment |= share if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return environment
+    return {"OMP_NUM_THREADS": str(max(1, threads))} | share
 
 
 def _remote_task():
@@ -306,21 +295,19 @@ def _error(task: ray.ObjectRef) -> str | None:
 
 def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str], kept: Path | None = None) -> pd.DataFrame:
     """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
-    rows = [_progress(_homes(name, kept), runs[name]["epochs"], part, errors.get(name)) for name in runs]
-    return pd.DataFrame(rows, list(runs))
-
-
-def _progress(homes: list[Path], epochs: int, part: str, error: str | None) -> dict:
-    run = max(homes, key=lambda folder: run_state(folder).done)
-    done = run_state(run).done
-    history = read_history(run) if done else pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
-    state = "running" if executed_notebook(run.name).exists() else "waiting"
-    if done >= epochs and part in run_state(run).evaluated:
-        state = "done"
-    return {
-        "state": "failed" if error else state,
-        "epochs": f"{done} of {epochs}",
-        "valid_miou": history.valid_miou.max(),
-        "minutes_left": 0 if state == "done" else (epochs - done) * history.seconds.mean() / 60,
-        "error": error or "",
-    }
+    rows = {}
+    for name, parameters in runs.items():
+        run = max(_homes(name, kept), key=lambda folder: run_state(folder).done)
+        done, epochs, error = run_state(run).done, parameters["epochs"], errors.get(name)
+        history = read_history(run) if done else pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
+        state = "running" if executed_notebook(name).exists() else "waiting"
+        if done >= epochs and part in run_state(run).evaluated:
+            state = "done"
+        rows[name] = {
+            "state": "failed" if error else state,
+            "epochs": f"{done} of {epochs}",
+            "valid_miou": history.valid_miou.max(),
+            "minutes_left": 0 if state == "done" else (epochs - done) * history.seconds.mean() / 60,
+            "error": error or "",
+        }
+    return pd.DataFrame(list(rows.values()), list(rows))

@@ -4,19 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lib import significance
 from lib.scoring import ScoredRun
-from lib.significance import (
-    CONFIDENCE,
-    MIN_SCENES,
-    CheckpointComparison,
-    RecipeComparison,
-    SceneComparison,
-    SeedComparison,
-    compare_checkpoints,
-    compare_recipes,
-    compare_seeds,
-    holm,
-)
+from lib.significance import CheckpointComparison, RecipeComparison, SceneComparison, SeedComparison
 
 
 @dataclass(frozen=True)
@@ -44,21 +34,20 @@ class Verdict:
 
 
 def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Verdict]:
-    """Every recipe held against the first.
-
-    Args:
-        recipes: from `group_recipes`.
-        paired: whether runs of one seed belong together; others are then left out.
-    """
+    """Every recipe held against the first; if `paired`, runs of one seed belong together and others are left out."""
     (_, baseline), *others = recipes.items() if recipes else [(None, [])]
-    crossed = {name: _crossed(*_pair(baseline, members, paired), paired) for name, members in others}
-    p_values = holm([np.nan if result is None else result.p_value for result in crossed.values()])
+    crossed = {name: _crossed(baseline, members, paired) for name, members in others}
+    p_values = significance.holm([np.nan if result is None else result.p_value for result in crossed.values()])
     verdicts = {}
     for (name, members), p_value in zip(others, p_values, strict=True):
-        enough = min(len(baseline), len(members)) >= 2
+        first, other, checkpoints, seeds = baseline[0], members[0], None, None
+        if first.folds == 1:
+            checkpoints = significance.compare_checkpoints(first.counts, other.counts, first.scene)
+        if min(len(baseline), len(members)) >= 2:
+            seeds = significance.compare_seeds(*([run.score for run in side] for side in (baseline, members)))
         verdicts[name] = Verdict(
-            checkpoints=_checkpoints(baseline[0], members[0]),
-            seeds=compare_seeds(*([run.score for run in side] for side in (baseline, members))) if enough else None,
+            checkpoints=checkpoints,
+            seeds=seeds,
             recipes=crossed[name],
             recipe_p_value=float(p_value),
             compared=int(np.isfinite(p_values).sum()),
@@ -66,23 +55,16 @@ def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str
     return verdicts
 
 
-def _pair(baseline: list[ScoredRun], members: list[ScoredRun], paired: bool) -> tuple[list[ScoredRun], list[ScoredRun]]:
-    if not paired:
-        return baseline, members
-    by_seed = [{run.parameters["seed"]: run for run in side} for side in (baseline, members)]
-    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-    return tuple([side[seed] for seed in shared] for side in by_seed)
-
-
 def _crossed(baseline: list[ScoredRun], members: list[ScoredRun], paired: bool) -> RecipeComparison | None:
-    if min(len(baseline), len(members)) < 2:
+    sides = baseline, members
+    if paired:
+        by_seed = [{run.parameters["seed"]: run for run in side} for side in sides]
+        shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+        sides = [[side[seed] for seed in shared] for side in by_seed]
+    if min(map(len, sides)) < 2:
         return None
-    sides = (np.stack([run.counts for run in side]) for side in (baseline, members))
-    return compare_recipes(*sides, baseline[0].scene, paired)
-
-
-def _checkpoints(first: ScoredRun, other: ScoredRun) -> CheckpointComparison | None:
-    return compare_checkpoints(first.counts, other.counts, first.scene) if first.folds == 1 else None
+    counts = (np.stack([run.counts for run in side]) for side in sides)
+    return significance.compare_recipes(*counts, baseline[0].scene, paired)
 
 
 def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
@@ -118,11 +100,10 @@ def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, 
             text = f"**{better}** is better than **{worse}**"
         else:
             text = f"This run of **{better}** scores higher than this one of **{worse}**; further seeds would say more"
-        low, high = (np.nan, np.nan) if result is None else result.interval
-        if not np.isnan(low):
-            text += (
-                f": {name} minus {baseline} is {result.difference:+.3f} mIoU (95 % interval {low:+.3f} to {high:+.3f})"
-            )
+        if result is not None and not np.isnan(result.interval[0]):
+            found = "95 % interval {:+.3f} to {:+.3f}, ".format(*result.interval) + _say_p(p_value)
+            found += " after Holm" * (verdict.recipes is not None and verdict.compared > 1)
+            text += f": {name} minus {baseline} is {result.difference:+.3f} mIoU ({found})"
         lines.append(f"- {text}.")
     return "\n".join(lines) or "One recipe is no comparison."
 
@@ -139,7 +120,7 @@ def _caveats(run: ScoredRun) -> list[str]:
     return caveats
 
 
-def _say(result: CheckpointComparison | SeedComparison | RecipeComparison) -> str:
+def _say(result: SceneComparison | SeedComparison) -> str:
     low, high = result.interval
     return f"{result.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {_say_p(result.p_value)})"
 
@@ -149,17 +130,15 @@ def _say_p(p_value: float) -> str:
 
 
 def _differs(p_value: float) -> bool:
-    return p_value < 1 - CONFIDENCE
+    return p_value < 1 - significance.CONFIDENCE
 
 
 def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, other: ScoredRun) -> str:
     claim = f"the checkpoints {other.name} and {first.name}, on scenes like these: "
     if result is None:
         return "the checkpoints: not asked where folds are joined, because each run is five of them."
-    if np.isnan(result.p_value):
-        return claim + _say_too_few(result)
-    if result.difference == result.detectable == 0:
-        return f"{claim}no difference on any scene."
+    if nothing := _say_nothing(result):
+        return claim + nothing
     text = f"{claim}{_say(result)}. "
     if _differs(result.p_value):
         text += f"They differ: {(other if result.difference > 0 else first).name} scores higher."
@@ -169,9 +148,12 @@ def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, othe
     return text + _say_classes(result, first.classes)
 
 
-def _say_too_few(result: CheckpointComparison | RecipeComparison) -> str:
-    found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
-    return f"{result.difference:+.3f}, but no verdict: {found}, at least {MIN_SCENES} are needed."
+def _say_nothing(result: SceneComparison) -> str:
+    """Why there is nothing to tell over scenes, if so."""
+    if np.isnan(result.p_value):
+        found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
+        return f"{result.difference:+.3f}, but no verdict: {found}, at least {significance.MIN_SCENES} are needed."
+    return "no difference on any scene." if result.difference == result.detectable == 0 else ""
 
 
 def _say_needed(result: CheckpointComparison) -> str:
@@ -183,7 +165,7 @@ def _say_needed(result: CheckpointComparison) -> str:
     return "How many it takes to tell can't be said yet."
 
 
-def _say_classes(result: CheckpointComparison | RecipeComparison, classes: tuple[str, ...]) -> str:
+def _say_classes(result: SceneComparison, classes: tuple[str, ...]) -> str:
     clear = [
         f"{name} {difference:+.3f}"
         for name, difference, p_value in zip(classes, result.class_difference, result.class_p_value, strict=True)
@@ -201,22 +183,17 @@ def _say_seeds(result: SeedComparison | None, runs: int) -> str:
     if _differs(result.p_value):
         return text + "They differ here, whatever the seed."
     least, _ = result.seeds_needed  # the interval holds 0, so there is no upper end
-    return text + (
-        f"Cannot tell: that takes {_rounded(least)} or more seeds of each." if least > runs else "Cannot tell."
-    )
+    takes = f": that takes {_rounded(least)} or more seeds of each" if least > runs else ""
+    return f"{text}Cannot tell{takes}."
 
 
 def _say_recipes(verdict: Verdict, name: str, baseline: str, first: ScoredRun) -> str:
     result, claim = verdict.recipes, "the recipes, on scenes like these: "
     if result is None:
-        needed = (
-            "two runs or more of each" if verdict.seeds is None else "two seeds or more that both have, when paired"
-        )
-        return f"{claim}needs {needed}."
-    if np.isnan(result.p_value):
-        return claim + _say_too_few(result)
-    if result.difference == result.detectable == 0:
-        return f"{claim}no difference on any scene."
+        few = "two runs or more of each" if verdict.seeds is None else "two seeds or more that both have, when paired"
+        return f"{claim}needs {few}."
+    if nothing := _say_nothing(result):
+        return claim + nothing
     text = f"{claim}{_say(result)}"
     if verdict.compared > 1:
         text += f"; after Holm over {verdict.compared} recipes {_say_p(verdict.recipe_p_value)}"

@@ -32,7 +32,7 @@ MODULES = {
 }
 CORE = {"", *GROUND, *MATHEMATICS, *ROAD} - {"data.nyuv2", "data.scenes"}
 # The design allows 2,500 and 5,000: these are what there is, and only go down.
-CORE_LINES, ALL_LINES, MODULE_LINES = 4_300, 7_210, 350
+CORE_LINES, ALL_LINES, MODULE_LINES = 4_252, 7_058, 350
 
 
 def may_import(module: str) -> list[str]:
@@ -82,6 +82,13 @@ def test_ci_runs_the_command_of_the_readme():
     command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert "pytest" in command
     assert f"\n{command}\n" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["benchmark", "simulate_verdicts"])
+def test_what_is_measured_by_hand_still_starts(script):
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_style():

@@ -54,18 +54,15 @@ def map_arrays(source: Path, key: dict, layout: Layout, blocks: Callable[[], Blo
     if (arrays := _open(folder, layout)) is not None:
         return arrays
     try:
-        made = Path(tempfile.mkdtemp(".unfinished", f"{folder.name}.", root))
-        try:
-            _write(made, layout, blocks())
-            arrays = _open(made, layout)  # stay mapped, whatever happens to their names
+        with tempfile.TemporaryDirectory(".unfinished", f"{folder.name}.", root, ignore_cleanup_errors=True) as made:
+            _write(Path(made), layout, blocks())
+            arrays = _open(Path(made), layout)  # stay mapped, whatever happens to their names
             for other in root.glob(f"*-{wanted}-*"):
                 if _is_stale(other, folder, layout):
                     shutil.rmtree(other, ignore_errors=True)
             with suppress(OSError):  # another process was as fast
-                made.rename(folder)
+                Path(made).rename(folder)
             return arrays
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         needed = sum(np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values())
         raise DataError(

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def open_folder(root: Path, part: str) -> Source:
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
     description = read_description(root)
     files = find_files(description, part)
-    names = np.array(sorted(files))
+    names = np.array(list(files))
     runs = number_runs(names)
     part_of = "valid_" if part == "valid" else ""  # a part of its own, whose first run is not the first of training
     scene = None if runs is None else np.array([f"{part_of}run_{run:04d}" for run in runs])
@@ -46,23 +46,20 @@ def open_folder(root: Path, part: str) -> Source:
         scene, usual_split = _name_scenes(description, names), "scenes"
     if "valid" in dict(description.parts):
         usual_split = "given"
-    trusted = []
+    judge = cache(partial(judge_files, description, part, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
-        chosen = [files[name] for name in names[positions]]
         if size is not None and len(positions) >= CACHED_FROM:
-            arrays = _read_cached(description, part, [files[name] for name in names], size)
+            arrays = _read_cached(description, part, list(files.values()), size)
             return [Samples(names[positions], **select_rows(arrays, positions))]
-        if not trusted:
-            judge_files(description, part, list(files.values()))
-            trusted.append(part)
-        return _read_files(names[positions], chosen, size, description)
+        judge()
+        return _read_files(names[positions], [files[name] for name in names[positions]], size, description)
 
     return Source(names, scene, description.classes, read, usual_split, description.depth_range_m)
 
 
 def find_files(description: Description, part: str) -> dict[str, Files]:
-    """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present."""
+    """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present, in order."""
     root, parts = description.root, dict(description.parts)
     if part not in parts:
         raise DataError(f"{root}: has no part {part!r}, expected one of: {', '.join(parts)}; name it in {root / FILE}")
@@ -226,11 +223,10 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
 
 
 def _read_sample(paths: Files, size: tuple[int, int] | None, description: Description) -> dict[str, np.ndarray]:
-    unit, bits = description.depth_unit_mm, description.depth_bits
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
-        depth = decode_depth(path, bits, takes_bytes="depth_unit_mm" in description.stated)
-        arrays["depth"] = depth_to_mm(depth, unit, description.depth_missing)
+        depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
+        arrays["depth"] = depth_to_mm(depth, description.depth_unit_mm, description.depth_missing)
     if path := paths.get("label"):
         arrays["label"] = description.to_indices(path, decode_label(path))
     for kind, array in arrays.items():

@@ -19,25 +19,15 @@ from lib.classes import IGNORE_INDEX
 from lib.data.samples import DEPTH_RANGE_M, Samples
 from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
-from lib.evaluation import Evaluation, evaluate, mean_losses
+from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
 from lib.losses import POOLINGS
 from lib.metrics import mean_truth_iou, pixel_accuracy
-from lib.model import (
-    ARCHITECTURES,
-    DEPTH_ENCODINGS,
-    INPUT_CHANNELS,
-    Prediction,
-    SegmentationDepthNet,
-    build_model,
-    save_model,
-)
+from lib.model import ARCHITECTURES, DEPTH_ENCODINGS, INPUT_CHANNELS, SegmentationDepthNet, build_model, save_model
 from lib.notebook import progress_bar
 from lib.objective import CLASS_WEIGHTS, Losses
 from lib.parameters import check_choice
 from lib.runs import find_run, write_history, write_report, write_scores
 
-SCHEDULES = ("cosine", "one_cycle")
-KEEP = ("best", "last")
 CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
@@ -66,7 +56,7 @@ def fit(
     valid: Samples,
     run: Path,
     *,
-    loss: Callable[[Prediction, Batch], Losses],
+    loss: Loss,
     epochs: int,
     learning_rate: float,
     weight_decay: float,
@@ -187,9 +177,8 @@ def check_options(**options: object) -> None:
     """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
     choices = {
         "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
-        "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS, "keep": KEEP,
-        "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES,
-        "fold": range(FOLDS),
+        "schedule": ("cosine", "one_cycle"), "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
+        "keep": ("best", "last"), "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES, "fold": range(FOLDS),
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
     least |= dict.fromkeys(
@@ -221,7 +210,6 @@ def build_schedule(
     schedule: str, optimizer: torch.optim.Optimizer, epochs: int, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """`cosine`: to 0 over the epochs, stepped once an epoch; `one_cycle`: stepped after every batch."""
-    check_choice("schedule", schedule, SCHEDULES)
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     highest = [group["lr"] for group in optimizer.param_groups]

@@ -109,10 +109,7 @@ def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch
 
 
 def segmentation_terms(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    soft_iou_pooling: str = "batch",
-    class_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, labels: torch.Tensor, soft_iou_pooling: str, class_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over labelled pixels, and soft IoU, in one pass; arguments as `segmentation_loss`."""
     check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)

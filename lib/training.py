@@ -181,9 +181,8 @@ def check_options(**options: object) -> None:
         "keep": ("best", "last"), "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES, "fold": range(FOLDS),
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
-    least |= dict.fromkeys(
-        ("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"), 0
-    )
+    factors = "ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"
+    least |= dict.fromkeys(factors, 0)
     for name, value in options.items():
         if name in choices:
             check_choice(name, value, choices[name])
@@ -200,8 +199,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW, with a share of the learning rate for the encoder."""
     encoder = list(model.net.encoder.parameters())
-    known = {id(weights) for weights in encoder}
-    others = [weights for weights in model.parameters() if id(weights) not in known]
+    others = [weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")]
     groups = [{"params": encoder, "lr": encoder_lr_scale * learning_rate}, {"params": others}]
     return torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay, fused=True)
 
@@ -259,21 +257,15 @@ def train_epoch(
 ) -> list[float]:
     """Train on the batches that are left of an epoch; returns the mean of each term over all of its batches.
 
-    Args:
-        model: set to training mode.
-        step: trains on one batch and returns the terms of its loss.
-        loader: the batches that are left.
-        losses: of the batches before these; grows.
-        save: called after each batch, with what to do before it saves.
-        bar: says which epoch; it adds the batch, and the loss each time that it looks at it anyway.
+    `losses` has those of the batches before, and grows. `save` is called after each batch, with what to do before it
+    saves. `bar` says which epoch; it adds the batch, and the loss each time that it is looked at anyway.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
-    names = loader.dataset.samples.names
     positions, words = [], bar.desc.removesuffix(": ")
-    check = partial(_check_finite, model, losses, positions, names)
+    check = partial(_check_finite, model, losses, positions, loader.dataset.samples.names)
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
@@ -287,9 +279,7 @@ def train_epoch(
     return mean_losses(losses)
 
 
-def _check_finite(
-    model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
-) -> None:
+def _check_finite(model: nn.Module, losses: list[torch.Tensor], positions: list, names: np.ndarray) -> None:
     """The last losses, and the weights too: a finite loss can have a gradient that is not."""
     losses = losses[len(losses) - len(positions) :]
     wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist() if losses else []

@@ -21,13 +21,11 @@ ABANDONED_S = 24 * 3600  # what is unfinished for that long was killed
 
 def cache_root() -> Path:
     """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary folder."""
-    try:
+    with suppress(OSError, RuntimeError):  # not to be written, or a user without a home
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)
         if os.access(root, os.W_OK):
             return root
-    except (OSError, RuntimeError):  # not to be written, or a user without a home
-        pass
     root = Path(tempfile.gettempdir(), f"rgbd-notebooks-{getattr(os, 'getuid', int)()}")
     root.mkdir(exist_ok=True)
     return root

@@ -44,9 +44,8 @@ def decode_image(path: Path) -> np.ndarray:
 
 def decode_label(path: Path) -> np.ndarray:
     """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices."""
-    return _decode_values(
-        path, "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
-    )
+    expected = "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+    return _decode_values(path, expected)
 
 
 def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
@@ -85,7 +84,6 @@ def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: tuple[float, ...] = 
 
 
 def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray:
-    """One channel of numbers."""
     picture, stored = _open(path)
     mode, values = picture.mode, np.asarray(picture)
     if mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant

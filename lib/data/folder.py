@@ -50,7 +50,7 @@ def open_folder(root: Path, part: str) -> Source:
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
         if size is not None and len(positions) >= CACHED_FROM:
-            arrays = _read_cached(description, part, list(files.values()), size)
+            arrays = _map_files(description, part, list(files.values()), size)
             return [Samples(names[positions], **select_rows(arrays, positions))]
         judge()
         return _read_files(names[positions], [files[name] for name in names[positions]], size, description)
@@ -143,46 +143,38 @@ def _read_lines(place: Path) -> list[str]:
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     """The scene of each image, from a table or from its name."""
-    place, text = description.root / FILE, description.scene
+    file, text = description.root / FILE, description.scene
     if text.lower().endswith(".csv"):
-        place = description.root / text
+        file = description.root / text
         try:
-            scenes = pd.read_csv(place, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
+            scenes = pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{place}: can't be read ({error}); expected a table with the columns name,scene"
-            ) from error
+            raise DataError(f"{file}: can't be read ({error}); expected a table with the columns name,scene") from error
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
             wanted = re.compile(text)
         except re.error as error:
-            raise DataError(f"{place}: scene is {text!r}, expected a regular expression ({error})") from error
+            raise DataError(f"{file}: scene is {text!r}, expected a regular expression ({error})") from error
         if wanted.groups != 1:
-            raise DataError(
-                f"{place}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'"
-            )
+            raise DataError(f"{file}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'")
         found = [match and match[1] for match in map(wanted.search, names.tolist())]
     if None in found:
         raise DataError(
-            f"{place}: gives {found.count(None)} of {len(names)} images no scene, the first is "
+            f"{file}: gives {found.count(None)} of {len(names)} images no scene, the first is "
             f"{str(names[found.index(None)])!r}; every image needs one"
         )
     return np.array(found, str)
 
 
-def _read_cached(
-    description: Description, part: str, files: list[Files], size: tuple[int, int]
-) -> dict[str, np.ndarray]:
+def _map_files(description: Description, part: str, files: list[Files], size: tuple[int, int]) -> dict[str, np.ndarray]:
     """All images of a part, mapped; what was judged when they were kept is not judged again."""
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {"version": CACHE_VERSION, "kind": part, "size": list(size)}
     key["files"] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
     text = description.root / FILE
     key["description"] = text.read_bytes().hex() if text.exists() else None
-    layout = {
-        kind: (dtype, (len(files), *size, *shape)) for kind, (dtype, shape) in CHANNELS.items() if kind in files[0]
-    }
+    layout = {kind: (dtype, (len(files), *size, *axes)) for kind, (dtype, axes) in CHANNELS.items() if kind in files[0]}
 
     def make() -> Blocks:
         judge_files(description, part, files)

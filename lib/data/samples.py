@@ -92,12 +92,10 @@ class Source:
     usual_split: str
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
 
-    def select(self, positions: np.ndarray) -> "Source":
+    def select(self, chosen: np.ndarray) -> "Source":
         """Only the images at these positions."""
-        scene = None if self.scene is None else self.scene[positions]
-        return replace(
-            self, names=self.names[positions], scene=scene, read=lambda at, size: self.read(positions[at], size)
-        )
+        scene = None if self.scene is None else self.scene[chosen]
+        return replace(self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size))
 
 
 @dataclass(frozen=True)

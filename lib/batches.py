@@ -152,15 +152,14 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
 
 def _zoom(applied: list[tuple[str, dict]]) -> float:
     """By how much the applied transforms enlarge the picture."""
-    zoom = 1.0
     for name, parameters in applied:
         if name == "Affine":
-            zoom *= parameters["scale"]["x"]
-        elif name == "RandomResizedCrop":
+            return parameters["scale"]["x"]
+        if name == "RandomResizedCrop":
             left, top, right, bottom = parameters["crop_coords"]
             height, width = parameters["shape"][:2]
-            zoom *= math.sqrt(height * width / ((bottom - top) * (right - left)))
-    return zoom
+            return math.sqrt(height * width / ((bottom - top) * (right - left)))
+    return 1.0
 
 
 def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> None:
@@ -241,7 +240,14 @@ def training_loader(samples: Samples, augment: str, batch_size: int, workers: in
     """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
     if workers < 0:
         raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
-    _check_shared_memory(workers, min((2 * workers + 2) * (batch_size + 1), len(samples)), samples.size)
+    # each worker prepares two batches in shared memory, the one in use and the next beside them; without room it waits
+    needed = min((2 * workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)  # 7 bytes a pixel
+    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
+    if free < needed:
+        raise ValueError(
+            f"workers: {workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
+            f"{free // 10**6} MB free; use workers 0, or start the container with `docker run --shm-size=1g`"
+        )
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     return _Loader(
         TrainingSet(samples, augment, seed),
@@ -266,17 +272,6 @@ class _Loader(DataLoader):
             raise RuntimeError(
                 f"workers: {self.num_workers} processes left no batch ({error}); use workers 0"
             ) from error
-
-
-def _check_shared_memory(workers: int, images: int, size: tuple[int, int]) -> None:
-    """Without room workers wait for ever: each prepares two batches there, the one in use and the next beside them."""
-    needed = images * 7 * math.prod(size)  # bytes: RGB, depth, label, measured
-    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
-    if free < needed:
-        raise ValueError(
-            f"workers: {workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
-            f"{free // 10**6} MB free; use workers 0, or start the container with `docker run --shm-size=1g`"
-        )
 
 
 def _start_worker(worker: int) -> None:

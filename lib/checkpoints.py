@@ -12,11 +12,10 @@ from lib.files import load_checkpoint, save_checkpoint
 
 def checksums(samples: Samples, part: str) -> dict[str, int]:
     """Of all that is known of the pixels of each image, by `part/name`."""
-    arrays = (samples.image, samples.depth, samples.label, samples.measured)
     sums = {}
     for position, name in enumerate(samples.names.tolist()):
         checksum = 0
-        for array in arrays:
+        for array in (samples.image, samples.depth, samples.label, samples.measured):
             checksum = checksum if array is None else zlib.crc32(np.ascontiguousarray(array[position]), checksum)
         sums[f"{part}/{name}"] = checksum
     return sums

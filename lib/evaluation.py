@@ -163,9 +163,7 @@ def _looks(batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int
 
 def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Of the network's size to that of the samples, in float32."""
-    if scores.shape[2:] == size:
-        return scores.float()
-    return interpolate(scores.float(), size, mode="bilinear")
+    return scores.float() if scores.shape[2:] == size else interpolate(scores.float(), size, mode="bilinear")
 
 
 def ahead(batches: Iterator[Predicted]) -> Iterator[Predicted]:
@@ -193,8 +191,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
     Raises:
         ValueError: no image.
     """
-    names, scenes, counts, boundary, depth, predicted, losses = [], [], [], [], [], [], []
-    classes = None
+    names, scenes, counts, boundary, depth, predicted, losses = [], [], [], [], [np.zeros(4)], [], []
     for batch in batches:
         samples, labels, classes = batch.samples, batch.labels, batch.samples.classes
         names.append(samples.names)
@@ -202,7 +199,8 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         counts.append(confusion_counts(labels, samples.labels_or_ignored, len(classes)))
         if thorough:
             boundary.append(boundary_counts(labels, samples.labels_or_ignored, len(classes)))
-            depth.append(_depth_of(batch))
+        if thorough and batch.depth_m is not None:
+            depth.append(depth_sums(batch.depth_m, samples.depth_or_missing / 1000, samples.measured_depth))
         if keep:
             predicted.extend(labels)
         losses.append(batch.losses)
@@ -219,9 +217,3 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         depth=np.sum(depth, axis=0) if thorough else None,
         losses=None if losses[0] is None else mean_losses(losses),
     )
-
-
-def _depth_of(batch: Predicted) -> np.ndarray:
-    if batch.depth_m is None:
-        return np.zeros(4)
-    return depth_sums(batch.depth_m, batch.samples.depth_or_missing / 1000, batch.samples.measured_depth)

@@ -19,25 +19,20 @@ def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     shares = (scores - highest[:, None]).exp()  # of the softmax, before it is normalised
     total = shares.sum(1)
     prediction = (shares * (labelled / total)[:, None]).sum(2)
-    log_partition = torch.where(labelled, highest + total.log(), torch.inf)
-    log_truth = scores.gather(1, truth[:, None])[:, 0] - log_partition
+    log_sum_exp = torch.where(labelled, highest + total.log(), torch.inf)
+    log_truth = scores.gather(1, truth[:, None])[:, 0] - log_sum_exp
     by_class = torch.zeros((3, *logits.shape[:2]), dtype=scores.dtype, device=scores.device)
     values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
     by_class = by_class.scatter_add(2, truth.expand_as(values), values)
-    return torch.cat((by_class, prediction[None])), log_partition
+    return torch.cat((by_class, prediction[None])), log_sum_exp
 
 
 def _write_gradient(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    log_partition: torch.Tensor,
-    d_cross_entropy: torch.Tensor,
-    d_intersection: torch.Tensor,
-    d_prediction: torch.Tensor,
+    d_sums: torch.Tensor, gradient: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, log_sum_exp: torch.Tensor
 ) -> None:
-    """Loss by logits, from loss by the sums of `_ClassSums`, each `(N, C, 1)`."""
-    softmax = (logits.flatten(2).to(log_partition.dtype) - log_partition[:, None]).exp()
+    """Loss by logits, from loss by the sums of `_ClassSums`."""
+    d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
+    softmax = (logits.flatten(2).to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp()
     truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
     at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
     mean = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
@@ -56,20 +51,19 @@ class _ClassSums(torch.autograd.Function):
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = _rows(logits)
         pieces = zip(logits.split(rows, 2), labels.split(rows, 1), strict=True)
-        sums, log_partition = zip(*(_class_sums(*piece) for piece in pieces), strict=True)
-        ctx.save_for_backward(logits, labels, torch.cat(log_partition, 1))
+        sums, log_sum_exp = zip(*(_class_sums(*piece) for piece in pieces), strict=True)
+        ctx.save_for_backward(logits, labels, torch.cat(log_sum_exp, 1))
         return torch.stack(sums).sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, labels, log_partition = ctx.saved_tensors
+        logits, labels, log_sum_exp = ctx.saved_tensors
         rows = _rows(logits)
-        d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
         gradient = torch.empty_like(logits)
         pieces = gradient.split(rows, 2), logits.split(rows, 2), labels.split(rows, 1)
-        for piece in zip(*pieces, log_partition.split(rows * logits.shape[3], 1), strict=True):
-            _write_gradient(*piece, d_cross_entropy, d_intersection, d_prediction)
+        for piece in zip(*pieces, log_sum_exp.split(rows * logits.shape[3], 1), strict=True):
+            _write_gradient(d_sums, *piece)
         return gradient, None
 
 
@@ -98,9 +92,7 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     Returns:
         A scalar; 0, with zero gradient, for a batch without a labelled pixel.
     """
-    check_choice("soft_iou_pooling", pooling, POOLINGS)
-    _check_labels(logits, labels)
-    return _soft_iou(*_ClassSums.apply(logits, labels)[1:], pooling)
+    return segmentation_terms(logits, labels, pooling)[1]
 
 
 def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -117,10 +109,7 @@ def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch
 
 
 def segmentation_terms(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    soft_iou_pooling: str = "batch",
-    class_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, labels: torch.Tensor, soft_iou_pooling: str, class_weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over labelled pixels, and soft IoU, in one pass; arguments as `segmentation_loss`."""
     check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)

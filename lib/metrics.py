@@ -49,8 +49,7 @@ def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: i
     if not any(wrong.values()):
         narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
         cells = labels.to(narrow) * class_count + prediction.to(narrow)
-        counts = torch.bincount(cells.flatten(), minlength=256 * class_count)
-        counts = counts.view(256, class_count)
+        counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
         wrong["labels"] = [row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()]
     for name, values in wrong.items():
         if values:

@@ -22,7 +22,6 @@ INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 DEPTH_ENCODINGS = ("inverse", "linear", "log")
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
-UNDILATED = "fpn, unet or upernet"  # architectures for encoders that can't be dilated
 
 
 class Prediction(NamedTuple):
@@ -66,11 +65,6 @@ class ModelConfig:
         check_choice("depth_encoding", self.depth_encoding, DEPTH_ENCODINGS)
         check_choice("architecture", self.architecture, ARCHITECTURES)
 
-    @property
-    def input_channels(self) -> int:
-        """Channels of the network's first layer."""
-        return INPUT_CHANNELS[self.inputs]
-
 
 class SegmentationDepthNet(nn.Module):
     """A shared encoder and decoder with one or two heads, for images of any size.
@@ -83,10 +77,9 @@ class SegmentationDepthNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.net = smp.create_model(
-            config.architecture, config.encoder, None, config.input_channels, len(config.classes),
-            **OPTIONS.get(config.architecture, {}),
-        )  # fmt: skip
+        options, class_count = OPTIONS.get(config.architecture, {}), len(config.classes)
+        channels = INPUT_CHANNELS[config.inputs]
+        self.net = smp.create_model(config.architecture, config.encoder, None, channels, class_count, **options)
         self.depth_head = None
         if config.depth_head:
             channels, grown = self.net.segmentation_head[0].in_channels, self.net.segmentation_head[1]
@@ -121,29 +114,25 @@ def build_model(
         CheckpointError: a file of weights that can't be used.
     """
     config = ModelConfig(**config)
-    _check_encoder(config.encoder)
+    if not config.encoder.startswith("tu-") and config.encoder not in encoders:
+        close = difflib.get_close_matches(config.encoder, get_encoder_names(), 3)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise ValueError(
+            f"encoder: found {config.encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
+            "and tu-NAME for any model NAME of timm"
+        )
     try:
         model = SegmentationDepthNet(config)
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"encoder: {config.encoder!r} can't be used in {config.architecture} ({error}); an encoder that can't be "
-            f"dilated goes with architecture {UNDILATED}, and resnet18 with nearly all"
+            "dilated goes with architecture fpn, unet or upernet, and resnet18 with nearly all"
         ) from error
     if encoder_weights is not None:
-        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, config.input_channels)
+        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, INPUT_CHANNELS[config.inputs])
     if start_from is not None:
         _copy_weights(model, start_from)
     return model
-
-
-def _check_encoder(encoder: str) -> None:
-    if not encoder.startswith("tu-") and encoder not in encoders:
-        close = difflib.get_close_matches(encoder, get_encoder_names(), 3)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise ValueError(
-            f"encoder: found {encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
-            "and tu-NAME for any model NAME of timm"
-        )
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:

@@ -38,9 +38,7 @@ def total_loss(
     weights = None if class_weights is None else class_weights.to(batch.label.device, non_blocking=True)
     cross_entropy, soft_iou = segmentation_terms(prediction.logits, batch.label, soft_iou_pooling, weights)
     lovasz = depth_l1 = torch.zeros_like(cross_entropy)
-    total = cross_entropy
-    if soft_iou_weight:
-        total = total + soft_iou_weight * soft_iou
+    total = cross_entropy if soft_iou_weight == 0 else cross_entropy + soft_iou_weight * soft_iou
     if lovasz_weight:
         lovasz = lovasz_loss(prediction.logits, batch.label)
         total = total + lovasz_weight * lovasz

@@ -63,7 +63,12 @@ def open_run(
     if digest := weights_digest(parameters.get("encoder_weights")):
         saved["encoder_weights_digest"] = digest
     for part in samples:
-        _check_made_with(saved, part)
+        for name, value in (part.made_with or {}).items():
+            if name in saved and saved[name] != value:
+                raise ValueError(
+                    f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
+                    "loads the data again, and then this one"
+                )
     if resume:
         _check_resumable(run, saved)
     with hold_run(run, wait_seconds):
@@ -91,16 +96,6 @@ def _set_aside(run: Path) -> None:
             older = older.with_name(older.name + "~")
         older.parent.mkdir(exist_ok=True)
         run.rename(older)
-
-
-def _check_made_with(parameters: dict[str, object], samples: Samples) -> None:
-    """Samples that were loaded before a parameter was edited are another run's."""
-    for name, value in (samples.made_with or {}).items():
-        if name in parameters and parameters[name] != value:
-            raise ValueError(
-                f"{name}: is {parameters[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
-                "loads the data again, and then this one"
-            )
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
@@ -252,22 +247,18 @@ def write_report(run: Path) -> Path:
     """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
     sections = [f"# {run.name}", "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown()]
     if (run / "scores.json").exists():
-        sections += _training_sections(run, read_scores(run))
+        scores = read_scores(run)
+        sections += [
+            summarise(run),
+            "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
+            "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
+        ]
+        if "class_iou" in scores:
+            sections.append("## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f"))
     evaluated = sorted((run / "evaluation").glob("*.json"))
     sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
     write_text("\n\n".join(sections) + "\n", run / "report.md")
     return run / "report.md"
-
-
-def _training_sections(run: Path, scores: dict) -> list[str]:
-    sections = [
-        summarise(run),
-        "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
-        "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
-    ]
-    if "class_iou" in scores:
-        sections.append("## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f"))
-    return sections
 
 
 def summarise(run: Path) -> str:
@@ -277,9 +268,8 @@ def summarise(run: Path) -> str:
         return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
     few = max(1, min(3, len(ranked) // 2))
-    best, least = (
-        ", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in (ranked[:few], ranked[-few:])
-    )
+    ends = ranked[:few], ranked[-few:]
+    best, least = (", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in ends)
     kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** over "

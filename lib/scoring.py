@@ -65,7 +65,8 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
 
     In it are `PART.json` with the scores, `PART.npz` with the counts per image, and `PART/NAME.png`, the
     predicted class indices. Where labels are held back, these are with augmentation, and `submission.npy` holds
-    them, too. Predictions from elsewhere are scored as they are.
+    them, too, `(N, H, W)` in the order of the names, if they are of one size. Predictions from elsewhere are scored
+    as they are.
 
     Returns:
         What `PART.json` holds.
@@ -89,7 +90,10 @@ def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: s
         for name, batches in passes.items()
     }
     if not labelled:
-        _write_submission(run, part, counted[first].names)
+        masks = read_masks(masks_folder(run, part), sorted(counted[first].names.tolist()))
+        if len({mask.shape for mask in masks}) == 1:
+            path = run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
+            write_atomically(path, lambda file: np.save(file, np.stack(masks)))
     return write_evaluation(run, part, facts, counted if labelled else {})
 
 
@@ -159,14 +163,6 @@ def masks_folder(run: Path, part: str) -> Path:
 def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
     """The predictions of these images, `(H, W)` uint8 each."""
     return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
-
-
-def _write_submission(run: Path, part: str, names: np.ndarray) -> None:
-    """Predicted classes `(N, H, W)` uint8 in the order of the sorted names; nothing where sizes differ."""
-    masks = read_masks(masks_folder(run, part), sorted(names.tolist()))
-    if len({mask.shape for mask in masks}) == 1:
-        path = run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
-        write_atomically(path, lambda file: np.save(file, np.stack(masks)))
 
 
 def read_predictions(folder: Path, pieces: Iterable) -> Iterator[Predicted]:

@@ -19,25 +19,15 @@ from lib.classes import IGNORE_INDEX
 from lib.data.samples import DEPTH_RANGE_M, Samples
 from lib.data.splits import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
-from lib.evaluation import Evaluation, evaluate, mean_losses
+from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
 from lib.losses import POOLINGS
 from lib.metrics import mean_truth_iou, pixel_accuracy
-from lib.model import (
-    ARCHITECTURES,
-    DEPTH_ENCODINGS,
-    INPUT_CHANNELS,
-    Prediction,
-    SegmentationDepthNet,
-    build_model,
-    save_model,
-)
+from lib.model import ARCHITECTURES, DEPTH_ENCODINGS, INPUT_CHANNELS, SegmentationDepthNet, build_model, save_model
 from lib.notebook import progress_bar
 from lib.objective import CLASS_WEIGHTS, Losses
 from lib.parameters import check_choice
 from lib.runs import find_run, write_history, write_report, write_scores
 
-SCHEDULES = ("cosine", "one_cycle")
-KEEP = ("best", "last")
 CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
 
@@ -66,7 +56,7 @@ def fit(
     valid: Samples,
     run: Path,
     *,
-    loss: Callable[[Prediction, Batch], Losses],
+    loss: Loss,
     epochs: int,
     learning_rate: float,
     weight_decay: float,
@@ -187,14 +177,12 @@ def check_options(**options: object) -> None:
     """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
     choices = {
         "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
-        "schedule": SCHEDULES, "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS, "keep": KEEP,
-        "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES,
-        "fold": range(FOLDS),
+        "schedule": ("cosine", "one_cycle"), "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
+        "keep": ("best", "last"), "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES, "fold": range(FOLDS),
     }  # fmt: skip
     least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
-    least |= dict.fromkeys(
-        ("ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"), 0
-    )
+    factors = "ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"
+    least |= dict.fromkeys(factors, 0)
     for name, value in options.items():
         if name in choices:
             check_choice(name, value, choices[name])
@@ -211,8 +199,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW, with a share of the learning rate for the encoder."""
     encoder = list(model.net.encoder.parameters())
-    known = {id(weights) for weights in encoder}
-    others = [weights for weights in model.parameters() if id(weights) not in known]
+    others = [weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")]
     groups = [{"params": encoder, "lr": encoder_lr_scale * learning_rate}, {"params": others}]
     return torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay, fused=True)
 
@@ -221,7 +208,6 @@ def build_schedule(
     schedule: str, optimizer: torch.optim.Optimizer, epochs: int, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """`cosine`: to 0 over the epochs, stepped once an epoch; `one_cycle`: stepped after every batch."""
-    check_choice("schedule", schedule, SCHEDULES)
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -271,21 +257,15 @@ def train_epoch(
 ) -> list[float]:
     """Train on the batches that are left of an epoch; returns the mean of each term over all of its batches.
 
-    Args:
-        model: set to training mode.
-        step: trains on one batch and returns the terms of its loss.
-        loader: the batches that are left.
-        losses: of the batches before these; grows.
-        save: called after each batch, with what to do before it saves.
-        bar: says which epoch; it adds the batch, and the loss each time that it looks at it anyway.
+    `losses` has those of the batches before, and grows. `save` is called after each batch, with what to do before it
+    saves. `bar` says which epoch; it adds the batch, and the loss each time that it is looked at anyway.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
     model.train()
-    names = loader.dataset.samples.names
     positions, words = [], bar.desc.removesuffix(": ")
-    check = partial(_check_finite, model, losses, positions, names)
+    check = partial(_check_finite, model, losses, positions, loader.dataset.samples.names)
     for raw in loader:
         losses.append(step(raw))
         positions.append(raw.position)
@@ -299,9 +279,7 @@ def train_epoch(
     return mean_losses(losses)
 
 
-def _check_finite(
-    model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
-) -> None:
+def _check_finite(model: nn.Module, losses: list[torch.Tensor], positions: list, names: np.ndarray) -> None:
     """The last losses, and the weights too: a finite loss can have a gradient that is not."""
     losses = losses[len(losses) - len(positions) :]
     wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist() if losses else []

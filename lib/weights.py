@@ -47,8 +47,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, in
         CheckpointError: a file that is missing, damaged or does not fill all of the encoder.
     """
     if is_file(encoder_weights):
-        weights = _read_file(Path(encoder_weights).expanduser())
-        _fill(encoder, weights, Path(encoder_weights), input_channels)
+        _fill(encoder, _read_file(Path(encoder_weights).expanduser()), Path(encoder_weights), input_channels)
         return
     known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
@@ -88,8 +87,10 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, input_channels: int) -> None:
-    own = encoder.state_dict()
-    matched = max((_match(weights, own, prefix) for prefix in _prefixes(weights)), key=len)
+    own, prefixes = encoder.state_dict(), [""]
+    for prefix in PREFIXES * 2:
+        prefixes += [known + prefix for known in prefixes if any(name.startswith(known + prefix) for name in weights)]
+    matched = max((_match(weights, own, prefix) for prefix in dict.fromkeys(prefixes)), key=len)
     found = {name: weights[given] for name, given in matched.items()}
     first = next(name for name, tensor in own.items() if tensor.ndim == 4)
     if first in found and found[first].shape[1] == 3:
@@ -103,22 +104,12 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, inpu
     unexpected = [name for name in weights if name not in matched.values()] if missing else []  # a head is no problem
     problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
     if missing or misshapen:
-        found = "; ".join(
-            f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names
-        )
+        found = [f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names]
         raise CheckpointError(
-            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {found}; expected the "
-            "weights of this very encoder, named as timm or segmentation-models-pytorch name them"
+            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {'; '.join(found)}; "
+            "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"
         )
     encoder.load_state_dict(own | found)
-
-
-def _prefixes(weights: dict[str, torch.Tensor]) -> list[str]:
-    """What may stand before the names of the encoder in the file."""
-    found = [""]
-    for prefix in PREFIXES * 2:
-        found += [known + prefix for known in found if any(name.startswith(known + prefix) for name in weights)]
-    return list(dict.fromkeys(found))
 
 
 def _match(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], prefix: str) -> dict[str, str]:

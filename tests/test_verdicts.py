@@ -309,7 +309,8 @@ def test_the_summary_says_what_the_strongest_claim_says():
 
     first, second = summary(other=better, same=base)
     assert re.fullmatch(
-        r"- \*\*other\*\* is better than \*\*base\*\*: other minus base is \+0.\d+ mIoU \(95 % interval \+.* to \+.*, p < 0.001 after Holm\)\.",
+        r"- \*\*other\*\* is better than \*\*base\*\*: other minus base is \+0.\d+ mIoU "
+        r"\(95 % interval \+.* to \+.*, p < 0.001 after Holm\)\.",
         first,
     )
     assert second.startswith(

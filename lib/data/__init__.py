@@ -59,12 +59,8 @@ def load_samples(
             f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native size into "
             "one array: give a size, or read them with iterate_samples"
         )
-    if (
-        part != "test"
-        and first.label is not None
-        and len(first)
-        and not any((one != IGNORE_INDEX).any() for one in first.label)
-    ):
+    labelled = first.label is None or any((one != IGNORE_INDEX).any() for one in first.label)
+    if part != "test" and len(first) and not labelled:
         raise DataError(
             f"{source}: nothing is labelled in the {len(first)} images of part {part!r} (split {pieces.split}); look "
             "at the labels, at `ignore` in DATA/dataset.yaml and at limit"
@@ -104,17 +100,14 @@ def iterate_samples(
 
 
 def _open_source(source: str | os.PathLike, part: str, classes: str | None, limit: int | None) -> Source:
-    opened = _open_whole(source, part, classes)
-    return opened.select(np.arange(len(opened.names))[:limit])
-
-
-def _open_whole(source: str | os.PathLike, part: str, classes: str | None) -> Source:
     path = Path(source).expanduser()
     if path.suffix == ".mat":
-        return open_file(path, part, classes)
-    if classes not in (None, "nyuv2_13") or (classes and source != "synthetic"):
+        opened = open_file(path, part, classes)
+    elif classes not in (None, "nyuv2_13") or (classes and source != "synthetic"):
         raise ValueError(
             f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves a choice. "
             "A folder names its classes in DATA/dataset.yaml"
         )
-    return open_scenes(part) if source == "synthetic" else open_folder(path, part)
+    else:
+        opened = open_scenes(part) if source == "synthetic" else open_folder(path, part)
+    return opened.select(np.arange(len(opened.names))[:limit])

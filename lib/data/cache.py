@@ -21,13 +21,11 @@ ABANDONED_S = 24 * 3600  # what is unfinished for that long was killed
 
 def cache_root() -> Path:
     """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary folder."""
-    try:
+    with suppress(OSError, RuntimeError):  # not to be written, or a user without a home
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)
         if os.access(root, os.W_OK):
             return root
-    except (OSError, RuntimeError):  # not to be written, or a user without a home
-        pass
     root = Path(tempfile.gettempdir(), f"rgbd-notebooks-{getattr(os, 'getuid', int)()}")
     root.mkdir(exist_ok=True)
     return root
@@ -54,18 +52,15 @@ def map_arrays(source: Path, key: dict, layout: Layout, blocks: Callable[[], Blo
     if (arrays := _open(folder, layout)) is not None:
         return arrays
     try:
-        made = Path(tempfile.mkdtemp(".unfinished", f"{folder.name}.", root))
-        try:
-            _write(made, layout, blocks())
-            arrays = _open(made, layout)  # stay mapped, whatever happens to their names
+        with tempfile.TemporaryDirectory(".unfinished", f"{folder.name}.", root, ignore_cleanup_errors=True) as made:
+            _write(Path(made), layout, blocks())
+            arrays = _open(Path(made), layout)  # stay mapped, whatever happens to their names
             for other in root.glob(f"*-{wanted}-*"):
                 if _is_stale(other, folder, layout):
                     shutil.rmtree(other, ignore_errors=True)
             with suppress(OSError):  # another process was as fast
-                made.rename(folder)
+                Path(made).rename(folder)
             return arrays
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         needed = sum(np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values())
         raise DataError(

@@ -1,5 +1,7 @@
 """One file to one array: what a file shows or holds is taken as it is meant, or the file is refused by name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,9 @@ INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow
 
 def upright_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, from the head of its file."""
-    try:
-        with Image.open(path) as picture:
-            turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow turns TIFF
-            return picture.size if turned else picture.size[::-1]
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    with _decoding(path), Image.open(path) as picture:
+        turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow turns TIFF
+        return picture.size if turned else picture.size[::-1]
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -39,14 +38,14 @@ def decode_image(path: Path) -> np.ndarray:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema()[0] < 255:
             raise _refused(path, "transparent pixels", "an opaque picture; put it on a background of your choice")
-    return np.asarray(_decoded(path, picture.convert, "RGB"))
+    with _decoding(path):
+        return np.asarray(picture.convert("RGB"))
 
 
 def decode_label(path: Path) -> np.ndarray:
     """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices."""
-    return _decode_values(
-        path, "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
-    )
+    expected = "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+    return _decode_values(path, expected)
 
 
 def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
@@ -58,7 +57,8 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         takes_bytes: whether 8 bits are enough, which holds where somebody says in which unit they are.
     """
     if path.suffix.lower() == ".npy":
-        depth = _decoded(path, np.load, path)
+        with _decoding(path):
+            depth = np.load(path)
     else:
         depth = _decode_values(path, "one channel of depth of 16 bits; export it again from the source", depth=True)
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
@@ -84,7 +84,6 @@ def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: tuple[float, ...] = 
 
 
 def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray:
-    """One channel of numbers."""
     picture, stored = _open(path)
     mode, values = picture.mode, np.asarray(picture)
     if mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
@@ -103,30 +102,24 @@ def _open(path: Path) -> tuple[Image.Image, str]:
 
     With Pillow, because OpenCV returns the readable half of a truncated JPEG.
     """
-
-    def open_upright() -> tuple[Image.Image, str]:
-        # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
-        with open(path, "rb") as file, Image.open(file) as picture:
-            count, stored = getattr(picture, "n_frames", 1), str(getattr(picture, "tile", ""))
-            if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
-                raise ValueError(f"it holds {count} pictures, expected one")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture, stored
-
-    return _decoded(path, open_upright)
+    # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
+    with _decoding(path), open(path, "rb") as file, Image.open(file) as picture:
+        count, stored = getattr(picture, "n_frames", 1), str(getattr(picture, "tile", ""))
+        if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
+            raise ValueError(f"it holds {count} pictures, expected one")
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture, stored
 
 
-def _decoded(path: Path, decode, *arguments):
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
     try:
-        return decode(*arguments)
+        yield
     except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
-    return DataError(f"{path}: can't be decoded ({reason}); it is damaged or no image, copy it again")
+        reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
+        message = f"{path}: can't be decoded ({reason}); it is damaged or no image, copy it again"
+        raise DataError(message) from error
 
 
 def _refused(path: Path, found: str, expected: str) -> DataError:

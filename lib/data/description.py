@@ -124,10 +124,7 @@ CHECKS = {
         lambda value: _maps(value, "train", "valid", "test"),
         "folders or lists of names of train, valid or test, null for none",
     ),
-    "scene": (
-        lambda value: value is None or _is_text(value),
-        "a regular expression, the name of a .csv file, or null",
-    ),
+    "scene": (lambda value: value is None or _is_text(value), "a regular expression, the name of a .csv file, or null"),
 }
 
 

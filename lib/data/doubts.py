@@ -15,12 +15,7 @@ SAMPLED = 50  # files of a part, at equal steps of their order
 INDOORS_MM = (500, 5000)  # between these lies the median depth of a part: NYUv2 has 2552, its frames 1014 to 6125
 LARGEST, OFTEN = 65535, 0.01
 # what the median looks like that is no more than this
-UNITS = (
-    (20, "metres", 1000),
-    (500, "centimetres", 10),
-    (25_000, "5000 units a metre", 0.2),
-    (1e9, "tenths of mm", 0.1),
-)
+UNITS = (20, "metres", 1000), (500, "centimetres", 10), (25_000, "5000 units a metre", 0.2), (1e9, "tenths of mm", 0.1)
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
 # so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its objects
 BETWEEN = 0.75
@@ -39,7 +34,7 @@ def judge_files(description: Description, part: str, files: list[dict[str, Path]
             _judge_depth(description, part, np.array(list(pool.map(look, [paths["depth"] for paths in sample]))))
         if sample and "label" in sample[0] and not {"first_label", "ignore"} & description.stated:
             seen = np.array(list(pool.map(_look_at_label, [paths["label"] for paths in sample])))
-            _judge_labels(description, part, seen, max(description.values))
+            _judge_labels(description, part, seen)
 
 
 def look_at_depth(path: Path, description: Description) -> tuple[float, float]:
@@ -87,7 +82,7 @@ def _look_at_label(path: Path) -> tuple[int, int, int, int, int]:
     return label.min(), (label == 0).any(), (label == 255).any(), borders.sum(), along.sum()
 
 
-def _judge_labels(description: Description, part: str, seen: np.ndarray, last: int) -> None:
+def _judge_labels(description: Description, part: str, seen: np.ndarray) -> None:
     """0 that means unlabelled lies between all other values, and in nearly every image."""
     least, has_zero, has_255, borders, along = seen.T
     shifted = (has_zero.mean() > 0.9 and along.sum() > BETWEEN * borders.sum()) or least.min() > 0

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def open_folder(root: Path, part: str) -> Source:
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
     description = read_description(root)
     files = find_files(description, part)
-    names = np.array(sorted(files))
+    names = np.array(list(files))
     runs = number_runs(names)
     part_of = "valid_" if part == "valid" else ""  # a part of its own, whose first run is not the first of training
     scene = None if runs is None else np.array([f"{part_of}run_{run:04d}" for run in runs])
@@ -46,23 +46,20 @@ def open_folder(root: Path, part: str) -> Source:
         scene, usual_split = _name_scenes(description, names), "scenes"
     if "valid" in dict(description.parts):
         usual_split = "given"
-    trusted = []
+    judge = cache(partial(judge_files, description, part, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
-        chosen = [files[name] for name in names[positions]]
         if size is not None and len(positions) >= CACHED_FROM:
-            arrays = _read_cached(description, part, [files[name] for name in names], size)
+            arrays = _map_files(description, part, list(files.values()), size)
             return [Samples(names[positions], **select_rows(arrays, positions))]
-        if not trusted:
-            judge_files(description, part, list(files.values()))
-            trusted.append(part)
-        return _read_files(names[positions], chosen, size, description)
+        judge()
+        return _read_files(names[positions], [files[name] for name in names[positions]], size, description)
 
     return Source(names, scene, description.classes, read, usual_split, description.depth_range_m)
 
 
 def find_files(description: Description, part: str) -> dict[str, Files]:
-    """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present."""
+    """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present, in order."""
     root, parts = description.root, dict(description.parts)
     if part not in parts:
         raise DataError(f"{root}: has no part {part!r}, expected one of: {', '.join(parts)}; name it in {root / FILE}")
@@ -146,46 +143,38 @@ def _read_lines(place: Path) -> list[str]:
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     """The scene of each image, from a table or from its name."""
-    place, text = description.root / FILE, description.scene
+    file, text = description.root / FILE, description.scene
     if text.lower().endswith(".csv"):
-        place = description.root / text
+        file = description.root / text
         try:
-            scenes = pd.read_csv(place, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
+            scenes = pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{place}: can't be read ({error}); expected a table with the columns name,scene"
-            ) from error
+            raise DataError(f"{file}: can't be read ({error}); expected a table with the columns name,scene") from error
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
             wanted = re.compile(text)
         except re.error as error:
-            raise DataError(f"{place}: scene is {text!r}, expected a regular expression ({error})") from error
+            raise DataError(f"{file}: scene is {text!r}, expected a regular expression ({error})") from error
         if wanted.groups != 1:
-            raise DataError(
-                f"{place}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'"
-            )
+            raise DataError(f"{file}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'")
         found = [match and match[1] for match in map(wanted.search, names.tolist())]
     if None in found:
         raise DataError(
-            f"{place}: gives {found.count(None)} of {len(names)} images no scene, the first is "
+            f"{file}: gives {found.count(None)} of {len(names)} images no scene, the first is "
             f"{str(names[found.index(None)])!r}; every image needs one"
         )
     return np.array(found, str)
 
 
-def _read_cached(
-    description: Description, part: str, files: list[Files], size: tuple[int, int]
-) -> dict[str, np.ndarray]:
+def _map_files(description: Description, part: str, files: list[Files], size: tuple[int, int]) -> dict[str, np.ndarray]:
     """All images of a part, mapped; what was judged when they were kept is not judged again."""
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {"version": CACHE_VERSION, "kind": part, "size": list(size)}
     key["files"] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
     text = description.root / FILE
     key["description"] = text.read_bytes().hex() if text.exists() else None
-    layout = {
-        kind: (dtype, (len(files), *size, *shape)) for kind, (dtype, shape) in CHANNELS.items() if kind in files[0]
-    }
+    layout = {kind: (dtype, (len(files), *size, *axes)) for kind, (dtype, axes) in CHANNELS.items() if kind in files[0]}
 
     def make() -> Blocks:
         judge_files(description, part, files)
@@ -226,11 +215,10 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
 
 
 def _read_sample(paths: Files, size: tuple[int, int] | None, description: Description) -> dict[str, np.ndarray]:
-    unit, bits = description.depth_unit_mm, description.depth_bits
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
-        depth = decode_depth(path, bits, takes_bytes="depth_unit_mm" in description.stated)
-        arrays["depth"] = depth_to_mm(depth, unit, description.depth_missing)
+        depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
+        arrays["depth"] = depth_to_mm(depth, description.depth_unit_mm, description.depth_missing)
     if path := paths.get("label"):
         arrays["label"] = description.to_indices(path, decode_label(path))
     for kind, array in arrays.items():

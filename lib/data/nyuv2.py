@@ -24,8 +24,6 @@ ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float
 CACHED = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ()), "measured": (np.bool_, ())}
 BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
 CACHE_VERSION = 3
-
-
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
 
 

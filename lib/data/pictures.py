@@ -36,7 +36,10 @@ def open_pictures(
             f"{missing[0]}.png, named like the image"
         )
     if depths and depth_unit_mm is None:
-        _doubt_unit(depths, [partners[name] for name in files])
+        sample = [partners[name] for name in files][:: -(-len(files) // SAMPLED)]
+        found, unit = doubt_unit(np.array([look_at_depth(path, Description(path.parent))[0] for path in sample]))
+        if unit:
+            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[Samples]:
@@ -57,13 +60,6 @@ def _list_files(kind: str, place: str) -> dict[str, Path]:
     if not files:
         raise ValueError(f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}")
     return files
-
-
-def _doubt_unit(depths: str, files: list[Path]) -> None:
-    sample = files[:: -(-len(files) // SAMPLED)]
-    found, unit = doubt_unit(np.array([look_at_depth(path, Description(path.parent))[0] for path in sample]))
-    if unit:
-        raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
 
 
 def _read(name: str, path: Path, depth_path: Path | None, unit_mm: float | None) -> Samples:

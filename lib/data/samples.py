@@ -92,12 +92,10 @@ class Source:
     usual_split: str
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
 
-    def select(self, positions: np.ndarray) -> "Source":
+    def select(self, chosen: np.ndarray) -> "Source":
         """Only the images at these positions."""
-        scene = None if self.scene is None else self.scene[positions]
-        return replace(
-            self, names=self.names[positions], scene=scene, read=lambda at, size: self.read(positions[at], size)
-        )
+        scene = None if self.scene is None else self.scene[chosen]
+        return replace(self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size))
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,7 @@ class Pieces:
 
     def __getitem__(self, positions: np.ndarray) -> list[Samples]:
         """The images at these positions, as `Samples` of one size each."""
-        source = self.source
-        read, start = [], 0
+        source, read, start = self.source, [], 0
         for samples in source.read(np.asarray(positions), self.size):
             at = positions[start : start + len(samples)]
             scene = None if source.scene is None else source.scene[at]
@@ -142,17 +139,16 @@ def resize_samples(samples: Samples, size: tuple[int, int]) -> Samples:
     """RGB by area (linear when enlarging); depth, label and measured by nearest neighbour."""
     if samples.size == tuple(size):
         return samples
-    nearest = {
-        name: _stack([resize_nearest(array, size) for array in stack], stack, size)
-        for name in ("depth", "label", "measured")
-        if (stack := getattr(samples, name)) is not None
-    }
-    image = _stack([resize_image(image, size) for image in samples.image], samples.image, size)
-    return replace(samples, image=image, **nearest)
 
+    def resize(array: np.ndarray) -> np.ndarray:
+        if array.ndim < 3:  # names and scenes
+            return array
+        resized = np.empty((len(array), *size, *array.shape[3:]), array.dtype)
+        for position, one in enumerate(array):
+            resized[position] = (resize_image if one.ndim == 3 else resize_nearest)(one, size)
+        return resized
 
-def _stack(arrays: list[np.ndarray], like: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.stack(arrays) if arrays else np.empty((0, *size, *like.shape[3:]), like.dtype)
+    return samples.map(resize)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -164,6 +160,5 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize one `(H, W)` array without inventing values."""
     # INTER_NEAREST would take each block's upper left pixel and so shift depth against RGB.
-    resized = cv2.resize(array.view(np.uint8) if array.dtype == bool else array, size[::-1],
-                         interpolation=cv2.INTER_NEAREST_EXACT)  # fmt: skip
-    return resized.view(bool) if array.dtype == bool else resized
+    numbers = array.view(np.uint8) if array.dtype == bool else array
+    return cv2.resize(numbers, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(array.dtype)

@@ -46,22 +46,16 @@ def open_scenes(part: str, seed: int = 0, native_size: tuple[int, int] = (96, 12
     rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
-        samples = _render_scenes(names[positions], ids[positions], seed, native_size)
+        shape = len(positions), *native_size
+        image, depth, label = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint16), np.empty(shape, np.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            views = pool.map(lambda index: render_scene(seed, index, native_size), ids[positions].tolist())
+            for row, view in enumerate(views):
+                image[row], depth[row], label[row] = view
+        samples = Samples(names[positions], image, depth, label)
         return [samples if size is None else resize_samples(samples, size)]
 
     return Source(names, rooms, NYUV2_13, read, "blocks")
-
-
-def _render_scenes(names: np.ndarray, ids: np.ndarray, seed: int, size: tuple[int, int]) -> Samples:
-    image, depth = np.empty((len(ids), *size, 3), np.uint8), np.empty((len(ids), *size), np.uint16)
-    label = np.empty((len(ids), *size), np.uint8)
-
-    def render(position: int) -> None:
-        image[position], depth[position], label[position] = render_scene(seed, int(ids[position]), size)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(render, range(len(ids))))
-    return Samples(names, image, depth, label)
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Which images validate, and which belong to one scene where nothing but their ids tells."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 
@@ -39,27 +40,18 @@ def split_names(
         valid_count = math.ceil(0.2 * len(names))
         return order[valid_count:], order[:valid_count]
     if split == "scenes":
-        validates = np.isin(scene, _scenes_of_fold(scene, fold))
+        if scene is None:
+            raise ValueError("split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'")
+        shuffled = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scene))
+        validates = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
+    elif (runs := number_runs(names)) is not None:
+        validates = runs % FOLDS == fold
     else:
-        validates = np.isin(_runs_or_error(names), np.arange(fold, len(names), FOLDS))
-    return everything[~validates], everything[validates]
-
-
-def _scenes_of_fold(scene: np.ndarray | None, fold: int) -> np.ndarray:
-    if scene is None:
-        raise ValueError("split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'")
-    shuffled = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scene))
-    return np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS]
-
-
-def _runs_or_error(names: np.ndarray) -> np.ndarray:
-    runs = number_runs(names)
-    if runs is None:
         raise ValueError(
             f"split: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
             f"...{'' if read_numbers(names) is None else ', most of them alone'}; use split 'random' or 'official'"
         )
-    return runs
+    return everything[~validates], everything[validates]
 
 
 def read_numbers(names: np.ndarray) -> np.ndarray | None:
@@ -100,11 +92,9 @@ def choose_split(split: str, source: Source, fold: int) -> str:
     if split != "auto" or source.usual_split == "given":
         return split if split != "auto" else "given"
     for usual in IN_ORDER[IN_ORDER.index(source.usual_split) :]:
-        try:
+        with suppress(ValueError):  # these names or scenes do not allow it
             if min(map(len, split_names(source.names, usual, source.scene, fold))):
                 return usual
-        except ValueError:  # these names or scenes do not allow it
-            continue
     return "random"
 
 

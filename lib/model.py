@@ -65,6 +65,11 @@ class ModelConfig:
         check_choice("depth_encoding", self.depth_encoding, DEPTH_ENCODINGS)
         check_choice("architecture", self.architecture, ARCHITECTURES)
 
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's first layer."""
+        return INPUT_CHANNELS[self.inputs]
+
 
 class SegmentationDepthNet(nn.Module):
     """A shared encoder and decoder with one or two heads, for images of any size.
@@ -78,7 +83,7 @@ class SegmentationDepthNet(nn.Module):
         super().__init__()
         self.config = config
         options, class_count = OPTIONS.get(config.architecture, {}), len(config.classes)
-        channels = INPUT_CHANNELS[config.inputs]
+        channels = config.input_channels
         self.net = smp.create_model(config.architecture, config.encoder, None, channels, class_count, **options)
         self.depth_head = None
         if config.depth_head:
@@ -129,7 +134,7 @@ def build_model(
             "dilated goes with architecture fpn, unet or upernet, and resnet18 with nearly all"
         ) from error
     if encoder_weights is not None:
-        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, INPUT_CHANNELS[config.inputs])
+        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, config.input_channels)
     if start_from is not None:
         _copy_weights(model, start_from)
     return model

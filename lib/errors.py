@@ -233,10 +233,10 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
 
 
 def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
-    """Pixels of each image and those that a run named right, from the predictions that it keeps.
+    """Pixels of each scene and those that a run named right, from the predictions that it keeps.
 
-    Rows (scene, image); columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between
-    two classes and by size of the segment. Raises a FileNotFoundError where it keeps none.
+    Rows are scenes; columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between two
+    classes and by size of the segment. Raises a FileNotFoundError where it keeps none.
     """
     edges = {name: between for name, between in strata_edges(1).items() if name in (DISTANCE, SEGMENT)}
     bins = {CLASS: run.classes} | {name: name_bins(name, between) for name, between in edges.items()}
@@ -251,28 +251,27 @@ def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
                 for kind, chosen in (("pixels", label != IGNORE_INDEX), ("right", label == mask))
                 for each, count in zip(names, np.bincount(strata[name][chosen], minlength=len(names)), strict=True)
             })  # fmt: skip
-    scene = run.names if run.scene is None else run.scene
+    scene = pd.Index(run.names if run.scene is None else run.scene, name="scene")
     columns = pd.MultiIndex.from_tuples(rows[0], names=("stratum", "bin", "kind"))
-    index = pd.MultiIndex.from_arrays((scene, run.names), names=("scene", "image"))
-    return pd.DataFrame([list(row.values()) for row in rows], index, columns)
+    return pd.DataFrame([list(row.values()) for row in rows], scene, columns).groupby(level=0).sum()
 
 
 def compare_right(table: pd.DataFrame, baseline: str) -> dict[str, dict[str, RecipeComparison]]:
     """By recipe and stratum, claim (b2) on the share of each bin's pixels that is right, held against a baseline.
 
-    The table has rows (recipe, seed, scene, image) and columns as of `count_right`.
+    The table has rows (recipe, seed, scene) and columns as of `count_right`. Scenes count alike, however many images
+    they have.
     """
     results: dict[str, dict[str, RecipeComparison]] = {}
     for stratum in table.columns.unique(0):
         sides = {name: _share_counts(rows[stratum]) for name, rows in table.sort_index().groupby(level=0)}
-        scene = table.loc[baseline].sort_index().index.get_level_values("scene")[: sides[baseline].shape[1]]
         for name in sorted(sides.keys() - {baseline}):
-            results.setdefault(name, {})[stratum] = compare_recipes(sides[baseline], sides[name], scene)
+            results.setdefault(name, {})[stratum] = compare_recipes(sides[baseline], sides[name], None)
     return results
 
 
 def _share_counts(rows: pd.DataFrame) -> np.ndarray:
-    """`(S, N, B + 1, B + 1)`: wrong pixels go to a class without truth, so the IoU of a bin is the share right."""
+    """`(S, G, B + 1, B + 1)`: wrong pixels go to a class without truth, so the IoU of a bin is the share right."""
     pixels, right = (rows.xs(kind, axis=1, level=1).to_numpy() for kind in ("pixels", "right"))
     bins = np.arange(right.shape[1])
     counts = np.zeros((len(rows), len(bins) + 1, len(bins) + 1), np.int64)

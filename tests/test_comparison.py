@@ -15,6 +15,7 @@ from lib.comparison import (
     read_published,
     read_runs,
     score_table,
+    show_scores,
 )
 from lib.metrics import mean_truth_iou, pixel_accuracy
 from lib.plots import shorten
@@ -344,6 +345,9 @@ def test_the_table_has_every_run_with_its_interval(home):
     assert (row.low, row.high) == score_interval(counts[1], scene).interval
     assert row.low < row["mIoU"] < row.high
     assert len(score_table({})) == 0
+    shown = show_scores(table).to_html()
+    assert f"{row['mIoU']:.3f}<" in shown
+    assert "th {\n  white-space: nowrap;\n}" in shown
 
 
 def test_published_figures():

@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ MODULES = {
 }
 CORE = {"", *GROUND, *MATHEMATICS, *ROAD} - {"data.nyuv2", "data.scenes"}
 # The design allows 2,500 and 5,000: these are what there is, and only go down.
-CORE_LINES, ALL_LINES, MODULE_LINES = 4_119, 6_916, 350
+CORE_LINES, ALL_LINES, MODULE_LINES = 4_119, 6_915, 350
 
 
 def may_import(module: str) -> list[str]:
@@ -89,6 +90,14 @@ def test_what_is_measured_by_hand_still_starts(script):
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_tests_leave_no_files_behind(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_files.py")]
+    result = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
+    assert not list(tmp_path.glob("*-of-tests-*"))
 
 
 def test_style():

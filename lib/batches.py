@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.data.samples import Samples
 from lib.model import DEPTH_ENCODINGS, ModelConfig
-from lib.parameters import check_choice
+from lib.options import check_choice
 
 AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")
 # Exp061's, of RGB / 255. Constants, whatever the data, so that weights keep their meaning from one data set to another

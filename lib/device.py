@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from lib.parameters import check_choice
+from lib.options import check_choice
 
 PRECISIONS = ("auto", "fp32", "bf16")
 

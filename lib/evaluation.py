@@ -18,7 +18,7 @@ from lib.data.samples import resize_samples
 from lib.device import autocast, explain_out_of_memory
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import Prediction
-from lib.parameters import check_choice
+from lib.options import check_choice
 
 # Test-time augmentation averages the class probabilities of these (zoom, flipped) views.
 VIEWS = {

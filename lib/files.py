@@ -11,6 +11,8 @@ from typing import BinaryIO
 import torch
 from filelock import FileLock, Timeout
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+
 torch.serialization.set_crc32_options(False)  # checksums take a third of the time, and torch.load never looks at them
 
 

@@ -1,10 +1,11 @@
 """Cross-entropy and soft IoU for segmentation, masked L1 for depth."""
 
 import numpy as np
+import segmentation_models_pytorch as smp
 import torch
 
 from lib.classes import IGNORE_INDEX
-from lib.parameters import check_choice
+from lib.options import check_choice
 
 POOLINGS = ("batch", "image", "exp061")
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**26  # logits at a time: of the size of a cache, or enough to fill a GPU
@@ -183,3 +184,14 @@ def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tenso
         )
     difference = torch.where(valid, prediction.float() - target, 0)
     return difference.abs().sum() / valid.sum().clip(min=1)
+
+
+def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch has it.
+
+    It sorts the pixels of each class, for which a GPU waits; a batch without a labelled pixel, which it can't sort,
+    gives 0.
+    """
+    if labels.device.type == "cpu" and not (labels != IGNORE_INDEX).any():
+        return logits.sum() * 0
+    return smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)(logits.float(), labels)

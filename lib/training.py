@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,22 +15,70 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lib.batches import AUGMENTATIONS, Batch, RawBatch, check_depth, encode_batch
-from lib.checkpoints import checksums, restore_progress, save_progress
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import DEPTH_RANGE_M, Samples
-from lib.data.splits import FOLDS, SPLITS
+from lib.data.validation import FOLDS, SPLITS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
 from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
-from lib.losses import POOLINGS
+from lib.losses import POOLINGS, lovasz_loss, masked_l1, median_frequency_weights, segmentation_terms
 from lib.metrics import mean_truth_iou, pixel_accuracy
-from lib.model import ARCHITECTURES, DEPTH_ENCODINGS, INPUT_CHANNELS, SegmentationDepthNet, build_model, save_model
-from lib.notebook import progress_bar
-from lib.objective import CLASS_WEIGHTS, Losses
-from lib.parameters import check_choice
-from lib.runs import find_run, write_history, write_report, write_scores
+from lib.model import (
+    ARCHITECTURES,
+    DEPTH_ENCODINGS,
+    INPUT_CHANNELS,
+    Prediction,
+    SegmentationDepthNet,
+    build_model,
+    save_model,
+)
+from lib.options import check_choice
+from lib.progress import progress_bar
+from lib.runs import find_run, write_history, write_scores
+from lib.runs.checkpoints import checksums, restore_progress, save_progress
+from lib.runs.report import write_report
 
 CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 FINITE_STEPS = 20  # between looks at the losses: each look makes a GPU wait
+CLASS_WEIGHTS = ("none", "median")
+
+
+class Losses(NamedTuple):
+    """Scalar terms of one batch, unweighted, but for `total`, which is what is minimised."""
+
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    soft_iou: torch.Tensor
+    lovasz: torch.Tensor
+    depth_l1: torch.Tensor
+
+
+def total_loss(
+    prediction: Prediction,
+    batch: Batch,
+    soft_iou_weight: float,
+    soft_iou_pooling: str,
+    depth_weight: float,
+    class_weights: torch.Tensor | None = None,
+    lovasz_weight: float = 0.0,
+) -> Losses:
+    """The weighted sum of the terms, and each of them; one that is not asked for is 0, but for soft IoU."""
+    weights = None if class_weights is None else class_weights.to(batch.label.device, non_blocking=True)
+    cross_entropy, soft_iou = segmentation_terms(prediction.logits, batch.label, soft_iou_pooling, weights)
+    lovasz = depth_l1 = torch.zeros_like(cross_entropy)
+    total = cross_entropy if soft_iou_weight == 0 else cross_entropy + soft_iou_weight * soft_iou
+    if lovasz_weight:
+        lovasz = lovasz_loss(prediction.logits, batch.label)
+        total = total + lovasz_weight * lovasz
+    if prediction.depth is not None:
+        depth_l1 = masked_l1(prediction.depth, batch.depth, batch.valid_depth)
+        total = total + depth_weight * depth_l1
+    return Losses(total, cross_entropy, soft_iou, lovasz, depth_l1)
+
+
+def choose_class_weights(class_weights: str, train: Samples) -> torch.Tensor | None:
+    """`(C,)` for the cross-entropy: none, or by median frequency of the training labels."""
+    check_choice("class_weights", class_weights, CLASS_WEIGHTS)
+    return None if class_weights == "none" else median_frequency_weights(train.label, len(train.classes))
 
 
 def build_network(

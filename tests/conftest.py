@@ -15,7 +15,7 @@ from lib.classes import NYUV2_13
 from lib.data import Samples, load_samples
 from lib.evaluation import Evaluation
 from lib.runs import open_run, write_history, write_scores
-from lib.scoring import write_evaluation
+from lib.runs.scoring import write_evaluation
 
 
 def pytest_unconfigure():

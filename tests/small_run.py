@@ -14,9 +14,8 @@ from lib import training
 from lib.batches import training_loader
 from lib.data import load_samples
 from lib.data.samples import Samples
-from lib.objective import total_loss
 from lib.runs import open_run
-from lib.training import build_network, fit
+from lib.training import build_network, fit, total_loss
 
 ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights
 PARAMETERS = {

@@ -22,10 +22,10 @@ import pytest
 from small_run import PARAMETERS, fit_run, small_samples
 from test_plots import SETS, draw, relabel
 
-from lib.browser import browse_results, browse_samples, plot_sample
 from lib.data import iterate_samples, load_samples
 from lib.metrics import confusion_counts
-from lib.plots import FADED, shorten
+from lib.notebooks.browse import browse_results, browse_samples, plot_sample
+from lib.notebooks.plots import FADED, shorten
 from lib.runs import open_run
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from lib.data.samples import Samples, resize_samples
 from lib.evaluation import Predicted, ahead, count_predictions, evaluate, predict
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import ModelConfig, Prediction, build_model
-from lib.objective import Losses, total_loss
+from lib.training import Losses, total_loss
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)

@@ -20,9 +20,8 @@ from lib.data.samples import resize_samples
 from lib.device import choose_device, describe_device
 from lib.evaluation import ahead, count_predictions, predict
 from lib.model import build_model
-from lib.objective import total_loss
 from lib.runs import runs_folder
-from lib.training import _place, build_network, build_optimizer, follow, training_step
+from lib.training import _place, build_network, build_optimizer, follow, total_loss, training_step
 
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")

@@ -16,7 +16,7 @@ from lib.device import autocast
 from lib.evaluation import Predicted, count_predictions, decide
 from lib.losses import POOLINGS
 from lib.model import INPUT_CHANNELS, build_model
-from lib.objective import total_loss
+from lib.training import total_loss
 
 CUDA = torch.device("cuda")
 # each needs its result on the host, for which a GPU has to finish everything before

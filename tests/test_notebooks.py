@@ -13,7 +13,7 @@ import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from lib.comparison import group_recipes, read_runs
+from lib.runs.results import group_recipes, read_runs
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 COMMITTED = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.endswith("out.ipynb"))

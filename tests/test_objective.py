@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from small_run import ENCODER, PARAMETERS, small_samples
 
 from lib.batches import Batch, training_loader
-from lib.losses import masked_l1, soft_iou_loss
+from lib.losses import lovasz_loss, masked_l1, soft_iou_loss
 from lib.model import Prediction, build_model
-from lib.objective import Losses, choose_class_weights, lovasz_loss, total_loss
 from lib.runs import open_run, read_history
-from lib.training import build_network, build_optimizer, build_schedule, fit
+from lib.training import Losses, build_network, build_optimizer, build_schedule, choose_class_weights, fit, total_loss
 
 
 @pytest.fixture

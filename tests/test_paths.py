@@ -8,16 +8,15 @@ from PIL import Image
 from test_predict import CLASSES, build_network
 
 from lib.classes import NYUV2_13
-from lib.comparison import read_runs
 from lib.data import load_samples
-from lib.data.pictures import open_pictures
+from lib.data.images import open_pictures
 from lib.files import CheckpointError
-from lib.model import build_model, load_model, save_model
-from lib.predict import predict_pictures
+from lib.model import build_model, load_model, save_model, weights_digest
+from lib.notebooks.predict import predict_pictures
+from lib.notebooks.sweep import plan_runs, scored_folders
 from lib.runs import find_run
-from lib.scoring import find_scored, iterate_part, score_run
-from lib.sweep import plan_runs, scored_folders
-from lib.weights import weights_digest
+from lib.runs.results import read_runs
+from lib.runs.scoring import find_scored, iterate_part, score_run
 
 
 @pytest.fixture

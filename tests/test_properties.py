@@ -18,9 +18,9 @@ from PIL import Image
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples, load_samples
 from lib.data.samples import DataError
-from lib.data.splits import FOLDS, number_runs, split_names
+from lib.data.validation import FOLDS, number_runs, split_names
 from lib.files import read_json, write_json
-from lib.notebook import check_parameters
+from lib.notebooks.parameters import check_parameters
 from lib.training import check_options
 
 FEW = settings(
@@ -201,7 +201,7 @@ def test_any_injected_parameters(monkeypatch, injected):
     defaults = {"epochs": 1, "rate": 0.1, "resume": False, "name": "a", "limit": None}
     cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in injected.items())
     shell.user_ns |= defaults | injected | {"__annotations__": DECLARED, "In": ["", cell]}
-    monkeypatch.setattr("lib.notebook.get_ipython", lambda: shell)
+    monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: shell)
     wrong = {name for name, value in injected.items() if name not in DECLARED or not fits(value, DECLARED[name])}
     try:
         assert check_parameters() == defaults | injected

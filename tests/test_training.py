@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
-from lib.checkpoints import checksums
 from lib.evaluation import evaluate
 from lib.metrics import confusion_counts, iou, mean_iou, mean_truth_iou
 from lib.model import Prediction, load_model
-from lib.objective import Losses, total_loss
 from lib.runs import open_run, read_counts, read_history, read_scores, runs_folder
-from lib.training import build_network, build_schedule, check_options, fit, follow
+from lib.runs.checkpoints import checksums
+from lib.training import Losses, build_network, build_schedule, check_options, fit, follow, total_loss
 
 CPU = torch.device("cpu")
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)

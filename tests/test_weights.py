@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from small_run import ENCODER, PARAMETERS
 
 from lib.files import CheckpointError
-from lib.model import INPUT_CHANNELS, build_model
-from lib.runs import open_run, recipe
-from lib.weights import weights_digest
+from lib.model import INPUT_CHANNELS, build_model, weights_digest
+from lib.runs import open_run
+from lib.runs.results import recipe
 
 TIMM_NAME = ENCODER.removeprefix("tu-")
 

@@ -10,9 +10,9 @@ from lib.classes import IGNORE_INDEX
 from lib.data.folder import open_folder
 from lib.data.nyuv2 import open_file
 from lib.data.samples import DataError, Pieces, Samples, Source
-from lib.data.scenes import open_scenes
-from lib.data.splits import SPLITS, choose_split, select_part
-from lib.parameters import check_choice
+from lib.data.synthetic import open_scenes
+from lib.data.validation import SPLITS, choose_split, select_part
+from lib.options import check_choice
 
 __all__ = ["PARTS", "DataError", "Pieces", "Samples", "iterate_samples", "load_samples"]
 

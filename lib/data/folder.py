@@ -14,10 +14,10 @@ import pandas as pd
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
 from lib.data.description import FILE, Description, read_description
-from lib.data.doubts import judge_files
 from lib.data.samples import DataError, Samples, Source, resize_image, resize_nearest
-from lib.data.splits import number_runs
-from lib.notebook import progress_bar
+from lib.data.sanity import judge_files
+from lib.data.validation import number_runs
+from lib.progress import progress_bar
 
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
 CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ())}

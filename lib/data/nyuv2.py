@@ -16,8 +16,8 @@ import pandas as pd
 from lib.classes import IGNORE_INDEX, NYUV2_13, NYUV2_40
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.samples import DataError, Samples, Source, resize_samples
-from lib.notebook import progress_bar
-from lib.parameters import check_choice
+from lib.options import check_choice
+from lib.progress import progress_bar
 
 TABLES = Path(__file__).parent / "tables"
 ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}

@@ -42,9 +42,8 @@ from lib.device import choose_precision
 from lib.losses import segmentation_loss
 from lib.metrics import confusion_counts
 from lib.model import build_model
-from lib.objective import total_loss
 from lib.runs import open_run
-from lib.training import fit, training_step
+from lib.training import fit, total_loss, training_step
 
 ROUNDS = 9
 LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)

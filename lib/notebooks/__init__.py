@@ -1,0 +1,32 @@
+"""What only notebooks need, a module for each notebook, named as it is."""
+
+import io
+
+from IPython import get_ipython
+from IPython.display import display
+from tqdm import tqdm
+
+from lib.progress import terminal_bar, use_bar
+
+
+class _Bar(tqdm):
+    """A tqdm bar whose last state stays in a saved notebook (that of tqdm.auto reopens at 0 %)."""
+
+    handle = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        text = {"text/plain": msg or str(self)}
+        if self.handle is None:
+            self.handle = display(text, raw=True, display_id=True)
+        else:
+            self.handle.update(text, raw=True)
+
+
+def notebook_bar(**options: object) -> tqdm:
+    """A bar that a notebook shows; outside of one, that of a terminal."""
+    if getattr(get_ipython(), "kernel", None) is None:
+        return terminal_bar(**options)
+    return _Bar(file=io.StringIO(), **options)  # a closing tqdm ends the line of its file
+
+
+use_bar(notebook_bar)

@@ -1,0 +1,294 @@
+"""What is in the data: counts in one pass over the images, their figures, and leakage between parts."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.batches import RawBatch
+from lib.data import Pieces, Samples
+from lib.data.validation import read_numbers, split_names
+from lib.notebooks import plots
+
+DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
+NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
+FEW_IMAGES = 10
+CHANCE = 1e-4  # share of unrelated pairs of images that pass for near copies
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What is in labelled images.
+
+    Attributes:
+        classes: names of the C classes.
+        pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
+        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the top.
+        meetings: `(C, C)` pairs of nearby pixels of two classes, symmetric.
+        depth_range_m: of the data, see `Samples`.
+    """
+
+    classes: tuple[str, ...]
+    pixels: np.ndarray
+    depth: np.ndarray
+    meetings: np.ndarray
+    depth_range_m: tuple[float, float]
+
+    @property
+    def steps_m(self) -> np.ndarray:
+        """`(101,)` edges of the steps of depth."""
+        return np.linspace(0, self.depth_range_m[1], DEPTH_STEPS + 1)
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether any was measured."""
+        return bool(self.depth[:, 1:].any())
+
+
+def count_data(samples: Samples) -> DataCounts:
+    """Count labelled images, one at a time; where the data set has no depth, all of it is missing."""
+    count = len(samples.classes)
+    pixels = np.zeros((len(samples), count + 1), np.int64)
+    depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
+    step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
+    meetings = np.zeros((count, count), np.int64)
+    for index in range(len(samples)):
+        one = samples[index : index + 1]
+        label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
+        step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
+        pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
+        depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
+        meetings += _count_meetings(label, count)
+    return DataCounts(samples.classes, pixels, depths, meetings, samples.depth_range_m)
+
+
+def _joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.bincount((first * shape[1] + second).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def _count_meetings(label: np.ndarray, count: int) -> np.ndarray:
+    reach, counts = max(1, round(NEARBY * label.shape[1])), 0
+    for one, other in ((label[:, :-reach], label[:, reach:]), (label[:-reach], label[reach:])):
+        counts = counts + _joint_counts(one, other, (count + 1, count + 1))[:count, :count]
+    return (counts + counts.T) * ~np.eye(count, dtype=bool)
+
+
+def class_shares(counts: DataCounts) -> pd.DataFrame:
+    """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
+    pixels, total = counts.pixels[:, :-1], counts.pixels[:, :-1].sum(0)
+    shares = {"pixels": total / max(total.sum(), 1), "images": (pixels > 0).mean(0)}
+    if counts.has_depth:
+        shares["without depth"] = np.where(total > 0, counts.depth[:-1, 0] / np.maximum(total, 1), np.nan)
+    return pd.DataFrame(shares, index=list(counts.classes)).sort_values("pixels", ascending=False)
+
+
+def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: np.ndarray) -> np.ndarray:
+    """Metres below which these shares of the measured pixels lie, from a row of `DataCounts.depth`."""
+    measured = np.cumsum(np.append(0, histogram[1:]))
+    return np.interp(np.multiply(shares, measured[-1]), measured, steps_m)
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What of a split's validation images is in training already.
+
+    Attributes:
+        train_count: training images.
+        valid: `(V,)` positions of the validation images.
+        match: `(V,)` of the training image most like each in colour; of its own scene, where there is one.
+        same_scene: `(V,)` bool, where there is one; None where scenes are unknown.
+        nearest: `(V,)` bool, where the image with the nearest id is in training; None where names are no numbers.
+        near_copies: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
+    """
+
+    train_count: int
+    valid: np.ndarray
+    match: np.ndarray
+    same_scene: np.ndarray | None
+    nearest: np.ndarray | None
+    near_copies: int
+
+    @property
+    def by_chance(self) -> float:
+        """How many near copies to expect where no validation image has to do with any training image."""
+        return len(self.valid) * (1 - (1 - CHANCE) ** self.train_count)
+
+
+def find_leakage(samples: Samples) -> dict[str, Leakage]:
+    """Of each split that these images allow.
+
+    Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
+    pairs of neighbouring ids are near copies, and 0.6 % where thumbnails are compared instead. Those are taken to be
+    unrelated between which a quarter of the images lies, in order of their names.
+    """
+    signatures, order = _colour_signatures(samples.image), np.arange(len(samples))
+    alike, unrelated = signatures @ signatures.T, np.abs(order[:, None] - order) > len(order) // 4
+    ids = read_numbers(samples.names)
+    apart = None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
+    threshold = np.quantile(alike[unrelated], 1 - CHANCE) if unrelated.any() else 1.0
+    found = {}
+    for split in ("random", "blocks", "scenes"):
+        try:
+            train, valid = split_names(samples.names, split, samples.scene)
+        except ValueError:  # these names or scenes do not allow it
+            continue
+        if min(len(train), len(valid)):
+            pairs, same_scene = alike[np.ix_(valid, train)], None
+            nearest = None if ids is None else apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
+            near_copies = int((pairs.max(1) > threshold).sum())
+            if samples.scene is not None:
+                together = samples.scene[valid][:, None] == samples.scene[train]
+                pairs, same_scene = pairs + 2 * together, together.any(1)
+            found[split] = Leakage(len(train), valid, train[pairs.argmax(1)], same_scene, nearest, near_copies)
+    return found
+
+
+def _colour_signatures(image: np.ndarray) -> np.ndarray:
+    """`(N, 4096)` unit vectors: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
+    signatures = np.empty((len(image), 4096), np.float32)
+    for signature, picture in zip(signatures, image, strict=True):
+        lab = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB)
+        counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
+        signature[:] = np.sqrt(counts / counts.sum())
+    return signatures
+
+
+def describe_leakage(leakage: dict[str, Leakage]) -> str:
+    """A sentence for each split."""
+    sentences = []
+    for split, leak in leakage.items():
+        text = f"near copies in training: {leak.near_copies} ({leak.by_chance:.1f} by chance)"
+        count = f"{len(leak.valid)} validation images"
+        if leak.same_scene is not None:
+            count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
+        elif leak.nearest is not None:
+            count = f"{leak.nearest.sum()} of {count} have the image with the nearest id in training"
+        sentences.append(f"Split `{split}`: {count}; {text}.")
+    return " ".join(sentences) or "Too few images to split."
+
+
+def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
+    """In Markdown: what labelled images were read, how a split parts them, and what is odd about them."""
+    images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
+    missing, unlabelled = counts.depth[:, 0].sum() / total, counts.pixels[:, -1].sum() / total
+    few, empty = ((images > 0) & (images < FEW_IMAGES)).sum(), (counts.pixels[:, :-1].sum(1) == 0).sum()
+    absent = ", ".join(np.array(counts.classes)[images == 0])
+    facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
+    facts += [f"{few} of them in fewer than {FEW_IMAGES} images"] * bool(few)
+    odd = {f"These classes are in no image: {absent}.": absent, f"{empty} images have no labelled pixel.": empty}
+    odd[f"{unlabelled:.1%} of the pixels are unlabelled."] = unlabelled > 0.5
+    if counts.has_depth:
+        steps, (near, far) = counts.depth[:, 1:].sum(0), counts.depth_range_m
+        outside = (steps[counts.steps_m[1:] <= near].sum() + steps[-1]) / steps.sum()
+        (median,) = depth_quantiles(counts.depth.sum(0), (0.5,), counts.steps_m)
+        facts.append(f"median depth {'over ' * bool(median > counts.steps_m[-2])}{median:.1f} m")
+        odd[f"{missing:.1%} of the pixels have no depth."] = missing > 0.5
+        odd[
+            f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "
+            "`depth_unit_mm` and `depth_range_m` in `dataset.yaml`."
+        ] = outside > 0.2
+    depth = [f"depth missing in {missing:.1%}"] * bool(missing) if counts.has_depth else ["no depth"]
+    facts += [*depth, f"{unlabelled:.1%} unlabelled"]
+    text = f"**{', '.join(facts)}; validation ({len(valid)} images, split {valid.split}) "
+    if valid.source.scene is None or train.source.scene is None:
+        text += "may share scenes with training, because they are unknown.**"
+    else:
+        shared = np.isin(valid.source.scene, train.source.scene).sum()
+        text += f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
+    return text + "".join(f"\n- {warning}" for warning, applies in odd.items() if applies)
+
+
+def plot_samples(samples: Samples) -> Figure:
+    """A row for each sample: RGB, depth with its scale, labels over RGB."""
+    label, shades, rows = samples.labels_or_ignored, plots.depth_shades([samples]), []
+    for at, image in enumerate(samples.image):
+        labels = plots.blend_labels(image, label[at], samples.classes, 0.65)
+        depth = plots.colour_depth(samples.depth_or_missing[at], shades)
+        rows.append({"RGB": image, plots.DEPTH: depth, "labels": labels})
+    return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
+
+
+def plot_batch(samples: Samples, batch: RawBatch) -> Figure:
+    """A row for each image of a batch: as it is stored, then as it trains."""
+    image, depth, label, _, position = (tensor.numpy() for tensor in batch)
+    stored = samples[position]
+    shades, rows = plots.depth_shades([stored]), []
+    for at in range(len(stored)):
+        pictures = {"stored": stored.image[at], "as it trains": image[at]}
+        pictures |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
+        rows.append(pictures | {"labels": plots.colour_labels(label[at], samples.classes)})
+    return plots.plot_grid(rows, stored.names.tolist(), plots.class_patches(samples.classes, label), shades)
+
+
+@plots.styled
+def plot_class_shares(counts: DataCounts) -> Figure:
+    """By class on a log scale: its share of the labelled pixels, and of the images."""
+    shares, colours = class_shares(counts)[::-1], plots.class_colours(counts.classes)
+    shares = shares[shares.pixels > 0]
+    rows = np.arange(len(shares))
+    figure, axes = plots.new_figure(plots.rows_height(len(rows)))
+    axes.hlines(rows, shares.pixels, shares.images, color="0.85", zorder=0)
+    axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **plots.EDGED)
+    axes.plot(shares.images, rows, "|", color=plots.GREY)
+    for row, share in zip(rows, shares.pixels, strict=True):
+        axes.text(share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY)
+    plots.label_rows(axes, shares.index)
+    axes.set(xscale="log", xlim=(shares.pixels.min() / 3, 1.3))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.set_xlabel("share of the labelled pixels (dots) and of the images (strokes), log scale")
+    ratio = shares.pixels.iloc[-1] / shares.pixels.iloc[0]
+    plots.add_title(figure, f"{shares.index[-1]} has {ratio:.0f} times as many pixels as {shares.index[0]}")
+    return figure
+
+
+@plots.styled
+def plot_depth(counts: DataCounts) -> Figure:
+    """The distribution of depth, of all pixels and of each class."""
+    colours, total = plots.class_colours(counts.classes), counts.depth.sum(0)
+    rows = zip(counts.classes, counts.depth, strict=False)
+    boxes = {name: _box(row, counts.steps_m) for name, row in rows if row[1:].any()}
+    names = sorted(boxes, key=lambda name: -boxes[name]["med"])
+    heights = 1.5, plots.rows_height(len(names))
+    figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
+    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.VALID_COLOUR)
+    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total, counts.steps_m))
+    overall.set(title=title, yticks=[])
+    overall.spines["left"].set_visible(False)
+    median = {"color": "black", "path_effects": plots.HALO}  # seen on dark boxes too
+    drawn = by_class.bxp(
+        [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
+        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=plots.EDGED,
+    )  # fmt: skip
+    for box, name in zip(drawn["boxes"], names, strict=True):
+        box.set_facecolor(colours[name])
+    plots.label_rows(by_class, names)
+    by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
+    by_class.set_xlim(0, depth_quantiles(total, (0.999,), counts.steps_m)[0])
+    return figure
+
+
+def _box(histogram: np.ndarray, steps_m: np.ndarray) -> dict[str, float]:
+    quantiles = depth_quantiles(histogram, (0.05, 0.25, 0.5, 0.75, 0.95), steps_m)
+    return dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles.tolist(), strict=True))
+
+
+def plot_meetings(counts: DataCounts) -> Figure:
+    """Of the neighbours of each class (rows), the share of each other class (columns)."""
+    names = counts.classes
+    table = pd.DataFrame(counts.meetings, pd.Index(names, name="class"), pd.Index(names, name="meets"))
+    one, other = np.unravel_index(counts.meetings.argmax(), counts.meetings.shape)
+    title = f"{names[one]} and {names[other]} meet most often; in % of what the row's class meets"
+    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
+
+
+def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
+    """The first validation images whose scene is in training, or else that are, above their match in training."""
+    shown = np.arange(len(leak.valid))
+    if leak.same_scene is not None and leak.same_scene.any():
+        shown = shown[leak.same_scene]
+    pairs = list(zip(leak.valid[shown[:count]], leak.match[shown[:count]], strict=True))
+    titles = [f"{samples.names[valid]}, {samples.names[train]}" for valid, train in pairs]
+    rows = [dict(zip(titles, samples.image[list(side)], strict=True)) for side in zip(*pairs, strict=True)]
+    return plots.plot_grid(rows, ["validation", "training"])

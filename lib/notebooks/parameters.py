@@ -1,0 +1,53 @@
+"""What notebooks need of IPython: parameters that are checked, progress bars, small figures."""
+
+import ast
+import difflib
+import typing
+
+from IPython import get_ipython
+
+
+def check_parameters() -> dict[str, object]:
+    """Check the notebook's parameters; call it in the cell after them.
+
+    papermill only logs a name that the notebook does not declare and goes on with the default, turns
+    `-p resume false` into the text 'false', and reads the YAML number 1e-4 as text.
+
+    Returns:
+        The values in force, by name, of everything that the notebook declares as `name: type = value`.
+
+    Raises:
+        ValueError: names that are not declared, values of another type than declared; all at once.
+    """
+    namespace = getattr(get_ipython(), "user_ns", {})
+    annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on
+    declared = namespace["__annotations__"] if "__annotations__" in namespace else annotate(1)
+    # In holds the cells that ran, the one papermill injected among them; under nbval it is empty
+    injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
+    given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
+    problems = [_unknown(name, declared) for name in given if name not in declared]
+    problems += [_mistyped(name, namespace[name], kind) for name, kind in declared.items()]
+    if any(problems):
+        raise ValueError("\n".join(problem for problem in problems if problem))
+    return {name: namespace[name] for name in declared}
+
+
+def _unknown(name: str, declared: dict[str, type]) -> str:
+    close = difflib.get_close_matches(name, declared, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{name}: no such parameter, {hint}there are: {', '.join(declared)}"
+
+
+def _mistyped(name: str, value: object, declared: type) -> str | None:
+    kinds = typing.get_args(declared) or (declared,)
+    if type(value) in kinds or (type(value) is int and float in kinds):
+        return None
+    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    hint = ""
+    if isinstance(value, str) and float in kinds:
+        hint = "; in YAML write 0.0001, because 1e-4 is read as text"
+    elif isinstance(value, str) and (bool in kinds or type(None) in kinds):
+        hint = "; papermill knows True, False and None with a capital only"
+    elif str in kinds and value is not None:
+        hint = f"; papermill's -p reads 001 as a number, -r as text: `-r {name} 001`"
+    return f"{name}: found {value!r}, expected {expected}{hint}"

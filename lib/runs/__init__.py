@@ -1,0 +1,229 @@
+"""A run's folder: open it, say what is there of it, write and read it, report."""
+
+import datetime
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lib.classes import NYUV2_13
+from lib.data import Samples
+from lib.evaluation import Evaluation
+from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, write_text
+from lib.metrics import averaged_classes, mean_truth_iou, pixel_accuracy, truth_iou
+from lib.model import weights_digest
+
+MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
+WHERE = ("device", "precision")  # what these come to is held against the checkpoint
+NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
+PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
+# what runs did before a parameter was there
+BEFORE = {
+    "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
+    "class_weights": "none", "lovasz_weight": 0.0, "start_from": None,
+}  # fmt: skip
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
+    named = os.environ.get("RUNS_DIR")
+    return Path(named).expanduser() if named else ROOT / "runs"
+
+
+@contextmanager
+def open_run(
+    parameters: dict[str, object], resume: bool = False, samples: Iterable[Samples] = (), wait_seconds: float = 0
+) -> Iterator[Path]:
+    """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
+
+    An older run of that name is kept under a dated name in `older/`.
+
+    Args:
+        parameters: of the notebook, `run_name` among them.
+        resume: go on with the run of that name.
+        samples: what it will train and validate on, refused if loaded with other parameters than these.
+        wait_seconds: for another process to let go of it.
+
+    Raises:
+        ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
+        RuntimeError: another process has the run.
+    """
+    run_name = parameters["run_name"]
+    if not run_name or run_name in ("older", "notebooks") or set(run_name) & set('/\\:*?"<>|') or run_name[0] == ".":
+        raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
+    run = runs_folder() / run_name
+    saved = {name: value for name, value in parameters.items() if name != "resume"}
+    if digest := weights_digest(parameters.get("encoder_weights")):
+        saved["encoder_weights_digest"] = digest
+    for part in samples:
+        for name, value in (part.made_with or {}).items():
+            if name in saved and saved[name] != value:
+                raise ValueError(
+                    f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
+                    "loads the data again, and then this one"
+                )
+    if resume:
+        _check_resumable(run, saved)
+    with hold_run(run, wait_seconds):
+        if not resume:
+            _set_aside(run)
+            run.mkdir()
+        if not (run / "last.pt").exists():  # nothing has been computed that other parameters would not tell of
+            write_json(saved | {"commit": _commit()}, run / "parameters.json")
+        yield run
+
+
+def _commit() -> str | None:
+    """Of the code that makes the run; None where it is not under git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _set_aside(run: Path) -> None:
+    if run.exists():
+        finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
+        older = run.parent / "older" / f"{run.name}.{finished:%Y-%m-%dT%H-%M-%S}"
+        while older.exists():
+            older = older.with_name(older.name + "~")
+        older.parent.mkdir(exist_ok=True)
+        run.rename(older)
+
+
+def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
+    if not (run / "parameters.json").exists():
+        there = sorted(path.parent.name for path in run.parent.glob("*/parameters.json"))
+        raise ValueError(
+            f"resume: no run {run.name!r} in {run.parent}, there are: {', '.join(there) or 'none'}; "
+            "start it with resume False"
+        )
+    saved = read_json(run / "parameters.json")
+    if parameters.get("encoder_weights_digest", 0) == saved.get("encoder_weights_digest"):  # the same file elsewhere
+        parameters = parameters | {"encoder_weights": saved["encoder_weights"]}
+    differing = [
+        f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
+        for name in saved | parameters
+        if name not in (*MAY_CHANGE, *WHERE) and saved.get(name, "unknown") != parameters.get(name, "unknown")
+    ]
+    if differing:
+        hint = ""
+        if saved.get("epochs") != parameters.get("epochs"):
+            hint = "; epochs can't change because the schedule has spread the learning rate over them from the start"
+        raise ValueError(
+            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own parameters, or "
+            f"start another run_name with resume False{hint}"
+        )
+
+
+class RunState(NamedTuple):
+    """What is there of a run.
+
+    Attributes:
+        epochs: that it was started for; 0 where nothing is there, or where it was not trained here.
+        done: epochs that are finished.
+        trained: whether all of them are, with the report.
+        evaluated: parts that it was scored on, or predicted where labels are held back.
+    """
+
+    epochs: int
+    done: int
+    trained: bool
+    evaluated: tuple[str, ...]
+
+    def describe(self) -> str:
+        """In words, before it trains."""
+        if self.trained:
+            return f"is finished, all {self.epochs} epochs are there; nothing changes"
+        if self.done:
+            return f"resumes, {self.done} of {self.epochs} epochs are there"
+        return "starts from the beginning"
+
+
+def run_state(run: Path) -> RunState:
+    """See `RunState`; of any folder, also one that does not exist."""
+    epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
+    done = len(read_history(run)) if (run / "history.csv").exists() else 0
+    evaluated = tuple(sorted(path.stem for path in (run / "evaluation").glob("*.json")))
+    trained = 0 < epochs <= done and (run / "report.md").exists()
+    return RunState(epochs, done, trained, evaluated)
+
+
+def write_history(run: Path, history: list[dict]) -> None:
+    """One row per epoch so far."""
+    write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """The rows that `write_history` wrote."""
+    return pd.read_csv(run / "history.csv")
+
+
+def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
+    """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
+    scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
+    if valid is not None:
+        scores |= {"valid_miou": mean_truth_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
+        scores |= {"averaged_classes": averaged_classes(valid.counts)}
+        scores |= {"class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))}
+        write_counts(run / "counts.npz", valid)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
+    write_json(scores, run / "scores.json")
+
+
+def write_counts(path: Path, evaluation: Evaluation) -> None:
+    arrays = {"names": evaluation.names, "counts": evaluation.counts, "classes": np.array(evaluation.classes)}
+    if evaluation.scene is not None:
+        arrays["scene"] = evaluation.scene
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+class Counts(NamedTuple):
+    """What `counts.npz` and `evaluation/*.npz` hold; see `Evaluation`."""
+
+    names: np.ndarray
+    counts: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+
+
+def read_counts(path: Path) -> Counts:
+    """Older files hold names and counts of NYUv2's 13 classes alone."""
+    with np.load(path) as saved:
+        classes = tuple(saved["classes"].tolist()) if "classes" in saved else NYUV2_13
+        return Counts(saved["names"], saved["counts"], saved.get("scene"), classes)
+
+
+def read_scores(run: Path) -> dict:
+    """What `write_scores` wrote, without the counts."""
+    return read_json(run / "scores.json")
+
+
+def read_parameters(run: Path) -> dict:
+    """The parameters that a run was started with."""
+    return read_json(run / "parameters.json")
+
+
+def find_run(run: str) -> Path:
+    """The folder of a trained run: `latest`, a name, or a path.
+
+    Raises:
+        ValueError: there is none; the message names the command that makes one.
+    """
+    trained = sorted(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if run == "latest" and trained:
+        return trained[-1].parent
+    folder = runs_folder() / Path(run).expanduser()  # an absolute path stays what it is
+    if run == "latest" or not (folder / "best.pt").exists():
+        there = ", ".join(path.parent.name for path in trained) or "none"
+        raise ValueError(
+            f"run: found {run!r}, trained runs in {runs_folder()}: {there}. Make one with "
+            "`papermill train.ipynb out.ipynb`"
+        )
+    return folder

@@ -1,0 +1,95 @@
+"""`report.md`: a run on one page."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.files import read_json, write_text
+from lib.runs import read_history, read_parameters, read_scores
+
+REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
+
+
+def write_report(run: Path) -> Path:
+    """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
+    sections = [f"# {run.name}", "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown()]
+    if (run / "scores.json").exists():
+        scores = read_scores(run)
+        sections += [
+            summarise(run),
+            "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
+            "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
+        ]
+        if "class_iou" in scores:
+            sections.append("## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f"))
+    evaluated = sorted((run / "evaluation").glob("*.json"))
+    sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
+    write_text("\n\n".join(sections) + "\n", run / "report.md")
+    return run / "report.md"
+
+
+def summarise(run: Path) -> str:
+    """One sentence in Markdown: the kept epoch, its scores, the classes learned best and least."""
+    scores, epochs = read_scores(run), len(read_history(run))
+    if "class_iou" not in scores:
+        return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
+    ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
+    few = max(1, min(3, len(ranked) // 2))
+    ends = ranked[:few], ranked[-few:]
+    best, least = (", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in ends)
+    kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
+    return (
+        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** over "
+        f"{scores['averaged_classes']} classes, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
+        f"Learned best: {best}. Learned least: {least}."
+    )
+
+
+def _summary(scores: dict) -> dict[str, str]:
+    if "class_iou" not in scores:
+        return {"best epoch": f"{scores['best_epoch']} (the last: nothing validates in this split)"}
+    return {
+        "best epoch": str(scores["best_epoch"]),
+        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} classes",
+        "pixel accuracy": f"{scores['valid_pixel_acc']:.4f}",
+        "loss": f"{scores['valid_loss']:.4f}",
+    }
+
+
+def _progression(history: pd.DataFrame, best_epoch: int) -> str:
+    shown = history.epoch.isin([1, best_epoch, history.epoch.max()]) | (history.epoch % REPORTED_EPOCHS == 0)
+    columns = ["epoch", "train_loss", "valid_loss", "valid_miou", "valid_pixel_acc"]
+    epochs = history.epoch.map(lambda epoch: f"**{epoch}**" if epoch == best_epoch else str(epoch))
+    return _table(history.assign(epoch=epochs).loc[shown, columns].set_index("epoch"), ".4f")
+
+
+def _table(scores: pd.DataFrame, form: str) -> str:
+    """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
+    return scores.astype(object).where(scores.notna(), None).to_markdown(floatfmt=form, missingval="-")
+
+
+def _evaluation_section(part: str, scores: dict) -> str:
+    """Scores on one part, without and with test-time augmentation, then by class."""
+    text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
+    if not scores["labelled"]:
+        how = f" with tta {scores['tta']}" if "tta" in scores else ""
+        return f"{text}, predicted{how}; their labels are held back."
+    columns = [name for name in ("plain", "augmented") if name in scores]
+    overall = pd.DataFrame({name: scores[name] for name in columns}).drop("averaged_classes")
+    by_class = pd.DataFrame(scores["classes"]).T
+    low, high = scores["intervals"]["plain"]
+    digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
+    return (
+        f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
+        f"({describe_interval(low, high, scores['scenes'])}).\n\n"
+        f"{_table(overall, '.4f')}\n\n{_table(by_class, digits)}"
+    )
+
+
+def describe_interval(low: float | None, high: float | None, scenes: int | None) -> str:
+    """A 95 % interval, and over what it was taken."""
+    over = "images taken as independent, because their scenes are unknown" if scenes is None else f"{scenes} scenes"
+    if low is None or np.isnan(low):
+        return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
+    return f"95 % interval {low:.3f} to {high:.3f} over {over}"

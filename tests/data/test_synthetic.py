@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from conftest import assert_equal_samples
+
+from lib.classes import IGNORE_INDEX, NYUV2_13
+from lib.data import load_samples
+from lib.data.synthetic import open_scenes, render_scene
+
+
+@pytest.fixture(scope="module")
+def many():
+    return load_samples("synthetic", "train", "official", limit=150)
+
+
+def test_same_seed_and_index_give_the_same_pixels(scenes):
+    assert_equal_samples(load_samples("synthetic", "train", "official", limit=12), scenes)
+    (third,) = open_scenes("train").read(np.array([2]), None)
+    np.testing.assert_array_equal(third.image[0], scenes.image[2])
+    (other,) = open_scenes("train", seed=1).read(np.arange(12), None)
+    assert (other.image != scenes.image).mean() > 0.9
+    with pytest.raises(AssertionError):
+        assert_equal_samples(other, scenes)
+
+
+def test_all_classes_occur_and_the_tail_is_long(many):
+    share = np.bincount(many.label.ravel(), minlength=256)[: len(NYUV2_13)]
+    share = share / share.sum()
+    assert (share > 0.001).all()
+    assert share[NYUV2_13.index("wall")] == share.max()
+    assert share.max() > 20 * share.min()
+    assert set(np.unique(many.label)) == {*range(len(NYUV2_13)), IGNORE_INDEX}
+    assert 0.08 < (many.label == IGNORE_INDEX).mean() < 0.25
+
+
+def test_border_is_unlabelled(many):
+    for edge in (many.label[:, :2], many.label[:, -2:], many.label[:, :, :2], many.label[:, :, -2:]):
+        assert (edge == IGNORE_INDEX).all()
+
+
+def test_depth_is_millimetres_with_holes(many):
+    seen = many.depth[many.depth > 0]
+    assert seen.min() >= 400
+    assert seen.max() <= 10_000
+    assert 1000 < np.median(seen) < 4000
+    assert 0.01 < (many.depth == 0).mean() < 0.15
+
+
+def test_depth_is_exact_up_to_the_sensors_noise():
+    """Of one pixel the neighbours on a floor or wall lie in a plane; the noise is that of a Kinect."""
+    _, depth, label = render_scene(0, 0, (96, 128))
+    inverse = np.where(depth > 0, 1000.0 / depth.clip(1), np.nan)  # planes are linear in inverse depth
+    bend = np.abs(inverse[:, 2:] - 2 * inverse[:, 1:-1] + inverse[:, :-2])
+    wall = label[:, 1:-1] == NYUV2_13.index("wall")
+    assert np.nanmedian(bend[wall]) < 4 * 0.08 / 43.5
+
+
+def test_rooms_have_two_views_and_blocks_keep_them_together():
+    train, valid = (load_samples("synthetic", part, "blocks", limit=40) for part in ("train", "valid"))
+    assert not set(train.scene) & set(valid.scene)
+    assert list(np.unique(valid.scene, return_counts=True)[1]) == [2] * 4
+    assert list(load_samples("synthetic", "valid", limit=40).names) == list(valid.names)  # auto
+    leaky = [set(load_samples("synthetic", part, "random", limit=40).scene) for part in ("train", "valid")]
+    assert leaky[0] & leaky[1]
+
+
+def test_test_part_is_other_rooms():
+    parts = [open_scenes(part) for part in ("train", "test")]
+    assert [len(part.names) for part in parts] == [400, 100]
+    assert not set(parts[0].names) & set(parts[1].names)
+    assert not set(parts[0].scene) & set(parts[1].scene)
+
+
+def test_any_size():
+    image, depth, label = render_scene(3, 5, (60, 100))
+    assert image.shape == (60, 100, 3)
+    assert depth.shape == label.shape == (60, 100)
+    assert (image.dtype, depth.dtype, label.dtype) == (np.uint8, np.uint16, np.uint8)

@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.model_selection import train_test_split
+
+from lib.classes import NYUV2_13
+from lib.data.nyuv2 import TABLES
+from lib.data.samples import Source
+from lib.data.validation import FOLDS, choose_split, number_runs, select_part, split_names
+
+
+def numbered(*ids):
+    return np.array([f"{number:04d}" for number in ids])
+
+
+ROOMS = numbered(0, 1, 2, 5, 6, 9, 20, 21, 30, 31, 32, 40)  # six runs
+
+
+def test_random_split_is_that_of_exp061():
+    train, valid = split_names(np.array([f"{i:06d}" for i in range(795)]), "random")
+    expected_train, expected_valid = train_test_split(np.arange(795), test_size=0.2, random_state=42)
+    np.testing.assert_array_equal(train, expected_train)
+    np.testing.assert_array_equal(valid, expected_valid)
+    assert (len(train), len(valid)) == (636, 159)
+
+
+def test_official_trains_on_everything():
+    train, valid = split_names(ROOMS, "official")
+    assert list(train) == list(range(12))
+    assert len(valid) == 0
+
+
+def test_blocks_keep_runs_of_ids_whole():
+    train, valid = split_names(ROOMS, "blocks")
+    assert list(ROOMS[valid]) == ["0030", "0031", "0032"]  # the fifth of six runs
+    assert sorted([*train, *valid]) == list(range(12))
+    assert list(ROOMS[split_names(ROOMS, "blocks", fold=0)[1]]) == ["0000", "0001", "0002", "0040"]
+    unpadded = np.array(sorted(str(int(name)) for name in ROOMS))
+    assert sorted(unpadded[split_names(unpadded, "blocks")[1]]) == ["30", "31", "32"]
+
+
+def test_the_usual_gap_is_the_step():
+    """Every fifth frame of a video was kept: 0, 5, 10 follow one another, 10 and 40 do not."""
+    names = numbered(0, 5, 10, 40, 45, 50, 100, 105, 200, 205, 210, 215, 300, 305, 310)
+    assert list(number_runs(names)) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4]
+    assert list(names[split_names(names, "blocks")[1]]) == ["0300", "0305", "0310"]
+    milliseconds = numbered(0, 33, 67, 100, 500, 533, 567, 600)
+    assert list(number_runs(milliseconds)) == [0] * 4 + [1] * 4
+    shuffled = np.random.default_rng(0).permutation(len(names))
+    np.testing.assert_array_equal(number_runs(names[shuffled]), number_runs(names)[shuffled])
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 10])
+def test_blocks_have_no_neighbours_on_both_sides(step):
+    """Ids 0, 5, 10, ...: seven scenes of six frames that are further apart than their frames."""
+    ids = np.concatenate([step * (100 * scene + np.arange(6)) for scene in range(7)])
+    train, valid = (ids[part] for part in split_names(numbered(*ids), "blocks"))
+    assert valid.tolist() == [step * (400 + frame) for frame in range(6)]
+    assert np.abs(train[:, None] - valid).min() > step
+
+
+def test_names_that_are_no_runs():
+    assert number_runs(np.array(["a", "1", "2"])) is None
+    assert number_runs(np.array(["-1", "1"])) is None
+    assert number_runs(np.array([], str)) is None
+    assert number_runs(numbered(0, 1, 10, 30, 70, 80)) is None  # four of six are alone
+    assert number_runs(numbered(0, 1, 2, 30, 70, 80)) is not None  # half of them are
+    assert number_runs(numbered(7)) is None
+
+
+@pytest.mark.parametrize("count", [5, 6, 9, 35, 123])
+def test_scenes_keep_scenes_whole(count):
+    scene = np.array([f"room_{number % count}" for number in range(3 * count)])
+    names = numbered(*range(len(scene)))
+    train, valid = split_names(names, "scenes", scene)
+    assert not set(scene[train]) & set(scene[valid])
+    # the split of the versions before there were folds
+    shuffled = np.random.RandomState(42).permutation(np.unique(scene))
+    assert set(scene[valid]) == set(shuffled[: math.ceil(0.2 * count)])
+
+
+@pytest.mark.parametrize("split", ["blocks", "scenes"])
+def test_the_five_folds_partition_the_images(split):
+    rng = np.random.default_rng(1)
+    ids = np.flatnonzero(rng.random(200) < 0.8)
+    names, scene = numbered(*ids), np.array([f"room_{number // 9}" for number in ids])
+    validate = []
+    for fold in range(FOLDS):
+        train, valid = split_names(names, split, scene, fold)
+        np.testing.assert_array_equal(np.sort(np.append(train, valid)), np.arange(len(names)))
+        assert len(valid) > 0
+        validate.extend(valid)
+    assert sorted(validate) == list(range(len(names)))
+
+
+def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
+    """Maximal runs of consecutive ids, every fifth from the fifth on, of the official training images."""
+    table = pd.read_csv(TABLES / "nyuv2_split.csv")
+    ids = table.id[table.part == "train"].to_numpy()
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    names = np.array([f"{number:06d}" for number in ids])
+    train, valid = split_names(names, "blocks")
+    np.testing.assert_array_equal(ids[valid], np.concatenate(runs[4::5]))
+    np.testing.assert_array_equal(ids[train], np.setdiff1d(ids, np.concatenate(runs[4::5])))
+
+
+def source(names, usual_split, scene=None):
+    return Source(names, scene, NYUV2_13, None, usual_split)
+
+
+def test_what_auto_means():
+    scene = np.array([f"room_{position // 2}" for position in range(12)])
+    words = np.array([f"room_{position}" for position in range(12)])
+    assert choose_split("auto", source(ROOMS, "blocks"), 4) == "blocks"
+    assert choose_split("auto", source(words, "scenes", scene), 4) == "scenes"
+    assert choose_split("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_split("auto", source(ROOMS, "scenes"), 4) == "blocks"
+    assert choose_split("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
+    assert choose_split("auto", source(words, "given", scene), 4) == "given"
+    assert choose_split("scenes", source(words, "given", scene), 4) == "scenes"
+    assert choose_split("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
+    assert choose_split("auto", source(ROOMS[:6], "blocks"), 4) == "random"  # three runs leave nothing to validate
+    assert choose_split("auto", source(ROOMS[:1], "blocks"), 4) == "random"
+    assert choose_split("official", source(ROOMS, "blocks"), 4) == "official"
+
+
+def test_splits_that_can_not_be():
+    with pytest.raises(ValueError, match="split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"):
+        split_names(ROOMS, "scenes")
+    with pytest.raises(
+        ValueError,
+        match="split: 'blocks' needs numbers as file names that run on within a scene, found a, b, c, ...; use",
+    ):
+        split_names(np.array(["a", "b", "c", "d"]), "blocks")
+    with pytest.raises(ValueError) as error:
+        split_names(numbered(0, 1, 10, 30, 70, 80), "blocks")
+    assert str(error.value) == (
+        "split: 'blocks' needs numbers as file names that run on within a scene, found 0000, 0001, 0010, ..., most of "
+        "them alone; use split 'random' or 'official'"
+    )
+    for fold in (5, -1):
+        with pytest.raises(ValueError, match=f"fold: found {fold}, expected one of 0, 1, 2, 3, 4"):
+            split_names(ROOMS, "blocks", fold=fold)
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "left"), [("blocks", 4, "4 images to train and 0"), ("random", 1, "0 images to train and 1")]
+)
+def test_splits_that_leave_a_part_empty(split, count, left):
+    with pytest.raises(ValueError) as error:
+        select_part(source(numbered(*range(count)), "blocks"), "train", split, 4)
+    assert str(error.value) == (
+        f"split: {split!r} leaves {left} to validate out of {count}; raise limit, or use split 'random' "
+        "(2 images or more) or 'official'"
+    )
+    assert list(select_part(source(numbered(*range(count)), "blocks"), "valid", "official", 4)) == []

@@ -1,0 +1,194 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import write_folder
+from test_plots import SETS, draw, names_of, relabel
+
+from lib.classes import NYUV2_13
+from lib.data import iterate_samples
+from lib.evaluation import evaluate
+from lib.metrics import mean_iou
+from lib.model import ModelConfig, Prediction
+from lib.notebooks.error_analysis import (
+    CONFIDENCE_BINS,
+    DEPTH,
+    DISTANCE,
+    SEGMENT,
+    ErrorCounts,
+    boundary_distance,
+    calibration_error,
+    count_errors,
+    describe_errors,
+    name_bins,
+    pixel_strata,
+    plot_calibration,
+    plot_confusion,
+    plot_strata,
+    score_strata,
+    segment_shares,
+    strata_edges,
+)
+
+BED, FLOOR, OBJECTS, WALL = (NYUV2_13.index(name) for name in ("bed", "floor", "objects", "wall"))
+
+
+class Guess(torch.nn.Module):
+    """Names everything wall with 95 % but the left half, which it names floor with 60 %."""
+
+    def __init__(self, classes=NYUV2_13):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = ModelConfig(classes=classes)
+
+    def forward(self, inputs):
+        count, _, height, width = inputs.shape
+        classes = len(self.config.classes)
+        named, other = (WALL, FLOOR) if classes == 13 else (1, 0)
+        probability = torch.full((count, classes, height, width), 0.05 / (classes - 1))
+        probability[:, named] = 0.95
+        left = torch.full((classes,), 0.4 / (classes - 1))
+        left[other] = 0.6
+        probability[..., : width // 2] = left[:, None, None]
+        return Prediction(probability.log(), None)
+
+
+def made_up(images=24, count=13):
+    """Counts of a network that is right in most pixels and more sure than right."""
+    confusion = np.random.default_rng(0).integers(1, 20, (images, count, count))
+    confusion[:, range(count), range(count)] *= 3 * count
+    edges = strata_edges(10.0)
+    strata = {name: np.resize(confusion, (len(between) + 1, count, count)) for name, between in edges.items()}
+    calibration = np.zeros((count, CONFIDENCE_BINS, 3))
+    calibration[:, -1] = 100, 98, 75
+    names = np.array([f"{index:06d}" for index in range(images)])
+    return ErrorCounts(names_of(count), names, confusion, strata, calibration, edges)
+
+
+def test_boundary_runs_in_the_middle_of_a_sliver():
+    label = np.full((10, 100), WALL, np.uint8)
+    label[:, 50:] = FLOOR
+    distance = 100 * boundary_distance(label)
+    np.testing.assert_allclose(distance[5, [49, 50, 44, 55]], [0.5, 0.5, 5.5, 5.5], atol=0.3)
+    label[:, 47:53] = 255
+    np.testing.assert_allclose(100 * boundary_distance(label), distance, atol=0.3)
+    assert (boundary_distance(np.full((4, 4), WALL, np.uint8)) == 1).all()
+    assert (boundary_distance(np.full((4, 4), 255, np.uint8)) == 1).all()
+
+
+def test_segments_of_one_class_are_measured_apart():
+    label = np.full((10, 10), WALL, np.uint8)
+    label[0, :3] = label[9, :] = OBJECTS
+    shares = segment_shares(label)
+    assert (shares[0, 0], shares[9, 5], shares[5, 5]) == (0.03, 0.10, 0.87)
+    edges = strata_edges(10.0)
+    bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16), edges)
+    assert name_bins(SEGMENT, edges[SEGMENT])[bins[SEGMENT][0, 0]] == "3-10"
+    assert name_bins(DISTANCE, edges[DISTANCE])[bins[DISTANCE][5, 5]] == "over 16"
+    assert name_bins(DEPTH, edges[DEPTH])[bins[DEPTH][5, 5]] == "2-3"
+    assert set(bins) == set(edges)
+
+
+def test_bins_of_the_depth_follow_its_range(scenes):
+    assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == ["missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"]
+    near = Guess()
+    near.config = replace(near.config, depth_range_m=(0.1, 2.0))
+    samples = replace(scenes[:1], depth=np.full_like(scenes.depth[:1], 500))
+    errors = count_errors(near, samples)
+    shown = ["missing", "0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.2", "over 1.2"]
+    assert name_bins(DEPTH, errors.edges[DEPTH]) == shown
+    assert errors.strata[DEPTH].any((1, 2)).tolist() == [name == "0.4-0.6" for name in shown]
+    assert "0.4-0.6" in draw(plot_strata(errors))
+
+
+def test_one_pass_counts_what_evaluation_counts(scenes):
+    errors, evaluation = count_errors(Guess(), scenes, 5), evaluate(Guess(), scenes, 5)
+    np.testing.assert_array_equal(errors.confusion, evaluation.counts)
+    assert errors.names.tolist() == scenes.names.tolist()
+    for name, counts in errors.strata.items():
+        np.testing.assert_array_equal(counts.sum(0), evaluation.counts.sum(0), err_msg=name)
+    np.testing.assert_array_equal(errors.calibration[..., 0].sum(1), evaluation.counts.sum((0, 1)))
+    np.testing.assert_array_equal(errors.calibration[..., 2].sum(1), np.diagonal(evaluation.counts.sum(0)))
+    right = np.mean((scenes.label == WALL)[..., 64:][scenes.label[..., 64:] != 255])
+    assert calibration_error(errors.calibration[WALL]) == pytest.approx(abs(0.95 - right), abs=1e-5)
+    text = describe_errors(errors, "guess", "train")
+    assert f"mIoU {mean_iou(evaluation.counts):.3f}" in text
+    assert "nan" not in text
+
+
+def test_pieces_of_different_sizes(scenes):
+    small = scenes[:4].map(lambda array: array if array.ndim == 1 else array[:, ::2, ::2])
+
+    class Parts(list):
+        def __len__(self):
+            return 6
+
+    errors = count_errors(Guess(), Parts([small, scenes[4:6]]), 3)
+    expected = np.concatenate([evaluate(Guess(), part).counts for part in (small, scenes[4:6])])
+    np.testing.assert_array_equal(errors.confusion, expected)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_folder_of_another_class_set(tmp_path, scenes, count):
+    samples = relabel(scenes, count)
+    write_folder(tmp_path, samples)
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": list(samples.classes)}))
+    pieces = iterate_samples(tmp_path, "train", "official", batch_size=5)
+    errors = count_errors(Guess(samples.classes), pieces)
+    assert errors.classes == samples.classes
+    assert errors.confusion.shape == (12, count, count)
+    assert errors.confusion.sum() == (samples.label != 255).sum()
+    with pytest.raises(ValueError, match="classes: the network has 13"):
+        count_errors(Guess(), pieces)
+
+
+def test_errors_need_labels_and_images(scenes):
+    with pytest.raises(ValueError, match="part: these images have no labels"):
+        count_errors(Guess(), replace(scenes, label=None))
+    with pytest.raises(ValueError, match="part: found no image"):
+        count_errors(Guess(), scenes[:0])
+
+
+def test_perfect_confidence_has_no_error():
+    calibration = np.zeros((1, CONFIDENCE_BINS, 3))
+    calibration[0, 7] = 100, 50, 50  # says 0.5, is right in half
+    calibration[0, 14] = 100, 100, 80  # says 1, is right in 80 %
+    assert calibration_error(calibration) == pytest.approx(0.1)
+    assert np.isnan(calibration_error(np.zeros((CONFIDENCE_BINS, 3))))
+
+
+def test_the_most_frequent_error_is_named():
+    confusion = np.zeros((2, 13, 13), int)
+    confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
+    text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
+    assert "objects taken for wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%" in text
+    assert "The worst image is 000001, 0% right" in text
+    assert "over-confident by 23.0 points (ECE 0.230)" in text
+
+
+def test_a_stray_class_is_no_class_of_a_bin():
+    counts = np.zeros((2, 13, 13), int)
+    counts[0, WALL, WALL], counts[0, WALL, BED] = 9, 1
+    table = score_strata(counts)
+    assert table.iloc[0].tolist() == [1.0, 0.9, 0.9]
+    assert table.iloc[1].isna().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("count", SETS)
+def test_figures_have_room_for_any_class_set(count):
+    errors = made_up(count=count)
+    errors.confusion[:12, 1] = 0  # absent from half the images
+    texts = draw(plot_confusion(errors))
+    assert ("98" in texts or "97" in texts or any(text.isdigit() for text in texts)) == (count <= 20)
+    assert {"share of the pixels", "mIoU", "pixel accuracy"} <= set(draw(plot_strata(errors)))
+    assert "The network is over-confident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
+
+
+def test_without_depth_nothing_is_said_by_depth(scenes):
+    blind = Guess()
+    blind.config = replace(blind.config, inputs="rgb", depth_head=False)
+    errors = count_errors(blind, replace(scenes, depth=None))
+    assert not any("depth" in text for text in draw(plot_strata(errors)))
+    assert "depth" not in describe_errors(errors, "blind", "valid")

@@ -1,0 +1,101 @@
+import io
+import typing
+
+import numpy as np
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lib.notebooks.parameters import check_parameters
+from lib.notebooks.plots import small_png
+
+DECLARED = """epochs: int = 3
+limit: typing.Optional[int] = None
+rate: float = 0.1
+resume: bool = False
+name: str = "a"
+"""
+TEXT = "; papermill's -p reads 001 as a number, -r as text: `-r name 001`"
+CAPITAL = "; papermill knows True, False and None with a capital only"
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A function that runs cells in a fresh IPython and returns what check_parameters makes of them."""
+
+    def run(*cells):
+        shell = InteractiveShell()
+        shell.user_ns["typing"] = typing
+        monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: shell)
+        for cell in cells:
+            shell.run_cell(cell, store_history=True).raise_error()
+        return check_parameters()
+
+    return run
+
+
+def test_defaults(notebook):
+    assert notebook(DECLARED) == {"epochs": 3, "limit": None, "rate": 0.1, "resume": False, "name": "a"}
+
+
+def test_injected_values(notebook):
+    values = notebook(DECLARED, "# Parameters\nepochs = 5\nlimit = 20\nrate = 1\nresume = True\n")
+    assert values == {"epochs": 5, "limit": 20, "rate": 1, "resume": True, "name": "a"}
+
+
+def test_values_edited_by_hand(notebook):
+    assert notebook(DECLARED, DECLARED.replace("= 3", "= 7"), "other = 1")["epochs"] == 7
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epoch = 5", "epoch: no such parameter, did you mean epochs? there are: epochs, limit, rate, resume, name"),
+        ("xyzzy = 5", "xyzzy: no such parameter, there are: epochs, limit, rate, resume, name"),
+        ('rate = "1e-4"', "rate: found '1e-4', expected float; in YAML write 0.0001, because 1e-4 is read as text"),
+        ('resume = "false"', "resume: found 'false', expected bool" + CAPITAL),
+        ('limit = "none"', "limit: found 'none', expected int or None" + CAPITAL),
+        ("epochs = 3.0", "epochs: found 3.0, expected int"),
+        ("epochs = True", "epochs: found True, expected int"),
+        ("rate = True", "rate: found True, expected float"),
+        ("name = None", "name: found None, expected str"),
+        ("name = 1", "name: found 1, expected str" + TEXT),  # of `-p name 001`
+    ],
+)  # fmt: skip
+def test_mistakes(notebook, assignment, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        notebook(DECLARED, f"# Parameters\n{assignment}\n")
+    assert str(error.value) == message
+
+
+def test_all_mistakes_at_once(notebook):
+    with pytest.raises(ValueError, match=r"^epoch: no such(.|\n)*\nrate: found 'x'"):
+        notebook(DECLARED, '# Parameters\nepoch = 5\nrate = "x"\n')
+
+
+def test_outside_a_notebook(monkeypatch):
+    monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: None)
+    assert check_parameters() == {}
+
+
+def test_small_pngs_keep_rare_colours():
+    """A gradient of many colours and one red pixel in ten thousand."""
+    picture = np.linspace(0, 1, 10_000).reshape(100, 100, 1) * np.ones(3) * (0.3, 0.5, 0.9)
+    picture[50, 50] = (1, 0, 0)
+    figure = Figure(figsize=(1, 1), dpi=100)
+    figure.figimage(picture)
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png", bbox_inches="tight")
+    reduced = small_png(figure)
+    assert len(reduced) < len(plain.getvalue())
+    colours = np.asarray(Image.open(io.BytesIO(reduced)).convert("RGB")).astype(int).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) <= 256
+    assert np.abs(colours - (255, 0, 0)).sum(1).min() < 60
+
+
+def test_the_page_of_a_small_png_is_white():
+    """Pale cells beside the page are nearly white, and an octree takes the mean of both."""
+    figure = Figure(figsize=(3, 3), dpi=100)
+    figure.subplots().imshow(np.linspace(0, 1, 4096).reshape(64, 64), cmap="Blues")
+    assert Image.open(io.BytesIO(small_png(figure))).convert("RGB").getpixel((0, 0)) == (255, 255, 255)

@@ -1,0 +1,419 @@
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import psutil
+import pytest
+import torch
+from conftest import history
+from slim_runs import slim_run
+
+from lib.files import write_json
+from lib.notebooks import sweep
+from lib.notebooks.conclusions import judge
+from lib.notebooks.sweep import execute_run, executed_notebook, plan_runs, progress_table, scored_folders
+from lib.runs import open_run, read_history, read_parameters, run_state, write_history
+from lib.runs.report import write_report
+from lib.runs.results import group_recipes, read_runs
+
+TINY = {"limit": 24, "image_height": 32, "image_width": 48, "epochs": 2, "encoder": "tu-test_resnet.r160_in1k"}
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """The folder of runs."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    (tmp_path / "runs" / "notebooks").mkdir(parents=True)
+    return tmp_path / "runs"
+
+
+def names(*arguments):
+    return list(plan_runs(*arguments))
+
+
+def test_a_plan_holds_every_combination_and_seed():
+    planned = plan_runs("nyuv2_small", {"data": "/nyu"}, {"epochs": [1, 2], "inputs": ["rgb", "rgbd"]}, [1, 2])
+    assert len(planned) == 8
+    first = next(iter(planned.values()))
+    expected = {
+        "run_name": next(iter(planned)),
+        "data": "/nyu",
+        "epochs": 1,
+        "inputs": "rgb",
+        "seed": 1,
+        "resume": False,
+    }
+    assert first.items() >= expected.items()
+    assert first["batch_size"] == 16  # the experiment's
+    assert first["precision"] == "auto"  # the notebook's default
+    assert [parameters["seed"] for parameters in planned.values()] == [1] * 4 + [2] * 4
+    assert re.fullmatch(r"nyuv2_small-epochs=1-inputs=rgb-seed=1-[0-9a-f]{6}", first["run_name"])
+
+
+def test_a_name_depends_on_the_parameters_alone():
+    one, two = names(None, {}, {"soft_iou_weight": [1, 2]}, [5])
+    assert names(None, {}, {"soft_iou_weight": [2, 1]}, [4, 5])[2:] == [two, one]
+    assert names(None, {"epochs": 12, "workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [one]
+    assert names(None, {"epochs": 13}, {"soft_iou_weight": [1]}, [5]) != [one]
+    assert names(None, {}, {"soft_iou_weight": [1.0]}, [5])[0][-6:] == one[-6:]
+    assert len(set(names(None, {}, {"fold": [0, 1, 2, 3, 4]}, [5]))) == 5
+
+
+def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypatch):
+    for folder, content in (("here", 1), ("there", 1), ("other", 2)):
+        (tmp_path / folder).mkdir()
+        torch.save({"weight": torch.full((2,), content)}, tmp_path / folder / "encoder.pth")
+
+    def planned(folder, grid):
+        places = {"data": str(tmp_path / folder / "nyu"), "encoder_weights": str(tmp_path / folder / "encoder.pth")}
+        if grid:
+            return names(None, {}, {name: [place] for name, place in places.items()}, [1])
+        return names(None, places, {}, [1])
+
+    for grid in (False, True):
+        assert planned("here", grid) == planned("there", grid) != planned("other", grid)
+    assert planned("here", True)[0].startswith("sweep-data=nyu-encoder_weights=encoder.pth-seed=1-")
+    monkeypatch.chdir(tmp_path)
+    (relative,) = plan_runs(None, {"data": "here/nyu", "encoder_weights": "here/encoder.pth"}, {}, [1]).values()
+    assert relative["data"] == str(tmp_path / "here" / "nyu")  # workers have another working directory
+    assert relative["encoder_weights"] == str(tmp_path / "here" / "encoder.pth")
+    (relative,) = plan_runs(None, {}, {"data": ["here/nyu"], "encoder_weights": ["imagenet"]}, [1]).values()
+    assert relative["data"] == str(tmp_path / "here" / "nyu")
+    assert relative["encoder_weights"] == "imagenet"
+
+
+def test_two_data_sets_of_one_name_are_not_taken_for_one():
+    with pytest.raises(
+        ValueError, match="data: found /a/nyu and /b/nyu, which make runs of one name; rename one folder"
+    ):
+        plan_runs(None, {}, {"data": ["/a/nyu", "/b/nyu"]}, [1])
+
+
+def test_without_soft_iou_its_pooling_makes_no_second_run():
+    planned = plan_runs(None, {}, {"soft_iou_weight": [0, 0.5], "soft_iou_pooling": ["exp061", "batch"]}, [1])
+    assert sorted((run["soft_iou_weight"], run["soft_iou_pooling"]) for run in planned.values()) == [
+        (0, "batch"), (0.5, "batch"), (0.5, "exp061"),
+    ]  # fmt: skip
+
+
+LISTS = "expected lists of one value or more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (None, {}, {"soft_iou_wieght": [1]}, [1]),
+            "fixed, grid: found 'soft_iou_wieght', expected one of data, classes, ",
+        ),
+        ((None, {"seed": 3}, {}, [1]), "fixed, grid: found 'seed', expected one of "),
+        (("nyu", {}, {}, [1]), "experiment: found 'nyu', expected one of exp050, "),
+        ((None, {}, {"epochs": 3}, [1]), f"grid, seeds: found {{'epochs': 3}} and [1], {LISTS}"),
+        ((None, {}, {"epochs": []}, [1]), f"grid, seeds: found {{'epochs': []}} and [1], {LISTS}"),
+        ((None, {}, {}, []), f"grid, seeds: found {{}} and [], {LISTS}"),
+    ],
+)
+def test_mistakes_in_a_plan(arguments, message):
+    with pytest.raises(ValueError) as error:
+        plan_runs(*arguments)
+    assert str(error.value).startswith(message)
+
+
+@pytest.fixture
+def executed(runs, monkeypatch):
+    """What was executed; training and scoring take no time here."""
+    calls = []
+
+    def execute(notebook, output, parameters, **options):
+        assert Path(output) == executed_notebook(parameters["run_name"])
+        calls.append((Path(notebook).name, parameters["resume"]))
+        with open_run(parameters, parameters["resume"]) as run:
+            write_history(run, history(parameters["epochs"]))
+            write_report(run)
+
+    def score(run, part, pieces, tta, device):
+        calls.append(("score", part, pieces.data, len(pieces), device))
+        slim = slim_run(run.parent / "aside", run.name, part=part)
+        shutil.copytree(slim / "evaluation", run / "evaluation", dirs_exist_ok=True)
+        (run / "evaluation" / part).mkdir()
+        for large in ("best.pt", "last.pt", "report.md", f"evaluation/{part}/000000.png"):
+            (run / large).write_bytes(b"large")
+        shutil.rmtree(slim)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(sweep, "score_run", score)
+    return calls
+
+
+def test_what_is_done_is_not_done_again(executed, runs):
+    ((name, parameters),) = plan_runs(None, TINY | {"device": "cpu"}, {}, [1]).items()
+    trained, scored = ("train.ipynb", False), ("score", "test", "synthetic", 100, "cpu")
+    execute_run(parameters, "test")
+    assert executed == [trained, scored]  # and no evaluate.ipynb
+    execute_run(parameters, "test")
+    assert len(executed) == 2
+    shutil.rmtree(runs / name / "evaluation")
+    execute_run(parameters, "test")
+    assert executed[2:] == [scored]
+    execute_run(parameters, "valid")
+    assert executed[3:] == [("score", "valid", "synthetic", 4, "cpu")]
+    write_history(runs / name, history(1))  # as an interrupted run has it
+    shutil.rmtree(runs / name / "evaluation")
+    execute_run(parameters, "test")
+    assert executed[4:] == [("train.ipynb", True), scored]
+
+
+def test_scoring_finds_the_data_where_they_lie_now(executed, runs, folder, tmp_path):
+    ((name, parameters),) = plan_runs(None, TINY | {"data": str(folder), "limit": None}, {}, [1]).items()
+    execute_run(parameters, "test")
+    shutil.rmtree(runs / name / "evaluation")
+    moved = shutil.move(folder / "test", tmp_path / "moved" / folder.name / "test")
+    execute_run(parameters | {"data": str(Path(moved).parent)}, "test")
+    assert executed[-1][:4] == ("score", "test", str(Path(moved).parent), 3)
+
+
+def test_a_run_that_another_process_has_is_waited_for(executed, runs, monkeypatch):
+    (parameters,) = plan_runs(None, TINY, {}, [1]).values()
+    monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.1)
+    with open_run(parameters), pytest.raises(RuntimeError, match="is being trained by another process"):
+        execute_run(parameters, "test")
+    assert executed == []
+
+
+def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, tmp_path):
+    ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
+    execute_run(parameters, "test", tmp_path / "results")
+    slim = tmp_path / "results" / name
+    assert {str(path.relative_to(slim)) for path in slim.rglob("*") if path.is_file()} == {
+        "parameters.json", "history.csv", "evaluation/test.json", "evaluation/test.npz",
+    }  # fmt: skip
+    (read,) = read_runs(str(slim), "test")
+    assert read.parameters["seed"] == 1
+    assert read.score == read_runs(name, "test")[0].score
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Every run that a sweep starts is noted and ends at once, unless it is to fail."""
+    started = []
+
+    class Task:
+        def options(self, **resources):
+            started.append(resources)
+            return self
+
+        def remote(self, root, settings, parameters, part, kept):
+            started[0] |= settings
+            started.append(parameters["run_name"])
+            execute_run(parameters, part, kept)
+            return parameters["run_name"]
+
+    monkeypatch.setattr(sweep, "_connected", contextlib.nullcontext)
+    monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
+    monkeypatch.setattr(sweep, "_remote_task", Task)
+    monkeypatch.setattr(sweep, "_error", lambda reference: None)
+    monkeypatch.setattr(sweep.ray, "wait", lambda references, **options: (references, []))
+    return started
+
+
+def test_a_run_in_the_results_counts_as_done(executed, no_ray, runs, tmp_path):
+    planned = plan_runs(None, TINY, {}, [1, 2])
+    first, second = planned
+    execute_run(planned[first], "test", tmp_path / "results")
+    shutil.rmtree(runs / first)  # as in a fresh clone
+    *_, table = sweep.sweep(planned, "test", results=str(tmp_path / "results"))
+    assert no_ray[1:] == [second]
+    assert table.state.tolist() == ["done", "done"]
+    assert table.epochs.tolist() == ["2 of 2", "2 of 2"]
+    assert table.valid_miou.notna().all()
+    assert (
+        scored_folders([first, second], str(tmp_path / "results")) == f"{tmp_path / 'results' / first},{runs / second}"
+    )
+    assert (tmp_path / "results" / second / "evaluation" / "test.npz").exists()
+    *_, table = sweep.sweep(planned, "test", results=str(tmp_path / "results"))
+    assert no_ray[3:] == []
+    *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))  # another part is not done
+    assert no_ray[4:] == [first, second]
+
+
+def test_what_was_done_before_results_were_asked_for_is_left_there_too(executed, no_ray, runs, tmp_path):
+    planned = plan_runs(None, TINY, {}, [1])
+    (name,) = planned
+    execute_run(planned[name], "test")
+    list(sweep.sweep(planned, "test", results=str(tmp_path / "results")))
+    assert no_ray[1:] == []
+    assert (tmp_path / "results" / name / "evaluation" / "test.npz").exists()
+
+
+def test_a_run_is_read_where_it_is_finished(executed, runs, tmp_path):
+    planned = plan_runs(None, TINY, {}, [1])
+    (name,) = planned
+    execute_run(planned[name], "test", tmp_path / "results")
+    shutil.rmtree(runs / name / "evaluation")
+    assert scored_folders([name], str(tmp_path / "results")) == str(tmp_path / "results" / name)
+
+
+def test_a_default_that_changed_is_noticed(executed, no_ray, runs, tmp_path):
+    ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
+    execute_run(parameters, "test")
+    saved = read_parameters(runs / name)
+    write_json({key: value for key, value in saved.items() if key != "lovasz_weight"}, runs / name / "parameters.json")
+    *_, table = sweep.sweep({name: parameters | {"data": "/elsewhere", "workers": 3}}, "test")
+    assert table.state.tolist() == ["done"]  # a parameter that came later, and what does not matter
+    with pytest.raises(
+        ValueError, match=f"{name}: found another schedule than its name says, so a default has changed"
+    ):
+        next(sweep.sweep({name: parameters | {"schedule": "cosine"}}, "test"))
+
+
+def test_the_table_tells_the_state_of_each_run(runs):
+    planned = plan_runs(None, TINY, {}, [1, 2, 3])
+    _, running, failed = planned
+    executed_notebook(running).touch()
+    with open_run(planned[running]) as run:
+        write_history(run, [row | {"seconds": 60.0} for row in history(1)])
+    table = progress_table(planned, "test", {failed: "ValueError: no"})
+    assert table.state.tolist() == ["waiting", "running", "failed"]
+    assert table.epochs.tolist() == ["0 of 2", "1 of 2", "0 of 2"]
+    assert table.minutes_left[running] == 1
+    assert table.valid_miou[running] == 0.1
+    assert table.error[failed] == "ValueError: no"
+
+
+def test_places_and_shares_that_are_not_there(runs, monkeypatch):
+    with pytest.raises(ValueError, match="where: found '127.0.0.1:1', where no Ray cluster answers"):
+        next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
+    with pytest.raises(ValueError, match="part: found 'tset', expected one of train, valid, test"):
+        next(sweep.sweep({}, "tset"))
+    monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
+    for cpus, gpus, message in (
+        (9, 0, "cpus_per_run: found 9"),
+        (0, 0, "cpus_per_run: found 0"),
+        (1, 1, "gpus_per_run: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep._check_share(cpus, gpus)
+    sweep._check_share(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "workers", "expected"),
+    [
+        ((8, 0), (None, None), 0, {"num_cpus": 1, "num_gpus": 0, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
+        ((8, 2), (None, None), 4, {"num_cpus": 5, "num_gpus": 1, "OMP_NUM_THREADS": "1"}),
+        ((2, 0), (None, 0), 4, {"num_cpus": 2, "num_gpus": 0, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
+        ((8, 2), (4, 0), 1, {"num_cpus": 4, "num_gpus": 0, "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}),
+        (
+            (8, 1), (2, 0.5), 0,
+            {"num_cpus": 2, "num_gpus": 0.5, "OMP_NUM_THREADS": "2", "PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.5"},
+        ),
+    ],
+)  # fmt: skip
+def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked, workers, expected):
+    """Without a GPU of its own a run sees none; of one that is shared it takes its part of the memory."""
+    monkeypatch.setattr(sweep, "_most", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
+    list(sweep.sweep(plan_runs(None, TINY | {"workers": workers}, {}, [1]), "test", "local", *asked))
+    assert no_ray[0] == expected | {"RUNS_DIR": str(runs)}
+
+
+def test_torch_knows_the_share_of_the_memory():
+    (setting,) = (value for name, value in sweep._environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF")
+    torch._C._accelerator_setAllocatorSettings(setting)
+    with pytest.raises(ValueError, match="per_process_memory_fraction is invalid"):
+        torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "7"))
+    torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "1.0"))
+
+
+def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):
+    """The whole way: Ray, papermill, train.ipynb, scoring; then what is left is compared without its weights."""
+    planned = plan_runs(None, TINY, {"encoder": [TINY["encoder"], "resnet81"]}, [1])
+    good, bad = planned
+    *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))
+    assert table.state.tolist() == ["done", "failed"]
+    assert "did you mean resnet18" in table.error[bad]
+    assert run_state(runs / good)[:3] == (2, 2, True)
+    assert run_state(runs / good).evaluated == ("valid",)
+    assert executed_notebook(good).exists()
+    assert executed_notebook(bad).exists()
+    assert [path.name for path in (runs / "notebooks").iterdir() if "evaluate" in path.name] == []
+    (read,) = read_runs(str(tmp_path / "results" / good), "valid")
+    assert len(read.names) == 4
+    assert not (tmp_path / "results" / bad).exists()
+    assert not list((tmp_path / "results").rglob("*.p*[gt]"))  # neither weights nor predictions
+
+
+def interrupt_when(process, condition):
+    while not condition():
+        assert process.poll() is None, "the sweep ended before it could be interrupted"
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
+    fixed = f"{{fixed: {json.dumps(TINY)}, "
+    command = [
+        sys.executable, "-m", "papermill", str(sweep.NOTEBOOKS / "sweep.ipynb"), str(runs / "sweep.out.ipynb"),
+        "-y", fixed + "grid: {soft_iou_weight: [0, 0.5, 1]}, seeds: [1, 2, 3, 4]}",
+    ]  # fmt: skip
+    finished = lambda: {path: path.stat().st_mtime_ns for path in runs.glob("*/evaluation/test.json")}  # noqa: E731
+    with subprocess.Popen(command, cwd=sweep.NOTEBOOKS, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        interrupt_when(process, lambda: len(finished()) >= 5)
+    time.sleep(5)  # what was left of it ends
+    before = finished()
+    assert 5 <= len(before) < 12
+    subprocess.run(command, cwd=sweep.NOTEBOOKS, check=True, capture_output=True)
+    after = finished()
+    assert len(after) == 12
+    assert before.items() <= after.items()
+
+
+def ray_workers():
+    """The processes of this sweep in which Ray runs a task; Ray names them so."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.cmdline()[:1] == ["ray::run_on_worker"]]
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatch):
+    epoch_count = 40  # a run shows its epochs every 30 seconds
+    fixed = TINY | {"limit": 64, "image_height": 96, "image_width": 128, "epochs": epoch_count, "augment": "crops"}
+    ((name, parameters),) = plan_runs(None, fixed, {}, [1]).items()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    execute_run(parameters | {"run_name": "alone"}, "valid")
+    killed, epochs = None, []
+    for table in sweep.sweep({name: parameters}, "valid"):
+        epochs.append(int(table.epochs[name].split()[0]))
+        if killed is None and epochs[-1] >= 3:
+            (worker,) = ray_workers()
+            worker.kill()
+            killed = epochs[-1]
+    assert 3 <= killed < epoch_count
+    assert table.state[name] == "done"
+    assert min(epochs[epochs.index(killed) :]) >= killed  # it went on and did not begin again
+    found, expected = (read_history(runs / run).drop(columns="seconds") for run in (name, "alone"))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_in_a_verdict_over_its_folds(runs):
+    fixed = TINY | {"limit": 80, "epochs": 1}
+    planned = plan_runs(None, fixed, {"fold": [0, 1, 2, 3, 4], "soft_iou_weight": [0, 0.5]}, [1, 2])
+    *_, table = sweep.sweep(planned, "valid")
+    assert table.state.tolist() == ["done"] * 20
+    recipes = group_recipes(read_runs(scored_folders(list(planned)), "valid"))
+    assert list(recipes) == ["soft_iou_weight 0", "soft_iou_weight 0.5"]
+    assert [len(members) for members in recipes.values()] == [2, 2]
+    assert len(recipes["soft_iou_weight 0"][0].names) == 80
+    (verdict,) = judge(recipes).values()
+    assert verdict.recipes.scene_count == 40

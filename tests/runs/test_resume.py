@@ -1,0 +1,271 @@
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import MOMENTS, PARAMETERS, fit_run, small_samples, train
+
+from lib import training
+from lib.files import CheckpointError
+from lib.model import load_model
+from lib.runs import checkpoints, read_parameters, run_state, runs_folder
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return small_samples()
+
+
+@pytest.fixture(scope="module")
+def whole(samples):
+    """The history of a run that nothing interrupts, and its last weights."""
+    history = train("whole", samples)
+    return history, last_weights("whole")
+
+
+def last_weights(name):
+    return torch.load(runs_folder() / name / "last.pt", weights_only=True)["model"]
+
+
+def interrupt(samples, name, monkeypatch, after_steps, **options):
+    """Stop a run after that many of its nine steps, three an epoch, as a user would."""
+    steps, real = iter(range(after_steps)), training.training_step
+
+    def step(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "training_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(name, samples, **options)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Everything is saved after each step and each epoch."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+
+
+# -1 saves after each step and epoch, 30 in the end of this run alone
+@pytest.mark.parametrize(("after_steps", "seconds"), [(0, 30), (4, 30), (2, -1), (3, -1), (4, -1), (8, -1)])
+def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, after_steps, seconds):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
+    interrupt(samples, "resumed", monkeypatch, after_steps)
+    assert (runs_folder() / "resumed" / "last.pt").exists() == (seconds == -1)
+    assert train("resumed", samples, resume=True, workers=0 if seconds == 30 else 2) == whole[0]
+    torch.testing.assert_close(last_weights("resumed"), whole[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"ema_decay": 0.9}, {"keep": "last"}])
+def test_resumes_with_other_options_too(samples, whole, monkeypatch, often, options):
+    expected = train("other", samples, **options)
+    assert (expected == whole[0]) == ("keep" in options)
+    interrupt(samples, "other", monkeypatch, 4, **options)
+    assert train("other", samples, resume=True, **options) == expected
+
+
+def test_the_report_and_the_evaluation_of_an_earlier_best_epoch_go(samples, whole, monkeypatch, often):
+    assert max(whole[0], key=lambda row: row["valid_miou"])["epoch"] > 1
+    interrupt(samples, "renewed", monkeypatch, 4)
+    run = runs_folder() / "renewed"
+    (run / "report.md").write_text("of one epoch")
+    (run / "evaluation").mkdir()
+    train("renewed", samples, resume=True)
+    assert "## Training progression" in (run / "report.md").read_text()
+    assert not (run / "evaluation").exists()
+
+
+def killed(names_writes_moments):
+    """Let runs kill themselves within their writes, each in a process of its own."""
+    arguments = [str(value) for case in names_writes_moments for value in case]
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "small_run.py"), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return {name: int(status) for name, status in map(str.split, result.stdout.splitlines())}
+
+
+# parameters; last.pt after each step and epoch, from the first epoch's end on after the history, and before these where
+# an epoch is the best its best.pt, counts and scores; the report
+FEWEST_WRITES = 1 + 3 + 9 * 2 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        pytest.param([(1, "half"), (6, "half"), (6, "after"), (9, "after")], id="some"),
+        pytest.param(
+            [(w, m) for w in range(1, 1 + FEWEST_WRITES + 2 * 3) for m in MOMENTS], id="all", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_killed_runs_equal_the_uninterrupted_one(samples, whole, writes):
+    cases = [(f"killed-{write}-{moment}", write, moment) for write, moment in writes]
+    for name, status in killed(cases).items():
+        run = runs_folder() / name
+        assert status == 9 or int(name.split("-")[1]) > FEWEST_WRITES
+        assert train(name, samples, resume=(run / "parameters.json").exists()) == whole[0], name
+        torch.testing.assert_close(last_weights(name), whole[1], rtol=0, atol=0)
+        assert load_model(run / "best.pt")
+        assert run_state(run).trained
+        assert not list(run.glob(".*unfinished")), name
+        shutil.rmtree(run)
+
+
+def test_a_finished_run_is_left_alone(samples, whole):
+    run = runs_folder() / "whole"
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+    assert train("whole", samples, resume=True) == whole[0]
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before
+
+
+def test_device_and_precision_may_be_spelled_otherwise(samples, whole, monkeypatch, often):
+    """What they come to is what counts: another machine resolves `auto` for itself, another card has another number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    interrupt(samples, "spelled", monkeypatch, 4, device="auto", precision="auto")
+    assert train("spelled", samples, resume=True) == whole[0]
+    saved = read_parameters(runs_folder() / "spelled")
+    assert (saved["device"], saved["precision"]) == ("auto", "auto")
+
+
+def test_what_is_written_of_a_run_that_had_computed_nothing_is_what_it_computes_with(samples, whole, monkeypatch):
+    interrupt(samples, "barely", monkeypatch, 2, precision="bf16")
+    assert train("barely", samples, resume=True) == whole[0]
+    assert read_parameters(runs_folder() / "barely")["precision"] == "fp32"
+
+
+def test_the_generator_of_the_own_gpu_alone_is_kept(tmp_path, monkeypatch):
+    """It moves to another card; files of earlier versions have the states of all GPUs of their machine."""
+    touched, path, made_of = [], tmp_path / "run" / "last.pt", {"computed": "cuda in bf16", "data": {}}
+    path.parent.mkdir()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: touched.append(("get", gpu)) or torch.ones(16).byte())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: touched.append(("set", gpu, int(state[0]))))
+    progress = {"history": [], "losses": [], "row": {}} | made_of
+    checkpoints.save_progress(path, {}, progress, torch.device("cuda", 1))
+    checkpoints.restore_progress(path, {}, made_of, torch.device("cuda", 0))
+    assert touched == [("get", torch.device("cuda", 1)), ("set", torch.device("cuda", 0), 1)]
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"rng": [saved["rng"][0], torch.ones(16).byte(), torch.zeros(16).byte()]}, path)
+    checkpoints.restore_progress(path, {}, made_of, torch.device("cuda", 0))
+    assert touched[2:] == [("set", torch.device("cuda", 0), 1)]
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore_progress(path, {}, made_of | {"computed": "cpu in fp32"}, torch.device("cpu"))
+    assert str(error.value) == (
+        "resume: 'run' was trained on cuda in bf16, and here it would go on on cpu in fp32; pass the device and the "
+        "precision that it was trained with, on a machine that has them, or start another run_name with resume False"
+    )
+
+
+def test_another_precision_is_refused(samples, whole):
+    """What `auto` means on another machine: the parameters are the same."""
+    with pytest.raises(
+        ValueError,
+        match="resume: 'whole' was trained on cpu in fp32, and here it would go on on cpu in bf16; pass the device and",
+    ):
+        fit_run(runs_folder() / "whole", PARAMETERS | {"precision": "bf16"}, samples[:13], samples[13:])
+
+
+def changed(array, position):
+    array = array.copy()
+    array[position, 9, 9] ^= 1
+    return array
+
+
+CHANGES = {
+    "image": (lambda s: replace(s, image=changed(s.image, 3)), 3, "is not the same"),
+    "depth": (lambda s: replace(s, depth=changed(s.depth, 4)), 4, "is not the same"),
+    "label": (lambda s: replace(s, label=changed(s.label, 15)), 15, "is not the same"),
+    "missing": (lambda s: s[np.delete(np.arange(16), 2)], 2, "is missing now"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changed_data_are_refused_and_the_first_image_is_named(samples, whole, case):
+    change, position, how = CHANGES[case]
+    run = runs_folder() / "whole"
+    before = (run / "last.pt").read_bytes()
+    name = f"{'valid' if case == 'label' else 'train'}/{samples.names[position]}"
+    with pytest.raises(ValueError) as error:
+        train("whole", change(samples), resume=True)
+    assert str(error.value) == (
+        f"resume: the data of 'whole' changed since it was started: 1 images, the first is '{name}', "
+        f"which {how}; put the data back, or start another run_name with resume False"
+    )
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_new_data_are_refused(samples, monkeypatch, often):
+    interrupt(samples[1:], "grown", monkeypatch, 4)
+    with pytest.raises(
+        ValueError, match=f"1 images, the first is 'train/{samples.names[0]}', which is new; put the data back"
+    ):
+        train("grown", samples, resume=True)
+
+
+def test_an_image_that_moved_to_the_other_part_is_refused(samples, whole):
+    """As when the list of the images that validate is edited: the images are the same, the parts are not."""
+    with pytest.raises(ValueError, match=f"2 images, the first is 'train/{samples.names[12]}', which is missing now"):
+        train("whole", samples, resume=True, held_out=4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "older layout"])
+def test_unusable_last_checkpoint(samples, whole, monkeypatch, often, damage):
+    interrupt(samples, "unusable", monkeypatch, 0)
+    path = runs_folder() / "unusable" / "last.pt"
+    if damage == "cut":
+        path.write_bytes((runs_folder() / "whole" / "last.pt").read_bytes()[:-1000])
+    else:
+        torch.save({"epoch": 3, "model": {}}, path)
+    problem = "can't be read" if damage == "cut" else "found epoch, model, expected model, optimizer, scheduler, rng"
+    with pytest.raises(CheckpointError, match=f"unusable/last.pt: {problem}.* train again with resume False"):
+        train("unusable", samples, resume=True)
+
+
+def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(samples, whole, monkeypatch, often):
+    """No file may become as large as last.pt from the second epoch on: torch meets a real error of the system."""
+    run, real = runs_folder() / "full", training.save_progress
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saves = iter(range(1, 99))
+
+    def save(path, *arguments):
+        if next(saves) == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, unlimited[1]))
+        real(path, *arguments)
+
+    monkeypatch.setattr(training, "save_progress", save)
+    try:
+        with pytest.raises(
+            OSError, match=r"full/last.pt: could not be written .*an earlier file of that name is intact"
+        ):
+            train("full", samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert len(torch.load(run / "last.pt", weights_only=True)["progress"]["history"]) == 1
+    assert not list(run.glob(".*unfinished"))
+    assert train("full", samples, resume=True) == whole[0]
+
+
+def test_a_disk_that_fills_up_while_the_best_weights_are_written(samples, whole, monkeypatch, often):
+    sync, syncs = os.fsync, iter(range(1, 99))
+
+    def fail(file):
+        if next(syncs) == 16:  # best.pt of the second epoch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=r"full/best.pt: could not be written \(.*No space left on device\)"):
+            train("full", samples)
+    assert train("full", samples, resume=True) == whole[0]

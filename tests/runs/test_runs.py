@@ -1,0 +1,411 @@
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import counts, evaluation, history
+from filelock import FileLock
+
+from lib.classes import NYUV2_13
+from lib.data import load_samples
+from lib.runs import (
+    RunState,
+    find_run,
+    hold_run,
+    open_run,
+    read_counts,
+    read_scores,
+    run_state,
+    runs_folder,
+    write_history,
+    write_scores,
+)
+from lib.runs.report import summarise, write_report
+from lib.runs.results import recipe
+from lib.runs.scoring import write_evaluation
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """An empty folder of runs."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_runs_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    assert runs_folder() == tmp_path
+    monkeypatch.setenv("RUNS_DIR", "~/runs")
+    assert runs_folder() == Path.home() / "runs"
+    monkeypatch.delenv("RUNS_DIR")
+    assert runs_folder() == Path(__file__).parents[2] / "runs"
+
+
+def test_older_runs_of_the_name_are_kept(runs):
+    for seed in range(3):
+        with open_run({"run_name": "trial", "seed": seed, "resume": False}) as run:
+            assert run == runs / "trial"
+            saved = json.loads((run / "parameters.json").read_text())
+            assert saved.pop("commit")  # of the code
+            assert saved == {"run_name": "trial", "seed": seed}
+    older = sorted((runs / "older").iterdir())
+    assert all(path.name.startswith("trial.20") for path in older)
+    assert sorted(json.loads((path / "parameters.json").read_text())["seed"] for path in older) == [0, 1]
+    assert {path.name for path in runs.iterdir()} == {"trial", "older", ".trial.lock"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../up", "a/b", "/a", "a\\b", ".hidden", ".", "..", "a:b", "a*", "a?", "older", "notebooks", 'a"', "a|b"],
+)
+def test_names_that_are_no_folder(runs, name):
+    with (
+        pytest.raises(ValueError, match="run_name: found .* expected a plain folder name such as 'exp061'"),
+        open_run({"run_name": name}),
+    ):
+        pytest.fail("opened")
+    assert not list(runs.iterdir())
+
+
+@pytest.mark.parametrize("name", ["exp061", "exp061-seed 2", "a.b", "größer", "older2", "n=3"])
+def test_names_that_are_one(runs, name):
+    with open_run({"run_name": name}) as run:
+        assert run.name == name
+    assert run_state(run) == RunState(0, 0, False, ())
+
+
+def test_one_process_has_a_run(runs):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lib.runs import open_run\nwith open_run({'run_name': 'taken'}): pass"
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
+    with open_run({"run_name": "taken", "seed": 7}) as run:
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert second.stderr.splitlines()[-1] == (
+            "RuntimeError: run_name: 'taken' is being trained by another process; wait for it, or choose another run_name"
+        )
+        assert '"seed": 7' in (run / "parameters.json").read_text()
+    assert not (runs / "older").exists()
+    with open_run({"run_name": "taken"}):  # it was let go, also
+        pass
+    with pytest.raises(KeyboardInterrupt), open_run({"run_name": "taken"}):
+        raise KeyboardInterrupt
+    with open_run({"run_name": "taken"}):  # after an error
+        pass
+
+
+def test_a_run_is_waited_for(tmp_path):
+    lock = FileLock(tmp_path / ".taken.lock")
+    with (
+        lock,
+        pytest.raises(RuntimeError, match="run_name: 'taken' is being trained by another process"),
+        hold_run(tmp_path / "taken", wait_seconds=0.1),
+    ):
+        pytest.fail("held")
+    with hold_run(tmp_path / "taken"), pytest.raises(RuntimeError), hold_run(tmp_path / "taken"):
+        pytest.fail("held twice")
+    with lock.acquire(timeout=0):  # and it was let go
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
+    """As network disks answer: a number without a path."""
+
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RuntimeError) as error, open_run({"run_name": "remote"}):
+        pytest.fail("opened")
+    assert str(error.value) == (
+        f"RUNS_DIR: no file in {runs} can be locked ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
+        "folder of a local disk"
+    )
+
+
+def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
+    with pytest.raises(RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"):
+        open_run({"run_name": "a"}).__enter__()
+
+
+STARTED = {"run_name": "one", "epochs": 3, "learning_rate": 0.001, "seed": 0, "workers": 0, "save_figures": False}
+
+
+@pytest.fixture
+def begun(runs):
+    with open_run(STARTED | {"resume": False}) as run:
+        (run / "last.pt").touch()  # something was computed
+        return run
+
+
+@pytest.mark.parametrize("changed", [{}, {"resume": True}, {"workers": 2, "save_figures": True}])
+def test_a_run_is_resumed_with_its_own_parameters(begun, changed):
+    before = (begun / "parameters.json").read_bytes()
+    with open_run(STARTED | changed, resume=True) as run:
+        assert run == begun
+    assert (begun / "parameters.json").read_bytes() == before
+    assert not (begun.parent / "older").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"learning_rate": 0.01, "seed": 7},
+            "resume: 'one' was started with learning_rate = 0.001 (found 0.01), seed = 0 (found 7); resume it with "
+            "its own parameters, or start another run_name with resume False",
+        ),
+        (
+            {"epochs": 5},
+            "resume: 'one' was started with epochs = 3 (found 5); resume it with its own parameters, or start another "
+            "run_name with resume False; epochs can't change because the schedule has spread the learning rate over "
+            "them from the start",
+        ),
+        (
+            {"novelty": 1},
+            "resume: 'one' was started with novelty = 'unknown' (found 1); resume it with its own parameters, or "
+            "start another run_name with resume False",
+        ),
+    ],
+)
+def test_other_parameters_are_refused_and_named(begun, changed, message):
+    with pytest.raises(ValueError) as error, open_run(STARTED | changed, resume=True):
+        pytest.fail("opened")
+    assert str(error.value) == message
+
+
+def test_nothing_to_resume(begun):
+    with (
+        pytest.raises(ValueError) as error,
+        open_run(STARTED | {"run_name": "two"}, resume=True),
+    ):
+        pytest.fail("opened")
+    assert str(error.value) == (f"resume: no run 'two' in {begun.parent}, there are: one; start it with resume False")
+    (begun / "parameters.json").write_text('{"epochs": ')
+    with (
+        pytest.raises(ValueError, match=r"one/parameters.json: can't be read .* it is no complete run"),
+        open_run(STARTED, resume=True),
+    ):
+        pytest.fail("opened")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("edited", "message"),
+    [
+        (
+            {"limit": 9},
+            "limit: is 9 now, but the samples were loaded with 6; run the cell that loads the data again, and then this one",
+        ),
+        ({"data": "/nyu"}, "data: is '/nyu' now, but the samples were loaded with 'synthetic'; run"),
+        ({"split": "blocks"}, "split: is 'blocks' now, but the samples were loaded with 'random'; run"),
+        ({"fold": 1}, "fold: is 1 now, but the samples were loaded with 2; run"),
+        ({"classes": "nyuv2_40"}, "classes: is 'nyuv2_40' now, but the samples were loaded with None; run"),
+        ({"image_width": 64}, "image_width: is 64 now, but the samples were loaded with 32; run"),
+    ],
+)
+def test_samples_of_other_parameters_are_refused(begun, edited, message, resume):
+    """A data parameter was edited, and the cell that loads the data did not run again."""
+    of_data = {
+        "data": "synthetic",
+        "split": "random",
+        "limit": 6,
+        "classes": None,
+        "fold": 2,
+        "image_height": 24,
+        "image_width": 32,
+    }
+    parts = [load_samples("synthetic", part, "random", (24, 32), 6, fold=2) for part in ("train", "valid")]
+    with open_run(STARTED | of_data | {"run_name": "good"}, samples=parts):
+        pass
+    before = (begun / "parameters.json").read_bytes()
+    for samples in (parts, parts[1:]):
+        with (
+            pytest.raises(ValueError, match=message.replace("(", r"\(")),
+            open_run(STARTED | of_data | edited, resume, samples),
+        ):
+            pytest.fail("opened")
+    assert (begun / "parameters.json").read_bytes() == before
+    assert not (begun.parent / "older").exists()
+
+
+def test_samples_made_by_hand_fit_any_parameters(runs, scenes):
+    with open_run(STARTED | {"data": "elsewhere", "limit": 3}, samples=[replace(scenes, made_with=None)]) as run:
+        assert run.exists()
+
+
+def test_what_there_is_of_a_run(trained, tmp_path):
+    assert run_state(tmp_path / "nowhere") == RunState(0, 0, False, ())
+    run = trained("a", evaluated=False, epochs=5)
+    assert run_state(run) == RunState(5, 3, False, ())
+    assert run_state(run).describe() == "resumes, 3 of 5 epochs are there"
+    run = trained("a", evaluated=False, epochs=3)
+    assert not run_state(run).trained  # no report yet
+    write_report(run)
+    assert run_state(run) == RunState(3, 3, True, ())
+    assert run_state(run).describe() == "is finished, all 3 epochs are there; nothing changes"
+    assert run_state(trained("b", epochs=3)) == RunState(3, 3, True, ("test",))
+    (run / "history.csv").unlink()
+    assert run_state(run) == RunState(3, 0, False, ())
+    assert run_state(run).describe() == "starts from the beginning"
+
+
+def test_a_recipe_is_what_matters_for_the_result():
+    parameters = STARTED | {"soft_iou_weight": 0.5, "soft_iou_pooling": "batch", "start_from": None}
+    same = [
+        {"seed": 5},
+        {"run_name": "two"},
+        {"workers": 4},
+        {"device": "cuda"},
+        {"resume": True},
+        {"save_figures": True},
+    ]
+    assert {recipe(parameters | change) for change in same} == {recipe(parameters)}  # hashable, too
+    assert recipe(parameters | {"epochs": 3.0}) == recipe(parameters)  # JSON may tell 3 from 3.0, a recipe does not
+    other = [
+        {"epochs": 4},
+        {"learning_rate": 1e-4},
+        {"soft_iou_pooling": "image"},
+        {"start_from": "one"},
+        {"soft_iou_weight": 0},
+    ]
+    assert len({recipe(parameters | change) for change in [{}, *other]}) == 1 + len(other)
+    without = [
+        parameters | {"soft_iou_weight": weight, "soft_iou_pooling": form}
+        for weight in (0, 0.0)
+        for form in ("batch", "image")
+    ]
+    assert len({recipe(each) for each in without}) == 1  # without the term, its form is no difference
+    assert recipe({"resume": True, "flag": True}) != recipe({"flag": 1})
+
+
+def test_report(tmp_path):
+    rows = history(12)
+    write_history(tmp_path, rows)
+    (tmp_path / "parameters.json").write_text('{"encoder": "resnet18"}')
+    write_scores(tmp_path, rows[6], evaluation(counts()))
+    report = write_report(tmp_path).read_text()
+    assert report.startswith(f"# {tmp_path.name}\n")
+    for cells in (
+        ["encoder", "resnet18"], ["best epoch", "7"], ["mIoU", "0.9583 over 12 of 13 classes"],
+        ["pixel accuracy", "0.9730"], ["loss", "0.4286"], ["bed", "0.750"],
+    ):  # bed and books at 0.75, ten at 1  # fmt: skip
+        assert cells in table_rows(report)
+    assert ["window", "-"] in table_rows(report)
+    progression = table_rows(report[report.index("## Training progression") : report.index("## Per-class")])[2:]
+    assert [row[0] for row in progression] == ["1", "5", "**7**", "10", "12"]
+    strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert (strict["class_iou"]["floor"], strict["class_iou"]["window"]) == (1, None)
+    assert "Learned best: ceiling (1.00)" in summarise(tmp_path)
+    assert "bed (0.75)" in summarise(tmp_path).split("Learned least")[1]
+
+
+def table_rows(report):
+    """The cells of every row of every table."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line.startswith("|")
+    ]
+
+
+def test_report_without_validation(tmp_path):
+    rows = [row | dict.fromkeys(("valid_loss", "valid_miou", "valid_pixel_acc"), np.nan) for row in history(2)]
+    write_history(tmp_path, rows)
+    (tmp_path / "parameters.json").write_text("{}")
+    write_scores(tmp_path, rows[1], None)
+    report = write_report(tmp_path).read_text()
+    assert "nothing validates in this split" in report
+    assert "2 (the last" in report
+    assert "Per-class" not in report
+    assert ["1", "2.0000", "-", "-", "-"] in table_rows(report)
+    assert "nan" not in report
+    assert read_scores(tmp_path)["valid_miou"] is None
+    assert not (tmp_path / "counts.npz").exists()
+    assert pd.read_csv(tmp_path / "history.csv").valid_miou.isna().all()
+
+
+def test_find_run(trained, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"run: found 'latest', trained runs in .*: none. Make one with `papermill train"
+    ):
+        find_run("latest")
+    first, second = trained("first"), trained("second")
+    assert find_run("latest") == second
+    assert find_run("first") == find_run(str(first)) == first
+    with pytest.raises(ValueError, match=r"run: found 'third', trained runs in .*: first, second. Make one with"):
+        find_run("third")
+    trained("second")  # the one before lies in older/ now and is no run to be found
+    assert find_run("latest") == second
+
+
+def test_evaluation_completes_the_report(trained):
+    run = trained("a", scene=("u", "v"))
+    report = (run / "report.md").read_text()
+    assert "## Evaluation on part test" in report
+    assert (
+        "2 images of synthetic, at their own size: mIoU 0.9583 over 12 classes (no interval: too few scenes, 2)."
+        in report
+    )
+    assert ["miou", "0.9583", "0.9583"] in table_rows(report)
+    assert "averaged" not in report
+    assert ["bed", "2", "0.108", "0.750", "-", "-", "0.750", "1.000"] in table_rows(report)
+    scores = json.loads((run / "evaluation" / "test.json").read_text(), parse_constant=pytest.fail)
+    assert scores["images"] == 2
+    assert scores["tta"] == "flip"
+    assert scores["data"] == "synthetic"
+    assert scores["plain"]["miou"] == scores["augmented"]["miou"] == pytest.approx(23 / 24)
+    assert scores["classes"]["window"]["IoU"] is None
+    assert scores["depth"]["rmse_m"] == 0.5
+    saved = read_counts(run / "evaluation" / "test.npz")
+    np.testing.assert_array_equal(saved.counts, counts())
+    assert list(saved.scene) == ["u", "v"]
+    assert list(saved.names) == ["a", "b"]
+    assert saved.classes == NYUV2_13
+
+
+def test_a_part_without_labels_is_evaluated_without_scores(trained):
+    run = trained("a", evaluated=False)
+    facts = {"data": "nyu", "images": 2, "labelled": False, "tta": "flip", "working_size": [2, 3]}
+    write_evaluation(run, "test", facts, {})
+    assert (
+        "2 images of nyu, at their own size, predicted with tta flip; their labels are held back."
+        in (run / "report.md").read_text()
+    )
+    assert run_state(run).evaluated == ("test",)
+    assert not (run / "evaluation" / "test.npz").exists()
+
+
+def test_counts_carry_their_classes(trained):
+    run = trained("a", matrices=np.ones((2, 3, 3), np.int64), classes=("x", "y", "z"))
+    assert read_counts(run / "evaluation" / "test.npz").classes == ("x", "y", "z")
+    assert "| z " in (run / "report.md").read_text()
+
+
+def test_counts_from_before_they_carried_their_classes(tmp_path):
+    with open(tmp_path / "older.npz", "wb") as file:
+        np.savez_compressed(file, names=np.array(["a", "b"]), counts=counts())
+    saved = read_counts(tmp_path / "older.npz")
+    assert saved.classes == NYUV2_13
+    assert saved.scene is None
+    np.testing.assert_array_equal(saved.counts, counts())
+
+
+def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
+    run = trained("a")
+    write_scores(run, history(2)[1], evaluation(counts()))
+    assert run_state(run).evaluated == ()
+    assert read_scores(run)["best_epoch"] == 2
+
+
+@pytest.mark.parametrize(("keep", "said"), [("best", "is the best"), ("last", "is the last"), (None, "is the best")])
+def test_summary_says_which_epoch_is_kept(trained, keep, said):
+    run = trained("a", **({} if keep is None else {"keep": keep}))
+    assert summarise(run).startswith(f"Epoch 3 of 3 {said}: validation **mIoU 0.958** over 12 classes")

@@ -1,0 +1,398 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from conftest import write_folder
+from PIL import Image
+from small_run import PARAMETERS, fit_run, small_samples, train
+
+from lib.classes import NYUV2_13
+from lib.data import DataError, iterate_samples, load_samples
+from lib.evaluation import evaluate
+from lib.files import write_json
+from lib.metrics import mean_truth_iou, truth_iou
+from lib.model import build_model, load_model, save_model
+from lib.notebooks.error_analysis import count_errors
+from lib.notebooks.plots import plot_predictions
+from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
+from lib.runs.results import group_recipes, read_scored
+from lib.runs.scoring import find_scored, iterate_part, masks_folder, read_masks, read_predictions, score_run
+
+ENCODER = "tu-test_resnet.r160_in1k"
+DATA = {"data": "synthetic", "split": "auto", "limit": 80, "classes": None, "fold": 4}
+
+
+@pytest.fixture(scope="module")
+def trained_run():
+    """The folder of a run of two epochs."""
+    train("scored", small_samples(), epochs=2, learning_rate=0.01, **DATA)
+    return runs_folder() / "scored"
+
+
+@pytest.fixture
+def run(trained_run, monkeypatch, tmp_path):
+    """A copy of it that a test may score, in a folder of runs of its own."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    copy = shutil.copytree(trained_run, tmp_path / "runs" / "scored")
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def scored(trained_run):
+    """It, scored on its validation images; and what `score_run` returned."""
+    return trained_run, score_run(trained_run, "valid", iterate_part(trained_run, "valid"), "flip", "cpu")
+
+
+def on_folder(run, root):
+    """Say that the run was trained on a folder."""
+    write_json(read_parameters(run) | {"data": str(root), "limit": None, "split": "random"}, run / "parameters.json")
+
+
+def theirs(data, predictions, **changes):
+    """The run folder of foreign predictions."""
+    named = {"run_name": "theirs", "recipe": "theirs", "seed": 0, "predictions": str(predictions)}
+    return find_scored("latest", str(predictions), DATA | named | {"data": str(data)} | changes)
+
+
+def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
+    run, facts = scored
+    valid = load_samples("synthetic", "valid", limit=80)
+    expected = evaluate(load_model(run / "best.pt"), valid)
+    with np.load(run / "evaluation" / "valid.npz") as saved:
+        assert set(saved) == {"names", "counts", "scene", "classes"}
+        np.testing.assert_array_equal(saved["counts"], expected.counts)
+        assert list(saved["names"]) == list(valid.names)
+        assert list(saved["scene"]) == list(valid.scene)
+        assert tuple(saved["classes"]) == NYUV2_13
+    masks = sorted((run / "evaluation" / "valid").iterdir())
+    assert [path.stem for path in masks] == list(valid.names)
+    np.testing.assert_array_equal(read_masks(masks_folder(run, "valid"), valid.names), expected.predicted)
+    assert Image.open(masks[0]).mode == "L"
+    assert facts["plain"]["miou"] == mean_truth_iou(expected.counts)
+    flipped = evaluate(load_model(run / "best.pt"), valid, tta="flip")
+    assert facts["augmented"]["miou"] == mean_truth_iou(flipped.counts) != facts["plain"]["miou"]
+    for column, evaluation in (("IoU", expected), ("IoU, augmented", flipped)):
+        by_class = [facts["classes"][name][column] for name in NYUV2_13]
+        np.testing.assert_array_equal(by_class, truth_iou(evaluation.counts))
+    difference = mean_truth_iou(flipped.counts) - mean_truth_iou(expected.counts)
+    assert facts["gain"]["difference"] == pytest.approx(difference)
+    assert facts["images"] == len(valid) == 16
+    assert (facts["data"], facts["split"], facts["tta"], facts["labelled"]) == ("synthetic", "blocks", "flip", True)
+    assert facts["scenes"] == len(set(valid.scene))
+
+
+def test_the_json_is_json(scored):
+    """NaN is not: it becomes null."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    run, facts = scored
+    text = (run / "evaluation" / "valid.json").read_text()
+    saved = json.loads(text, parse_constant=refuse)
+    assert saved["intervals"]["plain"] == list(facts["intervals"]["plain"])
+    assert list(saved["classes"]) == list(facts["classes"])
+    supports = [row["support"] for row in saved["classes"].values()]
+    assert supports == sorted(supports, reverse=True)
+    assert sum(supports) == pytest.approx(1)
+
+
+def test_the_report_and_the_state_know_of_it(scored):
+    run, facts = scored
+    report = (run / "report.md").read_text()
+    assert "## Training progression" in report
+    assert "## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU " in report
+    low, high = facts["intervals"]["plain"]
+    assert (
+        f"over {facts['plain']['averaged_classes']} classes (95 % interval {low:.3f} to {high:.3f} over 8 scenes)."
+        in report
+    )
+    assert run_state(run).evaluated == ("valid",)
+    read = read_scored(run, "valid")
+    assert read.score == pytest.approx(mean_truth_iou(read.counts))
+    assert (read.name, read.data, read.split, len(read.history)) == ("scored", "synthetic", "blocks", 2)
+
+
+def test_a_class_that_the_part_lacks_is_null_and_so_is_an_interval_over_too_few_scenes(run):
+    write_json(read_parameters(run) | {"limit": 20}, run / "parameters.json")
+    facts = score_run(run, "valid", iterate_part(run, "valid"), "flip", "cpu")
+    saved = json.loads((run / "evaluation" / "valid.json").read_text())
+    assert facts["scenes"] == 2
+    absent = [name for name, row in facts["classes"].items() if np.isnan(row["IoU"])]
+    assert 0 < len(absent) < 13
+    assert [name for name, row in saved["classes"].items() if row["IoU"] is None] == absent
+    assert np.isnan(facts["intervals"]["plain"]).all()
+    assert saved["intervals"]["plain"] == saved["gain"]["interval"] == [None, None]
+    assert "(no interval: too few scenes, 2)" in (run / "report.md").read_text()
+
+
+def test_a_run_says_which_images_a_part_holds(run):
+    def names(part, **parameters):
+        write_json(read_parameters(run) | parameters, run / "parameters.json")
+        return list(iterate_part(run, part).source.names)
+
+    for choice in ({"fold": 4}, {"fold": 1}, {"split": "random"}, {"split": "random", "limit": 20}):
+        for part in ("train", "valid"):
+            expected = iterate_samples("synthetic", part, **{"limit": 80} | choice)
+            assert names(part, **choice) == list(expected.source.names)
+    assert len(names("test", limit=20)) == 100  # limit is about the images to train and validate on
+
+
+def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, tmp_path, scenes):
+    model = build_model(encoder=ENCODER, classes=("a", "b", "c"), size=(24, 32))
+    save_model(model, run / "best.pt")
+    three = scenes.map(
+        lambda array: (
+            np.where(array == 255, 255, array % 3).astype(np.uint8)
+            if array.ndim == 3 and array.dtype == np.uint8
+            else array
+        )
+    )
+    write_folder(tmp_path / "a", three)
+    write_folder(tmp_path / "b", three[:6], "test")
+    for name in "ab":
+        (tmp_path / name / "dataset.yaml").write_text(yaml.safe_dump({"classes": ["a", "b", "c"]}))
+    on_folder(run, tmp_path / "a")
+    assert list(iterate_part(run, "valid").source.classes) == ["a", "b", "c"]
+    facts = score_run(run, "test", iterate_part(run, "test", str(tmp_path / "b")), "flip", "cpu")
+    assert facts["data"] == str(tmp_path / "b")
+    assert facts["images"] == 6
+    counts = read_counts(run / "evaluation" / "test.npz")
+    assert counts.classes == ("a", "b", "c")
+    assert counts.counts.shape == (6, 3, 3)
+    assert counts.scene is None or len(counts.scene) == 6
+
+
+def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
+    on_folder(run, folder)
+    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    test = load_samples(folder, "test")
+    expected = evaluate(load_model(run / "best.pt"), test, tta="flip").predicted
+    assert (expected != evaluate(load_model(run / "best.pt"), test).predicted).any()
+    handed_in = np.load(run / "evaluation" / "submission.npy")
+    assert handed_in.dtype == np.uint8
+    np.testing.assert_array_equal(handed_in, expected)
+    np.testing.assert_array_equal(read_masks(masks_folder(run, "test"), test.names), expected)
+    assert not (run / "evaluation" / "test.npz").exists()
+    assert not facts["labelled"]
+    assert "3 images of " in (run / "report.md").read_text()
+    assert "predicted with tta flip; their labels are held back" in (run / "report.md").read_text()
+    assert run_state(run).evaluated == ("test",)
+    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on part 'test'; run `papermill evaluate"):
+        read_scored(run, "test")
+
+
+def two_sizes(root, scenes, labels):
+    write_folder(root, scenes[:3], "test", labels)
+    small = scenes[3:5].map(lambda array: array[:, 10:58, 20:84] if array.ndim >= 3 else array)
+    write_folder(root, small, "test", labels)
+    write_folder(root, scenes[:3])
+    return [scenes[:3], small]
+
+
+def test_images_of_two_sizes(run, tmp_path, scenes):
+    pieces = two_sizes(tmp_path / "data", scenes, True)
+    on_folder(run, tmp_path / "data")
+    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    model = load_model(run / "best.pt")
+    expected = [evaluate(model, piece) for piece in pieces]
+    counts = read_counts(run / "evaluation" / "test.npz")
+    np.testing.assert_array_equal(counts.counts, np.concatenate([each.counts for each in expected]))
+    masks = read_masks(masks_folder(run, "test"), counts.names)
+    assert [mask.shape for mask in masks] == [(96, 128)] * 3 + [(48, 64)] * 2
+    for mask, predicted in zip(masks, (image for each in expected for image in each.predicted), strict=True):
+        np.testing.assert_array_equal(mask, predicted)
+    assert facts["images"] == 5
+
+
+def test_unlabelled_images_of_two_sizes_are_no_array(run, tmp_path, scenes):
+    two_sizes(tmp_path / "data", scenes, False)
+    on_folder(run, tmp_path / "data")
+    score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    assert len(list(masks_folder(run, "test").iterdir())) == 5
+    assert not (run / "evaluation" / "submission.npy").exists()
+
+
+def test_a_part_without_images(run):
+    write_json(read_parameters(run) | {"split": "official"}, run / "parameters.json")
+    with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
+        score_run(run, "valid", iterate_part(run, "valid"), "flip", "cpu")
+
+
+def test_a_run_that_is_scored_again_is_not_scored_until_it_is_done(run, monkeypatch):
+    pieces = iterate_part(run, "valid")
+    score_run(run, "valid", pieces, "flip", "cpu")
+    assert run_state(run).evaluated == ("valid",)
+    (run / "best.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="best.pt: can't be read"):
+        score_run(run, "valid", pieces, "flip", "cpu")
+    assert run_state(run).evaluated == ()
+    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on part 'valid'"):
+        read_scored(run, "valid")
+
+
+def test_foreign_masks_have_the_scores_of_the_run_that_made_them(scored, run):
+    made, facts = scored
+    folder = theirs("synthetic", made / "evaluation" / "valid")
+    assert folder == runs_folder() / "theirs"
+    found = score_run(folder, "valid", iterate_part(folder, "valid"))
+    assert found["plain"] == facts["plain"]
+    assert found["intervals"]["plain"] == facts["intervals"]["plain"]
+    assert "augmented" not in found
+    for ours, their in zip(
+        read_counts(made / "evaluation" / "valid.npz"), read_counts(folder / "evaluation" / "valid.npz"), strict=True
+    ):
+        np.testing.assert_array_equal(ours, their)
+    report = (folder / "report.md").read_text()
+    assert report.startswith("# theirs\n\n## Configuration")
+    assert (
+        f"## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU {facts['plain']['miou']:.4f} over"
+        in report
+    )
+    read = read_scored(folder, "valid")
+    assert read.history is None
+    assert (read.parameters["recipe"], read.parameters["seed"], read.split) == ("theirs", 0, "blocks")
+    copied = read_masks(masks_folder(folder, "valid"), read.names)
+    np.testing.assert_array_equal(copied, read_masks(masks_folder(made, "valid"), read.names))
+
+
+def test_foreign_masks_where_labels_are_held_back(run, folder):
+    on_folder(run, folder)
+    score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    foreign = theirs(folder, masks_folder(run, "test"), split="random", limit=None)
+    score_run(foreign, "test", iterate_part(foreign, "test"))
+    submissions = [np.load(each / "evaluation" / "submission.npy") for each in (run, foreign)]
+    np.testing.assert_array_equal(*submissions)
+    assert "3 images of " in (foreign / "report.md").read_text()
+    assert "their labels are held back" in (foreign / "report.md").read_text()
+
+
+def test_predictions_that_are_not_there(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"predictions: found '/nowhere', where there is no folder; expected one of PNG"
+    ):
+        theirs("synthetic", "/nowhere")
+    with pytest.raises(ValueError, match="data: found None, expected the data set whose images were predicted"):
+        find_scored("latest", str(tmp_path), DATA | {"data": None})
+
+
+@pytest.fixture
+def masks(tmp_path, folder):
+    """Good masks for the training part of a folder: a function that reads them, and their folder."""
+    samples = load_samples(folder, "train", "official")
+    (tmp_path / "masks").mkdir()
+    for name, label in zip(samples.names, samples.label, strict=True):
+        Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / "masks" / f"{name}.png")
+    return lambda: list(read_predictions(tmp_path / "masks", [samples[:5], samples[5:]])), tmp_path / "masks", samples
+
+
+@pytest.mark.parametrize("change", ["none", "16 bits", "palette"])
+def test_good_masks_are_read_as_they_are_meant(masks, change):
+    read, folder, samples = masks
+    for path in folder.iterdir() if change != "none" else []:
+        mask = np.asarray(Image.open(path))
+        if change == "palette":
+            picture = Image.frombytes("P", mask.shape[::-1], mask.tobytes())
+            picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+        else:
+            picture = Image.fromarray(mask.astype(np.uint16))
+        picture.save(path)
+    labels = np.concatenate([batch.labels for batch in read()])
+    np.testing.assert_array_equal(labels, np.where(samples.label == 255, 0, samples.label))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (None, "no such file; predictions need a PNG mask for every image, named like it"),
+        (lambda mask: mask[:-1], "found a mask of 95x128, expected 96x128, the size of its image"),
+        (lambda mask: mask.T, "found a mask of 128x96, expected 96x128"),
+        (lambda mask: np.stack([mask] * 3, -1), "found mode RGB of Pillow, expected one channel of 8 or 16 bits"),
+        (lambda mask: mask > 3, "found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits"),
+        (lambda mask: np.where(mask == mask[0, 0], 255, mask).astype(np.uint8), "found the value 255, expected class indices 0..12 for"),
+        (lambda mask: np.where(mask == mask[0, 0], 13, mask).astype(np.uint8), "found the value 13, expected class indices 0..12 for"),
+    ],
+    ids=["missing", "smaller", "turned", "colour", "1 bit", "unlabelled", "no class"],
+)  # fmt: skip
+def test_masks_that_cannot_be_meant_are_refused_by_name(masks, change, problem):
+    read, folder, samples = masks
+    path = folder / f"{samples.names[7]}.png"
+    mask = np.asarray(Image.open(path))
+    path.unlink()
+    if change is not None:
+        Image.fromarray(change(mask)).save(path)
+    with pytest.raises(DataError) as error:
+        read()
+    assert str(error.value).startswith(f"{path}: {problem}")
+
+
+def test_a_damaged_mask_is_refused_by_name(masks):
+    read, folder, samples = masks
+    path = folder / f"{samples.names[7]}.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=f"{path}: can't be decoded .*copy it again"):
+        read()
+
+
+def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
+    write_folder(tmp_path / "data", scenes[:4])
+    write_folder(tmp_path / "data", scenes[:1], "test")
+    on_folder(run, tmp_path / "data")
+    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    assert 0 < facts["plain"]["miou"] < 1
+    assert np.isnan([*facts["intervals"]["plain"], *facts["gain"]["interval"]]).all()
+    assert "(no interval: too few images)" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def without_depth(tmp_path, monkeypatch):
+    """A run on a folder without depth, whose images lie in subfolders, one for each room; scored on what validates."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    scenes, root = small_samples(), tmp_path / "data"
+    write_folder(root, replace(scenes, names=np.char.add(np.char.add(scenes.scene, "/"), scenes.names)))
+    shutil.rmtree(root / "train" / "depth")
+    (root / "dataset.yaml").write_text(
+        "scene: ^([^/]+)/\nclasses: [" + ", ".join(f"my {name}" for name in NYUV2_13) + "]"
+    )
+    made_with = DATA | {"data": str(root), "limit": None}
+    parts = [load_samples(root, part, size=(48, 64)) for part in ("train", "valid")]
+    parameters = PARAMETERS | made_with | {"run_name": "rgb", "inputs": "rgb", "depth_weight": 0.0, "epochs": 1}
+    with open_run(parameters, samples=parts) as run:
+        fit_run(run, parameters, *parts)
+    return run, parts, parameters
+
+
+def test_data_without_depth_train_and_are_scored(without_depth):
+    run, (train, valid), _ = without_depth
+    assert valid.depth is None
+    assert valid.made_with["chosen_split"] == "scenes"
+    pieces = iterate_part(run, "valid")
+    facts = score_run(run, "valid", pieces, "flip", "cpu")
+    assert facts["images"] == len(valid) > 0
+    assert all(np.isnan(value) for value in facts["depth"].values())
+    masks = sorted(
+        path.relative_to(run / "evaluation" / "valid") for path in (run / "evaluation" / "valid").rglob("*.png")
+    )
+    assert [path.with_suffix("").as_posix() for path in masks] == list(valid.names)
+    plot_predictions(pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True)
+    errors = count_errors(load_model(run / "best.pt"), pieces)
+    np.testing.assert_array_equal(errors.confusion, read_scored(run, "valid").counts)
+    assert read_scored(run, "valid").classes == train.classes
+    (recipes,) = group_recipes([read_scored(run, "valid")]).values()
+    assert list(recipes[0].scene) == list(valid.scene)
+    theirs = find_scored("latest", str(masks_folder(run, "valid")), {**read_parameters(run), "run_name": "theirs",
+                         "recipe": "theirs", "predictions": str(masks_folder(run, "valid"))})  # fmt: skip
+    assert score_run(theirs, "valid", iterate_part(theirs, "valid"))["plain"]["miou"] == facts["plain"]["miou"]
+
+
+@pytest.mark.parametrize("change", [{"inputs": "rgbd"}, {"depth_weight": 0.1}])
+def test_nothing_else_trains_without_depth(without_depth, change):
+    _, parts, parameters = without_depth
+    parameters = parameters | {"run_name": "deep"} | change
+    with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
+        fit_run(runs_folder() / "deep", parameters, *parts)
+    assert not (runs_folder() / "deep").exists()

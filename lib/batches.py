@@ -59,7 +59,9 @@ class Batch(NamedTuple):
     valid_depth: torch.Tensor
 
 
-def encode_depth(depth_mm: torch.Tensor, depth_encoding: str, depth_range_m: tuple[float, float]) -> torch.Tensor:
+def encode_depth(
+    depth_mm: torch.Tensor, depth_encoding: str, depth_range_m: tuple[float, float]
+) -> torch.Tensor:
     """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
     `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest.
@@ -90,7 +92,9 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConf
     """
     channels = []
     if config.inputs != "depth":
-        mean, std = (torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD))
+        mean, std = (
+            torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD)
+        )
         channels.append(((image / 255 - mean) / std).permute(0, 3, 1, 2))
     if config.inputs != "rgb":
         channels.append(encode_depth(depth_mm, config.depth_encoding, config.depth_range_m)[:, None])
@@ -129,7 +133,9 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # albumentations ignores an unknown option with a warning
         if not augment.startswith("crops"):
-            shift, scale, turn, share = (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
+            shift, scale, turn, share = (
+                (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
+            )
             geometry = albumentations.Affine(
                 translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
                 scale=scale, keep_ratio=True, rotate=(-turn, turn), fill=0, fill_mask=0,
@@ -138,7 +144,10 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         else:
             ratio = width / height
             geometry = albumentations.RandomResizedCrop(  # plain INTER_NEAREST would shift masks against RGB
-                size, scale=(0.35, 1.0), ratio=(0.85 * ratio, 1.18 * ratio), mask_interpolation=cv2.INTER_NEAREST_EXACT
+                size,
+                scale=(0.35, 1.0),
+                ratio=(0.85 * ratio, 1.18 * ratio),
+                mask_interpolation=cv2.INTER_NEAREST_EXACT,
             )
         colour = albumentations.ColorJitter(
             brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8
@@ -182,7 +191,7 @@ class TrainingSet(Dataset):
 
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
         if samples.label is None:
-            raise ValueError("train: these samples have no labels; train on part 'train'")
+            raise ValueError("train: these samples have no labels; train on split 'train'")
         self.samples, self.depth, self.seed = samples, samples.depth_or_missing, seed
         self.augmentation = build_augmentation(augment, samples.size)
 
@@ -236,26 +245,32 @@ def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:
     return RawBatch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*items, strict=True)))
 
 
-def training_loader(samples: Samples, augment: str, batch_size: int, workers: int, seed: int) -> DataLoader:
+def training_loader(
+    samples: Samples, augment: str, batch_size: int, num_workers: int, seed: int
+) -> DataLoader:
     """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
-    if workers < 0:
-        raise ValueError(f"workers: found {workers}, expected 0 (load in the training process) or more")
+    if num_workers < 0:
+        raise ValueError(
+            f"num_workers: found {num_workers}, expected 0 (load in the training process) or more"
+        )
     # each worker prepares two batches in shared memory, the one in use and the next beside them; without room it waits
-    needed = min((2 * workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)  # 7 bytes a pixel
-    free = shutil.disk_usage(SHARED_MEMORY).free if workers and SHARED_MEMORY.exists() else needed
+    needed = (
+        min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)
+    )  # 7 bytes a pixel
+    free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and SHARED_MEMORY.exists() else needed
     if free < needed:
         raise ValueError(
-            f"workers: {workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
-            f"{free // 10**6} MB free; use workers 0, or start the container with `docker run --shm-size=1g`"
+            f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
+            f"{free // 10**6} MB free; use num_workers 0, or start the container with `docker run --shm-size=1g`"
         )
-    forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+    forks = num_workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     return _Loader(
         TrainingSet(samples, augment, seed),
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
         collate_fn=stack_items,
-        num_workers=workers,
-        timeout=PATIENCE_SECONDS if workers else 0,
-        persistent_workers=workers > 0,
+        num_workers=num_workers,
+        timeout=PATIENCE_SECONDS if num_workers else 0,
+        persistent_workers=num_workers > 0,
         multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each pass draws from the generator of weights and dropout
@@ -270,7 +285,7 @@ class _Loader(DataLoader):
             if not self.num_workers:
                 raise
             raise RuntimeError(
-                f"workers: {self.num_workers} processes left no batch ({error}); use workers 0"
+                f"num_workers: {self.num_workers} processes left no batch ({error}); use num_workers 0"
             ) from error
 
 
@@ -281,5 +296,11 @@ def _start_worker(worker: int) -> None:
 def plain_batch(samples: Samples) -> RawBatch:
     """Samples as they are, without augmentation; labels that are held back are all 255."""
     position = np.arange(len(samples))
-    arrays = (samples.image, samples.depth_or_missing, samples.labels_or_ignored, samples.measured_depth, position)
+    arrays = (
+        samples.image,
+        samples.depth_or_missing,
+        samples.labels_or_ignored,
+        samples.measured_depth,
+        position,
+    )
     return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only

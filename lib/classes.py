@@ -17,13 +17,19 @@ NYUV2_40 = (
 )  # fmt: skip
 
 
-def check_same_classes(classes: tuple[str, ...], others: tuple[str, ...], whose: str, whose_others: str) -> None:
+def check_same_classes(
+    classes: tuple[str, ...], others: tuple[str, ...], whose: str, whose_others: str
+) -> None:
     """Raise a ValueError that names the first difference where two class sets that meet are not the same."""
     if tuple(classes) == tuple(others):  # a list of names is as good
         return
     if len(classes) != len(others):
         found, other = (f"{len(names)} (the last is {names[-1]!r})" for names in (classes, others))
     else:
-        index = next(index for index, pair in enumerate(zip(classes, others, strict=True)) if pair[0] != pair[1])
+        index = next(
+            index for index, pair in enumerate(zip(classes, others, strict=True)) if pair[0] != pair[1]
+        )
         found, other = (f"{names[index]!r} as class {index}" for names in (classes, others))
-    raise ValueError(f"classes: {whose} has {found}, {whose_others} has {other}; use what has the same classes")
+    raise ValueError(
+        f"classes: {whose} has {found}, {whose_others} has {other}; use what has the same classes"
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -71,7 +73,9 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def describe_device(device: str, precision: str) -> str:
     """What `fit` will run on, and a GPU that is there but is not taken."""
     chosen = choose_device(device)
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
     line = f"{chosen} ({name}), {choose_precision(precision, chosen)}, torch {torch.__version__}"
     return line + (_unused_gpu() if device == "auto" and chosen.type == "cpu" else "")
 
@@ -99,6 +103,17 @@ def _has_nvidia_gpu() -> bool:
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+
+
+def describe_processor() -> str:
+    """The CPU's name and the vector instructions that torch uses there, such as `AMD EPYC (AVX2)`."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = named[1] if named else name
+    instructions = torch.backends.cpu.get_cpu_capability()
+    extra = [kind for kind in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(kind)]
+    return f"{name} ({', '.join([instructions, *extra])})"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -131,7 +146,9 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
 def _describe_memory(error: str) -> str:
     asked, held = re.search(r"allocate ([\d.]+ \w+)", error), ""
     if torch.cuda.is_available():
-        free, total, own = (amount / 2**30 for amount in (*torch.cuda.mem_get_info(), torch.cuda.memory_reserved()))
+        free, total, own = (
+            amount / 2**30 for amount in (*torch.cuda.mem_get_info(), torch.cuda.memory_reserved())
+        )
         held = (
             f"; {free:.1f} of {total:.1f} GiB were free, this program held {own:.1f}, and CUDA with other programs "
             f"(nvidia-smi lists them) {total - free - own:.1f}"

@@ -151,14 +151,19 @@ def _predict_views(
     return total, *first
 
 
-def _looks(batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]) -> Iterator[tuple[bool, Samples]]:
+def _looks(
+    batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]
+) -> Iterator[tuple[bool, Samples]]:
     """Of each view whether it is flipped, and the batch as it shows it to a network that works at this size."""
     for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resizing takes long
         seen = resize_samples(batch, tuple(round(zoom * length) for length in size))
         if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
             seen = replace(seen, depth=np.rint(seen.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
         for _, flipped in group:
-            yield flipped, seen.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else seen
+            yield (
+                flipped,
+                seen.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else seen,
+            )
 
 
 def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -205,7 +210,9 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
             predicted.extend(labels)
         losses.append(batch.losses)
     if not names:
-        raise ValueError("part: found no image to evaluate; nothing validates in split official, use part test")
+        raise ValueError(
+            "split: found no image to evaluate; with validation none there are no validation images, use split test"
+        )
     one_size = len({labels.shape for labels in predicted}) == 1
     return Evaluation(
         names=np.concatenate(names),

@@ -28,7 +28,9 @@ class CameraNet(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: torch.Tensor, depth: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, image: torch.Tensor, depth: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(1, H, W, 3)` uint8 and `(1, H, W)` uint16 mm to `(1, H, W)` labels uint8 and confidence float32."""
         config = self.model.config
         small_depth = None if depth is None else _resize_depth(depth, config.size)
@@ -103,7 +105,9 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
     model = deepcopy(model).cpu().eval()
     content, samples = _convert(model), _random_picture(model)
     session = onnxruntime.InferenceSession(content)
-    labels, _ = session.run(None, {taken.name: getattr(samples, taken.name) for taken in session.get_inputs()})
+    labels, _ = session.run(
+        None, {taken.name: getattr(samples, taken.name) for taken in session.get_inputs()}
+    )
     share = float((labels == next(predict(model, samples)).labels).mean())
     if share < AGREEMENT:
         versions = f"onnxruntime {onnxruntime.__version__} and torch {torch.__version__}"

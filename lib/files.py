@@ -13,7 +13,9 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
-torch.serialization.set_crc32_options(False)  # checksums take a third of the time, and torch.load never looks at them
+torch.serialization.set_crc32_options(
+    False
+)  # checksums take a third of the time, and torch.load never looks at them
 
 
 class CheckpointError(ValueError):

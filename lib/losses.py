@@ -29,7 +29,11 @@ def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _write_gradient(
-    d_sums: torch.Tensor, gradient: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, log_sum_exp: torch.Tensor
+    d_sums: torch.Tensor,
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    log_sum_exp: torch.Tensor,
 ) -> None:
     """Loss by logits, from loss by the sums of `_ClassSums`."""
     d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
@@ -96,7 +100,9 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     return segmentation_terms(logits, labels, pooling)[1]
 
 
-def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str) -> torch.Tensor:
+def _soft_iou(
+    intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str
+) -> torch.Tensor:
     if pooling == "batch":
         intersection, count, prediction = (sums.sum(0) for sums in (intersection, count, prediction))
     union = prediction + count - intersection
@@ -110,7 +116,10 @@ def _soft_iou(intersection: torch.Tensor, count: torch.Tensor, prediction: torch
 
 
 def segmentation_terms(
-    logits: torch.Tensor, labels: torch.Tensor, soft_iou_pooling: str, class_weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    soft_iou_pooling: str,
+    class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over labelled pixels, and soft IoU, in one pass; arguments as `segmentation_loss`."""
     check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)

@@ -14,7 +14,7 @@ Array = np.ndarray | torch.Tensor
 
 
 def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Array:
-    """How often each class was taken for which, per image.
+    """How often each class was confused with which, per image.
 
     Args:
         prediction: `(N, ...)` integers 0..C-1.
@@ -28,7 +28,10 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         ValueError: shapes that differ, or values that are no class.
     """
     if isinstance(prediction, np.ndarray):
-        copies = torch.from_numpy(np.array(prediction)), torch.from_numpy(np.array(labels))  # maps are read-only
+        copies = (
+            torch.from_numpy(np.array(prediction)),
+            torch.from_numpy(np.array(labels)),
+        )  # maps are read-only
         return confusion_counts(*copies, class_count).numpy()
     if prediction.shape != labels.shape or prediction.ndim < 2:
         raise ValueError(
@@ -44,13 +47,17 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
 def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: int) -> torch.Tensor:
     """`(C, C)` of one image. Every label 0..255 is counted; those that are no class must have no pixel."""
     if _outside(prediction, class_count):
-        prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # what is predicted there does not count
+        prediction = torch.where(
+            labels == IGNORE_INDEX, 0, prediction
+        )  # what is predicted there does not count
     wrong = {"prediction": _outside(prediction, class_count), "labels": _outside(labels, 256)}
     if not any(wrong.values()):
         narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
         cells = labels.to(narrow) * class_count + prediction.to(narrow)
         counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
-        wrong["labels"] = [row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()]
+        wrong["labels"] = [
+            row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()
+        ]
     for name, values in wrong.items():
         if values:
             raise ValueError(
@@ -153,7 +160,9 @@ def fill_unlabelled(label: np.ndarray) -> np.ndarray:
     return nearest[source]
 
 
-def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02) -> np.ndarray:
+def boundary_counts(
+    prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02
+) -> np.ndarray:
     """What boundary IoU is made of: only pixels near the contour of their segment count.
 
     After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here have
@@ -174,7 +183,9 @@ def boundary_counts(prediction: np.ndarray, labels: np.ndarray, class_count: int
     counts = np.zeros((len(labels), class_count, 3), np.int64)
     for image, (truth, decided) in enumerate(zip(labels, prediction, strict=True)):
         segments = fill_unlabelled(truth), decided.astype(np.uint8)
-        bands = [np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(segment, reach)) for segment in segments]
+        bands = [
+            np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(segment, reach)) for segment in segments
+        ]
         both = np.where(bands[0] == bands[1], bands[0], IGNORE_INDEX)
         for column, band in enumerate((both, *bands)):
             counts[image, :, column] = np.bincount(band.ravel(), minlength=256)[:class_count]
@@ -205,7 +216,11 @@ def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray)
 def depth_scores(sums: np.ndarray) -> dict[str, float]:
     """AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`; NaN without a pixel."""
     valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
-    return {"abs_rel": relative / valid, "rmse_m": float(np.sqrt(squared / valid)), "delta_1.25": close / valid}
+    return {
+        "abs_rel": relative / valid,
+        "rmse_m": float(np.sqrt(squared / valid)),
+        "delta_1.25": close / valid,
+    }
 
 
 def image_accuracy(counts: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ from segmentation_models_pytorch.encoders import encoders, get_encoder, get_enco
 from timm.models import adapt_input_conv
 from torch import nn
 
-from lib.classes import NYUV2_13, check_same_classes
+from lib.classes import NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M
-from lib.files import CheckpointError, load_checkpoint, read_json, save_checkpoint
+from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice
 
 INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
@@ -89,7 +89,9 @@ class SegmentationDepthNet(nn.Module):
         self.config = config
         options, class_count = OPTIONS.get(config.architecture, {}), len(config.classes)
         channels = config.input_channels
-        self.net = smp.create_model(config.architecture, config.encoder, None, channels, class_count, **options)
+        self.net = smp.create_model(
+            config.architecture, config.encoder, None, channels, class_count, **options
+        )
         self.depth_head = None
         if config.depth_head:
             channels, grown = self.net.segmentation_head[0].in_channels, self.net.segmentation_head[1]
@@ -107,15 +109,12 @@ class SegmentationDepthNet(nn.Module):
         return Prediction(logits, depth)
 
 
-def build_model(
-    encoder_weights: str | None = None, start_from: Path | None = None, **config: object
-) -> SegmentationDepthNet:
+def build_model(encoder_weights: str | None = None, **config: object) -> SegmentationDepthNet:
     """A network ready to train, in float32 on the CPU.
 
     Args:
         encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or the
             path of a file, see `lib.weights`.
-        start_from: a `best.pt` whose weights to begin with; its network must be the same.
         config: see `ModelConfig`.
 
     Raises:
@@ -140,8 +139,6 @@ def build_model(
         ) from error
     if encoder_weights is not None:
         load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, config.input_channels)
-    if start_from is not None:
-        _copy_weights(model, start_from)
     return model
 
 
@@ -159,7 +156,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     path = Path(path).expanduser()
     saved = load_checkpoint(path, device, ("config", "weights"))
     try:
-        model = SegmentationDepthNet(_read_config(saved["config"], path))
+        model = SegmentationDepthNet(ModelConfig(**saved["config"]))
         model.load_state_dict(saved["weights"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -169,35 +166,14 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     return model.to(device).eval()
 
 
-def _read_config(saved: dict, path: Path) -> ModelConfig:
-    """Older files know channels alone, of NYUv2's 13 classes; the parameters of their run have the rest."""
-    config = dict(saved)
-    if "input_channels" in config:
-        by_channels = {channels: inputs for inputs, channels in INPUT_CHANNELS.items()}
-        config["inputs"] = by_channels[config.pop("input_channels")]
-        config["classes"] = NYUV2_13[: config.pop("class_count")]
-        trained = read_json(path.with_name("parameters.json"))
-        config["size"] = trained["image_height"], trained["image_width"]
-        config["depth_encoding"] = trained["depth_encoding"]
-    return ModelConfig(**config)
-
-
-def _copy_weights(model: SegmentationDepthNet, path: Path) -> None:
-    """Copy the weights of the network in a `best.pt` into a model of the same make, at whatever size it works."""
-    trained = load_model(path)
-    check_same_classes(trained.config.classes, model.config.classes, f"start_from: {path}", "the data")
-    saved, wanted = ({**asdict(config), "size": None} for config in (trained.config, model.config))
-    differing = [f"{name} {value}, not {wanted[name]}" for name, value in saved.items() if value != wanted[name]]
-    if differing:
-        raise ValueError(
-            f"start_from: {path} has {', '.join(differing)}; make them equal (depth_range_m in DATA/dataset.yaml)"
-        )
-    model.load_state_dict(trained.state_dict())
-
-
 def is_file(encoder_weights: str | None) -> bool:
     """Whether weights are meant by a path, not by a name."""
-    return encoder_weights is not None and Path(encoder_weights).suffix in (".pth", ".pt", ".bin", ".safetensors")
+    return encoder_weights is not None and Path(encoder_weights).suffix in (
+        ".pth",
+        ".pt",
+        ".bin",
+        ".safetensors",
+    )
 
 
 def weights_digest(encoder_weights: str | None) -> str | None:
@@ -237,7 +213,9 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, in
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            fetched = get_encoder(name, input_channels, weights=True if name.startswith("tu-") else encoder_weights)
+            fetched = get_encoder(
+                name, input_channels, weights=True if name.startswith("tu-") else encoder_weights
+            )
     except Exception as error:  # whatever the hub, the network or the cache raise
         raise RuntimeError(
             f"encoder_weights: {encoder_weights!r} for {name} could not be fetched ({type(error).__name__}). They are "
@@ -250,7 +228,9 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, in
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
     """Names and tensors of a file, whatever it wraps them in."""
     try:
-        saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        saved = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
     except FileNotFoundError as error:
         raise CheckpointError(f"encoder_weights: {path}: no such file") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
@@ -261,14 +241,18 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     for key in INSIDE:
         saved = saved[key] if isinstance(saved, dict) and isinstance(saved.get(key), dict) else saved
     if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
-        raise CheckpointError(f"encoder_weights: {path}: found a {type(saved).__name__}, expected names and tensors")
+        raise CheckpointError(
+            f"encoder_weights: {path}: found a {type(saved).__name__}, expected names and tensors"
+        )
     return saved
 
 
 def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, input_channels: int) -> None:
     own, prefixes = encoder.state_dict(), [""]
     for prefix in PREFIXES * 2:
-        prefixes += [known + prefix for known in prefixes if any(name.startswith(known + prefix) for name in weights)]
+        prefixes += [
+            known + prefix for known in prefixes if any(name.startswith(known + prefix) for name in weights)
+        ]
     matched = max((_match(weights, own, prefix) for prefix in dict.fromkeys(prefixes)), key=len)
     found = {name: weights[given] for name, given in matched.items()}
     first = next(name for name, tensor in own.items() if tensor.ndim == 4)
@@ -280,10 +264,16 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, inpu
         for name in found
         if found[name].shape != own[name].shape
     ]
-    unexpected = [name for name in weights if name not in matched.values()] if missing else []  # a head is no problem
+    unexpected = (
+        [name for name in weights if name not in matched.values()] if missing else []
+    )  # a head is no problem
     problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
     if missing or misshapen:
-        found = [f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names]
+        found = [
+            f"{len(names)} {what}, such as {', '.join(names[:3])}"
+            for what, names in problems.items()
+            if names
+        ]
         raise CheckpointError(
             f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {'; '.join(found)}; "
             "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"

@@ -21,5 +21,12 @@ def use_bar(make: Callable[..., tqdm]) -> None:
 
 def progress_bar(label: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
     """A bar; call its `update()` after each of `total` steps, in the end its `close()`."""
-    options = {"desc": label, "total": total, "initial": initial, "mininterval": 0.5, "ncols": 100, "ascii": False}
+    options = {
+        "desc": label,
+        "total": total,
+        "initial": initial,
+        "mininterval": 0.5,
+        "ncols": 100,
+        "ascii": False,
+    }
     return tqdm(disable=True, **options) if disable else _make_bar(**options)

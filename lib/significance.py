@@ -1,8 +1,8 @@
-"""Is a difference between two runs or two recipes real? Three claims that must not be mixed up.
+"""Is a difference between two runs or two recipes real? Three tests that must not be mixed up.
 
-(a) `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
-(b1) `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
-(b2) `compare_recipes`: do the two recipes differ on scenes like these? Seeds and scenes vary.
+The checkpoint test, `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
+The seed test, `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
+The recipe test, `compare_recipes`: do the two recipes differ on scenes like these? Seeds and scenes vary.
 
 Images of one scene are alike, so the cases are scenes. Scores are IoU pooled over all images, and the mIoU averages
 the classes in the truth, the same for both sides. Differences are b minus a. Fewer than 6 scenes give no verdict:
@@ -17,7 +17,7 @@ from scipy import stats
 Array = np.ndarray
 CONFIDENCE = 0.95
 POWER = 0.8
-MIN_SCENES = 6  # all swaps of 5 give no p below 0.06; in (b2) 3 to 5 with ten seeds reject true nulls in 7 to 13 %
+MIN_SCENES = 6  # all swaps of 5 give no p below 0.06; in the recipe test 3 to 5 with ten seeds reject true nulls in 7 to 13 %
 MAX_EXACT_SCENES = 14  # up to here all 2^G swaps are counted
 SWAPS = 9_999
 MIN_SEEDS_TO_PLAN = 5  # the spread of fewer says too little about how many are needed
@@ -26,7 +26,7 @@ ROUNDING = 1e-12  # scores closer than this are equal
 
 @dataclass(frozen=True)
 class SceneComparison:
-    """What claims (a) and (b2) share. Of a class in fewer than two scenes, interval and p-value are NaN."""
+    """What the checkpoint test and the recipe test share. Of a class in fewer than two scenes, interval and p-value are NaN."""
 
     difference: float  # of the mIoU
     interval: tuple[float, float]  # (low, high), 95 %
@@ -40,7 +40,7 @@ class SceneComparison:
 
 @dataclass(frozen=True)
 class CheckpointComparison(SceneComparison):
-    """Claim (a)."""
+    """Result of the checkpoint test."""
 
     # to show the far end of the interval and the near one, if they were true, with 80 % power; inf where 0 is inside
     scenes_needed: tuple[float, float]
@@ -48,7 +48,7 @@ class CheckpointComparison(SceneComparison):
 
 @dataclass(frozen=True)
 class RecipeComparison(SceneComparison):
-    """Claim (b2)."""
+    """Result of the recipe test."""
 
     degrees_of_freedom: float  # of the crossed t; NaN where nothing varies
     seed_variance: float  # of the difference, due to seeds: half of it with twice the seeds
@@ -59,7 +59,7 @@ class RecipeComparison(SceneComparison):
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Claim (b1)."""
+    """Result of the seed test."""
 
     difference: float  # of the mean scores
     interval: tuple[float, float]  # (low, high), 95 %
@@ -79,8 +79,10 @@ class ScoreInterval:
     scene_count: int
 
 
-def compare_checkpoints(counts_a: Array, counts_b: Array, scene: Array | None, seed: int = 0) -> CheckpointComparison:
-    """Claim (a): do two checkpoints differ on scenes like these? It says nothing about their recipes.
+def compare_checkpoints(
+    counts_a: Array, counts_b: Array, scene: Array | None, seed: int = 0
+) -> CheckpointComparison:
+    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about their recipes.
 
     Intervals are Tukey's jackknife, leaving out scene by scene (Efron and Tibshirani, "An Introduction to the
     Bootstrap", 1993, chapter 11); p-values say how often exchanging the two in some of the scenes gives as large a
@@ -110,7 +112,7 @@ def compare_checkpoints(counts_a: Array, counts_b: Array, scene: Array | None, s
 
 
 def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
-    """Claim (b1): do two recipes differ on these very images? Welch's t test (Biometrika, 1947) over seeds.
+    """The seed test: do two recipes differ on these very images? Welch's t test (Biometrika, 1947) over seeds.
 
     Args:
         scores_a: `(S,)` the score of each run of recipe a.
@@ -127,7 +129,9 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
     difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
     variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]])
     runs = np.array([[len(scores_a)], [len(scores_b)]])
-    error, degrees = _crossed_error(variances / runs, runs, np.zeros(1), np.ones(1))  # scipy warns of a constant side
+    error, degrees = _crossed_error(
+        variances / runs, runs, np.zeros(1), np.ones(1)
+    )  # scipy warns of a constant side
     _check_varies("scores", difference[0], error[0])
     (low, high), p_value = _t_test(difference, error, degrees)
     interval, needed = (float(low[0]), float(high[0])), (np.nan, np.nan)
@@ -136,8 +140,10 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
     return SeedComparison(float(difference[0]), interval, float(p_value[0]), float(degrees[0]), needed)
 
 
-def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False) -> RecipeComparison:
-    """Claim (b2): do two recipes differ on scenes like these? Only this one may say that a recipe is better.
+def compare_recipes(
+    counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False
+) -> RecipeComparison:
+    """The recipe test: do two recipes differ on scenes like these? Only this one may say that a recipe is better.
 
     Crossed t, with seeds as readers and scenes as cases (Obuchowski and Rockette, Communications in Statistics,
     1995; degrees of freedom as by Hillis, Statistics in Medicine, 2007): the variance of the difference is that
@@ -181,11 +187,13 @@ def compare_recipes(counts_a: Array, counts_b: Array, scene: Array | None, paire
 
 
 def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
-    """The scores of one run, counts `(N, C, C)`, with intervals as of claim (a); a gain's are that claim's own."""
+    """The scores of one run, counts `(N, C, C)`, with intervals as in the checkpoint test."""
     (counts,) = _check_counts("(N, C, C)", counts)
     _, scores, left_out, degrees = _by_scene(counts, scene)
     interval = np.clip(_t_test(scores, _jackknife_error(left_out), degrees)[0], 0, 1)
-    return ScoreInterval(float(scores[0]), tuple(interval[:, 0].tolist()), scores[1:], interval[:, 1:], len(left_out))
+    return ScoreInterval(
+        float(scores[0]), tuple(interval[:, 0].tolist()), scores[1:], interval[:, 1:], len(left_out)
+    )
 
 
 def holm(p_values: Array) -> Array:
@@ -199,7 +207,7 @@ def holm(p_values: Array) -> Array:
 
 
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
-    """What all claims need of counts `(..., N, C, C)`.
+    """What all tests need of counts `(..., N, C, C)`.
 
     Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores `(..., 1 + C)`;
     scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as many as equally large
@@ -208,15 +216,23 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
     images, classes = counts.shape[-3:-1]
     scene = np.arange(images) if scene is None else np.asarray(scene)
     if scene.shape != (images,):
-        raise ValueError(f"scene: found shape {scene.shape}, expected ({images},), the scene of each image, or None")
+        raise ValueError(
+            f"scene: found shape {scene.shape}, expected ({images},), the scene of each image, or None"
+        )
     names, index = np.unique(scene, return_inverse=True)
     membership = (index == np.arange(len(names))[:, None]).astype(float)
     totals = np.stack((counts.sum(-1), counts.sum(-2), np.diagonal(counts, axis1=-2, axis2=-1)), -2)
     totals = np.moveaxis(np.tensordot(membership, totals, (1, -3)), 0, -3)
     pooled = totals.sum(-3, keepdims=True)
     truth = counts.sum(-1).reshape(-1, images, classes)[0]
-    held = membership @ np.column_stack((np.ones(images), truth > 0))  # images by scene, and those with each class
-    degrees = held.sum(0) ** 2 / np.maximum((held**2).sum(0), 1) - 1 if len(names) >= MIN_SCENES else np.full(1, np.nan)
+    held = membership @ np.column_stack(
+        (np.ones(images), truth > 0)
+    )  # images by scene, and those with each class
+    degrees = (
+        held.sum(0) ** 2 / np.maximum((held**2).sum(0), 1) - 1
+        if len(names) >= MIN_SCENES
+        else np.full(1, np.nan)
+    )
     return totals, _scores(pooled)[..., 0, :], _scores(pooled - totals), degrees
 
 
@@ -314,10 +330,14 @@ def _check_counts(axes: str, *sides: Array) -> list[Array]:
     if any(counts.ndim != axes.count(",") + 1 or counts.shape[-1] != counts.shape[-2] for counts in sides):
         raise ValueError(f"{found} {axes}, one matrix for each image")
     if len({counts.shape[-3:] for counts in sides}) > 1 or not sides[0].shape[-3]:
-        raise ValueError(f"{found} the same images, one or more, and classes in both; evaluate both on the same part")
+        raise ValueError(
+            f"{found} the same images, one or more, and classes in both; evaluate both on the same split"
+        )
     truth = np.concatenate([counts.sum(-1).reshape(-1, *counts.shape[-3:-1]) for counts in sides])
     if not truth.any():
-        raise ValueError("counts: all zero; without a labelled pixel there is no score, use a part with labels")
+        raise ValueError(
+            "counts: all zero; without a labelled pixel there is no score, use a split with labels"
+        )
     differs = (truth != truth[0]).any((0, 2))
     if differs.any():
         raise ValueError(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lib.batches import AUGMENTATIONS, Batch, RawBatch, check_depth, encode_batch
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import DEPTH_RANGE_M, Samples
-from lib.data.validation import FOLDS, SPLITS
+from lib.data.validation import FOLDS
 from lib.device import PRECISIONS, autocast, choose_device, choose_precision, explain_out_of_memory
 from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
 from lib.losses import POOLINGS, lovasz_loss, masked_l1, median_frequency_weights, segmentation_terms
@@ -31,9 +31,9 @@ from lib.model import (
     build_model,
     save_model,
 )
-from lib.options import check_choice
+from lib.options import VALIDATIONS, check_choice
 from lib.progress import progress_bar
-from lib.runs import find_run, write_history, write_scores
+from lib.runs import write_history, write_scores
 from lib.runs.checkpoints import checksums, restore_progress, save_progress
 from lib.runs.report import write_report
 
@@ -86,10 +86,8 @@ def build_network(
 ) -> SegmentationDepthNet:
     """The network that the parameters of `train.ipynb` describe for these data, with the weights of their seed."""
     torch.manual_seed(parameters["seed"])
-    start_from = parameters["start_from"]
     return build_model(
         encoder_weights=parameters["encoder_weights"],
-        start_from=find_run(start_from) / "best.pt" if start_from else None,
         classes=classes,
         depth_range_m=depth_range_m,
         size=(parameters["image_height"], parameters["image_width"]),
@@ -112,7 +110,7 @@ def fit(
     schedule: str = "one_cycle",
     encoder_lr_scale: float = 1.0,
     ema_decay: float = 0.0,
-    keep: str = "best",
+    checkpoint: str = "best",
     precision: str = "auto",
     device: str = "auto",
 ) -> Iterator[dict[str, float]]:
@@ -131,7 +129,7 @@ def fit(
         loss: of a prediction and a batch.
         epochs, learning_rate, weight_decay, schedule, encoder_lr_scale: see `train.ipynb`.
         ema_decay: of an average of the weights, which is then validated and kept; 0 for none.
-        keep: `best`, the epoch of the highest validation mIoU (the last where nothing validates), or `last`.
+        checkpoint: `best`, the epoch of the highest validation mIoU (the last where nothing validates), or `last`.
         precision, device: `auto` for what suits this machine.
 
     Raises:
@@ -143,7 +141,7 @@ def fit(
         OSError: something can't be written; what was there before is intact.
     """
     check_options(epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule,
-                  encoder_lr_scale=encoder_lr_scale, ema_decay=ema_decay, keep=keep)  # fmt: skip
+                  encoder_lr_scale=encoder_lr_scale, ema_decay=ema_decay, checkpoint=checkpoint)  # fmt: skip
     where = choose_device(device)
     precision = choose_precision(precision, where)
     loader.pin_memory = where.type == "cuda"  # pinning opens a GPU, also for a run on the CPU
@@ -165,11 +163,11 @@ def fit(
             follow(average, model, ema_decay if history or losses else 0.0)
         return terms
 
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    parts |= {} if average is None else {"average": average}
+    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    stateful |= {} if average is None else {"average": average}
     data = checksums(train, "train") | checksums(valid, "valid")
     made_of = {"computed": f"{where.type} in {precision}", "data": data}
-    progress = restore_progress(run / "last.pt", parts, made_of, where)
+    progress = restore_progress(run / "last.pt", stateful, made_of, where)
     history, losses, kept, saved = progress["history"], progress["losses"], [], [time.monotonic()]
     first = len(history) + 1
 
@@ -184,7 +182,7 @@ def fit(
             kept.clear()
         if history:
             write_history(run, history)
-        save_progress(run / "last.pt", parts, progress, where)
+        save_progress(run / "last.pt", stateful, progress, where)
         saved[0] = time.monotonic()
 
     yield from list(history)
@@ -192,16 +190,21 @@ def fit(
         for epoch in range(first, epochs + 1):
             started = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {epochs}")
-            progress["row"] = row = progress["row"] or {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[-1]}
+            progress["row"] = row = progress["row"] or {
+                "epoch": epoch,
+                "learning_rate": scheduler.get_last_lr()[-1],
+            }
             loader.batch_sampler.epoch, loader.batch_sampler.skip = epoch, len(losses)
             row |= _columns("train", train_epoch(model, step, loader, losses, save, bar))
             if schedule == "cosine":
                 scheduler.step()
             bar.set_description(f"epoch {epoch} of {epochs}, validating")
-            scored = evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            scored = (
+                evaluate(judged, valid, batch_size, precision=precision, loss=loss) if len(valid) else None
+            )
             bar.set_description(f"epoch {epoch} of {epochs}")
             row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
-            by_score = keep == "best" and scored is not None
+            by_score = checkpoint == "best" and scored is not None
             best_before = max((past["valid_miou"] for past in history), default=-1)
             if row["valid_miou"] > best_before if by_score else epoch == epochs:
                 kept[:] = copy.deepcopy(judged).cpu(), row, scored
@@ -226,11 +229,18 @@ def check_options(**options: object) -> None:
     """Raise a ValueError that names a training parameter out of its choices or its range; others pass."""
     choices = {
         "inputs": INPUT_CHANNELS, "depth_encoding": DEPTH_ENCODINGS, "soft_iou_pooling": POOLINGS,
-        "schedule": ("cosine", "one_cycle"), "augment": AUGMENTATIONS, "precision": PRECISIONS, "split": SPLITS,
-        "keep": ("best", "last"), "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES, "fold": range(FOLDS),
+        "schedule": ("cosine", "one_cycle"), "augment": AUGMENTATIONS, "precision": PRECISIONS, "validation": VALIDATIONS,
+        "checkpoint": ("best", "last"), "class_weights": CLASS_WEIGHTS, "architecture": ARCHITECTURES, "fold": range(FOLDS),
     }  # fmt: skip
-    least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "workers": 0, "seed": 0}
-    factors = "ema_decay", "weight_decay", "soft_iou_weight", "depth_weight", "lovasz_weight", "encoder_lr_scale"
+    least = {"epochs": 1, "batch_size": 2, "image_height": 1, "image_width": 1, "num_workers": 0, "seed": 0}
+    factors = (
+        "ema_decay",
+        "weight_decay",
+        "soft_iou_weight",
+        "depth_weight",
+        "lovasz_weight",
+        "encoder_lr_scale",
+    )
     least |= dict.fromkeys(factors, 0)
     for name, value in options.items():
         if name in choices:
@@ -238,7 +248,9 @@ def check_options(**options: object) -> None:
         elif name in least and not least[name] <= value < math.inf:
             raise ValueError(f"{name}: found {value}, expected {least[name]} or more")
         elif name == "ema_decay" and value >= 1:
-            raise ValueError(f"{name}: found {value}, expected a number below 1 such as 0.99, or 0 for no average")
+            raise ValueError(
+                f"{name}: found {value}, expected a number below 1 such as 0.99, or 0 for no average"
+            )
         elif name == "learning_rate" and not 0 < value < 1:
             raise ValueError(f"{name}: found {value}, expected a number between 0 and 1, such as 0.0001")
 
@@ -273,14 +285,14 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-def _check_labels(parts: dict[str, Samples], class_count: int) -> None:
+def _check_labels(samples_by_split: dict[str, Samples], class_count: int) -> None:
     """On a GPU a label that is no class would end in an assertion, steps later and without a name."""
-    for part, samples in parts.items():
+    for split, samples in samples_by_split.items():
         for name, label in zip(samples.names, samples.labels_or_ignored, strict=True):
             wrong = label[(label >= class_count) & (label != IGNORE_INDEX)]
             if len(wrong):
                 raise ValueError(
-                    f"label: found the value {wrong[0]} in {part}/{name}, expected 0..{class_count - 1} or "
+                    f"label: found the value {wrong[0]} in {split}/{name}, expected 0..{class_count - 1} or "
                     f"{IGNORE_INDEX} = unlabelled; say in dataset.yaml which values mean which classes"
                 )
 

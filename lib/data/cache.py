@@ -31,7 +31,9 @@ def cache_root() -> Path:
     return root
 
 
-def map_arrays(source: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]) -> dict[str, np.ndarray]:
+def map_arrays(
+    source: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
+) -> dict[str, np.ndarray]:
     """The arrays that were made of a source, mapped; made now where there are none for this key.
 
     Each process makes them in a folder of its own and then gives it the name of its key, so that two that want the
@@ -52,7 +54,9 @@ def map_arrays(source: Path, key: dict, layout: Layout, blocks: Callable[[], Blo
     if (arrays := _open(folder, layout)) is not None:
         return arrays
     try:
-        with tempfile.TemporaryDirectory(".unfinished", f"{folder.name}.", root, ignore_cleanup_errors=True) as made:
+        with tempfile.TemporaryDirectory(
+            ".unfinished", f"{folder.name}.", root, ignore_cleanup_errors=True
+        ) as made:
             _write(Path(made), layout, blocks())
             arrays = _open(Path(made), layout)  # stay mapped, whatever happens to their names
             for other in root.glob(f"*-{wanted}-*"):
@@ -62,7 +66,9 @@ def map_arrays(source: Path, key: dict, layout: Layout, blocks: Callable[[], Blo
                 Path(made).rename(folder)
             return arrays
     except OSError as error:
-        needed = sum(np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values())
+        needed = sum(
+            np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
+        )
         raise DataError(
             f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB there, and "
             "the data must be whole. Free disk space, or set the environment variable XDG_CACHE_HOME to another disk"

@@ -37,14 +37,18 @@ def decode_image(path: Path) -> np.ndarray:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema()[0] < 255:
-            raise _refused(path, "transparent pixels", "an opaque picture; put it on a background of your choice")
+            raise _refused(
+                path, "transparent pixels", "an opaque picture; put it on a background of your choice"
+            )
     with _decoding(path):
         return np.asarray(picture.convert("RGB"))
 
 
 def decode_label(path: Path) -> np.ndarray:
     """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices."""
-    expected = "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+    expected = (
+        "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+    )
     return _decode_values(path, expected)
 
 
@@ -60,14 +64,18 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         with _decoding(path):
             depth = np.load(path)
     else:
-        depth = _decode_values(path, "one channel of depth of 16 bits; export it again from the source", depth=True)
+        depth = _decode_values(
+            path, "one channel of depth of 16 bits; export it again from the source", depth=True
+        )
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
         remedy = "Say depth_unit_mm if you know it, or export it again"
         raise _refused(path, "8 bits", f"16: depth of 8 bits has lost its scale. {remedy}")
     if (depth < 0).any():
-        raise _refused(path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0")
+        raise _refused(
+            path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0"
+        )
     if bits == "sun":
         if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
             raise _refused(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
@@ -87,10 +95,14 @@ def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray
     picture, stored = _open(path)
     mode, values = picture.mode, np.asarray(picture)
     if mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
-        raise _refused(path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys")
+        raise _refused(
+            path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys"
+        )
     if mode == "P":
         palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        if (palette == palette[:, :1]).all() and values.max(initial=0) < len(palette):  # of an optimiser, once grey
+        if (palette == palette[:, :1]).all() and values.max(initial=0) < len(
+            palette
+        ):  # of an optimiser, once grey
             return palette[:, 0][values]
     if mode not in ("L", *INTEGERS, "F" if depth else "P"):
         raise _refused(path, f"mode {mode} of Pillow", expected)

@@ -11,6 +11,7 @@ import yaml
 
 from lib.classes import IGNORE_INDEX, MOST_CLASSES, NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M, DataError
+from lib.options import OLDER_NAMES, explain_unknown
 
 FILE = "dataset.yaml"
 MOST_VALUES = 2**16  # of labels of 16 bits
@@ -39,7 +40,7 @@ class Description:
     depth_bits: str = "plain"
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
     folders: tuple[tuple[str, str], ...] = (("image", "image"), ("depth", "depth"), ("label", "label"))
-    parts: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))
+    splits: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))
     scene: str | None = None
 
     @cached_property
@@ -120,11 +121,14 @@ CHECKS = {
         lambda value: _maps(value, "image", "depth", "label") and value.get("image"),
         "the folder of image and, where there are, of depth and label",
     ),
-    "parts": (
+    "splits": (
         lambda value: _maps(value, "train", "valid", "test"),
         "folders or lists of names of train, valid or test, null for none",
     ),
-    "scene": (lambda value: value is None or _is_text(value), "a regular expression, the name of a .csv file, or null"),
+    "scene": (
+        lambda value: value is None or _is_text(value),
+        "a regular expression, the name of a .csv file, or null",
+    ),
 }
 
 
@@ -142,8 +146,13 @@ def read_description(root: Path) -> Description:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
     content = {} if content is None else content  # nothing, or comments alone
+    older = [key for key in content if OLDER_NAMES.get(key) in CHECKS] if isinstance(content, dict) else []
+    if older:
+        raise DataError(f"{path}: {explain_unknown(older[0], CHECKS)}")
     if not isinstance(content, dict) or set(content) - set(CHECKS):
-        found = ", ".join(map(str, set(content) - set(CHECKS))) if isinstance(content, dict) else repr(content)
+        found = (
+            ", ".join(map(str, set(content) - set(CHECKS))) if isinstance(content, dict) else repr(content)
+        )
         raise DataError(f"{path}: found {found}, expected keys of: {', '.join(CHECKS)}")
     for key, value in content.items():
         check, expected = CHECKS[key]
@@ -166,7 +175,9 @@ def _read_classes(path: Path, content: dict) -> dict[str, tuple]:
     by_value = dict(sorted(classes.items())) if isinstance(classes, dict) else dict(enumerate(classes, first))
     names = list(by_value.values())
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own")
+        raise DataError(
+            f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"
+        )
     ignore = content.get("ignore", [0, IGNORE_INDEX] if first == 1 else [IGNORE_INDEX])
     if both := sorted(set(by_value) & set(ignore)):
         raise DataError(

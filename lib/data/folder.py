@@ -15,7 +15,7 @@ from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
 from lib.data.description import FILE, Description, read_description
 from lib.data.samples import DataError, Samples, Source, resize_image, resize_nearest
-from lib.data.sanity import judge_files
+from lib.data.sanity import check_files
 from lib.data.validation import number_runs
 from lib.progress import progress_bar
 
@@ -27,8 +27,8 @@ BLOCK = 64  # images in memory at a time while a cache is made
 Files = dict[str, Path]  # of one image, by kind
 
 
-def open_folder(root: Path, part: str) -> Source:
-    """The images of a part as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
+def open_folder(root: Path, split: str) -> Source:
+    """The images of a split as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
 
     Raises:
         DataError: a missing folder or partner; when they are read, a damaged file or values that can't be meant.
@@ -36,39 +36,43 @@ def open_folder(root: Path, part: str) -> Source:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
     description = read_description(root)
-    files = find_files(description, part)
+    files = find_files(description, split)
     names = np.array(list(files))
     runs = number_runs(names)
-    part_of = "valid_" if part == "valid" else ""  # a part of its own, whose first run is not the first of training
-    scene = None if runs is None else np.array([f"{part_of}run_{run:04d}" for run in runs])
-    usual_split = "random" if runs is None else "blocks"
+    prefix = (
+        "valid_" if split == "valid" else ""
+    )  # a split of its own, whose first run is not the first of training
+    scene = None if runs is None else np.array([f"{prefix}run_{run:04d}" for run in runs])
+    usual_validation = "random" if runs is None else "blocks"
     if description.scene is not None:
-        scene, usual_split = _name_scenes(description, names), "scenes"
-    if "valid" in dict(description.parts):
-        usual_split = "given"
-    judge = cache(partial(judge_files, description, part, list(files.values())))  # once
+        scene, usual_validation = _name_scenes(description, names), "scenes"
+    if "valid" in dict(description.splits):
+        usual_validation = "predefined"
+    judge = cache(partial(check_files, description, split, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
         if size is not None and len(positions) >= CACHED_FROM:
-            arrays = _map_files(description, part, list(files.values()), size)
+            arrays = _map_files(description, split, list(files.values()), size)
             return [Samples(names[positions], **select_rows(arrays, positions))]
         judge()
         return _read_files(names[positions], [files[name] for name in names[positions]], size, description)
 
-    return Source(names, scene, description.classes, read, usual_split, description.depth_range_m)
+    return Source(names, scene, description.classes, read, usual_validation, description.depth_range_m)
 
 
-def find_files(description: Description, part: str) -> dict[str, Files]:
-    """`{name: {"image": path, "depth": path, "label": path}}` of a part, every partner present, in order."""
-    root, parts = description.root, dict(description.parts)
-    if part not in parts:
-        raise DataError(f"{root}: has no part {part!r}, expected one of: {', '.join(parts)}; name it in {root / FILE}")
-    place = root / parts[part]
+def find_files(description: Description, split: str) -> dict[str, Files]:
+    """`{name: {"image": path, "depth": path, "label": path}}` of a split, every partner present, in order."""
+    root, splits = description.root, dict(description.splits)
+    if split not in splits:
+        raise DataError(
+            f"{root}: has no split {split!r}, expected one of: {', '.join(splits)}; name it in {root / FILE}"
+        )
+    place = root / splits[split]
     base = root if place.is_file() else place
-    found = {kind: _match(description, base, kind, value, part) for kind, value in description.folders}
+    found = {kind: _match(description, base, kind, value, split) for kind, value in description.folders}
     found = {kind: paths for kind, paths in found.items() if paths is not None}
-    names = _listed(description, part, found) if place.is_file() else sorted(set().union(*found.values()))
-    if part == "test" and not found.get("label", {}).keys() & set(names):
+    names = _listed(description, split, found) if place.is_file() else sorted(set().union(*found.values()))
+    if split == "test" and not found.get("label", {}).keys() & set(names):
         found.pop("label", None)  # held back
     for kind, paths in found.items():
         missing = [name for name in names if name not in paths]
@@ -80,13 +84,13 @@ def find_files(description: Description, part: str) -> dict[str, Files]:
     return {name: {kind: paths[name] for kind, paths in found.items()} for name in names}
 
 
-def _match(description: Description, base: Path, kind: str, value: str, part: str) -> dict[str, Path] | None:
+def _match(description: Description, base: Path, kind: str, value: str, split: str) -> dict[str, Path] | None:
     """The files of a kind by name; None where there need be none."""
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
     first, *rest = pattern.split("{name}")
     top = base / os.path.dirname(first)
     if not top.is_dir():
-        if (kind, part) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
+        if (kind, split) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
             return None
         raise DataError(f"{top}: no such folder; {LAYOUT}. Check the parameter data")
     whole = pattern.lower().endswith(SUFFIXES[kind])
@@ -98,7 +102,9 @@ def _match(description: Description, base: Path, kind: str, value: str, part: st
             match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
             if match and path.suffix.lower() in SUFFIXES[kind]:
                 if (twin := paths.setdefault(match["name"], path)) != path:
-                    raise DataError(f"{path}: a second file named {match['name']!r} beside {twin.name}; keep one")
+                    raise DataError(
+                        f"{path}: a second file named {match['name']!r} beside {twin.name}; keep one"
+                    )
             elif match:
                 others[path.suffix] += 1
     if not paths and (others or kind == "image"):
@@ -108,20 +114,24 @@ def _match(description: Description, base: Path, kind: str, value: str, part: st
     return paths
 
 
-def _listed(description: Description, part: str, found: dict[str, dict[str, Path]]) -> list[str]:
+def _listed(description: Description, split: str, found: dict[str, dict[str, Path]]) -> list[str]:
     """The names in a list: as they are, or as paths of files, which may lack the suffix."""
-    places, known = {name: description.root / value for name, value in description.parts}, {}
-    place, trained = places[part], places.get("train")
+    places, known = {name: description.root / value for name, value in description.splits}, {}
+    place, trained = places[split], places.get("train")
     for paths in found.values():
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
             known |= {relative.as_posix(): name, relative.with_suffix("").as_posix(): name}
-    known |= {f"{name}{suffix}": name for name, path in found["image"].items() for suffix in ("", path.suffix)}
+    known |= {
+        f"{name}{suffix}": name for name, path in found["image"].items() for suffix in ("", path.suffix)
+    }
     lines = _read_lines(place)
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
         what = (
-            f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}" if lines else "is empty"
+            f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}"
+            if lines
+            else "is empty"
         )
         raise DataError(
             f"{place}: {what}; expected a name a line, such as {next(iter(found['image']), None)!r}, of images in "
@@ -130,7 +140,7 @@ def _listed(description: Description, part: str, found: dict[str, dict[str, Path
     names = [known[line] for line in lines]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
-    listed = _read_lines(trained) if part != "train" and trained is not None and trained.is_file() else []
+    listed = _read_lines(trained) if split != "train" and trained is not None and trained.is_file() else []
     if shared := sorted({known.get(line) for line in listed} & set(names)):
         what = f"shares {len(shared)} images with {trained}, the first is {shared[0]!r}"
         raise DataError(f"{place}: {what}; what was trained on is no test")
@@ -138,7 +148,9 @@ def _listed(description: Description, part: str, found: dict[str, dict[str, Path
 
 
 def _read_lines(place: Path) -> list[str]:
-    return [os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()]
+    return [
+        os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()
+    ]
 
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
@@ -147,9 +159,13 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     if text.lower().endswith(".csv"):
         file = description.root / text
         try:
-            scenes = pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
+            scenes = (
+                pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
+            )
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{file}: can't be read ({error}); expected a table with the columns name,scene") from error
+            raise DataError(
+                f"{file}: can't be read ({error}); expected a table with the columns name,scene"
+            ) from error
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
@@ -157,7 +173,9 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
         except re.error as error:
             raise DataError(f"{file}: scene is {text!r}, expected a regular expression ({error})") from error
         if wanted.groups != 1:
-            raise DataError(f"{file}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'")
+            raise DataError(
+                f"{file}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'"
+            )
         found = [match and match[1] for match in map(wanted.search, names.tolist())]
     if None in found:
         raise DataError(
@@ -167,17 +185,23 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     return np.array(found, str)
 
 
-def _map_files(description: Description, part: str, files: list[Files], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """All images of a part, mapped; what was judged when they were kept is not judged again."""
+def _map_files(
+    description: Description, split: str, files: list[Files], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """All images of a split, mapped; what was judged when they were kept is not judged again."""
     states = [(path, path.stat()) for paths in files for path in paths.values()]
-    key = {"version": CACHE_VERSION, "kind": part, "size": list(size)}
+    key = {"version": CACHE_VERSION, "kind": split, "size": list(size)}
     key["files"] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
     text = description.root / FILE
     key["description"] = text.read_bytes().hex() if text.exists() else None
-    layout = {kind: (dtype, (len(files), *size, *axes)) for kind, (dtype, axes) in CHANNELS.items() if kind in files[0]}
+    layout = {
+        kind: (dtype, (len(files), *size, *axes))
+        for kind, (dtype, axes) in CHANNELS.items()
+        if kind in files[0]
+    }
 
     def make() -> Blocks:
-        judge_files(description, part, files)
+        check_files(description, split, files)
         yield from _read_blocks(files, size, description)
 
     return map_arrays(description.root, key, layout, make)
@@ -189,7 +213,9 @@ def _read_files(
     """In order; at their native size one `Samples` for each stretch of files of one size."""
     if not files:
         height, width = size or (0, 0)
-        empty = {kind: np.empty((0, height, width, *shape), dtype) for kind, (dtype, shape) in CHANNELS.items()}
+        empty = {
+            kind: np.empty((0, height, width, *shape), dtype) for kind, (dtype, shape) in CHANNELS.items()
+        }
         return [Samples(names, **empty)]
     sizes = [size] * len(files) if size else [upright_size(paths["image"]) for paths in files]
     pieces, start = [], 0
@@ -210,11 +236,16 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(files), BLOCK):
             block = list(pool.map(read, files[start : start + BLOCK]))
-            yield start + np.arange(len(block)), {kind: np.stack([one[kind] for one in block]) for kind in block[0]}
+            yield (
+                start + np.arange(len(block)),
+                {kind: np.stack([one[kind] for one in block]) for kind in block[0]},
+            )
             bar.update(len(block))
 
 
-def _read_sample(paths: Files, size: tuple[int, int] | None, description: Description) -> dict[str, np.ndarray]:
+def _read_sample(
+    paths: Files, size: tuple[int, int] | None, description: Description
+) -> dict[str, np.ndarray]:
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
         depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
@@ -230,4 +261,7 @@ def _read_sample(paths: Files, size: tuple[int, int] | None, description: Descri
             )
     if size is None:
         return arrays
-    return {kind: (resize_image if kind == "image" else resize_nearest)(array, size) for kind, array in arrays.items()}
+    return {
+        kind: (resize_image if kind == "image" else resize_nearest)(array, size)
+        for kind, array in arrays.items()
+    }

@@ -8,11 +8,11 @@ import numpy as np
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.description import Description
 from lib.data.samples import DataError, Pieces, Samples, Source
-from lib.data.sanity import SAMPLED, doubt_unit, look_at_depth
-from lib.data.synthetic import open_scenes
+from lib.data.sanity import SAMPLED, guess_unit, look_at_depth
+from lib.data.synthetic import open_synthetic
 
 
-def open_pictures(
+def open_images(
     images: str, depths: str | None, depth_unit_mm: float | None, takes_depth: bool, classes: tuple[str, ...]
 ) -> Pieces:
     """Pictures of any sizes, read one by one.
@@ -22,10 +22,12 @@ def open_pictures(
     A ValueError says what is missing; `DataError` names a file that can't be used, also while they are read.
     """
     if images == "synthetic":
-        return Pieces(replace(open_scenes("test"), classes=classes), None, 1, "official", images)
+        return Pieces(replace(open_synthetic("test"), classes=classes), None, 1, "none", images)
     if takes_depth != (depths is not None):
         takes = "takes depth, too" if takes_depth else "takes RGB alone"
-        remedy = "give depths, or a run trained with inputs rgb" if takes_depth else "leave it out, or change run"
+        remedy = (
+            "give depths, or a run trained with inputs rgb" if takes_depth else "leave it out, or change run"
+        )
         raise ValueError(f"depths: found {depths!r}, but this network {takes}; {remedy}")
     files, partners = _list_files("image", images), _list_files("depth", depths) if depths else {}
     if len(files) == len(partners) == 1:  # whatever they are called
@@ -37,7 +39,9 @@ def open_pictures(
         )
     if depths and depth_unit_mm is None:
         sample = [partners[name] for name in files][:: -(-len(files) // SAMPLED)]
-        found, unit = doubt_unit(np.array([look_at_depth(path, Description(path.parent))[0] for path in sample]))
+        found, unit = guess_unit(
+            np.array([look_at_depth(path, Description(path.parent))[0] for path in sample])
+        )
         if unit:
             raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
     names = np.array(list(files))
@@ -47,18 +51,24 @@ def open_pictures(
 
     measured = f", with depth of {depths} in units of {depth_unit_mm or 1:g} mm" if depths else ""
     data = f"{Path(images).expanduser().resolve()}{measured}"
-    return Pieces(Source(names, None, classes, read, "official"), None, 1, "official", data)
+    return Pieces(Source(names, None, classes, read, "none"), None, 1, "none", data)
 
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
     root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
     for path in [root] if root.is_file() else sorted(root.glob("*")):
         if path.suffix.lower() in (".heic", ".heif"):
-            raise DataError(f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away")
+            raise DataError(
+                f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
+            )
         if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
-            raise DataError(f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one")
+            raise DataError(
+                f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one"
+            )
     if not files:
-        raise ValueError(f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}")
+        raise ValueError(
+            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"
+        )
     return files
 
 
@@ -69,5 +79,7 @@ def _read(name: str, path: Path, depth_path: Path | None, unit_mm: float | None)
     depth_mm = depth_to_mm(decode_depth(depth_path, takes_bytes=unit_mm is not None), unit_mm or 1)
     if depth_mm.shape != image.shape[:2]:
         found, expected = ("x".join(map(str, array.shape[:2])) for array in (depth_mm, image))
-        raise DataError(f"{depth_path}: {found}, but its picture {path.name} is {expected}; both must have one size")
+        raise DataError(
+            f"{depth_path}: {found}, but its picture {path.name} is {expected}; both must have one size"
+        )
     return Samples(np.array([name]), image[None], depth_mm[None])

@@ -20,19 +20,29 @@ from lib.options import check_choice
 from lib.progress import progress_bar
 
 TABLES = Path(__file__).parent / "tables"
-ARRAYS = {"images": ("uint8", 4), "depths": ("float32", 3), "rawDepths": ("float32", 3), "labels": ("uint16", 3)}
-CACHED = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ()), "measured": (np.bool_, ())}
+ARRAYS = {
+    "images": ("uint8", 4),
+    "depths": ("float32", 3),
+    "rawDepths": ("float32", 3),
+    "labels": ("uint16", 3),
+}
+CACHED = {
+    "image": (np.uint8, (3,)),
+    "depth": (np.uint16, ()),
+    "label": (np.uint8, ()),
+    "measured": (np.bool_, ()),
+}
 BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
 CACHE_VERSION = 3
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
 
 
-def open_file(path: Path, part: str, classes: str | None) -> Source:
+def open_file(path: Path, split: str, classes: str | None) -> Source:
     """The official training or test frames of the file, named by their 0-based ids, with its own scene names.
 
     Args:
         path: of `nyu_depth_v2_labeled.mat`.
-        part: `"test"`, or any other for the training frames.
+        split: `"test"`, or any other for the training frames.
         classes: `nyuv2_13` (None) or `nyuv2_40`.
     """
     class_set = classes or "nyuv2_13"
@@ -41,12 +51,14 @@ def open_file(path: Path, part: str, classes: str | None) -> Source:
         count, references = len(file["images"]), file["scenes"][:].ravel()
         scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
     table = _official_split(count)
-    ids = table.id[table.part == ("test" if part == "test" else "train")].to_numpy()
+    ids = table.id[table.part == ("test" if split == "test" else "train")].to_numpy()
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
         return [_read_frames(path, ids[positions], size, class_set)]
 
-    return Source(np.array([f"{frame:06d}" for frame in ids]), scenes[ids], CLASS_SETS[class_set][1], read, "scenes")
+    return Source(
+        np.array([f"{frame:06d}" for frame in ids]), scenes[ids], CLASS_SETS[class_set][1], read, "scenes"
+    )
 
 
 def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, class_set: str) -> Samples:
@@ -56,7 +68,9 @@ def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, clas
         status = path.stat()
         key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
         key |= {"size": list(size or (height, width)), "kind": class_set}
-        layout = {name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()}
+        layout = {
+            name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()
+        }
         arrays = map_arrays(path, key, layout, lambda: _read_blocks(file, tuple(key["size"]), class_set))
     return Samples(np.array([f"{frame:06d}" for frame in ids]), **select_rows(arrays, _rows(count)[ids]))
 
@@ -67,8 +81,10 @@ def _official_split(count: int) -> pd.DataFrame:
 
 
 def _rows(count: int) -> np.ndarray:
-    """The row of each frame in the cache: the official training part first, then the test part."""
-    return np.argsort(_official_split(count).sort_values(["part", "id"], ascending=[False, True]).id.to_numpy())
+    """The row of each frame in the cache: the official training split first, then the test split."""
+    return np.argsort(
+        _official_split(count).sort_values(["part", "id"], ascending=[False, True]).id.to_numpy()
+    )
 
 
 def _open(path: Path) -> h5py.File:
@@ -80,7 +96,9 @@ def _open(path: Path) -> h5py.File:
         with open(path, "rb") as start:
             older = start.read(10) == b"MATLAB 5.0"
         remedy = (
-            "It is a file of version 5, as splits.mat" if older else "A download that was cut short has to be repeated"
+            "It is a file of version 5, as splits.mat"
+            if older
+            else "A download that was cut short has to be repeated"
         )
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's "

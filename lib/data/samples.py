@@ -28,7 +28,7 @@ class Samples:
         scene: `(N,)` the scene an image belongs to; None where that is unknown.
         classes: names of the classes, in the order of their indices.
         depth_range_m: (nearest, farthest) that a network made for these data clips depth to.
-        made_with: the parameters of `load_samples` by the names they have in the notebooks.
+        loaded_with: the parameters of `load_samples` by the names they have in the notebooks.
     """
 
     names: np.ndarray
@@ -39,7 +39,7 @@ class Samples:
     scene: np.ndarray | None = None
     classes: tuple[str, ...] = NYUV2_13
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
-    made_with: dict | None = None
+    loaded_with: dict | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +56,9 @@ class Samples:
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Samples":
         """The same change to every array that is there."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(array) for name, array in arrays.items() if isinstance(array, np.ndarray)})
+        return replace(
+            self, **{name: change(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        )
 
     @property
     def labels_or_ignored(self) -> np.ndarray:
@@ -77,43 +79,45 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of one part that are still where they come from.
+    """The images of one split that are still where they come from.
 
     Attributes:
         names, scene, classes, depth_range_m: as in `Samples`.
         read: (positions, size) to a list of `Samples` in that order, more than one where sizes differ.
-        usual_split: what `auto` means, where the images allow it.
+        usual_validation: what `auto` means, where the images allow it.
     """
 
     names: np.ndarray
     scene: np.ndarray | None
     classes: tuple[str, ...]
     read: Callable[[np.ndarray, tuple[int, int] | None], list[Samples]]
-    usual_split: str
+    usual_validation: str
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
 
     def select(self, chosen: np.ndarray) -> "Source":
         """Only the images at these positions."""
         scene = None if self.scene is None else self.scene[chosen]
-        return replace(self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size))
+        return replace(
+            self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size)
+        )
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A part of a data set, read piece by piece each time that it is iterated over.
+    """A split of a data set, read piece by piece each time that it is iterated over.
 
     Attributes:
         source: of the images.
         size: (height, width) to resize to, or None.
         batch_size: images of a piece, at most.
-        split: that chose them, never `auto`.
+        validation: that chose them, never `auto`.
         data: where they come from, as it was given.
     """
 
     source: Source
     size: tuple[int, int] | None
     batch_size: int
-    split: str
+    validation: str
     data: str
 
     def __iter__(self) -> Iterator[Samples]:
@@ -130,7 +134,9 @@ class Pieces:
         for samples in source.read(np.asarray(positions), self.size):
             at = positions[start : start + len(samples)]
             scene = None if source.scene is None else source.scene[at]
-            read.append(replace(samples, scene=scene, classes=source.classes, depth_range_m=source.depth_range_m))
+            read.append(
+                replace(samples, scene=scene, classes=source.classes, depth_range_m=source.depth_range_m)
+            )
             start += len(samples)
         return read
 

@@ -1,4 +1,4 @@
-"""The embedded data: procedural rooms, ray-cast to RGB, depth and labels.
+"""The built-in synthetic scenes: procedural rooms, ray-cast to RGB, depth and labels.
 
 A room is a list of boxes, so the first hit of each ray is exact. Colours overlap between classes, and pictures,
 screens and windows are flat: neither RGB nor depth is enough. Lengths are metres, x to the right, y up, the floor at
@@ -38,16 +38,22 @@ TEXTURES = {
 }
 
 
-def open_scenes(part: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Source:
-    """The scenes of a part, rendered when they are read, to the same pixels for the same (seed, name, size)."""
-    start, count = (TRAIN_COUNT, TEST_COUNT) if part == "test" else (0, TRAIN_COUNT)
+def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Source:
+    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name, size)."""
+    start, count = (TRAIN_COUNT, TEST_COUNT) if split == "test" else (0, TRAIN_COUNT)
     ids = np.arange(start, start + count)
-    names = np.array([f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids])  # with a gap after each room
+    names = np.array(
+        [f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids]
+    )  # with a gap after each room
     rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
         shape = len(positions), *native_size
-        image, depth, label = np.empty((*shape, 3), np.uint8), np.empty(shape, np.uint16), np.empty(shape, np.uint8)
+        image, depth, label = (
+            np.empty((*shape, 3), np.uint8),
+            np.empty(shape, np.uint16),
+            np.empty(shape, np.uint8),
+        )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             views = pool.map(lambda index: render_scene(seed, index, native_size), ids[positions].tolist())
             for row, view in enumerate(views):
@@ -85,11 +91,16 @@ def _clutter(rng, width, depth, height, most) -> list:
     """Up to `most` objects and books on a surface."""
     parts = []
     for _ in range(rng.integers(most + 1)):
-        (x, z), half = rng.uniform(-0.4, 0.4, 2) * (width, depth), rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2))
+        (x, z), half = (
+            rng.uniform(-0.4, 0.4, 2) * (width, depth),
+            rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2)),
+        )
         name, texture = "objects", _pick(rng, ("plain", "fabric", "patches"))
         if rng.random() < 0.08:
             name, texture, half = "books", "spines", half * (0.6, 0.3, 1)
-        parts.append((name, (x, height + half[1], z), half, _pick(rng, VIVID + PALE + DARK + WOOD + MUTED), texture))
+        parts.append(
+            (name, (x, height + half[1], z), half, _pick(rng, VIVID + PALE + DARK + WOOD + MUTED), texture)
+        )
     return parts
 
 
@@ -100,7 +111,10 @@ def _bed(rng):
         ("bed", (0, 0.14, 0), (width / 2, 0.14, 1.0), frame, "plain"),
         ("bed", (0, 0.14 + height / 2, 0.02), (width / 2 - 0.03, height / 2 - 0.14, 0.97), linen, "fabric"),
         ("bed", (0, 0.5, -0.98), (width / 2, 0.5, 0.03), frame, "planks"),
-        *(("objects", (x * width, height + 0.07, -0.7), (width / 5, 0.08, 0.2), pillow, "fabric") for x in (-0.2, 0.2)),
+        *(
+            ("objects", (x * width, height + 0.07, -0.7), (width / 5, 0.08, 0.2), pillow, "fabric")
+            for x in (-0.2, 0.2)
+        ),
         *_clutter(rng, width, 1.2, height, 4),
     ], (width, 2.0)
 
@@ -117,20 +131,32 @@ def _sofa(rng):
 
 def _chair(rng):
     width, colour = rng.uniform(0.4, 0.5), _pick(rng, WOOD + DARK + VIVID + PALE)
-    back = ("chair", (0, 0.7, -width / 2), (width / 2, 0.24, 0.025), colour, _pick(rng, ("plain", "planks", "fabric")))
+    back = (
+        "chair",
+        (0, 0.7, -width / 2),
+        (width / 2, 0.24, 0.025),
+        colour,
+        _pick(rng, ("plain", "planks", "fabric")),
+    )
     seat = ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain")
     return [seat, back, *_legs("chair", width, width, 0.42, 0.022, colour)], (width, width)
 
 
 def _table(rng):
-    (width, depth, height), colour = rng.uniform((0.9, 0.6, 0.4), (1.9, 1.0, 0.78)), _pick(rng, WOOD + PALE + DARK)
+    (width, depth, height), colour = (
+        rng.uniform((0.9, 0.6, 0.4), (1.9, 1.0, 0.78)),
+        _pick(rng, WOOD + PALE + DARK),
+    )
     top = ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks")))
     legs = _legs("table", width, depth, height, 0.04, colour)
     return [top, *legs, *_clutter(rng, width, depth, height + 0.04, 6)], (width, depth)
 
 
 def _cupboard(rng):
-    (width, depth, height), colour = rng.uniform((0.6, 0.35, 0.6), (1.8, 0.6, 2.1)), _pick(rng, WOOD + PALE + DARK)
+    (width, depth, height), colour = (
+        rng.uniform((0.6, 0.35, 0.6), (1.8, 0.6, 2.1)),
+        _pick(rng, WOOD + PALE + DARK),
+    )
     parts = [("furniture", (0, height / 2, 0), (width / 2, height / 2, depth / 2), colour, "doors")]
     if height < 1 and rng.random() < 0.5:
         parts.append(("tv", (0, height + 0.35, 0), (0.5, 0.3, 0.03), _pick(rng, DARK), "plain"))
@@ -138,7 +164,11 @@ def _cupboard(rng):
 
 
 def _shelf(rng):
-    width, height, wood = rng.uniform(0.8, 1.7), rng.uniform(1.2, 2.1), (_pick(rng, WOOD + PALE + DARK), "plain")
+    width, height, wood = (
+        rng.uniform(0.8, 1.7),
+        rng.uniform(1.2, 2.1),
+        (_pick(rng, WOOD + PALE + DARK), "plain"),
+    )
     parts = [("furniture", (0, height / 2, -0.13), (width / 2, height / 2, 0.02), *wood)]
     parts += [("furniture", (x * width, height / 2, 0), (0.03, height / 2, 0.16), *wood) for x in (-0.5, 0.5)]
     for level in np.arange(0.05, height, 0.4):
@@ -168,12 +198,19 @@ def _hung(rng, span, room_height) -> list:
     parts, blocked = [], (0.0, -1.0)
     if rng.random() < 0.5:
         half, x = rng.uniform((0.4, 0.4, 0.02), (0.9, 0.65, 0.02)), rng.uniform(-0.25, 0.25) * span
-        parts.append(("window", (x, min(1.5, room_height - half[1] - 0.15), 0.01), half, _pick(rng, SKY), "panes"))
+        parts.append(
+            ("window", (x, min(1.5, room_height - half[1] - 0.15), 0.01), half, _pick(rng, SKY), "panes")
+        )
         blocked = x, half[0] + 0.35
     for x in rng.permutation(np.linspace(-0.36, 0.36, 5))[: rng.integers(4)] * span:
-        half, colour = rng.uniform((0.18, 0.18, 0.01), (0.42, 0.42, 0.02)), _pick(rng, VIVID + PALE + MUTED + DARK)
+        half, colour = (
+            rng.uniform((0.18, 0.18, 0.01), (0.42, 0.42, 0.02)),
+            _pick(rng, VIVID + PALE + MUTED + DARK),
+        )
         if abs(x - blocked[0]) > blocked[1]:
-            parts.append(("picture", (x, rng.uniform(1.4, 1.7), 0.01), half, colour, _pick(rng, ("patches", "fabric"))))
+            parts.append(
+                ("picture", (x, rng.uniform(1.4, 1.7), 0.01), half, colour, _pick(rng, ("patches", "fabric")))
+            )
     return parts
 
 
@@ -208,7 +245,11 @@ def _furniture(rng, room) -> list:
         for _ in range(8):
             if build in by_wall:
                 yaw, foot, span = _side(room, rng.integers(4))
-                along = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0) * np.array((np.cos(yaw), -np.sin(yaw)))
+                along = (
+                    rng.uniform(-0.5, 0.5)
+                    * max(span - footprint[0], 0)
+                    * np.array((np.cos(yaw), -np.sin(yaw)))
+                )
                 foot = foot * (1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()) + along
             else:
                 yaw, foot = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
@@ -239,7 +280,9 @@ def _pack(parts: list) -> dict[str, np.ndarray]:
 def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
     """Vectors (..., 3) of the world in the frame of boxes turned by yaw (...); -yaw turns back."""
     x, y, z = np.moveaxis(vectors, -1, 0)
-    return np.stack(np.broadcast_arrays(np.cos(yaw) * x - np.sin(yaw) * z, y, np.sin(yaw) * x + np.cos(yaw) * z), -1)
+    return np.stack(
+        np.broadcast_arrays(np.cos(yaw) * x - np.sin(yaw) * z, y, np.sin(yaw) * x + np.cos(yaw) * z), -1
+    )
 
 
 def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +305,10 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     """First hit of each ray by the slab test: box, depth, and in the box's frame point and face."""
     start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
     near, far = (-start - half).astype(np.float32), (-start + half).astype(np.float32)
-    cos, sin = np.cos(boxes["yaw"], dtype=np.float32)[:, None], np.sin(boxes["yaw"], dtype=np.float32)[:, None]
+    cos, sin = (
+        np.cos(boxes["yaw"], dtype=np.float32)[:, None],
+        np.sin(boxes["yaw"], dtype=np.float32)[:, None],
+    )
     x, y, z = rays.T.astype(np.float32)
     box = np.empty(len(rays), int)
     for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # small enough for the cache
@@ -280,7 +326,14 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     face = np.take_along_axis(direction, axis, 1)[:, 0]
     cosine = np.abs(face) / np.linalg.norm(rays, axis=1)
     point = start[box] + depth[:, None] * direction
-    return {"box": box, "depth": depth, "point": point, "axis": axis, "side": -np.sign(face), "cosine": cosine}
+    return {
+        "box": box,
+        "depth": depth,
+        "point": point,
+        "axis": axis,
+        "side": -np.sign(face),
+        "cosine": cosine,
+    }
 
 
 def _hash(*keys: np.ndarray) -> np.ndarray:
@@ -321,7 +374,9 @@ def _expose(rng, colour) -> np.ndarray:
     row, column = np.mgrid[-1 : 1 : colour.shape[0] * 1j, -1 : 1 : colour.shape[1] * 1j]
     gain = rng.uniform(0.75, 1.25) * (1 + rng.normal(0, 0.06, 3))
     exposed = colour * gain * (1 - 0.12 * (row**2 + column**2))[..., None]
-    return (255 * np.clip(exposed + rng.normal(0, rng.uniform(0.003, 0.012), colour.shape), 0, 1)).astype(np.uint8)
+    return (255 * np.clip(exposed + rng.normal(0, rng.uniform(0.003, 0.012), colour.shape), 0, 1)).astype(
+        np.uint8
+    )
 
 
 def _measure(rng, depth, label, cosine) -> np.ndarray:
@@ -330,7 +385,9 @@ def _measure(rng, depth, label, cosine) -> np.ndarray:
     right = np.pad(depth, ((0, 0), (0, 2)), "edge")
     shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # the projector stands to one side
     glass = np.isin(label, [NYUV2_13.index("window"), NYUV2_13.index("tv")]) & (rng.random() < 0.5)
-    lost = shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
+    lost = (
+        shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
+    )
     return np.where(lost, 0, np.rint(1000 * (DISPARITY / disparity.clip(1)).clip(0.4, 10))).astype(np.uint16)
 
 

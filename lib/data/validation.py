@@ -8,55 +8,58 @@ import numpy as np
 from lib.data.samples import Source
 from lib.options import check_choice
 
-SPLITS = ("auto", "given", "scenes", "blocks", "random", "official")
-IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, from the usual split of a source on
-SPLIT_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
+IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
+VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
 FOLDS = 5
 
 
 def split_names(
-    names: np.ndarray, split: str, scene: np.ndarray | None = None, fold: int = FOLDS - 1
+    names: np.ndarray, validation: str, scene: np.ndarray | None = None, fold: int = FOLDS - 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions in the sorted `(N,)` names that train and that validate.
 
     Args:
         names: of the images, sorted.
-        split: `random`: 20 % of the images validate; equals scikit-learn's `train_test_split(test_size=0.2,
+        validation: `random`: 20 % of the images validate; equals scikit-learn's `train_test_split(test_size=0.2,
             random_state=42)`, order included, because batches of the validation loss form in that order.
             `blocks`: every fifth run of neighbouring ids validates. `scenes`: a fifth of the scenes validates.
-            `official` and `given`: all train.
+            `none` and `predefined`: all train.
         scene: `(N,)` the scene of each image, where it is known.
         fold: which of the five folds of `blocks` and `scenes` validates.
 
     Raises:
-        ValueError: a split that these names do not allow, or another fold.
+        ValueError: a `validation` that these names do not allow, or another fold.
     """
     check_choice("fold", fold, range(FOLDS))
     everything = np.arange(len(names))
-    if split in ("official", "given"):
+    if validation in ("none", "predefined"):
         return everything, everything[:0]
-    if split == "random":
-        order = np.random.RandomState(SPLIT_SEED).permutation(len(names))
+    if validation == "random":
+        order = np.random.RandomState(VALIDATION_SEED).permutation(len(names))
         valid_count = math.ceil(0.2 * len(names))
         return order[valid_count:], order[:valid_count]
-    if split == "scenes":
+    if validation == "scenes":
         if scene is None:
-            raise ValueError("split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'")
-        shuffled = np.random.RandomState(SPLIT_SEED).permutation(np.unique(scene))
+            raise ValueError(
+                "validation: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"
+            )
+        shuffled = np.random.RandomState(VALIDATION_SEED).permutation(np.unique(scene))
         validates = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
     elif (runs := number_runs(names)) is not None:
         validates = runs % FOLDS == fold
     else:
         raise ValueError(
-            f"split: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
-            f"...{'' if read_numbers(names) is None else ', most of them alone'}; use split 'random' or 'official'"
+            f"validation: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
+            f"...{'' if read_numbers(names) is None else ', most of them alone'}; use validation 'random' or 'none'"
         )
     return everything[~validates], everything[validates]
 
 
 def read_numbers(names: np.ndarray) -> np.ndarray | None:
     """`(N,)` names as numbers; None where they are none."""
-    return np.array([int(name) for name in names]) if all(name.isdecimal() for name in names.tolist()) else None
+    return (
+        np.array([int(name) for name in names]) if all(name.isdecimal() for name in names.tolist()) else None
+    )
 
 
 def number_runs(names: np.ndarray) -> np.ndarray | None:
@@ -78,36 +81,36 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     return None if alone.mean() > 0.5 else runs
 
 
-def choose_split(split: str, source: Source, fold: int) -> str:
-    """What `auto` means for these images: the usual split of their source, or the next that they allow.
+def choose_validation(validation: str, source: Source, fold: int) -> str:
+    """What `auto` means for these images: that of their source, or the next that they allow.
 
     Raises:
-        ValueError: `given`, where the data set has no part that validates.
+        ValueError: `predefined`, where the data set has no valid split.
     """
-    if split == "given" and source.usual_split != "given":
+    if validation == "predefined" and source.usual_validation != "predefined":
         raise ValueError(
-            "split: 'given' needs data with a part of their own that validates; name it in DATA/dataset.yaml, such as "
-            "`parts: {train: train, valid: valid, test: test}`, or use split 'auto'"
+            "validation: 'predefined' needs a data set with its own valid split; name it in DATA/dataset.yaml, such as "
+            "`splits: {train: train, valid: valid, test: test}`, or use validation 'auto'"
         )
-    if split != "auto" or source.usual_split == "given":
-        return split if split != "auto" else "given"
-    for usual in IN_ORDER[IN_ORDER.index(source.usual_split) :]:
+    if validation != "auto" or source.usual_validation == "predefined":
+        return validation if validation != "auto" else "predefined"
+    for usual in IN_ORDER[IN_ORDER.index(source.usual_validation) :]:
         with suppress(ValueError):  # these names or scenes do not allow it
             if min(map(len, split_names(source.names, usual, source.scene, fold))):
                 return usual
     return "random"
 
 
-def select_part(source: Source, part: str, split: str, fold: int) -> np.ndarray:
-    """Positions of the images of part `train` or `valid`.
+def select_split(source: Source, split: str, validation: str, fold: int) -> np.ndarray:
+    """Positions of the images of split `train` or `valid`.
 
     Raises:
-        ValueError: a split that leaves one of the two empty.
+        ValueError: a `validation` that leaves one of the two empty.
     """
-    train, valid = split_names(source.names, split, source.scene, fold)
-    if split not in ("official", "given") and min(len(train), len(valid)) == 0:
+    train, valid = split_names(source.names, validation, source.scene, fold)
+    if validation not in ("none", "predefined") and min(len(train), len(valid)) == 0:
         raise ValueError(
-            f"split: {split!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
-            f"{len(source.names)}; raise limit, or use split 'random' (2 images or more) or 'official'"
+            f"validation: {validation!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
+            f"{len(source.names)}; raise limit, or use validation 'random' (2 images or more) or 'none'"
         )
-    return train if part == "train" else valid
+    return train if split == "train" else valid

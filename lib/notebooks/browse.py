@@ -13,8 +13,8 @@ from lib.metrics import image_accuracy
 from lib.notebooks import plots
 from lib.notebooks.plots import small_png
 
-PAIRS = 12  # of classes taken for one another, most frequent first
-PAIR = " taken for "
+PAIRS = 12  # of classes confused with one another, most frequent first
+PAIR = " confused with "
 Masks = Callable[[Samples], Sequence[np.ndarray]]
 
 
@@ -33,9 +33,14 @@ def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidg
     that a saved notebook holds no widget without a kernel.
     """
     label, groups = samples.labels_or_ignored, {"all": np.arange(len(samples))}
-    groups |= {name: np.flatnonzero((label == index).any((1, 2))) for index, name in enumerate(samples.classes)}
+    groups |= {
+        name: np.flatnonzero((label == index).any((1, 2))) for index, name in enumerate(samples.classes)
+    }
     return _browse(
-        samples.names.tolist(), groups, lambda index, only: plot_sample(samples[[index]], {}, only), interactive
+        samples.names.tolist(),
+        groups,
+        lambda index, only: plot_sample(samples[[index]], {}, only),
+        interactive,
     )
 
 
@@ -55,9 +60,13 @@ def browse_results(
     groups = {"all": order}
     groups |= {name: order[counts[order, index].any(1)] for index, name in enumerate(classes)}
     wrong = counts.sum(0) * ~np.eye(len(classes), dtype=bool)
-    for truth, named in zip(*np.unravel_index(np.argsort(-wrong, axis=None)[:PAIRS], wrong.shape), strict=True):
+    for truth, named in zip(
+        *np.unravel_index(np.argsort(-wrong, axis=None)[:PAIRS], wrong.shape), strict=True
+    ):
         found = counts[:, truth, named]
-        groups[classes[truth] + PAIR + classes[named]] = np.argsort(-found, kind="stable")[: (found > 0).sum()]
+        groups[classes[truth] + PAIR + classes[named]] = np.argsort(-found, kind="stable")[
+            : (found > 0).sum()
+        ]
 
     def draw(index: int, only: str) -> Figure:
         sample = pieces[np.array([index])][0]
@@ -68,14 +77,19 @@ def browse_results(
 
 
 def _browse(
-    names: list[str], groups: dict[str, np.ndarray], draw: Callable[[int, str], Figure], interactive: bool | None
+    names: list[str],
+    groups: dict[str, np.ndarray],
+    draw: Callable[[int, str], Figure],
+    interactive: bool | None,
 ) -> ipywidgets.VBox | Figure:
     """Widgets that go through the positions of a group of images, `all` at first, and draw what is chosen."""
     if not (runs_in_editor() if interactive is None else interactive):
         return draw(groups["all"][0], "all")
     options = {group: [(names[at], int(at)) for at in positions] for group, positions in groups.items()}
     options = {group: images for group, images in options.items() if images}
-    slider = ipywidgets.SelectionSlider(options=options["all"], continuous_update=False, layout={"width": "100%"})
+    slider = ipywidgets.SelectionSlider(
+        options=options["all"], continuous_update=False, layout={"width": "100%"}
+    )
     short = {"style": {"description_width": "initial"}, "layout": {"width": "auto"}}
     name = ipywidgets.Combobox(description="name", continuous_update=False, **short)
     group = ipywidgets.Dropdown(options=list(options), description="only", **short)
@@ -111,7 +125,9 @@ def _browse(
     for button in steps:
         button.on_click(step)
     redraw()
-    return _Browser([slider, ipywidgets.HBox([*steps, name, group, count], layout={"flex_flow": "row wrap"}), picture])
+    return _Browser(
+        [slider, ipywidgets.HBox([*steps, name, group, count], layout={"flex_flow": "row wrap"}), picture]
+    )
 
 
 def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "all") -> Figure:
@@ -121,7 +137,7 @@ def plot_sample(sample: Samples, predicted: dict[str, np.ndarray], only: str = "
     the RGB image too.
     """
     image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
-    shades, truth, chosen = plots.depth_shades([sample]), "truth" if predicted else "labels", {}
+    shades, truth, chosen = plots.depth_shades([sample]), "ground truth" if predicted else "labels", {}
     pictures = {"RGB": image / 255, plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
     pictures[truth] = plots.colour_labels(label, classes)
     index = [] if only == "all" else [classes.index(name) for name in only.split(PAIR)]

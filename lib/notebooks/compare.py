@@ -37,12 +37,16 @@ def read_published(table: str, experiments: str) -> pd.DataFrame:
     names = [name.strip() for name in experiments.split(",") if name.strip()]
     unknown = sorted(set(names) - set(figures.index))
     if unknown:
-        raise ValueError(f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}")
+        raise ValueError(
+            f"published: found {', '.join(unknown)}, there are: {', '.join(figures.index.unique())}"
+        )
     return figures.loc[names]
 
 
 @plots.styled
-def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison | None]) -> Figure:
+def plot_comparison(
+    recipes: dict[str, list[ScoredRun]], differences: dict[str, SceneComparison | None]
+) -> Figure:
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     A filled mark has p < 0.05 (after Holm for classes).
@@ -51,7 +55,10 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
     images = (members[0].counts.sum(2) > 0).sum(0)
-    names = ["mIoU", *(f"{plots.shorten(members[0].classes[index], 20)} ({images[index]})" for index in order)]
+    names = [
+        "mIoU",
+        *(f"{plots.shorten(members[0].classes[index], 20)} ({images[index]})" for index in order),
+    ]
     thickness = (0.22 if len(names) <= plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
     height = 1 + thickness * len(names)
     figure, (left, right) = plots.new_figure(height, 1, 2, sharey=True, width_ratios=(1.2, 1))
@@ -64,12 +71,16 @@ def plot_comparison(recipes: dict[str, list[ScoredRun]], differences: dict[str, 
     swatches = plots.class_colours(members[0].classes)
     for row, index in enumerate(order, start=1):
         colour = swatches[members[0].classes[index]]
-        left.plot(-0.03, row, "s", color=colour, markeredgecolor=plots.GREY, markersize=7, clip_on=False, zorder=4)
+        left.plot(
+            -0.03, row, "s", color=colour, markeredgecolor=plots.GREY, markersize=7, clip_on=False, zorder=4
+        )
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
     left.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= plots.FEW else "x-small")
-    left.set(title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5))
+    left.set(
+        title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(names) - 0.5, -0.5)
+    )
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
     right.set(title=f"Difference to {baseline}", xlabel="difference in IoU, 95 % interval")

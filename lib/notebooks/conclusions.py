@@ -14,10 +14,10 @@ class Verdict:
     """What can be said of a recipe (b) against the baseline (a); None where the runs do not allow a claim.
 
     Attributes:
-        checkpoints: claim (a), of the first run of each.
-        seeds: claim (b1).
-        recipes: claim (b2).
-        recipe_p_value: of (b2), after Holm over all recipes that are held against the baseline.
+        checkpoints: the checkpoint test, of the first run of each.
+        seeds: the seed test.
+        recipes: the recipe test.
+        recipe_p_value: of the recipe test, after Holm over all recipes that are held against the baseline.
         compared: how many of these the runs allow to be tested.
     """
 
@@ -29,7 +29,7 @@ class Verdict:
 
     @property
     def strongest(self) -> SceneComparison | None:
-        """The claim over scenes that says most: (b2) where there is one, else (a)."""
+        """The claim over scenes that says most: the recipe test where there is one, else the checkpoint test."""
         return self.recipes or self.checkpoints
 
 
@@ -37,11 +37,13 @@ def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str
     """Every recipe held against the first; if `paired`, runs of one seed belong together and others are left out."""
     (_, baseline), *others = recipes.items() if recipes else [(None, [])]
     crossed = {name: _crossed(baseline, members, paired) for name, members in others}
-    p_values = significance.holm([np.nan if result is None else result.p_value for result in crossed.values()])
+    p_values = significance.holm(
+        [np.nan if result is None else result.p_value for result in crossed.values()]
+    )
     verdicts = {}
     for (name, members), p_value in zip(others, p_values, strict=True):
         first, other, checkpoints, seeds = baseline[0], members[0], None, None
-        if first.folds == 1:
+        if not first.is_pooled:
             checkpoints = significance.compare_checkpoints(first.counts, other.counts, first.scene)
         if min(len(baseline), len(members)) >= 2:
             seeds = significance.compare_seeds(*([run.score for run in side] for side in (baseline, members)))
@@ -76,9 +78,9 @@ def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, V
         "\n".join((
             f"**{name}** against **{baseline}**, in mIoU:",
             "",
-            f"- (a) {_say_checkpoints(verdict.checkpoints, members[0], recipes[name][0])}",
-            f"- (b1) {_say_seeds(verdict.seeds, max(len(members), len(recipes[name])))}",
-            f"- (b2) {_say_recipes(verdict, name, baseline, members[0])}",
+            f"- checkpoint test: {_say_checkpoints(verdict.checkpoints, members[0], recipes[name][0])}",
+            f"- seed test: {_say_seeds(verdict.seeds, max(len(members), len(recipes[name])))}",
+            f"- recipe test: {_say_recipes(verdict, name, baseline, members[0])}",
         ))
         for name, verdict in verdicts.items()
     ]  # fmt: skip
@@ -95,7 +97,7 @@ def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, 
         if np.isnan(p_value):
             text = f"No verdict on **{name}** and **{baseline}** yet"
         elif not _differs(p_value):
-            text = f"**{name}** and **{baseline}** cannot be told apart"
+            text = f"**{name}** and **{baseline}** are inconclusive"
         elif verdict.recipes:
             text = f"**{better}** is better than **{worse}**"
         else:
@@ -113,9 +115,11 @@ def _caveats(run: ScoredRun) -> list[str]:
     if run.scene is None:
         caveats.append("The scenes of these images are unknown, so images were taken as independent; if several show "
                        "one scene, every interval above is too narrow.")  # fmt: skip
-    if run.split == "random":
-        caveats.append("The split is `random`: all of this speaks of rooms that the networks were trained on.")
-    if run.folds > 1:
+    if run.validation == "random":
+        caveats.append(
+            "Validation is `random`: all of this speaks of rooms that the networks were trained on."
+        )
+    if run.is_pooled:
         caveats.append("Cross-validated: this speaks of recipes trained on four fifths of these data.")
     return caveats
 
@@ -136,7 +140,7 @@ def _differs(p_value: float) -> bool:
 def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, other: ScoredRun) -> str:
     claim = f"the checkpoints {other.name} and {first.name}, on scenes like these: "
     if result is None:
-        return "the checkpoints: not asked where folds are joined, because each run is five of them."
+        return "the checkpoints: not asked where folds are pooled, because each run is five of them."
     if nothing := _say_nothing(result):
         return claim + nothing
     text = f"{claim}{_say(result)}. "
@@ -144,7 +148,7 @@ def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, othe
         text += f"They differ: {(other if result.difference > 0 else first).name} scores higher."
     else:
         shows = f"{result.scene_count} scenes would show a difference of {result.detectable:.3f} or more"
-        text += f"Cannot tell: {shows}. {_say_needed(result)}"
+        text += f"Inconclusive: {shows}. {_say_needed(result)}"
     return text + _say_classes(result, first.classes)
 
 
@@ -168,7 +172,9 @@ def _say_needed(result: CheckpointComparison) -> str:
 def _say_classes(result: SceneComparison, classes: tuple[str, ...]) -> str:
     clear = [
         f"{name} {difference:+.3f}"
-        for name, difference, p_value in zip(classes, result.class_difference, result.class_p_value, strict=True)
+        for name, difference, p_value in zip(
+            classes, result.class_difference, result.class_p_value, strict=True
+        )
         if _differs(p_value)
     ]
     return f" Classes that differ, after Holm: {', '.join(clear) or 'none'}."
@@ -184,33 +190,37 @@ def _say_seeds(result: SeedComparison | None, runs: int) -> str:
         return text + "They differ here, whatever the seed."
     least, _ = result.seeds_needed  # the interval holds 0, so there is no upper end
     takes = f": that takes {_rounded(least)} or more seeds of each" if least > runs else ""
-    return f"{text}Cannot tell{takes}."
+    return f"{text}Inconclusive{takes}."
 
 
 def _say_recipes(verdict: Verdict, name: str, baseline: str, first: ScoredRun) -> str:
     result, claim = verdict.recipes, "the recipes, on scenes like these: "
     if result is None:
-        few = "two runs or more of each" if verdict.seeds is None else "two seeds or more that both have, when paired"
+        few = (
+            "two runs or more of each"
+            if verdict.seeds is None
+            else "two seeds or more that both have, when paired"
+        )
         return f"{claim}needs {few}."
     if nothing := _say_nothing(result):
         return claim + nothing
     text = f"{claim}{_say(result)}"
     if verdict.compared > 1:
         text += f"; after Holm over {verdict.compared} recipes {_say_p(verdict.recipe_p_value)}"
-    text += "; cross-validated over five folds. " if first.folds > 1 else ". "
+    text += "; cross-validated over five folds. " if first.is_pooled else ". "
     if _differs(verdict.recipe_p_value):
         text += f"**The recipe {name if result.difference > 0 else baseline} is better.**"
     else:
         shows = f"these runs would show a difference of {result.detectable:.3f} or more"
-        text += f"Cannot tell: {shows}. {_say_next(result, first.folds)}"
+        text += f"Inconclusive: {shows}. {_say_next(result, first.is_pooled)}"
     return text + _say_classes(result, first.classes)
 
 
-def _say_next(result: RecipeComparison, folds: int) -> str:
+def _say_next(result: RecipeComparison, pooled: bool) -> str:
     """Whether seeds or scenes are the better buy."""
     if result.detectable_more_seeds <= result.detectable_more_scenes:
         return f"More seeds help most: twice as many would show {result.detectable_more_seeds:.3f}."
-    source = "" if folds > 1 else ", such as those of all five folds"
+    source = "" if pooled else ", such as those of all five folds"
     return f"More scenes help most{source}: twice as many would show {result.detectable_more_scenes:.3f}."
 
 

@@ -17,21 +17,18 @@ from lib.evaluation import predict
 from lib.notebooks import plots
 from lib.notebooks.plots import DEPTH
 from lib.progress import progress_bar
-from lib.runs.results import ScoredRun
-from lib.runs.scoring import iterate_part, masks_folder, read_masks
-from lib.significance import RecipeComparison, compare_recipes
 
 CONFIDENCE_BINS = 15
-PARTS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
+SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 DISTANCE = "distance to a boundary (% of the width)"
-SEGMENT = "size of the segment (% of the image)"
+REGION = "size of the region (% of the image)"
 CLASS = "class"
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
     """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
     depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
-    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), SEGMENT: (0.3, 1, 3, 10, 30)}
+    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), REGION: (0.3, 1, 3, 10, 30)}
 
 
 def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
@@ -50,7 +47,7 @@ class ErrorCounts:
         names: `(N,)` of the images.
         confusion: `(N, C, C)` pixels of each image.
         strata: `{name: (bins, C, C)}` for the bins between `edges`.
-        calibration: `(C, 15, 3)` by class named and confidence: pixels, their summed confidence, right ones.
+        calibration: `(C, 15, 3)` by predicted class and confidence: pixels, their summed confidence, correct ones.
         edges: see `strata_edges`; those of the depth follow the range that the network was made for.
     """
 
@@ -75,7 +72,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     with progress_bar("predicting", len(samples)) as bar:
         for batch, predicted, confidence, *_ in predict(model, samples, batch_size, confidence=True):
             if batch.label is None:
-                raise ValueError("part: these images have no labels, so errors can't be counted; use another part")
+                raise ValueError(
+                    "split: these images have no labels, so errors can't be counted; use another split"
+                )
             names.append(batch.names)
             confusion.append(metrics.confusion_counts(predicted, batch.label, count))
             images = zip(batch.label, batch.depth_or_missing, predicted, confidence, strict=True)
@@ -88,7 +87,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
                 calibration += _count_confidence(label[labelled], named[labelled], how_sure[labelled], count)
             bar.update(len(batch))
     if not names:
-        raise ValueError("part: found no image; nothing validates in split official, use another part")
+        raise ValueError(
+            "split: found no image; with validation none there are no validation images, use another split"
+        )
     whole = map(np.concatenate, (names, confusion))
     return ErrorCounts(model.config.classes, *whole, strata, calibration, edges)
 
@@ -96,13 +97,21 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
 def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarray, count: int) -> np.ndarray:
     bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
     cell = named.astype(np.int64) * CONFIDENCE_BINS + bins
-    sums = [np.bincount(cell, weights, count * CONFIDENCE_BINS) for weights in (None, confidence, label == named)]
+    sums = [
+        np.bincount(cell, weights, count * CONFIDENCE_BINS) for weights in (None, confidence, label == named)
+    ]
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
 
 
-def pixel_strata(label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]) -> dict[str, np.ndarray]:
+def pixel_strata(
+    label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]
+) -> dict[str, np.ndarray]:
     """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
-    values = {DEPTH: depth / 1000, DISTANCE: 100 * boundary_distance(label), SEGMENT: 100 * segment_shares(label)}
+    values = {
+        DEPTH: depth / 1000,
+        DISTANCE: 100 * boundary_distance(label),
+        REGION: 100 * region_shares(label),
+    }
     return {name: np.searchsorted(between, values[name], side="right") for name, between in edges.items()}
 
 
@@ -120,7 +129,7 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
     return (cv2.distanceTransform(inside, cv2.DIST_L2, 5) + 0.5) / label.shape[1]
 
 
-def segment_shares(label: np.ndarray) -> np.ndarray:
+def region_shares(label: np.ndarray) -> np.ndarray:
     """Of each pixel, which share of the image its connected segment of one class takes."""
     shares = np.zeros(label.shape)
     for index in np.unique(label):
@@ -139,7 +148,11 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
     rows = []
     for bin_counts in counts:
         total, present = bin_counts.sum(), bin_counts.any(1)
-        scores = (np.trace(bin_counts) / total, metrics.iou(bin_counts)[present].mean()) if total else (np.nan, np.nan)
+        scores = (
+            (np.trace(bin_counts) / total, metrics.iou(bin_counts)[present].mean())
+            if total
+            else (np.nan, np.nan)
+        )
         rows.append((total / max(counts.sum(), 1), *scores))
     return pd.DataFrame(rows, columns=["pixels", "pixel accuracy", "mIoU"])
 
@@ -154,7 +167,7 @@ def calibration_error(calibration: np.ndarray) -> float:
     return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
-def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
+def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
     """The findings of error_analysis in words."""
     pooled, accuracy = errors.confusion.sum(0), metrics.image_accuracy(errors.confusion)
     edge, wrong = errors.strata[DISTANCE], pooled * ~np.eye(len(pooled), dtype=bool)
@@ -163,8 +176,8 @@ def describe_errors(errors: ErrorCounts, run: str, part: str) -> str:
     least = np.nanargmin(recall)
     near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
     return (
-        f"In {len(errors.names)} {PARTS_IN_WORDS[part]} images **{run}** names {score:.1%} of the pixels right "
-        f"(mIoU {metrics.mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} taken for "
+        f"In {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** names {score:.1%} of the pixels right "
+        f"(mIoU {metrics.mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} confused with "
         f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
         f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
         f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
@@ -187,7 +200,9 @@ def plot_confusion(errors: ErrorCounts) -> Figure:
     truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
     rows, columns = pd.Index(truth, name="truth (images)"), pd.Index(errors.classes, name="prediction")
     table = pd.DataFrame(errors.confusion.sum(0), rows, columns)
-    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), "What each class was taken for, in % of its pixels")
+    return plots.plot_matrix(
+        table.div(table.sum(axis=1), axis=0), "What each class was predicted as, in % of its pixels"
+    )
 
 
 @plots.styled
@@ -213,96 +228,24 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     """Reliability diagram of all classes together; by class, confidence minus accuracy."""
     pixels, confidence, right = np.moveaxis(errors.calibration.sum(0), -1, 0)
     used, colours = pixels > 0, plots.class_colours(errors.classes)
-    by_class = pd.DataFrame(errors.calibration.sum(1), list(errors.classes), ["pixels", "confidence", "right"])
+    by_class = pd.DataFrame(
+        errors.calibration.sum(1), list(errors.classes), ["pixels", "confidence", "right"]
+    )
     by_class = by_class[by_class.pixels > 0]
     gap = (100 * (by_class.confidence - by_class.right) / by_class.pixels).sort_values()
     figure, (diagram, bars) = plots.new_figure(max(3.4, plots.rows_height(len(gap))), 1, 2)
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
     diagram.stairs(pixels / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels")
-    diagram.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="as right as sure")
+    diagram.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
     diagram.plot(confidence[used] / pixels[used], right[used] / pixels[used], color=plots.VALID_COLOUR, marker=".",
                  label="this network")  # fmt: skip
-    diagram.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    diagram.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     diagram.legend(loc="upper left")
     drawn = bars.barh(range(len(gap)), gap, color=[colours[name] for name in gap.index], **plots.EDGED)
     bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=plots.GREY)
     bars.axvline(0, color=plots.GREY, linewidth=1)
     bars.margins(x=0.2)
     plots.label_rows(bars, gap.index)
-    bars.set(title="by class named", xlabel="confidence minus accuracy (points)")
+    bars.set(title="by predicted class", xlabel="confidence minus accuracy (points)")
     plots.add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
-    return figure
-
-
-def count_right(run: ScoredRun, part: str) -> pd.DataFrame:
-    """Pixels of each scene and those that a run named right, from the predictions that it keeps.
-
-    Rows are scenes; columns (stratum, bin, `pixels` or `right`): by class, by distance to a boundary between two
-    classes and by size of the segment. Raises a FileNotFoundError where it keeps none.
-    """
-    edges = {name: between for name, between in strata_edges(1).items() if name in (DISTANCE, SEGMENT)}
-    bins = {CLASS: run.classes} | {name: name_bins(name, between) for name, between in edges.items()}
-    rows = []
-    for piece in iterate_part(run.folder, part, run.data):
-        masks = read_masks(masks_folder(run.folder, part), piece.names)
-        for label, depth, mask in zip(piece.labels_or_ignored, piece.depth_or_missing, masks, strict=True):
-            strata = {CLASS: label} | pixel_strata(label, depth, edges)
-            rows.append({
-                (name, each, kind): count
-                for name, names in bins.items()
-                for kind, chosen in (("pixels", label != IGNORE_INDEX), ("right", label == mask))
-                for each, count in zip(names, np.bincount(strata[name][chosen], minlength=len(names)), strict=True)
-            })  # fmt: skip
-    scene = pd.Index(run.names if run.scene is None else run.scene, name="scene")
-    columns = pd.MultiIndex.from_tuples(rows[0], names=("stratum", "bin", "kind"))
-    return pd.DataFrame([list(row.values()) for row in rows], scene, columns).groupby(level=0).sum()
-
-
-def compare_right(table: pd.DataFrame, baseline: str) -> dict[str, dict[str, RecipeComparison]]:
-    """By recipe and stratum, claim (b2) on the share of each bin's pixels that is right, held against a baseline.
-
-    The table has rows (recipe, seed, scene) and columns as of `count_right`. Scenes count alike, however many images
-    they have.
-    """
-    results: dict[str, dict[str, RecipeComparison]] = {}
-    for stratum in table.columns.unique(0):
-        sides = {name: _share_counts(rows[stratum]) for name, rows in table.sort_index().groupby(level=0)}
-        for name in sorted(sides.keys() - {baseline}):
-            results.setdefault(name, {})[stratum] = compare_recipes(sides[baseline], sides[name], None)
-    return results
-
-
-def _share_counts(rows: pd.DataFrame) -> np.ndarray:
-    """`(S, G, B + 1, B + 1)`: wrong pixels go to a class without truth, so the IoU of a bin is the share right."""
-    pixels, right = (rows.xs(kind, axis=1, level=1).to_numpy() for kind in ("pixels", "right"))
-    bins = np.arange(right.shape[1])
-    counts = np.zeros((len(rows), len(bins) + 1, len(bins) + 1), np.int64)
-    counts[:, bins, bins], counts[:, bins, -1] = right, pixels - right
-    return counts.reshape(rows.index.unique("seed").size, -1, *counts.shape[1:])
-
-
-@plots.styled
-def plot_right(table: pd.DataFrame, results: dict[str, dict[str, RecipeComparison]]) -> Figure:
-    """The differences of `compare_right`, a column for each stratum; a filled mark has p < 0.05 after Holm."""
-    strata = table.columns.unique(0)
-    highest = max(table[stratum].columns.unique(0).size for stratum in strata)
-    figure, grid = plots.new_figure(plots.rows_height(highest), 1, len(strata))
-    colours = plots.run_colours(len(results) + 1)[1:]
-    for axes, stratum in zip(grid, strata, strict=True):
-        pixels = table[stratum].xs("pixels", axis=1, level=1).sum()
-        order = np.argsort(pixels.to_numpy()) if stratum == CLASS else np.arange(len(pixels))
-        offsets = np.linspace(-0.35, 0.35, 2 * len(results) + 1)[1::2]
-        for offset, (name, by_stratum), colour in zip(offsets, results.items(), colours, strict=True):
-            result, rows = by_stratum[stratum], np.arange(len(order)) + offset
-            middle, clear = 100 * result.class_difference[order], result.class_p_value[order] < 0.05
-            axes.hlines(rows, *100 * result.class_interval[:, order], color=colour, linewidth=1.5)
-            axes.plot(middle, rows, "o", color=colour, markerfacecolor="white", label=plots.shorten(name, 60))
-            axes.plot(middle[clear], rows[clear], "o", color=colour)
-        shares = 100 * pixels.iloc[order] / pixels.sum()
-        plots.label_rows(axes, [f"{name} ({share:.2g} %)" for name, share in shares.items()])
-        axes.axvline(0, color=plots.GREY, linewidth=1)
-        axes.grid(axis="x", color="0.92")
-        axes.set_title(f"by {stratum}".replace(" (", "\n("), fontsize="small")
-    grid[1].set_xlabel("difference in the share that is right, in points, with 95 % interval")
-    plots.add_legend(figure, grid[0].get_legend_handles_labels()[0])
     return figure

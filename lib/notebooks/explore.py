@@ -1,4 +1,4 @@
-"""What is in the data: counts in one pass over the images, their figures, and leakage between parts."""
+"""What is in the data: counts in one pass over the images, their figures, and leakage between splits."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from lib.notebooks import plots
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
 FEW_IMAGES = 10
-CHANCE = 1e-4  # share of unrelated pairs of images that pass for near copies
+CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class DataCounts:
         classes: names of the C classes.
         pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
         depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the top.
-        meetings: `(C, C)` pairs of nearby pixels of two classes, symmetric.
+        adjacency: `(C, C)` pairs of nearby pixels of two classes, symmetric.
         depth_range_m: of the data, see `Samples`.
     """
 
     classes: tuple[str, ...]
     pixels: np.ndarray
     depth: np.ndarray
-    meetings: np.ndarray
+    adjacency: np.ndarray
     depth_range_m: tuple[float, float]
 
     @property
@@ -53,22 +53,22 @@ def count_data(samples: Samples) -> DataCounts:
     pixels = np.zeros((len(samples), count + 1), np.int64)
     depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
     step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
-    meetings = np.zeros((count, count), np.int64)
+    adjacency = np.zeros((count, count), np.int64)
     for index in range(len(samples)):
         one = samples[index : index + 1]
         label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
         step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
         pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
         depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
-        meetings += _count_meetings(label, count)
-    return DataCounts(samples.classes, pixels, depths, meetings, samples.depth_range_m)
+        adjacency += _count_adjacency(label, count)
+    return DataCounts(samples.classes, pixels, depths, adjacency, samples.depth_range_m)
 
 
 def _joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.bincount((first * shape[1] + second).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def _count_meetings(label: np.ndarray, count: int) -> np.ndarray:
+def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
     reach, counts = max(1, round(NEARBY * label.shape[1])), 0
     for one, other in ((label[:, :-reach], label[:, reach:]), (label[:-reach], label[reach:])):
         counts = counts + _joint_counts(one, other, (count + 1, count + 1))[:count, :count]
@@ -92,7 +92,7 @@ def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: n
 
 @dataclass(frozen=True)
 class Leakage:
-    """What of a split's validation images is in training already.
+    """Which validation images resemble training images, for one way of choosing them.
 
     Attributes:
         train_count: training images.
@@ -100,7 +100,7 @@ class Leakage:
         match: `(V,)` of the training image most like each in colour; of its own scene, where there is one.
         same_scene: `(V,)` bool, where there is one; None where scenes are unknown.
         nearest: `(V,)` bool, where the image with the nearest id is in training; None where names are no numbers.
-        near_copies: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
+        near_duplicates: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
     """
 
     train_count: int
@@ -108,40 +108,44 @@ class Leakage:
     match: np.ndarray
     same_scene: np.ndarray | None
     nearest: np.ndarray | None
-    near_copies: int
+    near_duplicates: int
 
     @property
     def by_chance(self) -> float:
-        """How many near copies to expect where no validation image has to do with any training image."""
+        """How many near-duplicates to expect where no validation image has to do with any training image."""
         return len(self.valid) * (1 - (1 - CHANCE) ** self.train_count)
 
 
 def find_leakage(samples: Samples) -> dict[str, Leakage]:
-    """Of each split that these images allow.
+    """For each `validation` that these images allow.
 
     Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
-    pairs of neighbouring ids are near copies, and 0.6 % where thumbnails are compared instead. Those are taken to be
+    pairs of neighbouring ids are near-duplicates, and 0.6 % where thumbnails are compared instead. Those are taken to be
     unrelated between which a quarter of the images lies, in order of their names.
     """
     signatures, order = _colour_signatures(samples.image), np.arange(len(samples))
     alike, unrelated = signatures @ signatures.T, np.abs(order[:, None] - order) > len(order) // 4
     ids = read_numbers(samples.names)
-    apart = None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
+    apart = (
+        None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
+    )
     threshold = np.quantile(alike[unrelated], 1 - CHANCE) if unrelated.any() else 1.0
     found = {}
-    for split in ("random", "blocks", "scenes"):
+    for validation in ("random", "blocks", "scenes"):
         try:
-            train, valid = split_names(samples.names, split, samples.scene)
+            train, valid = split_names(samples.names, validation, samples.scene)
         except ValueError:  # these names or scenes do not allow it
             continue
         if min(len(train), len(valid)):
             pairs, same_scene = alike[np.ix_(valid, train)], None
             nearest = None if ids is None else apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
-            near_copies = int((pairs.max(1) > threshold).sum())
+            near_duplicates = int((pairs.max(1) > threshold).sum())
             if samples.scene is not None:
                 together = samples.scene[valid][:, None] == samples.scene[train]
                 pairs, same_scene = pairs + 2 * together, together.any(1)
-            found[split] = Leakage(len(train), valid, train[pairs.argmax(1)], same_scene, nearest, near_copies)
+            found[validation] = Leakage(
+                len(train), valid, train[pairs.argmax(1)], same_scene, nearest, near_duplicates
+            )
     return found
 
 
@@ -156,48 +160,53 @@ def _colour_signatures(image: np.ndarray) -> np.ndarray:
 
 
 def describe_leakage(leakage: dict[str, Leakage]) -> str:
-    """A sentence for each split."""
+    """A sentence for each way of choosing validation images."""
     sentences = []
-    for split, leak in leakage.items():
-        text = f"near copies in training: {leak.near_copies} ({leak.by_chance:.1f} by chance)"
+    for validation, leak in leakage.items():
+        text = f"near-duplicates in training: {leak.near_duplicates} ({leak.by_chance:.1f} by chance)"
         count = f"{len(leak.valid)} validation images"
         if leak.same_scene is not None:
             count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
         elif leak.nearest is not None:
             count = f"{leak.nearest.sum()} of {count} have the image with the nearest id in training"
-        sentences.append(f"Split `{split}`: {count}; {text}.")
+        sentences.append(f"Validation `{validation}`: {count}; {text}.")
     return " ".join(sentences) or "Too few images to split."
 
 
 def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
-    """In Markdown: what labelled images were read, how a split parts them, and what is odd about them."""
+    """In Markdown: what labelled images were read, how they are split, and warnings."""
     images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
     missing, unlabelled = counts.depth[:, 0].sum() / total, counts.pixels[:, -1].sum() / total
     few, empty = ((images > 0) & (images < FEW_IMAGES)).sum(), (counts.pixels[:, :-1].sum(1) == 0).sum()
     absent = ", ".join(np.array(counts.classes)[images == 0])
     facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
     facts += [f"{few} of them in fewer than {FEW_IMAGES} images"] * bool(few)
-    odd = {f"These classes are in no image: {absent}.": absent, f"{empty} images have no labelled pixel.": empty}
-    odd[f"{unlabelled:.1%} of the pixels are unlabelled."] = unlabelled > 0.5
+    warnings = {
+        f"These classes are in no image: {absent}.": absent,
+        f"{empty} images have no labelled pixel.": empty,
+    }
+    warnings[f"{unlabelled:.1%} of the pixels are unlabelled."] = unlabelled > 0.5
     if counts.has_depth:
         steps, (near, far) = counts.depth[:, 1:].sum(0), counts.depth_range_m
         outside = (steps[counts.steps_m[1:] <= near].sum() + steps[-1]) / steps.sum()
         (median,) = depth_quantiles(counts.depth.sum(0), (0.5,), counts.steps_m)
         facts.append(f"median depth {'over ' * bool(median > counts.steps_m[-2])}{median:.1f} m")
-        odd[f"{missing:.1%} of the pixels have no depth."] = missing > 0.5
-        odd[
+        warnings[f"{missing:.1%} of the pixels have no depth."] = missing > 0.5
+        warnings[
             f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "
             "`depth_unit_mm` and `depth_range_m` in `dataset.yaml`."
         ] = outside > 0.2
     depth = [f"depth missing in {missing:.1%}"] * bool(missing) if counts.has_depth else ["no depth"]
     facts += [*depth, f"{unlabelled:.1%} unlabelled"]
-    text = f"**{', '.join(facts)}; validation ({len(valid)} images, split {valid.split}) "
+    text = f"**{', '.join(facts)}; validation ({len(valid)} images, by {valid.validation}) "
     if valid.source.scene is None or train.source.scene is None:
         text += "may share scenes with training, because they are unknown.**"
     else:
         shared = np.isin(valid.source.scene, train.source.scene).sum()
-        text += f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
-    return text + "".join(f"\n- {warning}" for warning, applies in odd.items() if applies)
+        text += (
+            f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
+        )
+    return text + "".join(f"\n- {warning}" for warning, applies in warnings.items() if applies)
 
 
 def plot_samples(samples: Samples) -> Figure:
@@ -233,7 +242,9 @@ def plot_class_shares(counts: DataCounts) -> Figure:
     axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **plots.EDGED)
     axes.plot(shares.images, rows, "|", color=plots.GREY)
     for row, share in zip(rows, shares.pixels, strict=True):
-        axes.text(share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY)
+        axes.text(
+            share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY
+        )
     plots.label_rows(axes, shares.index)
     axes.set(xscale="log", xlim=(shares.pixels.min() / 3, 1.3))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
@@ -253,7 +264,9 @@ def plot_depth(counts: DataCounts) -> Figure:
     heights = 1.5, plots.rows_height(len(names))
     figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
     overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.VALID_COLOUR)
-    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(**_box(total, counts.steps_m))
+    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(
+        **_box(total, counts.steps_m)
+    )
     overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
     median = {"color": "black", "path_effects": plots.HALO}  # seen on dark boxes too
@@ -274,12 +287,14 @@ def _box(histogram: np.ndarray, steps_m: np.ndarray) -> dict[str, float]:
     return dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles.tolist(), strict=True))
 
 
-def plot_meetings(counts: DataCounts) -> Figure:
+def plot_adjacency(counts: DataCounts) -> Figure:
     """Of the neighbours of each class (rows), the share of each other class (columns)."""
     names = counts.classes
-    table = pd.DataFrame(counts.meetings, pd.Index(names, name="class"), pd.Index(names, name="meets"))
-    one, other = np.unravel_index(counts.meetings.argmax(), counts.meetings.shape)
-    title = f"{names[one]} and {names[other]} meet most often; in % of what the row's class meets"
+    table = pd.DataFrame(counts.adjacency, pd.Index(names, name="class"), pd.Index(names, name="adjacent to"))
+    one, other = np.unravel_index(counts.adjacency.argmax(), counts.adjacency.shape)
+    title = (
+        f"{names[one]} and {names[other]} are adjacent most often; in % of what the row's class borders on"
+    )
     return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
 
 

@@ -9,17 +9,17 @@ from lib.metrics import mean_truth_iou
 from lib.notebooks import plots
 from lib.options import check_choice
 from lib.runs.results import ScoredRun
-from lib.runs.scoring import iterate_part, masks_folder, read_masks
+from lib.runs.scoring import iterate_split
 
 
-def choose_pair(recipes: dict[str, list[ScoredRun]], other: str | None = None) -> dict[str, ScoredRun]:
+def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
     """By recipe, the first run of the baseline (A) and of another recipe (B); None takes the last, empty if alone."""
     if len(recipes) < 2:
         return {}
     baseline, *others = recipes
-    if other is not None:
-        check_choice("other", other, others)
-    return {name: recipes[name][0] for name in (baseline, other or others[-1])}
+    if compare_with is not None:
+        check_choice("compare_with", compare_with, others)
+    return {name: recipes[name][0] for name in (baseline, compare_with or others[-1])}
 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
@@ -36,7 +36,10 @@ def choose_images(gains: np.ndarray) -> np.ndarray:
 @plots.styled
 def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     """B against A, a dot for each image; those of `choose_images` are named."""
-    (first, second), names = (image_scores(run.counts) for run in pair.values()), next(iter(pair.values())).names
+    (first, second), names = (
+        (image_scores(run.counts) for run in pair.values()),
+        next(iter(pair.values())).names,
+    )
     gains, limit = second - first, min(1, 0.05 + np.nanmax((first, second)))
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
@@ -48,49 +51,57 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
         side, shift = ("right", -6) if place[0] > 0.5 * limit else ("left", 6)
         axes.annotate(plots.shorten(names[index], 20), place, (shift, 0), textcoords="offset points",
                       ha=side, va="center", fontsize="small", bbox=box)  # fmt: skip
-    title = f"B higher on {(gains > 0).sum()} of {np.isfinite(gains).sum()} images, lower on {(gains < 0).sum()}"
+    title = (
+        f"B higher on {(gains > 0).sum()} of {np.isfinite(gains).sum()} images, lower on {(gains < 0).sum()}"
+    )
     words = [f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair]
     axes.set(title=title, xlabel=f"A: {words[0]}", ylabel=f"B: {words[1]}")
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     return figure
 
 
-def plot_pair_images(pair: dict[str, ScoredRun], part: str) -> Figure | str:
-    """The images of `choose_images`: RGB, truth, A, B, what B fixes and what it breaks; or, in words, what is missing.
+def plot_pair_images(pair: dict[str, ScoredRun]) -> Figure | str:
+    """The images of `choose_images`: RGB, ground truth, A, B, what B fixes and breaks; or, in words, what is missing.
 
-    Over the faded image, pixels that only B names right (fixes) and that only A does (breaks), in the colour of the
-    class that B names.
+    Over the faded image, pixels that are correct only in B (fixes) or only in A (breaks), in the colour of the class
+    that B predicts.
     """
-    runs = list(pair.values())
-    gains = image_scores(runs[1].counts) - image_scores(runs[0].counts)
+    first, second = pair.values()
+    gains = image_scores(second.counts) - image_scores(first.counts)
     chosen = choose_images(gains)
     try:
-        masks = [read_masks(masks_folder(run.folder, part), run.names[chosen]) for run in runs]
+        masks = [run.read_masks(first.names[chosen].tolist()) for run in (first, second)]
     except FileNotFoundError as error:
-        return f"No pictures: `{error.filename}` was not kept; joined folds and slim folders have no predictions."
+        return f"No images: `{error.filename}` was not saved; pooled folds and studies have no predictions."
     try:
-        images = _read_images(runs[0], part, runs[0].names[chosen])
+        images = _read_images(first, chosen)
     except ValueError as error:
-        return f"No pictures, because the images can't be read: {error}."
-    rows, classes = [], runs[0].classes
-    for sample, first, second in zip(images, *masks, strict=True):
-        image, label = sample.image[0], sample.labels_or_ignored[0]
-        a_right, b_right = ((label == mask) & (label != IGNORE_INDEX) for mask in (first, second))
-        row = {"RGB": image, "truth": plots.colour_labels(label, classes)}
-        row |= {"A": plots.colour_labels(first, classes), "B": plots.colour_labels(second, classes)}
-        row["B fixes"] = plots.colour_where(b_right & ~a_right, image, second, classes)
-        row["B breaks"] = plots.colour_where(a_right & ~b_right, image, second, classes)
-        rows.append(row)
-    titles = [f"{runs[0].names[index]}: {gains[index]:+.2f}" for index in chosen]
+        return f"No images, because they can't be read: {error}."
+    rows = [_draw_row(*row) for row in zip(images, *masks, strict=True)]
+    titles = [f"{first.names[index]}: {gains[index]:+.2f}" for index in chosen]
     shown = [*masks[0], *masks[1], *(sample.labels_or_ignored[0] for sample in images)]
-    return plots.plot_grid(rows, titles, plots.class_patches(classes, shown))
+    return plots.plot_grid(rows, titles, plots.class_patches(first.classes, shown))
 
 
-def _read_images(run: ScoredRun, part: str, names: np.ndarray) -> list[Samples]:
-    pieces = iterate_part(run.folder, part, run.data)
-    where = {name: position for position, name in enumerate(pieces.source.names.tolist())}
-    missing = [name for name in names.tolist() if name not in where]
+def _draw_row(sample: Samples, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
+    a_correct, b_correct = ((label == mask) & (label != IGNORE_INDEX) for mask in (a, b))
+    return {
+        "RGB": image,
+        "ground truth": plots.colour_labels(label, classes),
+        "A": plots.colour_labels(a, classes),
+        "B": plots.colour_labels(b, classes),
+        "B fixes": plots.colour_where(b_correct & ~a_correct, image, b, classes),
+        "B breaks": plots.colour_where(a_correct & ~b_correct, image, b, classes),
+    }
+
+
+def _read_images(run: ScoredRun, chosen: np.ndarray) -> list[Samples]:
+    """The images at these positions of the run, one by one."""
+    pieces = iterate_split(run.parameters, run.split, run.data)
+    position = {name: at for at, name in enumerate(pieces.source.names.tolist())}
+    missing = [name for name in run.names[chosen].tolist() if name not in position]
     if missing:
         raise ValueError(f"{run.data} has no {missing[0]}")
-    positions = np.array([where[name] for name in names.tolist()])
+    positions = np.array([position[name] for name in run.names[chosen].tolist()])
     return [piece[[at]] for piece in pieces[positions] for at in range(len(piece))]

@@ -1,10 +1,11 @@
 """What notebooks need of IPython: parameters that are checked, progress bars, small figures."""
 
 import ast
-import difflib
 import typing
 
 from IPython import get_ipython
+
+from lib.options import explain_unknown
 
 
 def check_parameters() -> dict[str, object]:
@@ -25,17 +26,11 @@ def check_parameters() -> dict[str, object]:
     # In holds the cells that ran, the one papermill injected among them; under nbval it is empty
     injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
     given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
-    problems = [_unknown(name, declared) for name in given if name not in declared]
+    problems = [explain_unknown(name, declared) for name in given if name not in declared]
     problems += [_mistyped(name, namespace[name], kind) for name, kind in declared.items()]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
     return {name: namespace[name] for name in declared}
-
-
-def _unknown(name: str, declared: dict[str, type]) -> str:
-    close = difflib.get_close_matches(name, declared, 1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{name}: no such parameter, {hint}there are: {', '.join(declared)}"
 
 
 def _mistyped(name: str, value: object, declared: type) -> str | None:

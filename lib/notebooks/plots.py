@@ -88,12 +88,16 @@ def blend_labels(image: np.ndarray, label: np.ndarray, classes: Sequence[str], o
     return opacity * colour_labels(label, classes) + (1 - opacity) * image / 255
 
 
-def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def colour_errors(
+    image: np.ndarray, label: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
+) -> np.ndarray:
     """Wrong pixels in the colour of the class they were given, over the faded RGB image."""
     return colour_where((label != IGNORE_INDEX) & (label != predicted), image, predicted, classes)
 
 
-def colour_where(chosen: np.ndarray, image: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def colour_where(
+    chosen: np.ndarray, image: np.ndarray, label: np.ndarray, classes: Sequence[str]
+) -> np.ndarray:
     """Class colours of the chosen pixels `(H, W)` over the faded RGB image."""
     return np.where(chosen[..., None], colour_labels(label, classes), fade(image))
 
@@ -121,15 +125,26 @@ def colour_depth(depth: np.ndarray, shades: ScalarMappable | None) -> np.ndarray
 
 def shorten(name: str, length: int = 28) -> str:
     """A name without its middle, if it is longer than that."""
-    return name if len(name) <= length else f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
+    return (
+        name
+        if len(name) <= length
+        else f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
+    )
 
 
 def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[Patch]:
     """Of a legend: the classes in arrays of labels, and unlabelled if 255 is in one."""
-    colours, present = class_colours(classes), sorted(set().union(*(np.unique(label).tolist() for label in labels)))
-    patches = [Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present if i != 255]
+    colours, present = (
+        class_colours(classes),
+        sorted(set().union(*(np.unique(label).tolist() for label in labels))),
+    )
+    patches = [
+        Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present if i != 255
+    ]
     if IGNORE_INDEX in present:
-        patches.append(Patch(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5, label="unlabelled"))
+        patches.append(
+            Patch(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5, label="unlabelled")
+        )
     return patches
 
 
@@ -148,7 +163,9 @@ def add_title(figure: Figure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, 95), x=0.01, ha="left")
 
 
-def new_figure(height: float, *grid: int, width: float = WIDTH, **options: object) -> tuple[Figure, Axes | np.ndarray]:
+def new_figure(
+    height: float, *grid: int, width: float = WIDTH, **options: object
+) -> tuple[Figure, Axes | np.ndarray]:
     """A figure of so many inches, and its axes: `grid` and `options` as `Figure.subplots` takes them."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*grid, **options)
@@ -209,7 +226,7 @@ def plot_predictions(
         row = {"RGB": piece.image[at], DEPTH: colour_depth(piece.depth_or_missing[at], shades)}
         if piece.label is not None:
             shown.append(piece.label[at])
-            row["truth"] = colour_labels(piece.label[at], classes)
+            row["ground truth"] = colour_labels(piece.label[at], classes)
         row["prediction"] = colour_labels(named, classes)
         if errors:
             row["errors"] = colour_errors(piece.image[at], piece.labels_or_ignored[at], named, classes)
@@ -228,7 +245,9 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
             row, column = np.unravel_index(room.argmax(), room.shape)
             across = column / label.shape[1]
             side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
-            axes.text(column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box)
+            axes.text(
+                column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box
+            )
 
 
 def rows_height(count: int) -> float:
@@ -257,7 +276,9 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
         cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
     )  # fmt: skip
-    axes.tick_params(axis="x", length=0, labelsize="medium" if few else "xx-small", rotation=40 if few else 90)
+    axes.tick_params(
+        axis="x", length=0, labelsize="medium" if few else "xx-small", rotation=40 if few else 90
+    )
     axes.tick_params(axis="y", length=0, labelsize="medium" if few else "x-small", rotation=0)
     add_title(figure, title)
     return figure
@@ -271,7 +292,9 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
     """
     used = [name for name, weight in terms.items() if weight]
     words = [name.replace("_", " ").replace("iou", "IoU").replace("l1", "L1") for name in used]
-    total = " + ".join(f"{terms[name]:g} {word}".removeprefix("1 ") for name, word in zip(used, words, strict=True))
+    total = " + ".join(
+        f"{terms[name]:g} {word}".removeprefix("1 ") for name, word in zip(used, words, strict=True)
+    )
     figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     loss, score = above.subplots(1, 2)
@@ -283,7 +306,7 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
     loss.legend()
     score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
     score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
-    score.set(title="Nothing validates in this split", ylim=(0, 1))
+    score.set(title="No validation images", ylim=(0, 1))
     if history.valid_miou.notna().any():
         best = history.loc[history.valid_miou.idxmax()]
         score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
@@ -316,7 +339,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
         known = "95 % interval" if table.low.notna().any() else None
         axes.hlines(rows, table.low, table.high, color="black", label=known, path_effects=HALO)
         guess = table.support / (2 - table.support)
-        axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="guessing by the share of pixels")
+        axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="chance level")
     for row, value in enumerate(table.IoU):
         text = "none seen" if np.isnan(value) else f"{value:.2f}"
         axes.text(1.01, row, text, va="center", color=GREY, fontsize="small")

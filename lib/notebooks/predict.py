@@ -18,12 +18,12 @@ from lib.model import SegmentationDepthNet
 from lib.notebooks.plots import blend_labels, class_patches, plot_grid, write_names
 from lib.progress import progress_bar
 
-SURE = "confidence"  # a column of the table, and a text in a mask's file
-MADE_OF = "predict.json"  # in a folder of masks
+CONFIDENCE = "confidence"  # a column of the table, and a text in a mask's file
+SEEN_FILE = "predict.json"  # in a folder of masks
 SHOWN_PIXELS = 640  # of the longer side in figures, at most
 
 
-def predict_pictures(model: SegmentationDepthNet, pieces: Pieces, save_to: str | None = None) -> pd.DataFrame:
+def predict_images(model: SegmentationDepthNet, pieces: Pieces, save_to: str | None = None) -> pd.DataFrame:
     """Shares of the classes in each picture and the mean confidence in them, by name.
 
     With `save_to` each picture leaves `NAME.png`, its class indices, in that folder as soon as it is done. What the
@@ -51,32 +51,34 @@ def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Pieces) -> di
     made_of = {"network": digest.hexdigest(), "pictures": pieces.data, "classes": list(model.config.classes)}
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        write_json(made_of, folder / MADE_OF)
-    found = read_json(folder / MADE_OF) if (folder / MADE_OF).exists() else {}
+        write_json(made_of, folder / SEEN_FILE)
+    found = read_json(folder / SEEN_FILE) if (folder / SEEN_FILE).exists() else {}
     for what, value in made_of.items():
         if found.get(what) != value:
-            raise ValueError(f"save_to: {folder} has {what} {found.get(what)}, not {value}; give another folder")
+            raise ValueError(
+                f"save_to: {folder} has {what} {found.get(what)}, not {value}; give another folder"
+            )
     masks = [folder / f"{name}.png" for name in pieces.source.names if (folder / f"{name}.png").exists()]
     return {path.stem: _describe(*_read_mask(path), model.config.classes) for path in masks}
 
 
 def _describe(mask: np.ndarray, sure: float, classes: Sequence[str]) -> dict[str, float]:
     shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-    return {SURE: sure, **dict(zip(classes, shares.tolist(), strict=True))}
+    return {CONFIDENCE: sure, **dict(zip(classes, shares.tolist(), strict=True))}
 
 
 def _read_mask(path: Path) -> tuple[np.ndarray, float]:
     with Image.open(path) as mask:
-        return np.asarray(mask), float(mask.text[SURE])
+        return np.asarray(mask), float(mask.text[CONFIDENCE])
 
 
 def _write_mask(path: Path, mask: np.ndarray, sure: float) -> None:
     text = PngInfo()
-    text.add_text(SURE, str(sure))
+    text.add_text(CONFIDENCE, str(sure))
     write_atomically(path, lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text))
 
 
-def plot_pictures(predicted: Sequence[Predicted]) -> Figure:
+def plot_images(predicted: Sequence[Predicted]) -> Figure:
     """A row for each picture: as it is, its classes with their names on them, and how sure the network is."""
     rows, masks, classes = [], [], predicted[0].samples.classes
     for batch in predicted:
@@ -93,9 +95,9 @@ def plot_pictures(predicted: Sequence[Predicted]) -> Figure:
     return figure
 
 
-def describe_pictures(table: pd.DataFrame) -> str:
-    """In Markdown, what `predict_pictures` found."""
-    shares, sure = table.drop(columns=SURE).mean().sort_values(ascending=False), table[SURE]
+def describe_images(table: pd.DataFrame) -> str:
+    """In Markdown, what `predict_images` found."""
+    shares, sure = table.drop(columns=CONFIDENCE).mean().sort_values(ascending=False), table[CONFIDENCE]
     named = ", ".join(f"{name} ({share:.0%})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
     return (

@@ -5,10 +5,9 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,26 +20,33 @@ import ray
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from lib.data import PARTS
-from lib.files import ROOT
-from lib.model import is_file, weights_digest
-from lib.options import check_choice
-from lib.runs import MAY_CHANGE, PLACES, hold_run, read_history, read_parameters, run_state, runs_folder
-from lib.runs.scoring import iterate_part, score_run
+from lib.files import ROOT, hold_run
+from lib.model import is_file
+from lib.options import SPLITS, check_choice, explain_unknown
+from lib.runs import PLACES, read_history, read_parameters, run_state, runs_folder
+from lib.runs.results import (
+    NOTEBOOKS,
+    RUNS_FILE,
+    ScoredRun,
+    identity,
+    read_results,
+    read_scored,
+    write_results,
+)
+from lib.runs.scoring import iterate_split, score_run
 
-NOTEBOOKS = ROOT / "notebooks"
-NO_IDENTITY = (*MAY_CHANGE, "run_name", "resume", "device")  # a run is the same whatever these are
-SLIM = ("parameters.json", "history.csv", "scores.json", "evaluation/*.npz", "evaluation/*.json")
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
 LOST_MACHINES = 10  # how often a run is started elsewhere
 OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
 
 
-def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds: list[int]) -> dict[str, dict]:
+def plan_runs(
+    experiment: str | None, fixed: dict, grid: dict[str, list], seeds: list[int]
+) -> dict[str, dict]:
     """Parameters of `train.ipynb` for every combination and seed, by run name; equal ones are planned once.
 
-    A name tells what varies and ends in a digest of all that differs from the notebook's defaults: it
-    depends on the parameters alone, not on their order or on what else is swept.
+    A name says what varies and ends in a digest of all parameters that matter: it does not depend on their order,
+    on what else is swept, or on where data and weights lie.
 
     Args:
         experiment: name of a file in `notebooks/experiments`, or None for the notebook's defaults.
@@ -53,21 +59,14 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
     """
     if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
         raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected lists of one value or more")
-    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
-    for name in (*fixed, *grid):
-        check_choice("fixed, grid", name, [known for known in defaults if known not in ("run_name", "seed", "resume")])
-    base, runs = defaults | fixed, {}
-    if experiment is not None:
-        files = {path.stem: path for path in (NOTEBOOKS / "experiments").glob("*.yaml")}
-        check_choice("experiment", experiment, sorted(files))
-        base = defaults | yaml.safe_load(files[experiment].read_text()) | fixed
-    for seed, *values in itertools.product(seeds, *grid.values()):  # seed by seed: a first comparison comes early
+    base = _read_defaults(experiment, (*fixed, *grid)) | fixed
+    runs = {}
+    for seed, *values in itertools.product(seeds, *grid.values()):  # by seed: a first comparison comes early
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
-            varied |= {"soft_iou_pooling": defaults["soft_iou_pooling"]}
+            varied["soft_iou_pooling"] = base["soft_iou_pooling"]
         parameters = _with_whole_paths(base | varied | {"seed": seed})
-        name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters, defaults)
+        name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters)
         there = runs.setdefault(name, parameters | {"run_name": name})
         if there["data"] != parameters["data"]:
             raise ValueError(
@@ -76,37 +75,44 @@ def plan_runs(experiment: str | None, fixed: dict, grid: dict[str, list], seeds:
     return runs
 
 
+def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, object]:
+    """The parameters of `train.ipynb`, those of the experiment over them; `given` must be among them."""
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    content = {}
+    if experiment is not None:
+        files = {path.stem: path for path in (NOTEBOOKS / "experiments").glob("*.yaml")}
+        check_choice("experiment", experiment, sorted(files))
+        content = yaml.safe_load(files[experiment].read_text())
+    known = [name for name in defaults if name not in ("run_name", "seed", "resume")]
+    for where, names in (("fixed, grid", given), (f"experiment {experiment}", content)):
+        for name in names:
+            if name not in known and not (names is content and name in defaults):
+                raise ValueError(f"{where}: {explain_unknown(name, known)}")
+    return defaults | content
+
+
 def _with_whole_paths(parameters: dict) -> dict:
     """Workers have another working directory."""
-    paths = ["data"] * (parameters["data"] != "synthetic")
-    paths += ["encoder_weights"] * is_file(parameters["encoder_weights"])
+    paths = []
+    if parameters["data"] != "synthetic":
+        paths.append("data")
+    if is_file(parameters["encoder_weights"]):
+        paths.append("encoder_weights")
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
 
 
-def _name(prefix: str, varied: dict, parameters: dict, defaults: dict) -> str:
-    digest = hashlib.sha256(json.dumps(_identity(parameters, defaults)).encode()).hexdigest()[:6]
+def _name(prefix: str, varied: dict, parameters: dict) -> str:
+    digest = hashlib.sha256(json.dumps(identity(parameters)).encode()).hexdigest()[:6]
     varied = varied | {name: Path(str(varied[name])).name for name in PLACES if name in varied}
     shown = "".join(f"-{name}={str(value).replace('/', '_')}" for name, value in varied.items())
     return f"{prefix}{shown}-seed={parameters['seed']}-{digest}"
 
 
-def _identity(parameters: dict, defaults: dict) -> dict:
-    """What makes a run that run, wherever its data lies: all that differs from the notebook's defaults."""
-    digest = weights_digest(parameters["encoder_weights"])
-    named = parameters | {"data": Path(parameters["data"]).name}
-    named |= {"encoder_weights": digest} if digest else {}
-    return {
-        name: float(value) if type(defaults[name]) is float else value  # 1 and 1.0 are the same
-        for name, value in sorted(named.items())
-        if name in defaults and name not in NO_IDENTITY and value != defaults[name]
-    }
+def execute_run(parameters: dict, split: str) -> None:
+    """Train and score one run on a split, going on from whatever there is of it; nothing is done twice.
 
-
-def execute_run(parameters: dict, part: str, results: Path | None = None) -> None:
-    """Train and score one run on a part, going on from whatever there is of it; nothing is done twice.
-
-    The executed notebook goes into `notebooks/` in the folder of runs; what a comparison needs, which are no weights,
-    goes into the folder `results`, too.
+    The executed notebook goes into `notebooks/` in the folder of runs.
 
     Raises:
         PapermillExecutionError: the notebook failed; the message holds its error.
@@ -122,111 +128,119 @@ def execute_run(parameters: dict, part: str, results: Path | None = None) -> Non
             NOTEBOOKS / "train.ipynb", output, parameters | {"resume": (run / "parameters.json").exists()},
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
-    if part not in run_state(run).evaluated:
-        score_run(run, part, iterate_part(run, part, parameters["data"]), "none", parameters["device"])
-    if results is not None:
-        copy_slim(run, results / run.name)
-
-
-def copy_slim(run: Path, to: Path) -> None:
-    """Copy what a comparison needs of a run: no weights, no predictions."""
-    for pattern in SLIM:
-        for path in run.glob(pattern):
-            copy = to / path.relative_to(run)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    if split not in run_state(run).evaluated:
+        pieces = iterate_split(read_parameters(run), split, parameters["data"])
+        score_run(run, split, pieces, "none", parameters["device"])
 
 
 def executed_notebook(run_name: str) -> Path:
-    """Where a run of a sweep leaves its executed `train.ipynb`."""
+    """The executed `train.ipynb` of a run of a sweep."""
     return runs_folder() / "notebooks" / f"{run_name}.train.ipynb"
+
+
+class Finished:
+    """The runs of a sweep that are trained and scored, known by their parameters.
+
+    Args:
+        runs: from `plan_runs`.
+        split: that they are scored on.
+        results: folder to which each finished run is added without its weights, see `write_results`; a run that is
+            there already is finished.
+    """
+
+    def __init__(self, runs: dict[str, dict], split: str, results: str | None = None) -> None:
+        self.planned = {name: identity(parameters) for name, parameters in runs.items()}
+        self.split = split
+        self.folder = None if results is None else _find_results(results)
+        self.kept = read_results(self.folder) if self.folder and (self.folder / RUNS_FILE).exists() else []
+        self.update()
+
+    def update(self) -> None:
+        """Look for finished runs and add new ones to the results."""
+        scored = {identity(run.parameters): run for run in self.kept if run.split == self.split}
+        own = [
+            read_scored(path.parents[1], self.split)
+            for path in sorted(runs_folder().glob(f"*/evaluation/{self.split}.json"))
+            if run_state(path.parents[1]).trained
+        ]
+        known = set(scored)
+        scored = {identity(run.parameters): run for run in own} | scored
+        self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
+        new = [run for run in self.runs.values() if identity(run.parameters) not in known]
+        if self.folder is not None and new:
+            self.kept += new
+            write_results(self.folder, self.kept)
+
+
+def _find_results(results: str) -> Path:
+    """The folder, as it is named or, for a study that exists, in `notebooks/`."""
+    folder = Path(results).expanduser()
+    return NOTEBOOKS / folder if (NOTEBOOKS / folder).is_dir() and not folder.is_dir() else folder.resolve()
 
 
 def sweep(
     runs: dict[str, dict],
-    part: str,
-    where: str = "local",
+    split: str,
+    cluster: str = "local",
     cpus_per_run: int | None = None,
     gpus_per_run: float | None = None,
     results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Train and score all runs that are not there yet, as many at a time as fit; yield their table as it fills.
+    """Train and score all runs that are not finished, as many at a time as fit; yield their table as it fills.
 
-    A run that fails fails alone, and one whose machine is lost goes on elsewhere from its last checkpoint.
+    A failed run does not stop the others, and one whose machine is lost goes on elsewhere from its last checkpoint.
     On a cluster, every machine needs this repository, its Python packages, the data and the folder of
     runs at the same paths.
 
     Args:
         runs: from `plan_runs`.
-        part: to score them on.
-        where: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
+        split: to score them on.
+        cluster: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
         cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one and one a worker.
         gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the CPU;
             None takes 1 where there are GPUs.
-        results: folder in which each finished run is left without its weights; one that is there is done.
+        results: see `Finished`.
 
     Raises:
-        ValueError: no such part or place, or more asked for each run than any machine has.
+        ValueError: no such split or cluster, or more asked for each run than any machine has.
     """
-    check_choice("part", part, PARTS)
-    errors, tasks = {}, {}
-    kept = None if results is None else Path(results).expanduser().resolve()
+    check_choice("split", split, SPLITS)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
-    with _connected(where):
+    finished, errors, tasks = Finished(runs, split, results), {}, {}
+    with _connected(cluster):
         gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
-        workers = max((parameters["workers"] for parameters in runs.values()), default=0)
+        workers = max((parameters["num_workers"] for parameters in runs.values()), default=0)
         cpus = min(1 + workers, int(_most("CPU"))) if cpus_per_run is None else cpus_per_run
         _check_share(cpus, gpus)
         task = _remote_task().options(num_cpus=cpus, num_gpus=gpus)
         settings = _environment(cpus - workers, gpus) | {"RUNS_DIR": str(runs_folder())}
         for name, parameters in runs.items():
-            done = [folder for folder in _homes(name, kept) if _is_done(folder, parameters, part)]
-            if not done:
+            if name not in finished.runs:
                 executed_notebook(name).unlink(missing_ok=True)  # its presence says: running
-                tasks[task.remote(str(ROOT), settings, parameters, part, kept)] = name
-            elif kept and kept / name not in done:
-                copy_slim(done[0], kept / name)
+                tasks[task.remote(str(ROOT), settings, parameters, split)] = name
         while tasks:
-            finished, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2)
-            errors |= {tasks.pop(reference): _error(reference) for reference in finished}
-            yield progress_table(runs, part, errors, kept)
-    yield progress_table(runs, part, errors, kept)
-
-
-def _homes(name: str, kept: Path | str | None) -> list[Path]:
-    return [runs_folder() / name] + ([Path(kept).expanduser().resolve() / name] if kept else [])
-
-
-def scored_folders(names: list[str], results: str | None = None) -> str:
-    """These scored runs for `read_runs`: their paths in the folder of runs, or in that of results."""
-    return ",".join(str(next(home for home in _homes(name, results) if run_state(home).evaluated)) for name in names)
-
-
-def _is_done(run: Path, parameters: dict, part: str) -> bool:
-    state = run_state(run)
-    if state.done < parameters["epochs"] or part not in state.evaluated:
-        return False
-    saved = read_parameters(run)  # a parameter that came later is not in it
-    fixed = saved.keys() - {*NO_IDENTITY, *PLACES}
-    differing = [key for key in saved if key in fixed and saved[key] != parameters.get(key, saved[key])]
-    if differing:
-        raise ValueError(
-            f"{run}: found another {', '.join(differing)} than its name says, so a default has changed since; "
-            "rename or delete that folder"
-        )
-    return True
+            ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2)
+            errors |= {tasks.pop(reference): _error(reference) for reference in ended}
+            if ended:
+                finished.update()
+            yield progress_table(runs, finished.runs, errors)
+    yield progress_table(runs, finished.runs, errors)
 
 
 @contextmanager
-def _connected(where: str) -> Iterator[None]:
+def _connected(cluster: str) -> Iterator[None]:
     here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        if ":" in where:  # Ray would try for two minutes
-            socket.create_connection(where.rsplit(":", 1), timeout=10).close()
-        ray.init(**(here if where == "local" else {"address": where}), logging_level="error", log_to_driver=False)
+        if ":" in cluster:  # Ray would try for two minutes
+            socket.create_connection(cluster.rsplit(":", 1), timeout=10).close()
+        ray.init(
+            **(here if cluster == "local" else {"address": cluster}),
+            logging_level="error",
+            log_to_driver=False,
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"where: found {where!r}, where no Ray cluster answers ({error}); expected local, or the address that "
+            f"cluster: found {cluster!r}, where no Ray cluster answers ({error}); expected local, or the address that "
             "`ray start --head` printed"
         ) from error
     try:
@@ -258,9 +272,11 @@ def _remote_task():
     """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
 
     @ray.remote(max_retries=LOST_MACHINES, max_calls=1)  # a process that has ended holds no GPU memory
-    def run_on_worker(root: str, settings: dict, parameters: dict, part: str, kept: Path | None) -> str | None:
+    def run_on_worker(root: str, settings: dict, parameters: dict, split: str) -> str | None:
         data, notebooks = parameters["data"], settings["RUNS_DIR"] + "/notebooks"
-        needed = [root + "/lib", notebooks, *[data] * (data != "synthetic")]
+        needed = [root + "/lib", notebooks]
+        if data != "synthetic":
+            needed.append(data)
         missing = [path for path in needed if not Path(path).exists()]
         if missing:
             return (
@@ -271,15 +287,15 @@ def _remote_task():
         sys.path.insert(0, root)
         from lib.notebooks.sweep import try_run
 
-        return try_run(parameters, part, kept)
+        return try_run(parameters, split)
 
     return run_on_worker
 
 
-def try_run(parameters: dict, part: str, results: Path | None) -> str | None:
+def try_run(parameters: dict, split: str) -> str | None:
     """`execute_run`; returns its error in one line instead of raising it."""
     try:
-        return execute_run(parameters, part, results)
+        return execute_run(parameters, split)
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}"
     except Exception as error:
@@ -293,21 +309,31 @@ def _error(task: ray.ObjectRef) -> str | None:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def progress_table(runs: dict[str, dict], part: str, errors: dict[str, str], kept: Path | None = None) -> pd.DataFrame:
+def progress_table(
+    runs: dict[str, dict], finished: dict[str, ScoredRun], errors: dict[str, str | None]
+) -> pd.DataFrame:
     """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
     rows = {}
     for name, parameters in runs.items():
-        run = max(_homes(name, kept), key=lambda folder: run_state(folder).done)
-        done, epochs, error = run_state(run).done, parameters["epochs"], errors.get(name)
-        history = read_history(run) if done else pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
+        epochs = parameters["epochs"]
+        history = finished[name].history if name in finished else _read_begun(name)
         state = "running" if executed_notebook(name).exists() else "waiting"
-        if done >= epochs and part in run_state(run).evaluated:
+        if name in finished:
             state = "done"
+        elif errors.get(name):
+            state = "failed"
         rows[name] = {
-            "state": "failed" if error else state,
-            "epochs": f"{done} of {epochs}",
+            "state": state,
+            "epochs": f"{len(history)} of {epochs}",
             "valid_miou": history.valid_miou.max(),
-            "minutes_left": 0 if state == "done" else (epochs - done) * history.seconds.mean() / 60,
-            "error": error or "",
+            "minutes_left": 0 if state == "done" else (epochs - len(history)) * history.seconds.mean() / 60,
+            "error": errors.get(name) or "",
         }
     return pd.DataFrame(list(rows.values()), list(rows))
+
+
+def _read_begun(name: str) -> pd.DataFrame:
+    """The history so far of a run that is not finished, empty before its first epoch."""
+    if not (runs_folder() / name / "history.csv").exists():
+        return pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
+    return read_history(runs_folder() / name)

@@ -12,22 +12,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.classes import NYUV2_13
 from lib.data import Samples
+from lib.device import describe_processor
 from lib.evaluation import Evaluation
 from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, mean_truth_iou, pixel_accuracy, truth_iou
 from lib.model import weights_digest
 
-MAY_CHANGE = ("workers", "save_figures", "commit")  # between the parts of a resumed run; neither changes its result
+RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
+MAY_CHANGE = ("num_workers", "save_figures")  # when a run is resumed; neither changes its result
 WHERE = ("device", "precision")  # what these come to is held against the checkpoint
-NO_RECIPE = (*MAY_CHANGE, "run_name", "resume", "device", "seed", "fold", "predictions")
 PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
-# what runs did before a parameter was there
-BEFORE = {
-    "keep": "best", "classes": None, "ema_decay": 0.0, "architecture": "deeplabv3plus", "encoder_lr_scale": 1.0,
-    "class_weights": "none", "lovasz_weight": 0.0, "start_from": None,
-}  # fmt: skip
 
 
 def runs_folder() -> Path:
@@ -38,7 +33,10 @@ def runs_folder() -> Path:
 
 @contextmanager
 def open_run(
-    parameters: dict[str, object], resume: bool = False, samples: Iterable[Samples] = (), wait_seconds: float = 0
+    parameters: dict[str, object],
+    resume: bool = False,
+    samples: Iterable[Samples] = (),
+    wait_seconds: float = 0,
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
@@ -55,14 +53,19 @@ def open_run(
         RuntimeError: another process has the run.
     """
     run_name = parameters["run_name"]
-    if not run_name or run_name in ("older", "notebooks") or set(run_name) & set('/\\:*?"<>|') or run_name[0] == ".":
+    if (
+        not run_name
+        or run_name in ("older", "notebooks")
+        or set(run_name) & set('/\\:*?"<>|')
+        or run_name[0] == "."
+    ):
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
     if digest := weights_digest(parameters.get("encoder_weights")):
         saved["encoder_weights_digest"] = digest
-    for part in samples:
-        for name, value in (part.made_with or {}).items():
+    for loaded in samples:
+        for name, value in (loaded.loaded_with or {}).items():
             if name in saved and saved[name] != value:
                 raise ValueError(
                     f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
@@ -74,17 +77,21 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
-        if not (run / "last.pt").exists():  # nothing has been computed that other parameters would not tell of
-            write_json(saved | {"commit": _commit()}, run / "parameters.json")
+        if not (run / "last.pt").exists():  # nothing has been computed yet with other parameters
+            write_json(saved | _record(), run / "parameters.json")
         yield run
 
 
-def _commit() -> str | None:
-    """Of the code that makes the run; None where it is not under git."""
+def _record() -> dict[str, object]:
+    """The commit of the code, whether its tree was unchanged, and the processor; None for what is unknown."""
+    recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
     if shutil.which("git") is None:
-        return None
+        return recorded
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if commit:
+        recorded |= {"commit": commit.removesuffix("-dirty"), "tree_unchanged": not commit.endswith("-dirty")}
+    return recorded
 
 
 def _set_aside(run: Path) -> None:
@@ -105,12 +112,14 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             "start it with resume False"
         )
     saved = read_json(run / "parameters.json")
-    if parameters.get("encoder_weights_digest", 0) == saved.get("encoder_weights_digest"):  # the same file elsewhere
+    same_weights = parameters.get("encoder_weights_digest", 0) == saved.get("encoder_weights_digest")
+    if same_weights:  # the same file elsewhere
         parameters = parameters | {"encoder_weights": saved["encoder_weights"]}
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *WHERE) and saved.get(name, "unknown") != parameters.get(name, "unknown")
+        if name not in (*MAY_CHANGE, *WHERE, *RECORDED)
+        and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
         hint = ""
@@ -129,7 +138,7 @@ class RunState(NamedTuple):
         epochs: that it was started for; 0 where nothing is there, or where it was not trained here.
         done: epochs that are finished.
         trained: whether all of them are, with the report.
-        evaluated: parts that it was scored on, or predicted where labels are held back.
+        evaluated: splits that it was scored on, or predicted where labels are held back.
     """
 
     epochs: int
@@ -169,9 +178,14 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
     """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
-        scores |= {"valid_miou": mean_truth_iou(valid.counts), "valid_pixel_acc": pixel_accuracy(valid.counts)}
+        scores |= {
+            "valid_miou": mean_truth_iou(valid.counts),
+            "valid_pixel_acc": pixel_accuracy(valid.counts),
+        }
         scores |= {"averaged_classes": averaged_classes(valid.counts)}
-        scores |= {"class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))}
+        scores |= {
+            "class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))
+        }
         write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
     write_json(scores, run / "scores.json")
@@ -194,10 +208,9 @@ class Counts(NamedTuple):
 
 
 def read_counts(path: Path) -> Counts:
-    """Older files hold names and counts of NYUv2's 13 classes alone."""
+    """What `write_counts` wrote."""
     with np.load(path) as saved:
-        classes = tuple(saved["classes"].tolist()) if "classes" in saved else NYUV2_13
-        return Counts(saved["names"], saved["counts"], saved.get("scene"), classes)
+        return Counts(saved["names"], saved["counts"], saved.get("scene"), tuple(saved["classes"].tolist()))
 
 
 def read_scores(run: Path) -> dict:

@@ -13,7 +13,10 @@ REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 def write_report(run: Path) -> Path:
     """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
-    sections = [f"# {run.name}", "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown()]
+    sections = [
+        f"# {run.name}",
+        "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown(),
+    ]
     if (run / "scores.json").exists():
         scores = read_scores(run)
         sections += [
@@ -22,7 +25,9 @@ def write_report(run: Path) -> Path:
             "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
         ]
         if "class_iou" in scores:
-            sections.append("## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f"))
+            sections.append(
+                "## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f")
+            )
     evaluated = sorted((run / "evaluation").glob("*.json"))
     sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
     write_text("\n\n".join(sections) + "\n", run / "report.md")
@@ -33,12 +38,12 @@ def summarise(run: Path) -> str:
     """One sentence in Markdown: the kept epoch, its scores, the classes learned best and least."""
     scores, epochs = read_scores(run), len(read_history(run))
     if "class_iou" not in scores:
-        return f"Trained for {epochs} epochs; nothing validates in this split, so the last epoch is kept."
+        return f"Trained for {epochs} epochs; there are no validation images, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
     few = max(1, min(3, len(ranked) // 2))
     ends = ranked[:few], ranked[-few:]
     best, least = (", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in ends)
-    kept = "the last" if read_parameters(run).get("keep") == "last" else "the best"
+    kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** over "
         f"{scores['averaged_classes']} classes, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
@@ -48,7 +53,7 @@ def summarise(run: Path) -> str:
 
 def _summary(scores: dict) -> dict[str, str]:
     if "class_iou" not in scores:
-        return {"best epoch": f"{scores['best_epoch']} (the last: nothing validates in this split)"}
+        return {"best epoch": f"{scores['best_epoch']} (the last: no validation images)"}
     return {
         "best epoch": str(scores["best_epoch"]),
         "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} classes",
@@ -69,9 +74,11 @@ def _table(scores: pd.DataFrame, form: str) -> str:
     return scores.astype(object).where(scores.notna(), None).to_markdown(floatfmt=form, missingval="-")
 
 
-def _evaluation_section(part: str, scores: dict) -> str:
-    """Scores on one part, without and with test-time augmentation, then by class."""
-    text = f"## Evaluation on part {part}\n\n{scores['images']} images of {scores['data']}, at their own size"
+def _evaluation_section(split: str, scores: dict) -> str:
+    """Scores on one split, without and with test-time augmentation, then by class."""
+    text = (
+        f"## Evaluation on split {split}\n\n{scores['images']} images of {scores['data']}, at their own size"
+    )
     if not scores["labelled"]:
         how = f" with tta {scores['tta']}" if "tta" in scores else ""
         return f"{text}, predicted{how}; their labels are held back."
@@ -89,7 +96,11 @@ def _evaluation_section(part: str, scores: dict) -> str:
 
 def describe_interval(low: float | None, high: float | None, scenes: int | None) -> str:
     """A 95 % interval, and over what it was taken."""
-    over = "images taken as independent, because their scenes are unknown" if scenes is None else f"{scenes} scenes"
+    over = (
+        "images taken as independent, because their scenes are unknown"
+        if scenes is None
+        else f"{scenes} scenes"
+    )
     if low is None or np.isnan(low):
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -1,136 +1,301 @@
-"""Results of runs: which there are, of which recipe, and whether they may be compared."""
+"""Scored runs without their weights: from run folders or from a study's two files, by recipe, for comparison."""
 
+import io
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lib.classes import check_same_classes
-from lib.data import PARTS
-from lib.data.validation import FOLDS, number_runs
-from lib.files import ROOT, read_json
+from lib.data.validation import FOLDS
+from lib.files import ROOT, read_json, write_atomically, write_text
 from lib.metrics import mean_truth_iou
-from lib.options import check_choice
-from lib.runs import BEFORE, NO_RECIPE, PLACES, read_counts, read_history, read_parameters, runs_folder
+from lib.model import weights_digest
+from lib.options import SPLITS, check_choice
+from lib.runs import MAY_CHANGE, PLACES, RECORDED, read_counts, read_history, read_parameters, runs_folder
+from lib.runs.scoring import masks_folder, read_masks
 
 NOTEBOOKS = ROOT / "notebooks"
-EXAMPLE = NOTEBOOKS / "experiments" / "results" / "embedded"  # committed runs, without weights, in folders
+EXAMPLE = NOTEBOOKS / "studies" / "example"
+RUNS_FILE, COUNTS_FILE = "runs.jsonl", "counts.npz"
+NO_RECIPE = {*MAY_CHANGE, *RECORDED, "run_name", "resume", "device", "seed", "fold", "predictions"}
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run on one part of one data set, or on all five folds of it; `names` to `classes` as in `Counts`."""
+    """A run on one split of one data set, or five runs pooled over all five folds.
+
+    Attributes:
+        name: of the run.
+        group: the arm that it is shown under; None where that is its recipe.
+        parameters: of `train.ipynb`, or of the predictions of another model.
+        split: `train`, `valid` or `test`.
+        data: the data set, as it was named when the run was scored.
+        validation: how its validation images were chosen; None on the test split.
+        names, counts, scene, classes: as in `Counts`.
+        history: a row per epoch; None for external predictions and pooled folds.
+        commit, tree_unchanged, processor: what the run recorded about its code and its machine.
+        image_fold: `(N,)` the fold each image was scored in; None unless folds are pooled.
+        folder: of the run, with its predictions.
+        masks: predictions of a few images by name, where there is no folder.
+    """
 
     name: str
+    group: str | None
     parameters: dict
+    split: str
     data: str
-    split: str | None
+    validation: str | None
     names: np.ndarray
     counts: np.ndarray
     scene: np.ndarray | None
     classes: tuple[str, ...]
-    history: pd.DataFrame | None
-    folds: int = 1
-    group: str = ""  # the folder of runs that it was named by
-    folder: Path | None = None  # the run's own; of five folds that of the last
+    history: pd.DataFrame | None = None
+    commit: str | None = None
+    tree_unchanged: bool | None = None
+    processor: str | None = None
+    image_fold: np.ndarray | None = None
+    folder: Path | None = None
+    masks: dict[str, np.ndarray] | None = None
 
     @property
     def score(self) -> float:
-        """mIoU over the classes in the truth, pooled over all images."""
+        """mIoU over the classes in the ground truth, pooled over all images."""
         return mean_truth_iou(self.counts)
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether these are five runs, each scored on its own fold."""
+        return self.image_fold is not None
 
-def read_scored(run: Path, part: str) -> ScoredRun:
-    """A run as `score_run` left it, of which the weights are not needed.
+    def select(self, chosen: np.ndarray) -> "ScoredRun":
+        """The same run on some of its images, `chosen` as positions or `(N,)` bool."""
+        scene = None if self.scene is None else self.scene[chosen]
+        fold = None if self.image_fold is None else self.image_fold[chosen]
+        return replace(
+            self, names=self.names[chosen], counts=self.counts[chosen], scene=scene, image_fold=fold
+        )
+
+    def read_masks(self, names: Iterable[str]) -> list[np.ndarray]:
+        """The predictions `(H, W)` of these images.
+
+        Raises:
+            FileNotFoundError: one was not saved.
+        """
+        if self.folder is not None:
+            return read_masks(masks_folder(self.folder, self.split), names)
+        missing = [name for name in names if name not in (self.masks or {})]
+        if missing:
+            raise FileNotFoundError(2, "not saved", f"{missing[0]}.png")
+        return [self.masks[name] for name in names]
+
+
+def read_scored(run: Path, split: str) -> ScoredRun:
+    """A run from its folder, as `score_run` wrote it.
 
     Raises:
-        ValueError: it is not scored on that part.
+        ValueError: it is not scored on that split.
     """
-    path = run / "evaluation" / f"{part}.npz"
-    if not (path.exists() and path.with_suffix(".json").exists()):  # which is there last
+    path = run / "evaluation" / f"{split}.npz"
+    if not (path.exists() and path.with_suffix(".json").exists()):  # which is written last
         raise ValueError(
-            f"runs: {run.name!r} is not evaluated on part {part!r}; run "
-            f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p part {part}`"
+            f"runs: {run.name!r} is not evaluated on split {split!r}; run "
+            f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p split {split}`"
         )
-    facts, history = read_json(path.with_suffix(".json")), run / "history.csv"
-    counts, parameters = read_counts(path), read_parameters(run)
-    split = facts.get("split", None if part == "test" else parameters.get("split"))
-    if counts.scene is None and split != "random":  # older counts; of a random part names are no runs
-        runs = number_runs(counts.names)
-        first = None if runs is None else pd.Series(counts.names).groupby(runs).transform("first")
-        counts = counts._replace(scene=None if runs is None else first.to_numpy(str))
+    facts = read_json(path.with_suffix(".json"))
+    parameters = read_parameters(run)
     return ScoredRun(
         name=run.name,
-        parameters=parameters,
-        data=facts["data"],
+        group=None,
+        parameters={name: value for name, value in parameters.items() if name not in RECORDED},
         split=split,
-        history=read_history(run) if history.exists() else None,
+        data=facts["data"],
+        validation=facts["validation"],
+        history=read_history(run) if (run / "history.csv").exists() else None,
         folder=run,
-        **counts._asdict(),
+        **{name: parameters.get(name) for name in RECORDED},
+        **read_counts(path)._asdict(),
+    )
+
+
+def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
+    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per list of images.
+
+    Paths of data and weights are cut to their last component.
+    """
+    lines, arrays = [], {}
+    lists: dict[tuple, str] = {}
+    for run in runs:
+        scene = None if run.scene is None else tuple(run.scene.tolist())
+        images = lists.setdefault((tuple(run.names.tolist()), scene, run.classes), f"images{len(lists)}")
+        arrays |= {f"{images}/names": run.names, f"{images}/classes": np.array(run.classes)}
+        if scene is not None:
+            arrays[f"{images}/scene"] = run.scene
+        arrays[f"counts/{run.name}"] = run.counts.astype(np.uint32)
+        arrays |= {f"masks/{run.name}/{name}": mask for name, mask in (run.masks or {}).items()}
+        lines.append(json.dumps(_describe_run(run, images)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
+    write_text("".join(f"{line}\n" for line in lines), folder / RUNS_FILE)  # last: it says what is there
+
+
+def _describe_run(run: ScoredRun, images: str) -> dict:
+    """The line of a run in `runs.jsonl`."""
+    parameters = dict(run.parameters)
+    parameters.pop("run_name", None)
+    for name in PLACES:
+        if parameters.get(name) is not None:
+            parameters[name] = Path(parameters[name]).name
+    history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
+    return {
+        "name": run.name,
+        "group": run.group,
+        "parameters": parameters,
+        **{name: getattr(run, name) for name in RECORDED},
+        "split": run.split,
+        "data": Path(run.data).name,
+        "validation": run.validation,
+        "images": images,
+        "history": None if history is None else history.to_dict("list"),
+    }
+
+
+def read_results(folder: Path) -> list[ScoredRun]:
+    """The runs that `write_results` wrote.
+
+    Raises:
+        ValueError: one of the two files is damaged or misses a run.
+    """
+    try:
+        lines = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
+        with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as saved:
+            return [_read_line(line, saved) for line in lines]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and {COUNTS_FILE}, "
+            "as `sweep.ipynb -p results` writes them"
+        ) from error
+
+
+def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
+    images, history = line.pop("images"), line.pop("history")
+    masks = f"masks/{line['name']}/"
+    return ScoredRun(
+        **line,
+        names=saved[f"{images}/names"],
+        counts=saved[f"counts/{line['name']}"].astype(np.int64),
+        scene=saved.get(f"{images}/scene"),
+        classes=tuple(saved[f"{images}/classes"].tolist()),
+        history=None if history is None else pd.DataFrame(history),
+        masks={name.removeprefix(masks): saved[name] for name in saved.files if name.startswith(masks)},
     )
 
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
-    kept = {name: value for name, value in (BEFORE | parameters).items() if name not in NO_RECIPE}
-    if "encoder_weights_digest" in kept:  # the same file may lie elsewhere
-        kept["encoder_weights"] = kept.pop("encoder_weights_digest")
-    if "data" in kept:
-        kept["data"] = Path(kept["data"]).name
+    kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
+    digest = kept.pop("encoder_weights_digest", None)
+    for name in PLACES:  # the same files may lie elsewhere
+        if kept.get(name) is not None:
+            kept[name] = Path(kept[name]).name
+    if digest is not None:
+        kept["encoder_weights"] = digest
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
     return tuple(sorted((name, str(value)) for name, value in as_float.items()))
 
 
-def read_runs(runs: str, part: str, data: str | None = None) -> list[ScoredRun]:
+def identity(parameters: dict[str, object]) -> tuple:
+    """What makes a run that run: its recipe, seed and fold, wherever its data and weights lie."""
+    if "encoder_weights_digest" not in parameters:
+        parameters = parameters | {"encoder_weights_digest": weights_digest(parameters["encoder_weights"])}
+    return recipe(parameters), parameters["seed"], parameters["fold"]
+
+
+def read_runs(runs: str, split: str, data: str | None = None, where: str | None = None) -> list[ScoredRun]:
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs (with `*` for some of a folder), or of folders full of runs, with commas between;
-            or `all`: every run in the folder of runs that is scored on the part. Where these are fewer than two,
-            `all` takes the committed example.
-        part: `train`, `valid` or `test`.
+        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between; or
+            `all`: every run in the folder of runs that is scored on the split. Where these are fewer than two, `all`
+            takes the committed example.
+        split: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
+        where: a query over the runs' parameters, as `pandas.DataFrame.query` takes it; None takes all.
 
     Raises:
-        ValueError: a run that is missing or not scored.
+        ValueError: a run that is missing or not scored, or a query that no run matches.
     """
-    check_choice("part", part, PARTS)
-    if runs != "all":
+    check_choice("split", split, SPLITS)
+    if runs == "all":
+        found = _read_own(split, data)
+        if len(found) < 2 and data is None:
+            found = read_entry(str(EXAMPLE), split) or found
+    else:
         entries = [entry.strip() for entry in runs.split(",") if entry.strip()]
-        return [run for entry in entries for run in _read_entry(entry, part)]
-    files = sorted(runs_folder().glob(f"*/evaluation/{part}.json"), key=lambda path: path.stat().st_mtime)
-    own = [read_scored(path.parents[1], part) for path in files if path.with_suffix(".npz").exists()]
-    chosen = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
-    if len(chosen) < 2 and data is None:
-        examples = sorted(path.parents[1] for path in EXAMPLE.glob(f"*/*/evaluation/{part}.json"))
-        chosen = [replace(read_scored(run, part), group=run.parent.name) for run in examples] or chosen
-    return sorted(chosen, key=lambda run: (run.group, run.name))
+        found = [run for entry in entries for run in read_entry(entry, split)]
+    return found if where is None else select_runs(found, where)
 
 
-def _read_entry(entry: str, part: str) -> list[ScoredRun]:
-    """A run, or all of a folder, which is then the group that they are of."""
+def _read_own(split: str, data: str | None) -> list[ScoredRun]:
+    files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
+    own = [read_scored(path.parents[1], split) for path in files if path.with_suffix(".npz").exists()]
+    wanted = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
+    return sorted(wanted, key=lambda run: run.name)
+
+
+def read_entry(entry: str, split: str) -> list[ScoredRun]:
+    """A run by name or path, or the runs of a study that were scored on the split."""
     for home in (runs_folder(), Path(), NOTEBOOKS):
         folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
-            return [read_scored(folder, part)]
-        if "*" in entry and (some := sorted(path.parent for path in map(Path, glob(f"{folder}/parameters.json")))):
-            return [read_scored(run, part) for run in some]
-        if inside := sorted(path.parent for path in folder.glob("*/parameters.json")):
-            return [replace(read_scored(run, part), group=folder.name) for run in inside]
+            return [read_scored(folder, split)]
+        if (folder / RUNS_FILE).exists():
+            results = read_results(folder)
+            found = [run for run in results if run.split == split]
+            if results and not found:
+                there = ", ".join(sorted({run.split for run in results}))
+                raise ValueError(f"split: found {split!r}, the runs of {entry} were scored on {there}")
+            return found
     there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
-    raise ValueError(f"runs: found {entry!r}, which is no run; in {runs_folder()} there are: {there}")
+    raise ValueError(
+        f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in {runs_folder()}: {there}"
+    )
+
+
+def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
+    """The runs whose parameters match a query, as `pandas.DataFrame.query` takes it; None stays None there.
+
+    Raises:
+        ValueError: a query that can't be evaluated, or that no run matches.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.parameters)
+    table = pd.DataFrame(
+        {name: pd.Series([run.parameters.get(name) for run in runs], dtype=object) for name in names}
+    )
+    try:
+        matched = table.query(where, engine="python").index
+    except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
+        raise ValueError(
+            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
+            f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
+        ) from error
+    if not len(matched):
+        values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}
+        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items())
+        raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {listed}")
+    return [runs[position] for position in matched]
 
 
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
-    """Runs by recipe, the baseline's first, all on the same images; runs over five folds are joined.
+    """Runs by recipe, the baseline's first, all on the same images; runs over five folds are pooled.
 
-    A recipe is named after the folder that its runs were named by, if that holds no other; after its only run; or
-    after the parameters in which the recipes differ. Runs of two folders are never one recipe, so that a recipe can
-    be held against itself.
+    A recipe is named after its group; after its only run; or after the parameters in which the recipes differ. Runs
+    of two groups are never one recipe, so that a recipe can be compared with itself.
 
     Args:
         runs: from `read_runs`.
@@ -140,74 +305,94 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         ValueError: runs that can't be compared, or no such baseline.
     """
     by_recipe: dict[tuple, list[ScoredRun]] = {}
-    for run in _join_folds(runs):
+    for run in _pool_folds(runs):
         by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
-    rows, named = [dict(kept) for _, kept in by_recipe], {}
-    names = dict.fromkeys(name for row in rows for name in row)
-    differing = [name for name in names if len({row[name] for row in rows if name in row}) > 1]
-    groups = [group for group, _ in by_recipe]
-    for (group, _), members in by_recipe.items():
-        label = group if group and groups.count(group) == 1 else _label(members, differing)
-        named[f"{label} ({members[0].name})" if label in named else label] = members
+    named = _name_recipes(by_recipe)
     for members in named.values():
         for run in members:
             _check_comparable(next(iter(named.values()))[0], run)
+    if baseline is None:
+        return named
     first = [name for name, members in named.items() if baseline in (name, *(run.name for run in members))]
-    if baseline is not None and not first:
+    if not first:
         raise ValueError(f"baseline: found {baseline!r}, there are: {', '.join(named)}")
-    return {name: named[name] for name in dict.fromkeys((*first[:1], *named))}
+    return {name: named[name] for name in dict.fromkeys((first[0], *named))}
 
 
-def _join_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
+def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
+    rows = [dict(kept) for _, kept in by_recipe]
+    names = dict.fromkeys(name for row in rows for name in row)
+    differing = [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+    groups = [group for group, _ in by_recipe]
+    named = {}
+    for (group, _), members in by_recipe.items():
+        label = group if group and groups.count(group) == 1 else _label(members, differing)
+        if label in named:
+            label = f"{label} ({members[0].name})"
+        named[label] = members
+    return named
+
+
+def _label(members: list[ScoredRun], differing: list[str]) -> str:
+    parameters = members[0].parameters
+    if "recipe" in parameters:  # of external predictions
+        return parameters["recipe"]
+    kept = dict(recipe(parameters))
+    values = parameters | {name: Path(str(parameters[name])).name for name in PLACES if name in kept}
+    label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
+    return members[0].name if len(members) == 1 or not label else label
+
+
+def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, list[ScoredRun]]:
+    """Pooled runs on the images of the other folds, such as to leave out the fold of a tuning."""
+    return {name: [run.select(run.image_fold != fold) for run in runs] for name, runs in recipes.items()}
+
+
+def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
-    if len({run.parameters.get("fold", FOLDS - 1) for run in runs}) < 2:
+    if len({run.parameters.get("fold") for run in runs}) < 2:
         return runs
     groups: dict[tuple, dict[int, ScoredRun]] = {}
     for run in runs:
         key = run.group, recipe(run.parameters), run.parameters["seed"]
-        groups.setdefault(key, {})[run.parameters.get("fold", FOLDS - 1)] = run
+        groups.setdefault(key, {})[run.parameters.get("fold")] = run
     whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
     if not whole:
         there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
-        raise ValueError(f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs")
-    return [_join([folds[fold] for fold in range(FOLDS)]) for folds in whole]
+        raise ValueError(
+            f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs"
+        )
+    return [_pool([folds[fold] for fold in range(FOLDS)]) for folds in whole]
 
 
-def _join(folds: list[ScoredRun]) -> ScoredRun:
+def _pool(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
-    twice = names[order][1:][names[order][1:] == names[order][:-1]]
+    ordered = names[order]
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise ValueError(
-            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; joined are "
-            "the validation parts, so use part valid, or name runs of one fold"
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; folds are "
+            "pooled over their validation images, so use split valid, or name runs of one fold"
         )
     known = all(run.scene is not None for run in folds)
     return replace(
         folds[-1],
         name=f"five folds, seed {folds[-1].parameters['seed']}",
-        names=names[order],
+        names=ordered,
         counts=np.concatenate([run.counts for run in folds])[order],
         scene=np.concatenate([run.scene for run in folds])[order] if known else None,
+        image_fold=np.repeat(range(FOLDS), [len(run.names) for run in folds])[order],
         history=None,
-        folds=len(folds),
+        folder=None,
+        masks=None,
     )
-
-
-def _label(members: list[ScoredRun], differing: list[str]) -> str:
-    parameters = members[0].parameters
-    if "recipe" in parameters:
-        return parameters["recipe"]
-    values, kept = BEFORE | parameters, dict(recipe(parameters))
-    values |= {name: Path(str(values[name])).name for name in PLACES if name in kept}
-    label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
-    return members[0].name if len(members) == 1 or not label else label
 
 
 def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
     check_same_classes(first.classes, other.classes, f"the run {first.name!r}", f"the run {other.name!r}")
     pair = f"runs: {first.name!r} and {other.name!r} can't be compared: "
-    remedy = "; evaluate both on the same data, part and fold"
+    remedy = "; evaluate both on the same data, split and fold"
     if list(first.names) != list(other.names):
         only = sorted(set(first.names) ^ set(other.names))
         found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only"

@@ -1,4 +1,4 @@
-"""Score a run, or anybody's predictions, on a part of its data, and leave what a comparison needs in its folder."""
+"""Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its folder."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +19,13 @@ from lib.runs import find_run, open_run, read_parameters, write_counts
 from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
-READ_WITH = ("data", "split", "limit", "classes", "fold")  # parameters that say which images a part holds
+READ_WITH = (
+    "data",
+    "validation",
+    "limit",
+    "classes",
+    "fold",
+)  # parameters that say which images a split holds
 
 
 def find_scored(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
@@ -27,82 +33,92 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
 
     Args:
         run: name or path of a trained run, or `latest`; unused with predictions.
-        predictions: None, or a folder of masks as `read_predictions` takes them.
+        predictions: None, or a folder of masks as `read_external` takes them.
         parameters: of `evaluate.ipynb`; with predictions, those that name the run, its recipe and seed, and
             the images are kept as the run's own.
     """
     if predictions is None:
         return find_run(run)
     if not Path(predictions).expanduser().is_dir():
-        raise ValueError(f"predictions: found {predictions!r}, where there is no folder; expected one of PNG masks")
+        raise ValueError(
+            f"predictions: found {predictions!r}, where there is no folder; expected one of PNG masks"
+        )
     if parameters["data"] is None:
-        raise ValueError("data: found None, expected the data set whose images were predicted, such as a folder's path")
+        raise ValueError(
+            "data: found None, expected the data set whose images were predicted, such as a folder's path"
+        )
     kept = ("run_name", "recipe", "seed", "predictions", *READ_WITH)
     with open_run({name: parameters[name] for name in kept}) as folder:
         return folder
 
 
-def iterate_part(run: Path, part: str, data: str | None = None, batch_size: int = 8) -> Pieces:
-    """The images of a part at their own size, selected as the run's parameters say.
+def iterate_split(parameters: dict, split: str, data: str | None = None, batch_size: int = 8) -> Pieces:
+    """The images of a split at their own size, selected as the parameters of a run say.
 
     Args:
-        run: its folder.
-        part: `train`, `valid` or `test`.
+        parameters: of the run.
+        split: `train`, `valid` or `test`.
         data: another data set than the run's, of which only `test` is selected by nothing.
         batch_size: images of a piece, at most.
     """
-    selected = {name: value for name, value in read_parameters(run).items() if name in READ_WITH}
+    selected = {name: value for name, value in parameters.items() if name in READ_WITH}
     if data is not None:
         selected["data"] = data
-    if part == "test":
+    if split == "test":
         selected.pop("limit", None)
-    return iterate_samples(selected.pop("data"), part, batch_size=batch_size, **selected)
+    return iterate_samples(selected.pop("data"), split, batch_size=batch_size, **selected)
 
 
-def score_run(run: Path, part: str, pieces: Pieces, tta: str = "flip", device: str = "auto") -> dict[str, object]:
-    """Predict a part, without and with test-time augmentation, and write `evaluation/` of the run.
+def score_run(
+    run: Path, split: str, pieces: Pieces, tta: str = "flip", device: str = "auto"
+) -> dict[str, object]:
+    """Predict a split, without and with test-time augmentation, and write `evaluation/` of the run.
 
-    In it are `PART.json` with the scores, `PART.npz` with the counts per image, and `PART/NAME.png`, the
+    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, and `SPLIT/NAME.png`, the
     predicted class indices. Where labels are held back, these are with augmentation, and `submission.npy` holds
     them, too, `(N, H, W)` in the order of the names, if they are of one size. Predictions from elsewhere are scored
     as they are.
 
     Returns:
-        What `PART.json` holds.
+        What `SPLIT.json` holds.
     """
     parameters, labelled = read_parameters(run), next((piece.label is not None for piece in pieces), True)
-    (run / "evaluation" / f"{part}.json").unlink(missing_ok=True)  # until it is there again, this part is not scored
+    (run / "evaluation" / f"{split}.json").unlink(
+        missing_ok=True
+    )  # until it is written again, nothing is scored
     facts = {"data": pieces.data, "images": len(pieces), "labelled": labelled}
-    facts |= {"split": None if part == "test" else pieces.split}
+    facts |= {"validation": None if split == "test" else pieces.validation}
     if "predictions" in parameters:
-        passes = {"plain": read_predictions(Path(parameters["predictions"]).expanduser(), pieces)}
+        passes = {"plain": read_external(Path(parameters["predictions"]).expanduser(), pieces)}
     else:
         model = load_model(run / "best.pt", choose_device(device))
         facts |= {"tta": tta, "working_size": model.config.size}
         views = {"plain": "none"} if labelled else {}
         views |= {"augmented": tta} if tta != "none" or not labelled else {}
-        passes = {name: ahead(predict(model, pieces, pieces.batch_size, view)) for name, view in views.items()}
+        passes = {
+            name: ahead(predict(model, pieces, pieces.batch_size, view)) for name, view in views.items()
+        }
     first = next(iter(passes))
-    passes[first] = _saved(passes[first], masks_folder(run, part))
+    passes[first] = _saved(passes[first], masks_folder(run, split))
     counted = {
         name: count_predictions(_watched(f"predicting, {name}", len(pieces), batches), thorough=True)
         for name, batches in passes.items()
     }
     if not labelled:
-        masks = read_masks(masks_folder(run, part), sorted(counted[first].names.tolist()))
+        masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
         if len({mask.shape for mask in masks}) == 1:
-            path = run / "evaluation" / ("submission.npy" if part == "test" else f"submission_{part}.npy")
+            path = run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
             write_atomically(path, lambda file: np.save(file, np.stack(masks)))
-    return write_evaluation(run, part, facts, counted if labelled else {})
+    return write_evaluation(run, split, facts, counted if labelled else {})
 
 
-def write_evaluation(run: Path, part: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
-    """`PART.json`, which it returns, and with thorough counts of `plain` predictions `PART.npz`; then the report."""
+def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
+    """`SPLIT.json`, which it returns, and with thorough counts of `plain` predictions `SPLIT.npz`; then the report."""
     (run / "evaluation").mkdir(exist_ok=True)
     if counted:
         facts = facts | describe_scores(counted)
-        write_counts(run / "evaluation" / f"{part}.npz", counted["plain"])
-    write_json(facts, run / "evaluation" / f"{part}.json")
+        write_counts(run / "evaluation" / f"{split}.npz", counted["plain"])
+    write_json(facts, run / "evaluation" / f"{split}.json")
     write_report(run)
     return facts
 
@@ -132,7 +148,11 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
         augmented = counted["augmented"]
         columns["IoU, augmented"] = truth_iou(augmented.counts)
         gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
-        described["gain"] = {"difference": gain.difference, "interval": gain.interval, "p_value": gain.p_value}
+        described["gain"] = {
+            "difference": gain.difference,
+            "interval": gain.interval,
+            "p_value": gain.p_value,
+        }
     columns["boundary IoU"] = boundary_iou(plain.boundary)
     by_class = pd.DataFrame(columns, index=list(plain.classes)).sort_values("support", ascending=False)
     return described | {"classes": by_class.to_dict("index")}
@@ -154,9 +174,9 @@ def _saved(batches: Iterable[Predicted], folder: Path) -> Iterator[Predicted]:
         yield batch
 
 
-def masks_folder(run: Path, part: str) -> Path:
-    """Where a run keeps its predictions for a part, as PNGs of class indices."""
-    return run / "evaluation" / part
+def masks_folder(run: Path, split: str) -> Path:
+    """Where a run keeps its predictions for a split, as PNGs of class indices."""
+    return run / "evaluation" / split
 
 
 def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
@@ -164,7 +184,7 @@ def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
 
 
-def read_predictions(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
+def read_external(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
     """Masks `FOLDER/NAME.png`, whoever made them, one for each image: indices in the order of the data's classes.
 
     Raises:
@@ -172,7 +192,10 @@ def read_predictions(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
             no class.
     """
     for piece in pieces:
-        labels = [_read_mask(folder / f"{name}.png", piece.size, len(piece.classes)) for name in piece.names.tolist()]
+        labels = [
+            _read_mask(folder / f"{name}.png", piece.size, len(piece.classes))
+            for name in piece.names.tolist()
+        ]
         yield Predicted(piece, np.stack(labels))
 
 

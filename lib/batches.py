@@ -15,10 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.data.samples import Samples
-from lib.model import DEPTH_ENCODINGS, ModelConfig
-from lib.options import check_choice
+from lib.model import ModelConfig
+from lib.options import check_options
 
-AUGMENTATIONS = ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")
 # Exp061's, of RGB / 255. Constants, whatever the data, so that weights keep their meaning from one data set to another
 RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 SHARED_MEMORY = Path("/dev/shm")
@@ -66,7 +65,7 @@ def encode_depth(
 
     `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest.
     """
-    check_choice("depth_encoding", depth_encoding, DEPTH_ENCODINGS)
+    check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
     low, high = scale(torch.tensor(depth_range_m)).aminmax(dim=0)  # on the CPU, or a GPU would wait
@@ -126,7 +125,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
     is missing depth; labels are passed as label + 1 so that it is 255 for them.
     """
-    check_choice("augment", augment, AUGMENTATIONS)
+    check_options(augment=augment)
     if augment == "none":
         return None
     height, width = size
@@ -216,7 +215,7 @@ class TrainingSet(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Shuffled batches of (epoch, position); set `epoch` before each pass, `skip` to begin within it.
+    """Shuffled batches of (epoch, position); call `start` before each pass.
 
     The last batch is kept, but a single left-over image joins the batch before: DeepLabV3+
     normalises its pooled features over the batch and cannot train on one image.
@@ -229,6 +228,11 @@ class EpochBatches(Sampler):
                 "of 2 images or more, raise batch_size or limit"
             )
         self.count, self.batch_size, self.seed, self.epoch, self.skip = count, batch_size, seed, 0, 0
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """Set the epoch of the next pass, and how many of its batches to skip."""
+        self.epoch = epoch
+        self.skip = skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from lib.data.samples import resize_samples
 from lib.device import autocast, explain_out_of_memory
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import Prediction
-from lib.options import check_choice
+from lib.options import check_options
 
 # Test-time augmentation averages the class probabilities of these (zoom, flipped) views.
 VIEWS = {
@@ -110,7 +109,7 @@ def predict(
     confidence: bool = False,
 ) -> Iterator[Predicted]:
     """Yield batch after batch in the order of the samples; arguments as `evaluate`."""
-    check_choice("tta", tta, VIEWS)
+    check_options(tta=tta)
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
     model.eval()
@@ -169,15 +168,6 @@ def _looks(
 def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Of the network's size to that of the samples, in float32."""
     return scores.float() if scores.shape[2:] == size else interpolate(scores.float(), size, mode="bilinear")
-
-
-def ahead(batches: Iterator[Predicted]) -> Iterator[Predicted]:
-    """The same, each made in a thread while the one before is counted and written, for which a GPU need not wait."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:

@@ -5,9 +5,8 @@ import segmentation_models_pytorch as smp
 import torch
 
 from lib.classes import IGNORE_INDEX
-from lib.options import check_choice
+from lib.options import check_options
 
-POOLINGS = ("batch", "image", "exp061")
 CPU_CHUNK, GPU_CHUNK = 2**18, 2**26  # logits at a time: of the size of a cache, or enough to fill a GPU
 
 
@@ -97,7 +96,7 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     Returns:
         A scalar; 0, with zero gradient, for a batch without a labelled pixel.
     """
-    return segmentation_terms(logits, labels, pooling)[1]
+    return segmentation_losses(logits, labels, 1, pooling)[2]
 
 
 def _soft_iou(
@@ -115,21 +114,25 @@ def _soft_iou(
     return torch.where(present, 1 - iou, 0).sum() / present.sum().clip(min=1)
 
 
-def segmentation_terms(
+def segmentation_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    soft_iou_pooling: str,
+    soft_iou_weight: float,
+    soft_iou_pooling: str = "batch",
     class_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy over labelled pixels, and soft IoU, in one pass; arguments as `segmentation_loss`."""
-    check_choice("soft_iou_pooling", soft_iou_pooling, POOLINGS)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`segmentation_loss` and its two terms, mean cross-entropy and soft IoU, in one pass."""
+    check_options(soft_iou_pooling=soft_iou_pooling)
     _check_labels(logits, labels)
     cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
     soft_iou = _soft_iou(intersection, count, prediction, soft_iou_pooling)
-    if class_weights is None:
-        return cross_entropy.sum() / count.sum().clip(min=1), soft_iou
-    pixels = (class_weights * count).sum()
-    return (class_weights * cross_entropy).sum() / torch.where(pixels > 0, pixels, 1), soft_iou
+    if class_weights is not None:
+        cross_entropy = class_weights * cross_entropy
+        count = class_weights * count
+    weight = count.sum()
+    mean = cross_entropy.sum() / torch.where(weight > 0, weight, 1)
+    total = mean if soft_iou_weight == 0 else mean + soft_iou_weight * soft_iou
+    return total, mean, soft_iou
 
 
 def segmentation_loss(
@@ -139,15 +142,20 @@ def segmentation_loss(
     soft_iou_pooling: str = "batch",
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels plus weighted soft IoU; other arguments as `soft_iou_loss`.
+    """Mean cross-entropy over labelled pixels plus weighted soft IoU.
 
     Args:
+        logits: `(N, C, H, W)`, any floating type; sums are taken in float32 or wider.
+        labels: `(N, H, W)` integers 0..C-1, 255 = ignore.
         soft_iou_weight: 0 for cross-entropy alone.
-        class_weights: `(C,)` of the classes in the cross-entropy, a weighted mean as `torch.nn.CrossEntropyLoss`
-            takes it; None weighs every pixel alike.
+        soft_iou_pooling: see `soft_iou_loss`.
+        class_weights: `(C,)` weights of the classes in the cross-entropy, which becomes a weighted mean as in
+            `torch.nn.CrossEntropyLoss`; None weights every pixel equally.
+
+    Returns:
+        A scalar; 0, with zero gradient, for a batch without a labelled pixel.
     """
-    cross_entropy, soft_iou = segmentation_terms(logits, labels, soft_iou_pooling, class_weights)
-    return cross_entropy if soft_iou_weight == 0 else cross_entropy + soft_iou_weight * soft_iou
+    return segmentation_losses(logits, labels, soft_iou_weight, soft_iou_pooling, class_weights)[0]
 
 
 def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tensor:

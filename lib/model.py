@@ -19,10 +19,9 @@ from torch import nn
 from lib.classes import NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M
 from lib.files import CheckpointError, load_checkpoint, save_checkpoint
-from lib.options import check_choice
+from lib.options import check_choice, check_options
 
 INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
-DEPTH_ENCODINGS = ("inverse", "linear", "log")
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
 PREFIXES = ("module.", "encoder.", "backbone.", "model.")  # that a file may put before every name
@@ -66,8 +65,7 @@ class ModelConfig:
     depth_head: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("inputs", self.inputs, INPUT_CHANNELS)
-        check_choice("depth_encoding", self.depth_encoding, DEPTH_ENCODINGS)
+        check_options(inputs=self.inputs, depth_encoding=self.depth_encoding)
         check_choice("architecture", self.architecture, ARCHITECTURES)
 
     @property

@@ -1,15 +1,18 @@
-"""Parameters: choices, and the names that they had before; checked without torch."""
+"""One table of parameters: what each may be, and what it was called before. Read before torch is imported."""
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
-VALIDATIONS = ("auto", "predefined", "scenes", "blocks", "random", "none")
+FOLDS = 5
 OLDER_NAMES = {  # to be dropped after the first tagged release
     "part": "split",
     "parts": "splits",
     "split": "validation",
     "keep": "checkpoint",
+    "start_from": "init_from",
     "workers": "num_workers",
     "other": "compare_with",
     "where": "cluster",
@@ -17,16 +20,95 @@ OLDER_NAMES = {  # to be dropped after the first tagged release
 _OLDER_VALUES = {"given": "predefined", "official": "none"}  # of validation
 
 
+class Choice(NamedTuple):
+    """A parameter with a few values."""
+
+    values: tuple
+
+
+class Range(NamedTuple):
+    """A number within [least, below), without `least` itself where `open` says so."""
+
+    kind: type
+    least: float
+    below: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        allowed = (int, float) if self.kind is float else (int,)
+        if type(value) not in allowed:
+            return False
+        return self.least <= value < self.below and not (self.open and value == self.least)
+
+    def __str__(self) -> str:
+        number = "a number" if self.kind is float else "a whole number"
+        if self.below < math.inf:
+            return f"{number} {'above' if self.open else 'from'} {self.least} and below {self.below}"
+        return f"{number} of {self.least} or more"
+
+
+OPTIONS: dict[str, Choice | Range] = {
+    # data
+    "split": Choice(SPLITS),
+    "validation": Choice(("auto", "predefined", "scenes", "blocks", "random", "none")),
+    "fold": Choice(tuple(range(FOLDS))),
+    "limit": Range(int, 1),
+    "image_height": Range(int, 1),
+    "image_width": Range(int, 1),
+    "augment": Choice(("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")),
+    # network
+    "inputs": Choice(("rgb", "depth", "rgbd", "rgbd_xy")),
+    "depth_encoding": Choice(("inverse", "linear", "log")),
+    "rgb_normalisation": Choice(("weights", "exp061")),
+    # loss
+    "soft_iou_weight": Range(float, 0),
+    "soft_iou_pooling": Choice(("batch", "image", "exp061")),
+    "class_weights": Choice(("none", "median")),
+    "lovasz_weight": Range(float, 0),
+    "depth_weight": Range(float, 0),
+    # optimisation
+    "epochs": Range(int, 1),
+    "batch_size": Range(int, 1),
+    "learning_rate": Range(float, 0, 1, open=True),
+    "weight_decay": Range(float, 0),
+    "schedule": Choice(("one_cycle", "cosine")),
+    "encoder_lr_scale": Range(float, 0),
+    "checkpoint": Choice(("best", "last")),
+    "seed": Range(int, 0),
+    # run
+    "num_workers": Range(int, 0),
+    "precision": Choice(("auto", "fp32", "bf16")),
+    "tta": Choice(("none", "flip", "scales")),
+}
+
+
+def check_options(**values: object) -> None:
+    """Check parameters by the table; None, where it is a default, and names that are not in it pass.
+
+    Raises:
+        ValueError: the first value that is not allowed, with what is.
+    """
+    for name, value in values.items():
+        option = OPTIONS.get(name)
+        if option is None or (value is None and name == "limit"):
+            continue
+        if isinstance(option, Choice):
+            check_choice(name, value, option.values)
+        elif value not in option:
+            raise ValueError(f"{name}: found {value!r}, expected {option}")
+
+
 def check_choice(parameter: str, value: object, choices: Iterable) -> None:
     """Raise a ValueError that names the parameter and its choices, or the parameter that the value belongs to."""
     if value in choices:
         return
     hint = ""
-    for sibling, values in (("split", SPLITS), ("validation", VALIDATIONS)):
-        if {parameter, sibling} == {"split", "validation"} and value in values:
+    if parameter in ("split", "validation"):
+        sibling = "validation" if parameter == "split" else "split"
+        if value in OPTIONS[sibling].values:
             hint = f"; {sibling}: {value} takes this value"
-    if parameter == "validation" and value in _OLDER_VALUES:
-        hint = f"; it is called {_OLDER_VALUES[value]} now"
+        elif value in _OLDER_VALUES:
+            hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")
 
 

@@ -12,7 +12,7 @@ from lib.data.nyuv2 import open_file
 from lib.data.samples import DataError, Pieces, Samples, Source
 from lib.data.synthetic import open_synthetic
 from lib.data.validation import choose_validation, select_split
-from lib.options import SPLITS, VALIDATIONS, check_choice
+from lib.options import check_options
 
 __all__ = ["DataError", "Pieces", "Samples", "iterate_samples", "load_samples"]
 
@@ -87,13 +87,10 @@ def iterate_samples(
     batch_size: int = 8,
 ) -> Pieces:
     """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is iterated over."""
-    check_choice("split", split, SPLITS)
-    check_choice("validation", validation, VALIDATIONS)
+    check_options(split=split, validation=validation, fold=fold)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: found {value}, expected a number of images of at least 1")
+    check_options(limit=limit, batch_size=batch_size)
     opened = _open_source(source, "test" if split == "test" else "train", classes, limit)
     chosen = choose_validation(validation, opened, fold)
     if split == "valid" and chosen == "predefined":

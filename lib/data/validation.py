@@ -6,11 +6,10 @@ from contextlib import suppress
 import numpy as np
 
 from lib.data.samples import Source
-from lib.options import check_choice
+from lib.options import FOLDS, check_options
 
 IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
 VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
-FOLDS = 5
 
 
 def split_names(
@@ -30,7 +29,7 @@ def split_names(
     Raises:
         ValueError: a `validation` that these names do not allow, or another fold.
     """
-    check_choice("fold", fold, range(FOLDS))
+    check_options(fold=fold)
     everything = np.arange(len(names))
     if validation in ("none", "predefined"):
         return everything, everything[:0]

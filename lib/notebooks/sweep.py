@@ -22,7 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.files import ROOT, hold_run
 from lib.model import is_file
-from lib.options import SPLITS, check_choice, explain_unknown
+from lib.options import check_choice, check_options, explain_unknown
 from lib.runs import PLACES, read_history, read_parameters, run_state, runs_folder
 from lib.runs.results import (
     NOTEBOOKS,
@@ -204,7 +204,7 @@ def sweep(
     Raises:
         ValueError: no such split or cluster, or more asked for each run than any machine has.
     """
-    check_choice("split", split, SPLITS)
+    check_options(split=split)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
     finished, errors, tasks = Finished(runs, split, results), {}, {}
     with _connected(cluster):

@@ -77,7 +77,10 @@ def open_run(
         if not resume:
             _set_aside(run)
             run.mkdir()
-        if not (run / "last.pt").exists():  # nothing has been computed yet with other parameters
+        state = run_state(run)
+        if not (
+            state.trained or (run / "last.pt").exists()
+        ):  # nothing has been computed with other parameters
             write_json(saved | _record(), run / "parameters.json")
         yield run
 

@@ -1,77 +1,145 @@
-"""What an interrupted training goes on from, and whether it may."""
+"""Resume state: what an interrupted training continues from, and whether it may."""
 
+import copy
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from lib.data.samples import Samples
+from lib.evaluation import Evaluation
 from lib.files import load_checkpoint, save_checkpoint
+from lib.model import save_model
+from lib.runs import write_history, write_scores
+
+CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
 
 
-def checksums(samples: Samples, split: str) -> dict[str, int]:
-    """Of all that is known of the pixels of each image, by `split/name`."""
+class Checkpoint:
+    """A training run's state, in memory and on disk.
+
+    Everything is written together, or `last.pt` would continue beside a `best.pt` of epochs that it does not know:
+    `last.pt`, `history.csv` and, for the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`. Each file is
+    whole or not there.
+
+    Attributes:
+        history: the rows of the finished epochs.
+        row: of the epoch that has begun; empty between epochs.
+        losses: its terms of the loss, a tensor per batch.
+    """
+
+    def __init__(self, run: Path, stateful: dict[str, object], device: torch.device) -> None:
+        self.run = run
+        self.stateful = stateful
+        self.device = device
+        self.history: list[dict] = []
+        self.row: dict = {}
+        self.losses: list[torch.Tensor] = []
+        self._made_of: dict = {}
+        self._kept: tuple[nn.Module, dict, Evaluation | None] | None = None
+        self._saved = time.monotonic()
+
+    def restore(self, made_of: dict) -> None:
+        """Continue from `last.pt`; without that file nothing has been computed yet.
+
+        Raises:
+            ValueError: it was computed differently or from other data than `fingerprint` says now.
+        """
+        self._made_of = made_of
+        path = self.run / "last.pt"
+        if not path.exists():
+            return
+        saved = load_checkpoint(path, "cpu", (*self.stateful, "rng", "progress"))
+        progress = saved["progress"]
+        _check_made_of(self.run.name, progress, made_of)
+        for name, owner in self.stateful.items():
+            owner.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"][1], self.device)
+        self.history = progress["history"]
+        self.row = progress["row"]
+        self.losses = [loss.to(self.device) for loss in progress["losses"]]
+
+    def begin_epoch(self, epoch: int, learning_rate: float) -> dict:
+        """The row of an epoch, which may have begun before an interruption."""
+        self.row = self.row or {"epoch": epoch, "learning_rate": learning_rate}
+        return self.row
+
+    def end_epoch(self, row: dict) -> None:
+        """Add the row to the history."""
+        self.history.append(row)
+        self.row = {}
+        self.losses = []
+
+    def keep(self, model: nn.Module, row: dict, scored: Evaluation | None) -> None:
+        """Remember this epoch's network and scores for the next `save`."""
+        self._kept = copy.deepcopy(model).cpu(), row, scored
+
+    def is_due(self) -> bool:
+        """Whether the last `save` is long enough ago."""
+        return time.monotonic() - self._saved > CHECKPOINT_SECONDS
+
+    def save(self) -> None:
+        """Write everything.
+
+        Raises:
+            OSError: it can't be written; earlier files are intact.
+        """
+        if self._kept is not None:
+            model, row, scored = self._kept
+            save_model(model, self.run / "best.pt")
+            write_scores(self.run, row, scored)
+            self._kept = None
+        if self.history:
+            write_history(self.run, self.history)
+        rng = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            rng.append(torch.cuda.get_rng_state(self.device))
+        progress = {"history": self.history, "row": self.row, "losses": self.losses} | self._made_of
+        state = {name: owner.state_dict() for name, owner in self.stateful.items()}
+        save_checkpoint(state | {"rng": rng, "progress": progress}, self.run / "last.pt")
+        self._saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Delete `last.pt`: a finished run is not continued."""
+        (self.run / "last.pt").unlink(missing_ok=True)
+
+
+def fingerprint(computed: str, train: Samples, valid: Samples) -> dict[str, object]:
+    """What a resumed run must share with its beginning: device and precision, and checksums of all images."""
+    return {"computed": computed, "data": _checksums(train, "train") | _checksums(valid, "valid")}
+
+
+def _checksums(samples: Samples, split: str) -> dict[str, int]:
+    """Of all pixels of each image, by `split/name`."""
     sums = {}
     for position, name in enumerate(samples.names.tolist()):
         checksum = 0
         for array in (samples.image, samples.depth, samples.label, samples.measured):
-            checksum = (
-                checksum if array is None else zlib.crc32(np.ascontiguousarray(array[position]), checksum)
-            )
+            if array is not None:
+                checksum = zlib.crc32(np.ascontiguousarray(array[position]), checksum)
         sums[f"{split}/{name}"] = checksum
     return sums
 
 
-def save_progress(path: Path, stateful: dict, progress: dict, device: torch.device) -> None:
-    """Everything that training goes on from: `progress` is the history, and the epoch that has begun."""
-    state = {name: owner.state_dict() for name, owner in stateful.items()}
-    state["rng"] = [
-        torch.get_rng_state(),
-        *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
-    ]
-    save_checkpoint(state | {"progress": progress}, path)
-
-
-def restore_progress(path: Path, stateful: dict, made_of: dict, device: torch.device) -> dict:
-    """Undo `save_progress`; where there is no such file, nothing has been done yet.
-
-    Raises:
-        ValueError: what was saved was computed otherwise or from other data than `made_of` says.
-    """
-    if not path.exists():
-        return {"history": [], "losses": [], "row": {}} | made_of
-    state = load_checkpoint(path, "cpu", (*stateful, "rng", "progress"))
-    progress = state["progress"]
-    _check_made_of(path.parent.name, progress, made_of)
-    for name, owner in stateful.items():
-        owner.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"][0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng"][1], device)  # older files have those of all GPUs
-    progress["losses"] = [loss.to(device) for loss in progress["losses"]]
-    return progress
-
-
 def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
-    before = saved.get("computed", "an unknown device")
-    if before != made_of["computed"]:
+    if saved["computed"] != made_of["computed"]:
         raise ValueError(
-            f"resume: {run_name!r} was trained on {before}, and here it would go on on {made_of['computed']}; pass the "
-            "device and the precision that it was trained with, on a machine that has them, or start another run_name "
-            "with resume False"
+            f"resume: {run_name!r} was trained on {saved['computed']}, and here it would continue on "
+            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a machine that has "
+            "them, or start another run_name with resume False"
         )
-    old, new = saved.get("data", made_of["data"]), made_of["data"]
+    old, new = saved["data"], made_of["data"]
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if changed:
         name = changed[0]
-        how = (
-            "is not the same"
-            if name in old and name in new
-            else "is missing now"
-            if name in old
-            else "is new"
-        )
+        how = "is new"
+        if name in old:
+            how = "is not the same" if name in new else "is missing now"
         raise ValueError(
             f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
             f"{name!r}, which {how}; put the data back, or start another run_name with resume False"

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 
 from lib.classes import check_same_classes
-from lib.data.validation import FOLDS
 from lib.files import ROOT, read_json, write_atomically, write_text
 from lib.metrics import mean_truth_iou
 from lib.model import weights_digest
-from lib.options import SPLITS, check_choice
+from lib.options import FOLDS, check_options
 from lib.runs import MAY_CHANGE, PLACES, RECORDED, read_counts, read_history, read_parameters, runs_folder
 from lib.runs.scoring import masks_folder, read_masks
 
@@ -230,7 +229,7 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     Raises:
         ValueError: a run that is missing or not scored, or a query that no run matches.
     """
-    check_choice("split", split, SPLITS)
+    check_options(split=split)
     if runs == "all":
         found = _read_own(split, data)
         if len(found) < 2 and data is None:

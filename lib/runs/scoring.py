@@ -10,7 +10,7 @@ from PIL import Image
 from lib.data import DataError, Pieces, iterate_samples
 from lib.data.decoding import decode_label
 from lib.device import choose_device
-from lib.evaluation import Evaluation, Predicted, ahead, count_predictions, predict
+from lib.evaluation import Evaluation, Predicted, count_predictions, predict
 from lib.files import write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
@@ -95,9 +95,7 @@ def score_run(
         facts |= {"tta": tta, "working_size": model.config.size}
         views = {"plain": "none"} if labelled else {}
         views |= {"augmented": tta} if tta != "none" or not labelled else {}
-        passes = {
-            name: ahead(predict(model, pieces, pieces.batch_size, view)) for name, view in views.items()
-        }
+        passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
     first = next(iter(passes))
     passes[first] = _saved(passes[first], masks_folder(run, split))
     counted = {

@@ -16,7 +16,6 @@ from segmentation_models_pytorch.encoders import encoders, get_encoder, get_enco
 from timm.models import adapt_input_conv
 from torch import nn
 
-from lib.classes import NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M
 from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
@@ -55,7 +54,7 @@ class ModelConfig:
         depth_head: whether it predicts depth, too.
     """
 
-    classes: tuple[str, ...] = NYUV2_13
+    classes: tuple[str, ...]
     inputs: str = "rgbd"
     depth_encoding: str = "inverse"
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.classes import IGNORE_INDEX
 from lib.data.folder import open_folder
 from lib.data.nyuv2 import open_file
-from lib.data.samples import DataError, Pieces, Samples, Source
+from lib.data.samples import DataError, Samples, Split
 from lib.data.synthetic import open_synthetic
 from lib.data.validation import choose_validation, select_split
 from lib.options import check_options
 
-__all__ = ["DataError", "Pieces", "Samples", "iterate_samples", "load_samples"]
+__all__ = ["DataError", "Samples", "Split", "iterate_samples", "load_samples"]
 
 
 def load_samples(
@@ -49,31 +48,7 @@ def load_samples(
         DataError: a missing folder or partner, a damaged file, sizes that differ, values that can't be RGB, depth
             or labels, or a split to train or validate on in which nothing is labelled.
     """
-    pieces = iterate_samples(source, split, validation, size, limit, classes, fold)
-    first, *others = pieces[np.arange(len(pieces))]
-    if others:
-        raise DataError(
-            f"{source}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} is "
-            f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native size into "
-            "one array: give a size, or read them with iterate_samples"
-        )
-    labelled = first.label is None or any((one != IGNORE_INDEX).any() for one in first.label)
-    if split != "test" and len(first) and not labelled:
-        raise DataError(
-            f"{source}: nothing is labelled in the {len(first)} images of split {split!r} (validation {pieces.validation}); look "
-            "at the labels, at `ignore` in DATA/dataset.yaml and at limit"
-        )
-    loaded_with = {
-        "data": str(source),
-        "validation": validation,
-        "limit": limit,
-        "classes": classes,
-        "fold": fold,
-    }
-    loaded_with |= {"chosen_validation": pieces.validation}
-    if size is not None:
-        loaded_with |= {"image_height": size[0], "image_width": size[1]}
-    return replace(first, loaded_with=loaded_with)
+    return iterate_samples(source, split, validation, size, limit, classes, fold).load()
 
 
 def iterate_samples(
@@ -85,7 +60,7 @@ def iterate_samples(
     classes: str | None = None,
     fold: int = 4,
     batch_size: int = 8,
-) -> Pieces:
+) -> Split:
     """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is iterated over."""
     check_options(split=split, validation=validation, fold=fold)
     if size is not None and min(size) < 1:
@@ -97,10 +72,15 @@ def iterate_samples(
         opened = _open_source(source, split, classes, limit)
     elif split != "test":
         opened = opened.select(select_split(opened, split, chosen, fold))
-    return Pieces(opened, size, batch_size, chosen, str(source))
+    loaded_with = {"data": str(source), "validation": validation, "limit": limit, "classes": classes}
+    loaded_with |= {"fold": fold, "chosen_validation": chosen}
+    if size is not None:
+        loaded_with |= {"image_height": size[0], "image_width": size[1]}
+    chosen_by = {"split": split, "validation": chosen, "data": str(source), "loaded_with": loaded_with}
+    return replace(opened, size=size, batch_size=batch_size, **chosen_by)
 
 
-def _open_source(source: str | os.PathLike, split: str, classes: str | None, limit: int | None) -> Source:
+def _open_source(source: str | os.PathLike, split: str, classes: str | None, limit: int | None) -> Split:
     path = Path(source).expanduser()
     if path.suffix == ".mat":
         opened = open_file(path, split, classes)

@@ -14,7 +14,7 @@ import pandas as pd
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
 from lib.data.description import FILE, Description, read_description
-from lib.data.samples import DataError, Samples, Source, resize_image, resize_nearest
+from lib.data.samples import DataError, Split, resize_image, resize_nearest
 from lib.data.sanity import check_files
 from lib.data.validation import number_runs
 from lib.progress import progress_bar
@@ -27,7 +27,7 @@ BLOCK = 64  # images in memory at a time while a cache is made
 Files = dict[str, Path]  # of one image, by kind
 
 
-def open_folder(root: Path, split: str) -> Source:
+def open_folder(root: Path, split: str) -> Split:
     """The images of a split as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
 
     Raises:
@@ -50,14 +50,15 @@ def open_folder(root: Path, split: str) -> Source:
         usual_validation = "predefined"
     judge = cache(partial(check_files, description, split, list(files.values())))  # once
 
-    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
+    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         if size is not None and len(positions) >= CACHED_FROM:
             arrays = _map_files(description, split, list(files.values()), size)
-            return [Samples(names[positions], **select_rows(arrays, positions))]
+            return [select_rows(arrays, positions)]
         judge()
-        return _read_files(names[positions], [files[name] for name in names[positions]], size, description)
+        return _read_files([files[name] for name in names[positions]], size, description)
 
-    return Source(names, scene, description.classes, read, usual_validation, description.depth_range_m)
+    known = {"depth_range_m": description.depth_range_m, "validation": usual_validation}
+    return Split(names, description.classes, read, scene, **known)
 
 
 def find_files(description: Description, split: str) -> dict[str, Files]:
@@ -208,15 +209,14 @@ def _map_files(
 
 
 def _read_files(
-    names: np.ndarray, files: list[Files], size: tuple[int, int] | None, description: Description
-) -> list[Samples]:
-    """In order; at their native size one `Samples` for each stretch of files of one size."""
+    files: list[Files], size: tuple[int, int] | None, description: Description
+) -> list[dict[str, np.ndarray]]:
+    """Arrays in order; at their native size for each stretch of files of one size."""
     if not files:
         height, width = size or (0, 0)
-        empty = {
-            kind: np.empty((0, height, width, *shape), dtype) for kind, (dtype, shape) in CHANNELS.items()
-        }
-        return [Samples(names, **empty)]
+        return [
+            {kind: np.empty((0, height, width, *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
+        ]
     sizes = [size] * len(files) if size else [upright_size(paths["image"]) for paths in files]
     pieces, start = [], 0
     for _, stretch in groupby(sizes):
@@ -224,7 +224,7 @@ def _read_files(
         for rows, arrays in _read_blocks(files[start:end], size, description):
             for kind, array in arrays.items():
                 stacks.setdefault(kind, np.empty((end - start, *array.shape[1:]), array.dtype))[rows] = array
-        pieces.append(Samples(names[start:end], **stacks))
+        pieces.append(stacks)
         start = end
     return pieces
 

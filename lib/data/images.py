@@ -7,14 +7,14 @@ import numpy as np
 
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.description import Description
-from lib.data.samples import DataError, Pieces, Samples, Source
+from lib.data.samples import DataError, Split
 from lib.data.sanity import SAMPLED, guess_unit, look_at_depth
 from lib.data.synthetic import open_synthetic
 
 
 def open_images(
     images: str, depths: str | None, depth_unit_mm: float | None, takes_depth: bool, classes: tuple[str, ...]
-) -> Pieces:
+) -> Split:
     """Pictures of any sizes, read one by one.
 
     `synthetic`, a file, or a folder without those in it; depth is a file, or a folder of files named like the images,
@@ -22,7 +22,7 @@ def open_images(
     A ValueError says what is missing; `DataError` names a file that can't be used, also while they are read.
     """
     if images == "synthetic":
-        return Pieces(replace(open_synthetic("test"), classes=classes), None, 1, "none", images)
+        return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
     if takes_depth != (depths is not None):
         takes = "takes depth, too" if takes_depth else "takes RGB alone"
         remedy = (
@@ -46,12 +46,12 @@ def open_images(
             raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
     names = np.array(list(files))
 
-    def read(positions: np.ndarray, size: None) -> list[Samples]:
-        return [_read(name, files[name], partners.get(name), depth_unit_mm) for name in names[positions]]
+    def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
+        return [_read(files[name], partners.get(name), depth_unit_mm) for name in names[positions]]
 
     measured = f", with depth of {depths} in units of {depth_unit_mm or 1:g} mm" if depths else ""
     data = f"{Path(images).expanduser().resolve()}{measured}"
-    return Pieces(Source(names, None, classes, read, "none"), None, 1, "none", data)
+    return Split(names, classes, read, batch_size=1, data=data)
 
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
@@ -72,14 +72,14 @@ def _list_files(kind: str, place: str) -> dict[str, Path]:
     return files
 
 
-def _read(name: str, path: Path, depth_path: Path | None, unit_mm: float | None) -> Samples:
+def _read(path: Path, depth_path: Path | None, unit_mm: float | None) -> dict[str, np.ndarray]:
     image = decode_image(path)
     if depth_path is None:
-        return Samples(np.array([name]), image[None])
+        return {"image": image[None]}
     depth_mm = depth_to_mm(decode_depth(depth_path, takes_bytes=unit_mm is not None), unit_mm or 1)
     if depth_mm.shape != image.shape[:2]:
         found, expected = ("x".join(map(str, array.shape[:2])) for array in (depth_mm, image))
         raise DataError(
             f"{depth_path}: {found}, but its picture {path.name} is {expected}; both must have one size"
         )
-    return Samples(np.array([name]), image[None], depth_mm[None])
+    return {"image": image[None], "depth": depth_mm[None]}

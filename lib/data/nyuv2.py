@@ -15,7 +15,7 @@ import pandas as pd
 
 from lib.classes import IGNORE_INDEX, NYUV2_13, NYUV2_40
 from lib.data.cache import Blocks, map_arrays, select_rows
-from lib.data.samples import DataError, Samples, Source, resize_samples
+from lib.data.samples import DataError, Split, resize_stack
 from lib.options import check_choice
 from lib.progress import progress_bar
 
@@ -37,7 +37,7 @@ CACHE_VERSION = 3
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
 
 
-def open_file(path: Path, split: str, classes: str | None) -> Source:
+def open_file(path: Path, split: str, classes: str | None) -> Split:
     """The official training or test frames of the file, named by their 0-based ids, with its own scene names.
 
     Args:
@@ -53,15 +53,16 @@ def open_file(path: Path, split: str, classes: str | None) -> Source:
     table = _official_split(count)
     ids = table.id[table.part == ("test" if split == "test" else "train")].to_numpy()
 
-    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
+    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         return [_read_frames(path, ids[positions], size, class_set)]
 
-    return Source(
-        np.array([f"{frame:06d}" for frame in ids]), scenes[ids], CLASS_SETS[class_set][1], read, "scenes"
-    )
+    names = np.array([f"{frame:06d}" for frame in ids])
+    return Split(names, CLASS_SETS[class_set][1], read, scenes[ids], validation="scenes")
 
 
-def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, class_set: str) -> Samples:
+def _read_frames(
+    path: Path, ids: np.ndarray, size: tuple[int, int] | None, class_set: str
+) -> dict[str, np.ndarray]:
     """Frames at (height, width); the whole file is converted at the first call for a size and a class set."""
     with _open(path) as file:
         count, width, height = file["labels"].shape
@@ -72,7 +73,7 @@ def _read_frames(path: Path, ids: np.ndarray, size: tuple[int, int] | None, clas
             name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()
         }
         arrays = map_arrays(path, key, layout, lambda: _read_blocks(file, tuple(key["size"]), class_set))
-    return Samples(np.array([f"{frame:06d}" for frame in ids]), **select_rows(arrays, _rows(count)[ids]))
+    return select_rows(arrays, _rows(count)[ids])
 
 
 def _official_split(count: int) -> pd.DataFrame:
@@ -135,12 +136,13 @@ def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Bloc
     rows = _rows(len(file["labels"]))
     with progress_bar(f"reading {file.filename}", len(rows)) as bar:
         for start in range(0, len(rows), BLOCK):
-            block = resize_samples(_read_block(file, start, class_set), size)
-            yield rows[start : start + BLOCK], {name: getattr(block, name) for name in CACHED}
-            bar.update(len(block))
+            block = _read_block(file, start, class_set)
+            at = rows[start : start + BLOCK]
+            yield at, {name: resize_stack(stack, size) for name, stack in block.items()}
+            bar.update(len(at))
 
 
-def _read_block(file: h5py.File, start: int, class_set: str) -> Samples:
+def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.ndarray]:
     """`BLOCK` frames as they are published, in our layout and units."""
     images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
     image, depth_m, label = images.transpose(0, 3, 2, 1), depths.transpose(0, 2, 1), labels.transpose(0, 2, 1)
@@ -153,8 +155,8 @@ def _read_block(file: h5py.File, start: int, class_set: str) -> Samples:
         )
     depth = np.rint(1000 * depth_m).clip(0, 65535).astype(np.uint16)
     measured = raw_depths.transpose(0, 2, 1) > 0
-    arrays = image, depth, _class_table(class_set)[label], measured
-    return Samples(np.arange(start, start + len(depth)), *map(np.ascontiguousarray, arrays))
+    arrays = {"image": image, "depth": depth, "label": _class_table(class_set)[label], "measured": measured}
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _class_table(class_set: str) -> np.ndarray:

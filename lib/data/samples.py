@@ -1,12 +1,12 @@
-"""RGB-D samples as arrays with one common index, and their resizing."""
+"""Splits of a data set, RGB-D samples as arrays with one common index, and their resizing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import cv2
 import numpy as np
 
-from lib.classes import IGNORE_INDEX, NYUV2_13
+from lib.classes import IGNORE_INDEX
 
 DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
 
@@ -37,7 +37,7 @@ class Samples:
     label: np.ndarray | None = None
     measured: np.ndarray | None = None
     scene: np.ndarray | None = None
-    classes: tuple[str, ...] = NYUV2_13
+    classes: tuple[str, ...] = field(kw_only=True)
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
     loaded_with: dict | None = None
 
@@ -77,84 +77,103 @@ class Samples:
         return there if self.measured is None else there & self.measured
 
 
+Read = Callable[[np.ndarray, tuple[int, int] | None], list[dict[str, np.ndarray]]]
+
+
 @dataclass(frozen=True)
-class Source:
-    """The images of one split that are still where they come from.
+class Split:
+    """One split of a data set, read piece by piece each time that it is iterated over, or whole.
 
     Attributes:
-        names, scene, classes, depth_range_m: as in `Samples`.
-        read: (positions, size) to a list of `Samples` in that order, more than one where sizes differ.
-        usual_validation: what `auto` means, where the images allow it.
+        names, classes, scene, depth_range_m, loaded_with: as in `Samples`.
+        split: `train`, `valid` or `test`.
+        read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch of
+            images of one size.
+        size: (height, width) to resize to; None keeps the native size.
+        batch_size: images of a piece, at most.
+        validation: how the validation images were chosen, never `auto`; before they are, how this source
+            usually chooses them.
+        data: where the images come from, as it was given.
     """
 
     names: np.ndarray
-    scene: np.ndarray | None
     classes: tuple[str, ...]
-    read: Callable[[np.ndarray, tuple[int, int] | None], list[Samples]]
-    usual_validation: str
+    read: Read
+    scene: np.ndarray | None = None
     depth_range_m: tuple[float, float] = DEPTH_RANGE_M
+    size: tuple[int, int] | None = None
+    batch_size: int = 8
+    validation: str = "none"
+    data: str = ""
+    split: str = "test"
+    loaded_with: dict | None = None
 
-    def select(self, chosen: np.ndarray) -> "Source":
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Samples]:
+        for start in range(0, len(self), self.batch_size):
+            yield from self[np.arange(start, min(start + self.batch_size, len(self)))]
+
+    def __getitem__(self, positions: np.ndarray) -> list[Samples]:
+        """The images at these positions, as `Samples` of one size each."""
+        samples = []
+        start = 0
+        for arrays in self.read(np.asarray(positions), self.size):
+            at = positions[start : start + len(arrays["image"])]
+            start += len(at)
+            scene = None if self.scene is None else self.scene[at]
+            known = {"classes": self.classes, "depth_range_m": self.depth_range_m}
+            samples.append(
+                Samples(self.names[at], **arrays, scene=scene, **known, loaded_with=self.loaded_with)
+            )
+        return samples
+
+    def select(self, chosen: np.ndarray) -> "Split":
         """Only the images at these positions."""
         scene = None if self.scene is None else self.scene[chosen]
         return replace(
             self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size)
         )
 
+    def load(self) -> Samples:
+        """All images as one `Samples`.
 
-@dataclass(frozen=True)
-class Pieces:
-    """A split of a data set, read piece by piece each time that it is iterated over.
-
-    Attributes:
-        source: of the images.
-        size: (height, width) to resize to, or None.
-        batch_size: images of a piece, at most.
-        validation: that chose them, never `auto`.
-        data: where they come from, as it was given.
-    """
-
-    source: Source
-    size: tuple[int, int] | None
-    batch_size: int
-    validation: str
-    data: str
-
-    def __iter__(self) -> Iterator[Samples]:
-        for start in range(0, len(self), self.batch_size):
-            yield from self[np.arange(start, min(start + self.batch_size, len(self)))]
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.source.names)
-
-    def __getitem__(self, positions: np.ndarray) -> list[Samples]:
-        """The images at these positions, as `Samples` of one size each."""
-        source, read, start = self.source, [], 0
-        for samples in source.read(np.asarray(positions), self.size):
-            at = positions[start : start + len(samples)]
-            scene = None if source.scene is None else source.scene[at]
-            read.append(
-                replace(samples, scene=scene, classes=source.classes, depth_range_m=source.depth_range_m)
+        Raises:
+            DataError: sizes that differ, or images to train or validate on in which nothing is labelled.
+        """
+        first, *others = self[np.arange(len(self))]
+        if others:
+            raise DataError(
+                f"{self.data}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} is "
+                f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native "
+                "size into one array: give a size, or read them with iterate_samples"
             )
-            start += len(samples)
-        return read
+        labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
+        if self.split != "test" and len(first) and not labelled:
+            raise DataError(
+                f"{self.data}: nothing is labelled in the {len(first)} images of split {self.split!r} (validation "
+                f"{self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and at limit"
+            )
+        return first
 
 
 def resize_samples(samples: Samples, size: tuple[int, int]) -> Samples:
     """RGB by area (linear when enlarging); depth, label and measured by nearest neighbour."""
     if samples.size == tuple(size):
         return samples
+    return samples.map(lambda array: resize_stack(array, size) if array.ndim >= 3 else array)
 
-    def resize(array: np.ndarray) -> np.ndarray:
-        if array.ndim < 3:  # names and scenes
-            return array
-        resized = np.empty((len(array), *size, *array.shape[3:]), array.dtype)
-        for position, one in enumerate(array):
-            resized[position] = (resize_image if one.ndim == 3 else resize_nearest)(one, size)
-        return resized
 
-    return samples.map(resize)
+def resize_stack(stack: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`(N, H, W, 3)` images or `(N, H, W)` values at (height, width), see `resize_samples`."""
+    if stack.shape[1:3] == tuple(size):
+        return stack
+    resized = np.empty((len(stack), *size, *stack.shape[3:]), stack.dtype)
+    for position, one in enumerate(stack):
+        resized[position] = (resize_image if one.ndim == 3 else resize_nearest)(one, size)
+    return resized
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

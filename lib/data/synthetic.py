@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lib.classes import IGNORE_INDEX, NYUV2_13
-from lib.data.samples import Samples, Source, resize_samples
+from lib.data.samples import Split, resize_stack
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
@@ -38,7 +38,7 @@ TEXTURES = {
 }
 
 
-def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Source:
+def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Split:
     """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name, size)."""
     start, count = (TRAIN_COUNT, TEST_COUNT) if split == "test" else (0, TRAIN_COUNT)
     ids = np.arange(start, start + count)
@@ -47,7 +47,7 @@ def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96
     )  # with a gap after each room
     rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
 
-    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[Samples]:
+    def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         shape = len(positions), *native_size
         image, depth, label = (
             np.empty((*shape, 3), np.uint8),
@@ -58,10 +58,10 @@ def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96
             views = pool.map(lambda index: render_scene(seed, index, native_size), ids[positions].tolist())
             for row, view in enumerate(views):
                 image[row], depth[row], label[row] = view
-        samples = Samples(names[positions], image, depth, label)
-        return [samples if size is None else resize_samples(samples, size)]
+        arrays = {"image": image, "depth": depth, "label": label}
+        return [{name: resize_stack(stack, size or native_size) for name, stack in arrays.items()}]
 
-    return Source(names, rooms, NYUV2_13, read, "blocks")
+    return Split(names, NYUV2_13, read, rooms, validation="blocks")
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from lib.data.samples import Source
+from lib.data.samples import Split
 from lib.options import FOLDS, check_options
 
 IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
@@ -80,27 +80,27 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     return None if alone.mean() > 0.5 else runs
 
 
-def choose_validation(validation: str, source: Source, fold: int) -> str:
+def choose_validation(validation: str, source: Split, fold: int) -> str:
     """What `auto` means for these images: that of their source, or the next that they allow.
 
     Raises:
         ValueError: `predefined`, where the data set has no valid split.
     """
-    if validation == "predefined" and source.usual_validation != "predefined":
+    if validation == "predefined" and source.validation != "predefined":
         raise ValueError(
             "validation: 'predefined' needs a data set with its own valid split; name it in DATA/dataset.yaml, such as "
             "`splits: {train: train, valid: valid, test: test}`, or use validation 'auto'"
         )
-    if validation != "auto" or source.usual_validation == "predefined":
+    if validation != "auto" or source.validation == "predefined":
         return validation if validation != "auto" else "predefined"
-    for usual in IN_ORDER[IN_ORDER.index(source.usual_validation) :]:
+    for usual in IN_ORDER[IN_ORDER.index(source.validation) :]:
         with suppress(ValueError):  # these names or scenes do not allow it
             if min(map(len, split_names(source.names, usual, source.scene, fold))):
                 return usual
     return "random"
 
 
-def select_split(source: Source, split: str, validation: str, fold: int) -> np.ndarray:
+def select_split(source: Split, split: str, validation: str, fold: int) -> np.ndarray:
     """Positions of the images of split `train` or `valid`.
 
     Raises:

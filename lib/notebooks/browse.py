@@ -8,7 +8,7 @@ import numpy as np
 from IPython import get_ipython
 from matplotlib.figure import Figure
 
-from lib.data import Pieces, Samples
+from lib.data import Samples, Split
 from lib.metrics import image_accuracy
 from lib.notebooks import plots
 from lib.notebooks.plots import small_png
@@ -45,7 +45,7 @@ def browse_samples(samples: Samples, interactive: bool | None = None) -> ipywidg
 
 
 def browse_results(
-    pieces: Pieces, counts: np.ndarray, masks: dict[str, Masks], interactive: bool | None = None
+    pieces: Split, counts: np.ndarray, masks: dict[str, Masks], interactive: bool | None = None
 ) -> ipywidgets.VBox | Figure:
     """Widgets to go through images from the worst to the best, or those with a class or a confusion; or the worst.
 
@@ -55,7 +55,7 @@ def browse_results(
         masks: by run, what gives the predictions `(H, W)` of samples.
         interactive: as for `browse_samples`.
     """
-    accuracy, classes = image_accuracy(counts), pieces.source.classes
+    accuracy, classes = image_accuracy(counts), pieces.classes
     order = np.argsort(accuracy)[: np.isfinite(accuracy).sum()]
     groups = {"all": order}
     groups |= {name: order[counts[order, index].any(1)] for index, name in enumerate(classes)}
@@ -72,7 +72,7 @@ def browse_results(
         sample = pieces[np.array([index])][0]
         return plot_sample(sample, {name: of(sample)[0] for name, of in masks.items()}, only)
 
-    names = [f"{name}: {score:.2f}" for name, score in zip(pieces.source.names, accuracy, strict=True)]
+    names = [f"{name}: {score:.2f}" for name, score in zip(pieces.names, accuracy, strict=True)]
     return _browse(names, groups, draw, interactive)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.batches import RawBatch
-from lib.data import Pieces, Samples
+from lib.data import Samples, Split
 from lib.data.validation import read_numbers, split_names
 from lib.notebooks import plots
 
@@ -173,7 +173,7 @@ def describe_leakage(leakage: dict[str, Leakage]) -> str:
     return " ".join(sentences) or "Too few images to split."
 
 
-def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
+def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
     images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
     missing, unlabelled = counts.depth[:, 0].sum() / total, counts.pixels[:, -1].sum() / total
@@ -199,10 +199,10 @@ def describe_data(counts: DataCounts, train: Pieces, valid: Pieces) -> str:
     depth = [f"depth missing in {missing:.1%}"] * bool(missing) if counts.has_depth else ["no depth"]
     facts += [*depth, f"{unlabelled:.1%} unlabelled"]
     text = f"**{', '.join(facts)}; validation ({len(valid)} images, by {valid.validation}) "
-    if valid.source.scene is None or train.source.scene is None:
+    if valid.scene is None or train.scene is None:
         text += "may share scenes with training, because they are unknown.**"
     else:
-        shared = np.isin(valid.source.scene, train.source.scene).sum()
+        shared = np.isin(valid.scene, train.scene).sum()
         text += (
             f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
         )

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lib.data import Pieces
+from lib.data import Split
 from lib.evaluation import Predicted, predict
 from lib.files import read_json, write_atomically, write_json
 from lib.model import SegmentationDepthNet
@@ -23,7 +22,7 @@ SEEN_FILE = "predict.json"  # in a folder of masks
 SHOWN_PIXELS = 640  # of the longer side in figures, at most
 
 
-def predict_images(model: SegmentationDepthNet, pieces: Pieces, save_to: str | None = None) -> pd.DataFrame:
+def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
     """Shares of the classes in each picture and the mean confidence in them, by name.
 
     With `save_to` each picture leaves `NAME.png`, its class indices, in that folder as soon as it is done. What the
@@ -31,10 +30,10 @@ def predict_images(model: SegmentationDepthNet, pieces: Pieces, save_to: str | N
     """
     folder = None if save_to is None else Path(save_to).expanduser()
     rows = {} if folder is None else _open_masks(folder, model, pieces)
-    names, classes = pieces.source.names, model.config.classes
-    left = pieces.source.select(np.flatnonzero([name not in rows for name in names]))
+    names, classes = pieces.names, model.config.classes
+    left = pieces.select(np.flatnonzero([name not in rows for name in names]))
     with progress_bar("predicting", len(names), initial=len(rows)) as bar:
-        for batch in predict(model, replace(pieces, source=left), confidence=True):
+        for batch in predict(model, left, confidence=True):
             name, mask, sure = batch.samples.names[0], batch.labels[0], float(batch.confidence.mean())
             rows[name] = _describe(mask, sure, classes)
             if folder is not None:
@@ -43,7 +42,7 @@ def predict_images(model: SegmentationDepthNet, pieces: Pieces, save_to: str | N
     return pd.DataFrame.from_dict(rows, "index").loc[names]
 
 
-def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Pieces) -> dict[str, dict[str, float]]:
+def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> dict[str, dict[str, float]]:
     """What is known of the masks in a folder, which may be new."""
     digest = hashlib.sha256(repr(model.config).encode())
     for tensor in model.state_dict().values():
@@ -58,7 +57,7 @@ def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Pieces) -> di
             raise ValueError(
                 f"save_to: {folder} has {what} {found.get(what)}, not {value}; give another folder"
             )
-    masks = [folder / f"{name}.png" for name in pieces.source.names if (folder / f"{name}.png").exists()]
+    masks = [folder / f"{name}.png" for name in pieces.names if (folder / f"{name}.png").exists()]
     return {path.stem: _describe(*_read_mask(path), model.config.classes) for path in masks}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lib.data import DataError, Pieces, iterate_samples
+from lib.data import DataError, Split, iterate_samples
 from lib.data.decoding import decode_label
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
@@ -52,7 +52,7 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
         return folder
 
 
-def iterate_split(parameters: dict, split: str, data: str | None = None, batch_size: int = 8) -> Pieces:
+def iterate_split(parameters: dict, split: str, data: str | None = None, batch_size: int = 8) -> Split:
     """The images of a split at their own size, selected as the parameters of a run say.
 
     Args:
@@ -70,7 +70,7 @@ def iterate_split(parameters: dict, split: str, data: str | None = None, batch_s
 
 
 def score_run(
-    run: Path, split: str, pieces: Pieces, tta: str = "flip", device: str = "auto"
+    run: Path, split: str, pieces: Split, tta: str = "flip", device: str = "auto"
 ) -> dict[str, object]:
     """Predict a split, without and with test-time augmentation, and write `evaluation/` of the run.
 

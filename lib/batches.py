@@ -18,8 +18,6 @@ from lib.data.samples import Samples
 from lib.model import ModelConfig
 from lib.options import check_options
 
-# Exp061's, of RGB / 255. Constants, whatever the data, so that weights keep their meaning from one data set to another
-RGB_MEAN, RGB_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 SHARED_MEMORY = Path("/dev/shm")
 PATIENCE_SECONDS = 300  # for a batch from a worker
 
@@ -91,9 +89,8 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConf
     """
     channels = []
     if config.inputs != "depth":
-        mean, std = (
-            torch.tensor(values).to(image.device, non_blocking=True) for values in (RGB_MEAN, RGB_STD)
-        )
+        mean = torch.tensor(config.rgb_mean).to(image.device, non_blocking=True)
+        std = torch.tensor(config.rgb_std).to(image.device, non_blocking=True)
         channels.append(((image / 255 - mean) / std).permute(0, 3, 1, 2))
     if config.inputs != "rgb":
         channels.append(encode_depth(depth_mm, config.depth_encoding, config.depth_range_m)[:, None])

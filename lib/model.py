@@ -1,34 +1,42 @@
-"""A network with a segmentation and a depth head, which knows what it eats and what it names."""
+"""A network with a segmentation and a depth head; its config records inputs, normalisation and classes."""
 
 import difflib
 import hashlib
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import segmentation_models_pytorch as smp
+import timm
 import torch
-from safetensors.torch import load_file
 from segmentation_models_pytorch import MODEL_ARCHITECTURES_MAPPING
 from segmentation_models_pytorch.base import SegmentationHead
-from segmentation_models_pytorch.encoders import encoders, get_encoder, get_encoder_names
-from timm.models import adapt_input_conv
+from segmentation_models_pytorch.encoders import (
+    encoders,
+    get_encoder,
+    get_encoder_names,
+    get_preprocessing_params,
+)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import adapt_input_conv, get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from lib.data.samples import DEPTH_RANGE_M
 from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
 
-INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
+EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+PREFIXES = ("module.", "encoder.", "backbone.", "model.")  # that a file of weights may put before every name
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
-PREFIXES = ("module.", "encoder.", "backbone.", "model.")  # that a file may put before every name
-INSIDE = ("state_dict", "model", "weights")  # where in a file the weights may lie
 
 
 class Prediction(NamedTuple):
-    """What the network says about a batch.
+    """The network's output for a batch.
 
     Attributes:
         logits: `(N, C, H, W)` class scores before softmax.
@@ -52,6 +60,8 @@ class ModelConfig:
         architecture: of segmentation-models-pytorch.
         encoder: of segmentation-models-pytorch.
         depth_head: whether it predicts depth, too.
+        rgb_mean: subtracted from RGB in 0..1.
+        rgb_std: by which RGB is then divided.
     """
 
     classes: tuple[str, ...]
@@ -62,19 +72,26 @@ class ModelConfig:
     architecture: str = "deeplabv3plus"
     encoder: str = "resnet18"
     depth_head: bool = True
+    rgb_mean: tuple[float, float, float] = EXP061_MEAN
+    rgb_std: tuple[float, float, float] = EXP061_STD
 
     def __post_init__(self) -> None:
         check_options(inputs=self.inputs, depth_encoding=self.depth_encoding)
-        check_choice("architecture", self.architecture, ARCHITECTURES)
 
     @property
-    def input_channels(self) -> int:
-        """Channels of the network's first layer."""
-        return INPUT_CHANNELS[self.inputs]
+    def channels(self) -> tuple[str, ...]:
+        """Names of the input channels, in the order of the network's first layer."""
+        rgb = ("red", "green", "blue")
+        depth = (f"{self.depth_encoding} depth",)
+        return {"rgb": rgb, "depth": depth, "rgbd": rgb + depth, "rgbd_xy": (*rgb, *depth, "x", "y")}[
+            self.inputs
+        ]
 
 
 class SegmentationDepthNet(nn.Module):
     """A shared encoder and decoder with one or two heads, for images of any size.
+
+    `started_anew` holds what `init_from` could not copy, by name the number of parameters.
 
     By default DeepLabV3+: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
     Segmentation", ECCV 2018, as in segmentation-models-pytorch. The depth head is like the segmentation head, on
@@ -84,16 +101,20 @@ class SegmentationDepthNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        options, class_count = OPTIONS.get(config.architecture, {}), len(config.classes)
-        channels = config.input_channels
+        self.started_anew: dict[str, int] = {}
         self.net = smp.create_model(
-            config.architecture, config.encoder, None, channels, class_count, **options
+            config.architecture,
+            config.encoder,
+            encoder_weights=None,
+            in_channels=len(config.channels),
+            classes=len(config.classes),
+            **OPTIONS.get(config.architecture, {}),
         )
         self.depth_head = None
         if config.depth_head:
-            channels, grown = self.net.segmentation_head[0].in_channels, self.net.segmentation_head[1]
-            upsampling = int(getattr(grown, "scale_factor", 1))
-            self.depth_head = SegmentationHead(channels, 1, kernel_size=3, upsampling=upsampling)
+            last, upsampled, _ = self.net.segmentation_head
+            upsampling = int(getattr(upsampled, "scale_factor", 1))
+            self.depth_head = SegmentationHead(last.in_channels, 1, kernel_size=3, upsampling=upsampling)
 
     def forward(self, inputs: torch.Tensor) -> Prediction:
         """`(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
@@ -106,12 +127,20 @@ class SegmentationDepthNet(nn.Module):
         return Prediction(logits, depth)
 
 
-def build_model(encoder_weights: str | None = None, **config: object) -> SegmentationDepthNet:
+def build_model(
+    encoder_weights: str | None = None,
+    rgb_normalisation: str = "weights",
+    init_from: Path | str | None = None,
+    **config: object,
+) -> SegmentationDepthNet:
     """A network ready to train, in float32 on the CPU.
 
     Args:
         encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or the
-            path of a file, see `lib.weights`.
+            path of a file, see `load_encoder_weights`.
+        rgb_normalisation: `weights` takes the mean and std that the pretrained weights were trained with, and
+            Exp061's without pretrained weights; `exp061` always takes Exp061's.
+        init_from: a `best.pt` whose weights to begin with, see `copy_weights`; its normalisation goes with them.
         config: see `ModelConfig`.
 
     Raises:
@@ -119,24 +148,100 @@ def build_model(encoder_weights: str | None = None, **config: object) -> Segment
         RuntimeError: the weights can't be fetched.
         CheckpointError: a file of weights that can't be used.
     """
-    config = ModelConfig(**config)
-    if not config.encoder.startswith("tu-") and config.encoder not in encoders:
-        close = difflib.get_close_matches(config.encoder, get_encoder_names(), 3)
+    check_options(rgb_normalisation=rgb_normalisation)
+    if encoder_weights is not None and init_from is not None:
+        raise ValueError(
+            f"init_from: found {str(init_from)!r} with encoder_weights {encoder_weights!r}; use one of them"
+        )
+    model = _build_network(ModelConfig(**config))
+    if encoder_weights is not None:
+        load_encoder_weights(model.net.encoder, encoder_weights, model.config.encoder)
+        if rgb_normalisation == "weights":
+            mean, std = find_normalisation(encoder_weights, model.config.encoder)
+            model.config = replace(model.config, rgb_mean=mean, rgb_std=std)
+    if init_from is not None:
+        copy_weights(model, load_model(init_from))
+    return model
+
+
+def check_network(architecture: str, encoder: str) -> None:
+    """Raise a ValueError that names an architecture or an encoder that does not exist."""
+    check_choice("architecture", architecture, ARCHITECTURES)
+    if encoder.startswith("tu-"):
+        known = [f"tu-{name}" for name in timm.list_models()]
+        exists = timm.is_model(encoder.removeprefix("tu-"))
+    else:
+        known = get_encoder_names()
+        exists = encoder in encoders
+    if not exists:
+        close = difflib.get_close_matches(encoder, known, 3)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise ValueError(
-            f"encoder: found {config.encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
+            f"encoder: found {encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
             "and tu-NAME for any model NAME of timm"
         )
+
+
+def _build_network(config: ModelConfig) -> SegmentationDepthNet:
+    check_network(config.architecture, config.encoder)
     try:
-        model = SegmentationDepthNet(config)
+        return SegmentationDepthNet(config)
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"encoder: {config.encoder!r} can't be used in {config.architecture} ({error}); an encoder that can't be "
             "dilated goes with architecture fpn, unet or upernet, and resnet18 with nearly all"
         ) from error
-    if encoder_weights is not None:
-        load_encoder_weights(model.net.encoder, encoder_weights, config.encoder, config.input_channels)
-    return model
+
+
+def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:
+    """Copy every weight of a trained network whose name and shape fit; what can't be copied starts anew.
+
+    In the first layer the filters of channels that both networks take are copied, and those of other channels start
+    at zero, so that the network first sees what the trained one saw; without a common channel it starts anew. The
+    RGB normalisation is copied. A segmentation head for other classes and a depth head that the trained network
+    lacks start anew; `started_anew` names them.
+
+    Raises:
+        ValueError: another encoder or architecture.
+    """
+    for name in ("architecture", "encoder"):
+        found, wanted = getattr(trained.config, name), getattr(model.config, name)
+        if found != wanted:
+            raise ValueError(
+                f"init_from: that run has {name} {found}, this network {wanted}; make them equal"
+            )
+    own = model.state_dict()
+    given = trained.state_dict()
+    first = next(name for name, tensor in own.items() if name.startswith("net.encoder.") and tensor.ndim == 4)
+    given[first] = _match_channels(own[first], given[first], model.config.channels, trained.config.channels)
+    if trained.config.classes != model.config.classes:
+        given = {
+            name: tensor for name, tensor in given.items() if not name.startswith("net.segmentation_head.")
+        }
+    copied = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    new = [name for name in own if name not in copied]
+    if broken := [name for name in new if "_head." not in name]:
+        raise ValueError(f"init_from: {', '.join(broken[:3])} of that run don't fit this network")
+    model.load_state_dict(own | copied)
+    model.config = replace(model.config, rgb_mean=trained.config.rgb_mean, rgb_std=trained.config.rgb_std)
+    for name in new:
+        part = name.removeprefix("net.").split(".")[0].replace("_", " ")
+        model.started_anew[part] = model.started_anew.get(part, 0) + own[name].numel()
+    if not set(trained.config.channels) & set(model.config.channels):
+        model.started_anew["first layer"] = own[first].numel()
+
+
+def _match_channels(
+    own: torch.Tensor, given: torch.Tensor, channels: tuple[str, ...], trained: tuple[str, ...]
+) -> torch.Tensor:
+    """Filters `(F, C, h, w)` of the first layer: those of common channels, zero for others."""
+    common = [channel for channel in channels if channel in trained]
+    if not common:
+        return own
+    filters = torch.zeros_like(own)
+    for channel in common:
+        filters[:, channels.index(channel)] = given[:, trained.index(channel)]
+    return filters
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:
@@ -163,43 +268,62 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     return model.to(device).eval()
 
 
-def is_file(encoder_weights: str | None) -> bool:
+def is_file(weights: str | None) -> bool:
     """Whether weights are meant by a path, not by a name."""
-    return encoder_weights is not None and Path(encoder_weights).suffix in (
-        ".pth",
-        ".pt",
-        ".bin",
-        ".safetensors",
-    )
+    return weights is not None and Path(weights).suffix in WEIGHT_FILES
 
 
-def weights_digest(encoder_weights: str | None) -> str | None:
-    """SHA-256 of a file of weights, so that a run knows them wherever they lie; None for a name."""
-    path = Path(encoder_weights).expanduser() if is_file(encoder_weights) else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.exists() else None
+def weights_digest(weights: str | Path | None) -> str | None:
+    """SHA-256 of a file of weights, so that a run knows them wherever they lie; None for a name or no such file."""
+    if not is_file(weights) or not Path(weights).expanduser().exists():
+        return None
+    return hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest()
 
 
-def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, input_channels: int) -> None:
+def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own configuration.
+
+    A file of weights has no configuration: that of the encoder's name is taken.
+
+    Raises:
+        RuntimeError: smp's configuration can't be fetched.
+    """
+    if encoder.startswith("tu-"):
+        config = get_pretrained_cfg(encoder.removeprefix("tu-"))
+        return tuple(config.mean), tuple(config.std)
+    if is_file(encoder_weights):
+        return (
+            IMAGENET_DEFAULT_MEAN,
+            IMAGENET_DEFAULT_STD,
+        )  # of nearly all weights of smp, whose own are online
+    with _explain_fetching(encoder_weights, encoder):
+        config = get_preprocessing_params(encoder, encoder_weights)
+    highest = config["input_range"][1]
+    mean, std = ([value / highest for value in config[name]] for name in ("mean", "std"))
+    return tuple(mean), tuple(std)
+
+
+def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:
     """Fill an encoder of segmentation-models-pytorch with pretrained weights.
 
     Those of its first layer are repeated over the input channels and rescaled, or summed for one channel, as timm
     does, whether they come by name or from a file.
 
     Args:
-        encoder: built for `input_channels`.
+        encoder: of any number of input channels.
         encoder_weights: `imagenet` or another name that the encoder has, or the path of a .pth or .safetensors
             file with names as timm or segmentation-models-pytorch write them. Such a file is read as data:
             nothing in it is executed.
         name: of the encoder.
-        input_channels: 1, 3, 4 or 6.
 
     Raises:
         ValueError: an unknown name of weights.
         RuntimeError: weights that can't be fetched.
-        CheckpointError: a file that is missing, damaged or does not fill all of the encoder.
+        CheckpointError: a file that is missing, damaged or covers only part of the encoder.
     """
     if is_file(encoder_weights):
-        _fill(encoder, _read_file(Path(encoder_weights).expanduser()), Path(encoder_weights), input_channels)
+        path = Path(encoder_weights).expanduser()
+        _fill(encoder, _read_weights(path), path)
         return
     known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
@@ -207,27 +331,29 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, in
             f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the path of a "
             ".pth or .safetensors file"
         )
+    with _explain_fetching(encoder_weights, name), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        weights = True if name.startswith("tu-") else encoder_weights
+        fetched = get_encoder(name, encoder.in_channels, weights=weights)
+    encoder.load_state_dict(fetched.state_dict())
+
+
+@contextmanager
+def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            fetched = get_encoder(
-                name, input_channels, weights=True if name.startswith("tu-") else encoder_weights
-            )
+        yield
     except Exception as error:  # whatever the hub, the network or the cache raise
         raise RuntimeError(
             f"encoder_weights: {encoder_weights!r} for {name} could not be fetched ({type(error).__name__}). They are "
             "downloaded once and then cached: run once while online, give the path of a file, or train from scratch "
             "with `-p encoder_weights None`"
         ) from error
-    encoder.load_state_dict(fetched.state_dict())
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Names and tensors of a file, whatever it wraps them in."""
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Names and tensors of a file, as timm reads them, whatever wraps them; data only."""
     try:
-        saved = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        return load_state_dict(str(path), use_ema=False)
     except FileNotFoundError as error:
         raise CheckpointError(f"encoder_weights: {path}: no such file") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
@@ -235,52 +361,40 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, or holds "
             "code besides tensors, which is not executed here: save the state_dict alone"
         ) from error
-    for key in INSIDE:
-        saved = saved[key] if isinstance(saved, dict) and isinstance(saved.get(key), dict) else saved
-    if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
-        raise CheckpointError(
-            f"encoder_weights: {path}: found a {type(saved).__name__}, expected names and tensors"
-        )
-    return saved
 
 
-def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, input_channels: int) -> None:
-    own, prefixes = encoder.state_dict(), [""]
-    for prefix in PREFIXES * 2:
-        prefixes += [
-            known + prefix for known in prefixes if any(name.startswith(known + prefix) for name in weights)
-        ]
-    matched = max((_match(weights, own, prefix) for prefix in dict.fromkeys(prefixes)), key=len)
-    found = {name: weights[given] for name, given in matched.items()}
+def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy all tensors of the encoder from the file, strictly."""
+    own = encoder.state_dict()
+    by_name = {
+        _bare_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
+    }
+    found = {name: by_name[_bare_name(name)] for name in own if _bare_name(name) in by_name}
     first = next(name for name, tensor in own.items() if tensor.ndim == 4)
     if first in found and found[first].shape[1] == 3:
-        found[first] = adapt_input_conv(input_channels, found[first])
+        found[first] = adapt_input_conv(own[first].shape[1], found[first])
     missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
     misshapen = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in found
-        if found[name].shape != own[name].shape
+        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != own[name].shape
     ]
-    unexpected = (
-        [name for name in weights if name not in matched.values()] if missing else []
-    )  # a head is no problem
-    problems = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
     if missing or misshapen:
-        found = [
+        problems = {"missing": missing, "of another shape": misshapen}
+        listed = [
             f"{len(names)} {what}, such as {', '.join(names[:3])}"
             for what, names in problems.items()
             if names
         ]
         raise CheckpointError(
-            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {'; '.join(found)}; "
+            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {'; '.join(listed)}; "
             "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"
         )
     encoder.load_state_dict(own | found)
 
 
-def _match(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], prefix: str) -> dict[str, str]:
-    """The name in the file of each tensor. smp puts `model.` before timm's names; timm makes `stem_0` of `stem.0`."""
-    names = {name.removeprefix("model.").replace(".", "_"): name for name in own}
-    names |= {name.replace(".", "_"): name for name in own}
-    bare = {name.removeprefix(prefix).replace(".", "_"): name for name in weights if name.startswith(prefix)}
-    return {names[name]: given for name, given in bare.items() if name in names}
+def _bare_name(name: str) -> str:
+    """Without prefixes; timm writes `stem.0`, or `stem_0` where it extracts features."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name.replace(".", "_")

@@ -22,7 +22,7 @@ from lib.metrics import mean_truth_iou, pixel_accuracy
 from lib.model import Prediction, SegmentationDepthNet, build_model
 from lib.options import check_options
 from lib.progress import progress_bar
-from lib.runs import read_history, run_state
+from lib.runs import find_weights, read_history, run_state
 from lib.runs.checkpoints import Checkpoint, fingerprint
 from lib.runs.report import write_report
 
@@ -164,8 +164,11 @@ def build_network(
 ) -> SegmentationDepthNet:
     """The network that the parameters of `train.ipynb` describe for these data, initialised by their seed."""
     torch.manual_seed(parameters["seed"])
+    init_from = parameters["init_from"]
     return build_model(
         encoder_weights=parameters["encoder_weights"],
+        rgb_normalisation=parameters["rgb_normalisation"],
+        init_from=find_weights(init_from) if init_from else None,
         classes=classes,
         depth_range_m=depth_range_m,
         size=(parameters["image_height"], parameters["image_width"]),

@@ -5,7 +5,7 @@ import typing
 
 from IPython import get_ipython
 
-from lib.options import explain_unknown
+from lib.options import check_options, explain_unknown
 
 
 def check_parameters() -> dict[str, object]:
@@ -18,7 +18,8 @@ def check_parameters() -> dict[str, object]:
         The values in force, by name, of everything that the notebook declares as `name: type = value`.
 
     Raises:
-        ValueError: names that are not declared, values of another type than declared; all at once.
+        ValueError: names that are not declared, values of another type than declared or that `lib.options` does not
+            allow; all at once.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
     annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on
@@ -27,10 +28,21 @@ def check_parameters() -> dict[str, object]:
     injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
     given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
     problems = [explain_unknown(name, declared) for name in given if name not in declared]
-    problems += [_mistyped(name, namespace[name], kind) for name, kind in declared.items()]
+    problems += [
+        _mistyped(name, namespace[name], kind) or _refused(name, namespace[name])
+        for name, kind in declared.items()
+    ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
     return {name: namespace[name] for name in declared}
+
+
+def _refused(name: str, value: object) -> str | None:
+    try:
+        check_options(**{name: value})
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _mistyped(name: str, value: object, declared: type) -> str | None:

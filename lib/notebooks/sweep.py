@@ -23,7 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 from lib.files import ROOT, hold_run
 from lib.model import is_file
 from lib.options import check_choice, check_options, explain_unknown
-from lib.runs import PLACES, read_history, read_parameters, run_state, runs_folder
+from lib.runs import PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
 from lib.runs.results import (
     NOTEBOOKS,
     RUNS_FILE,
@@ -97,8 +97,7 @@ def _with_whole_paths(parameters: dict) -> dict:
     paths = []
     if parameters["data"] != "synthetic":
         paths.append("data")
-    if is_file(parameters["encoder_weights"]):
-        paths.append("encoder_weights")
+    paths += [name for name in WEIGHTS if is_file(parameters[name])]
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
 
 

@@ -22,7 +22,8 @@ from lib.model import weights_digest
 RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
 MAY_CHANGE = ("num_workers", "save_figures")  # when a run is resumed; neither changes its result
 WHERE = ("device", "precision")  # what these come to is held against the checkpoint
-PLACES = ("data", "encoder_weights")  # paths, which may differ from machine to machine
+WEIGHTS = ("encoder_weights", "init_from")  # files of weights, known by a digest
+PLACES = ("data", *WEIGHTS)  # paths, which may differ from machine to machine
 
 
 def runs_folder() -> Path:
@@ -62,8 +63,7 @@ def open_run(
         raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
-    if digest := weights_digest(parameters.get("encoder_weights")):
-        saved["encoder_weights_digest"] = digest
+    saved |= weights_digests(parameters)
     for loaded in samples:
         for name, value in (loaded.loaded_with or {}).items():
             if name in saved and saved[name] != value:
@@ -97,6 +97,15 @@ def _record() -> dict[str, object]:
     return recorded
 
 
+def weights_digests(parameters: dict) -> dict[str, str]:
+    """The digests of the files of weights that a run begins with, as parameters `NAME_digest`."""
+    files = {"encoder_weights": parameters.get("encoder_weights")}
+    if parameters.get("init_from"):
+        files["init_from"] = find_weights(parameters["init_from"])
+    digests = {f"{name}_digest": weights_digest(file) for name, file in files.items()}
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
 def _set_aside(run: Path) -> None:
     if run.exists():
         finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
@@ -115,9 +124,10 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             "start it with resume False"
         )
     saved = read_json(run / "parameters.json")
-    same_weights = parameters.get("encoder_weights_digest", 0) == saved.get("encoder_weights_digest")
-    if same_weights:  # the same file elsewhere
-        parameters = parameters | {"encoder_weights": saved["encoder_weights"]}
+    for name in WEIGHTS:
+        digest = parameters.get(f"{name}_digest")
+        if digest is not None and digest == saved.get(f"{name}_digest"):  # the same file elsewhere
+            parameters = parameters | {name: saved[name]}
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
@@ -243,3 +253,14 @@ def find_run(run: str) -> Path:
             "`papermill train.ipynb out.ipynb`"
         )
     return folder
+
+
+def find_weights(init_from: str) -> Path:
+    """The `best.pt` that training begins with: a path, or that of a run by name."""
+    path = Path(init_from).expanduser()
+    if path.suffix == ".pt" and path.is_file():
+        return path
+    try:
+        return find_run(init_from) / "best.pt"
+    except ValueError as error:
+        raise ValueError(str(error).replace("run: found", "init_from: found", 1)) from error

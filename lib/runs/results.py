@@ -12,9 +12,17 @@ import pandas as pd
 from lib.classes import check_same_classes
 from lib.files import ROOT, read_json, write_atomically, write_text
 from lib.metrics import mean_truth_iou
-from lib.model import weights_digest
 from lib.options import FOLDS, check_options
-from lib.runs import MAY_CHANGE, PLACES, RECORDED, read_counts, read_history, read_parameters, runs_folder
+from lib.runs import (
+    MAY_CHANGE,
+    PLACES,
+    RECORDED,
+    read_counts,
+    read_history,
+    read_parameters,
+    runs_folder,
+    weights_digests,
+)
 from lib.runs.scoring import masks_folder, read_masks
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -196,12 +204,10 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
     kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
-    digest = kept.pop("encoder_weights_digest", None)
     for name in PLACES:  # the same files may lie elsewhere
+        digest = kept.pop(f"{name}_digest", None)
         if kept.get(name) is not None:
-            kept[name] = Path(kept[name]).name
-    if digest is not None:
-        kept["encoder_weights"] = digest
+            kept[name] = digest or Path(kept[name]).name
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
@@ -210,8 +216,8 @@ def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
 
 def identity(parameters: dict[str, object]) -> tuple:
     """What makes a run that run: its recipe, seed and fold, wherever its data and weights lie."""
-    if "encoder_weights_digest" not in parameters:
-        parameters = parameters | {"encoder_weights_digest": weights_digest(parameters["encoder_weights"])}
+    if not any(name.endswith("_digest") for name in parameters):
+        parameters = parameters | weights_digests(parameters)
     return recipe(parameters), parameters["seed"], parameters["fold"]
 
 

@@ -203,10 +203,10 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
-    kept = {name: value for name, value in parameters.items() if name not in NO_RECIPE}
+    kept = {name: value for name, value in parameters.items() if value is not None and name not in NO_RECIPE}
     for name in PLACES:  # the same files may lie elsewhere
         digest = kept.pop(f"{name}_digest", None)
-        if kept.get(name) is not None:
+        if name in kept:
             kept[name] = digest or Path(kept[name]).name
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)

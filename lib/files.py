@@ -92,6 +92,12 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
         yield
 
 
+def wait_for_run(run: Path, seconds: float) -> None:
+    """Wait until no other process has the run; raises as `hold_run`."""
+    with hold_run(run, seconds):
+        return
+
+
 def save_checkpoint(state: dict, path: Path) -> None:
     """`torch.save` that never leaves half a file; raises OSError where it can't be written."""
     write_atomically(path, lambda file: torch.save(state, file))

@@ -1,4 +1,4 @@
-"""Confusion counts per image, then scores: counts add up, scores do not.
+"""Metrics: confusion matrices per image first, then scores. Counts add up, scores do not.
 
 IoU averaged over batches or images is another number than the mIoU that papers report, so every
 score here pools counts first.
@@ -14,7 +14,7 @@ Array = np.ndarray | torch.Tensor
 
 
 def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Array:
-    """How often each class was confused with which, per image.
+    """Confusion matrices per image.
 
     Args:
         prediction: `(N, ...)` integers 0..C-1.
@@ -22,7 +22,7 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         class_count: C.
 
     Returns:
-        `(N, C, C)` int64, rows = truth, columns = prediction; a tensor for tensors, else numpy.
+        `(N, C, C)` int64, rows = ground truth, columns = prediction; a tensor for tensors, else numpy.
 
     Raises:
         ValueError: shapes that differ, or values that are no class.
@@ -47,23 +47,18 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
 def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: int) -> torch.Tensor:
     """`(C, C)` of one image. Every label 0..255 is counted; those that are no class must have no pixel."""
     if _outside(prediction, class_count):
-        prediction = torch.where(
-            labels == IGNORE_INDEX, 0, prediction
-        )  # what is predicted there does not count
-    wrong = {"prediction": _outside(prediction, class_count), "labels": _outside(labels, 256)}
-    if not any(wrong.values()):
-        narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
-        cells = labels.to(narrow) * class_count + prediction.to(narrow)
-        counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
-        wrong["labels"] = [
-            row + class_count for (row,) in counts[class_count:IGNORE_INDEX].any(1).nonzero().tolist()
-        ]
-    for name, values in wrong.items():
-        if values:
-            raise ValueError(
-                f"{name}: found the value {values[0]}, expected 0..{class_count - 1}"
-                + (f" or {IGNORE_INDEX} = ignore" if name == "labels" else "")
-            )
+        prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # predictions there do not count
+    if strange := _outside(prediction, class_count):
+        raise ValueError(f"prediction: found the value {strange[0]}, expected 0..{class_count - 1}")
+    expected = f"0..{class_count - 1} or {IGNORE_INDEX} = ignore"
+    if strange := _outside(labels, 256):
+        raise ValueError(f"labels: found the value {strange[0]}, expected {expected}")
+    narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
+    cells = labels.to(narrow) * class_count + prediction.to(narrow)
+    counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
+    strange = counts[class_count:IGNORE_INDEX].any(1).nonzero().flatten()
+    if len(strange):
+        raise ValueError(f"labels: found the value {class_count + int(strange[0])}, expected {expected}")
     return counts[:class_count]
 
 
@@ -163,18 +158,18 @@ def fill_unlabelled(label: np.ndarray) -> np.ndarray:
 def boundary_counts(
     prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02
 ) -> np.ndarray:
-    """What boundary IoU is made of: only pixels near the contour of their segment count.
+    """The counts behind boundary IoU: only pixels near the boundary of their region count.
 
     After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here have
-    unlabelled slivers around nearly every segment: the truth's contours run where they do once every unlabelled
+    unlabelled slivers around nearly every region: the ground truth's boundaries are taken after every unlabelled
     pixel has the nearest label, the prediction's where the prediction alone has them, and of both bands only labelled
-    pixels count. The border of the image is no contour. Bands are pooled over images, as the IoU is.
+    pixels count. The border of the image is no boundary. Bands are pooled over images, as the IoU is.
 
     Args:
         prediction: `(N, H, W)` classes.
         labels: `(N, H, W)` classes, 255 = ignore.
         class_count: C.
-        width: of the band inside each segment, as a share of the image's diagonal.
+        width: of the band inside each region, as a share of the image's diagonal.
 
     Returns:
         `(N, C, 3)` int64: labelled pixels of the class in both bands, in the truth's, in the prediction's.
@@ -182,9 +177,9 @@ def boundary_counts(
     reach = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
     counts = np.zeros((len(labels), class_count, 3), np.int64)
     for image, (truth, decided) in enumerate(zip(labels, prediction, strict=True)):
-        segments = fill_unlabelled(truth), decided.astype(np.uint8)
+        regions = fill_unlabelled(truth), decided.astype(np.uint8)
         bands = [
-            np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(segment, reach)) for segment in segments
+            np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(region, reach)) for region in regions
         ]
         both = np.where(bands[0] == bands[1], bands[0], IGNORE_INDEX)
         for column, band in enumerate((both, *bands)):
@@ -192,10 +187,10 @@ def boundary_counts(
     return counts
 
 
-def _inner_band(segments: np.ndarray, reach: int) -> np.ndarray:
+def _inner_band(regions: np.ndarray, reach: int) -> np.ndarray:
     """The class of each pixel that has another class at most `reach` rows and columns away, 255 elsewhere."""
     kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
-    return np.where(cv2.erode(segments, kernel) != cv2.dilate(segments, kernel), segments, IGNORE_INDEX)
+    return np.where(cv2.erode(regions, kernel) != cv2.dilate(regions, kernel), regions, IGNORE_INDEX)
 
 
 def boundary_iou(boundary: np.ndarray) -> np.ndarray:

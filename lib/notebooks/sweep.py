@@ -20,7 +20,7 @@ import ray
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from lib.files import ROOT, hold_run
+from lib.files import ROOT, wait_for_run
 from lib.model import is_file
 from lib.options import check_choice, check_options, explain_unknown
 from lib.runs import PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
@@ -120,8 +120,7 @@ def execute_run(parameters: dict, split: str) -> None:
     run = runs_folder() / parameters["run_name"]
     output = executed_notebook(run.name)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with hold_run(run, WAIT_SECONDS):
-        pass
+    wait_for_run(run, WAIT_SECONDS)
     if not run_state(run).trained:
         papermill.execute_notebook(
             NOTEBOOKS / "train.ipynb", output, parameters | {"resume": (run / "parameters.json").exists()},

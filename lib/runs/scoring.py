@@ -11,7 +11,7 @@ from lib.data import DataError, Split, iterate_samples
 from lib.data.decoding import decode_label
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
-from lib.files import write_atomically, write_json
+from lib.files import hold_run, write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
 from lib.progress import progress_bar
@@ -82,7 +82,13 @@ def score_run(
     Returns:
         What `SPLIT.json` holds.
     """
-    parameters, labelled = read_parameters(run), next((piece.label is not None for piece in pieces), True)
+    with hold_run(run):
+        return _score(run, split, pieces, tta, device)
+
+
+def _score(run: Path, split: str, pieces: Split, tta: str, device: str) -> dict[str, object]:
+    parameters = read_parameters(run)
+    labelled = next((piece.label is not None for piece in pieces), True)
     (run / "evaluation" / f"{split}.json").unlink(
         missing_ok=True
     )  # until it is written again, nothing is scored

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.options import OPTIONS, Choice, check_choice, check_options, explain_unknown
+from lib.data import load_samples
+from lib.options import OLDER_NAMES, OPTIONS, Choice, check_choice, check_options, explain_unknown
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -75,3 +76,16 @@ def test_parameters_are_checked_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=NOTEBOOKS.parent, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("older", "newer"), OLDER_NAMES.items())
+def test_an_older_name_is_explained_where_its_new_one_is_known(older, newer):
+    assert explain_unknown(older, ["epochs", newer]) == f"{older}: is called {newer} now"
+    assert explain_unknown(older, ["epochs"]).startswith(f"{older}: no such parameter, ")
+
+
+def test_the_hint_reaches_those_who_load_data():
+    with pytest.raises(ValueError, match="split: found 'blocks', .*; validation: blocks"):
+        load_samples("synthetic", "blocks")
+    with pytest.raises(ValueError, match="validation: found 'official', .*; it is called validation: none now"):
+        load_samples("synthetic", "train", "official")

@@ -78,11 +78,12 @@ def test_processes_at_once_read_the_same(folder, scenes):
 import os, sys, lib
 os.getpid = lambda: 7
 from lib.data import load_samples
-print(int(load_samples(sys.argv[1], "train", "official", (6, 8)).image.astype(int).sum()))
+print(int(load_samples(sys.argv[1], "train", "none", (6, 8)).image.astype(int).sum()))
 """
     command = [sys.executable, "-c", code, str(folder / "many")]
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
+        for _ in range(2)
     ]
     first, second = (process.communicate()[0] for process in started)
     assert [process.returncode for process in started] == [0, 0]
@@ -108,8 +109,9 @@ def test_a_full_disk_is_named(root, tmp_path):
 
     with pytest.raises(DataError) as error:
         map_arrays(tmp_path, KEY, LAYOUT, fail)
-    assert f"the cache of {tmp_path} could not be made ([Errno 28] No space left on device); it needs 0.0 GB" in str(
-        error.value
+    assert (
+        f"the cache of {tmp_path} could not be made ([Errno 28] No space left on device); it needs 0.0 GB"
+        in str(error.value)
     )
     assert not list(root.iterdir())
 
@@ -126,20 +128,22 @@ def test_where_it_is(root, monkeypatch, tmp_path):
 
 def test_a_folder_is_read_once(folder, scenes, root, monkeypatch):
     monkeypatch.setattr("lib.data.folder.CACHED_FROM", 5)
-    whole = load_samples(folder, "train", "official", (48, 64))
+    whole = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(whole.image, resize_samples(scenes, (48, 64)).image)
     with monkeypatch.context() as patched:
         patched.setattr("lib.data.folder.decode_image", None)
-        again, train = (load_samples(folder, "train", split, (48, 64)) for split in ("official", "random"))
+        again, train = (
+            load_samples(folder, "train", validation, (48, 64)) for validation in ("none", "random")
+        )
         assert isinstance(again.image, np.memmap)
         by_name = dict(zip(whole.names, whole.label, strict=True))
         np.testing.assert_array_equal(train.label, [by_name[name] for name in train.names])
     (folder / "dataset.yaml").write_text("depth_range_m: [1, 5]\ndepth_unit_mm: 2")
-    doubled = load_samples(folder, "train", "official", (48, 64))
+    doubled = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(doubled.depth, 2 * whole.depth)
     assert doubled.depth_range_m == (1.0, 5.0)
     path = folder / "train" / "depth" / "000001.png"
     path.write_bytes((folder / "train" / "depth" / "000000.png").read_bytes())
-    changed = load_samples(folder, "train", "official", (48, 64))
+    changed = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(changed.depth[1], changed.depth[0])
     assert len(list(root.iterdir())) == 1

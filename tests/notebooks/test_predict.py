@@ -6,13 +6,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from test_plots import draw
 
-from lib.data.images import open_pictures
+from figures import draw
+from lib.data.images import open_images
 from lib.evaluation import evaluate, predict
 from lib.model import build_model
 from lib.notebooks.plots import write_names
-from lib.notebooks.predict import plot_pictures, predict_pictures
+from lib.notebooks.predict import plot_images, predict_images
 from lib.runs.scoring import read_masks
 
 CLASSES = ("wall", "floor", "a desk of which the name is long")
@@ -41,11 +41,11 @@ def pictures(tmp_path):
 
 
 def open_all(pictures):
-    return open_pictures(str(pictures), None, 1.0, False, CLASSES)
+    return open_images(str(pictures), None, 1.0, False, CLASSES)
 
 
 def test_shares_and_confidence_are_those_of_the_predictions(model, pictures):
-    table = predict_pictures(model, open_all(pictures))
+    table = predict_images(model, open_all(pictures))
     assert table.index.tolist() == ["a", "b", "c"]
     assert table.columns.tolist() == ["confidence", *CLASSES]
     for name, labels in zip(table.index, evaluate(model, open_all(pictures)).predicted, strict=True):
@@ -57,7 +57,7 @@ def test_shares_and_confidence_are_those_of_the_predictions(model, pictures):
 
 def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_path, monkeypatch):
     masks = tmp_path / "masks"
-    table = predict_pictures(model, open_all(pictures), str(masks))
+    table = predict_images(model, open_all(pictures), str(masks))
     expected = evaluate(model, open_all(pictures)).predicted
     for mask, labels in zip(read_masks(masks, "abc"), expected, strict=True):
         np.testing.assert_array_equal(mask, labels)
@@ -70,7 +70,7 @@ def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_p
             predicted.append(batch.samples.names[0]) or batch for batch in predict(model, pieces, **options)
         ),
     )
-    again = predict_pictures(model, open_all(pictures), str(masks))
+    again = predict_images(model, open_all(pictures), str(masks))
     assert predicted == ["b"]
     assert again.equals(table)
 
@@ -78,27 +78,27 @@ def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_p
 def test_masks_stay_where_the_way_is_cut_short(model, pictures, tmp_path):
     (pictures / "c.png").write_text("no picture")
     with pytest.raises(ValueError, match="c.png: can't be decoded"):
-        predict_pictures(model, open_all(pictures), str(tmp_path / "masks"))
+        predict_images(model, open_all(pictures), str(tmp_path / "masks"))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "b.png", "predict.json"]
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(model, pictures, tmp_path):
     masks = tmp_path / "masks"
-    predict_pictures(model, open_all(pictures), str(masks))
+    predict_images(model, open_all(pictures), str(masks))
     with pytest.raises(ValueError, match="save_to: .*masks has network"):
-        predict_pictures(build_network(), open_all(pictures), str(masks))
+        predict_images(build_network(), open_all(pictures), str(masks))
     elsewhere = shutil.copytree(pictures, tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="save_to: .*masks has pictures .*elsewhere"):
-        predict_pictures(model, open_all(elsewhere), str(masks))
+        predict_images(model, open_all(elsewhere), str(masks))
     before = (pictures / "a.png").read_bytes()
     with pytest.raises(ValueError, match="save_to: .*pictures has network None"):
-        predict_pictures(model, open_all(pictures), str(pictures))
+        predict_images(model, open_all(pictures), str(pictures))
     assert (pictures / "a.png").read_bytes() == before
 
 
 def test_pictures_of_any_sizes_are_drawn(model, pictures):
     predicted = list(predict(model, open_all(pictures), confidence=True))
-    texts = draw(plot_pictures(predicted))
+    texts = draw(plot_images(predicted))
     assert {"a", "b", "c", "picture", "classes"} <= set(texts)
 
 

@@ -10,31 +10,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lib  # noqa: F401
-from lib import training
 from lib.batches import training_loader
 from lib.data import load_samples
 from lib.data.samples import Samples
-from lib.runs import open_run
-from lib.training import build_network, fit, total_loss
+from lib.runs import checkpoints, open_run
+from lib.training import Optimisation, build_network, build_objective, fit
 
 ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights
 PARAMETERS = {
     "seed": 0, "image_height": 48, "image_width": 64, "inputs": "rgbd", "depth_encoding": "inverse",
-    "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None, "soft_iou_weight": 0.5,
+    "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None,
+    "rgb_normalisation": "weights", "init_from": None, "encoder_lr_scale": 1.0, "class_weights": "none", "lovasz_weight": 0.0, "soft_iou_weight": 0.5,
     "soft_iou_pooling": "batch", "depth_weight": 0.1, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3,
-    "weight_decay": 1e-4, "schedule": "one_cycle", "ema_decay": 0.0, "checkpoint": "best", "augment": "crops",
+    "weight_decay": 1e-4, "schedule": "one_cycle", "checkpoint": "best", "augment": "crops",
     "num_workers": 0, "precision": "fp32", "device": "cpu",
 }  # fmt: skip
-FOR_FIT = (
-    "epochs",
-    "learning_rate",
-    "weight_decay",
-    "schedule",
-    "ema_decay",
-    "checkpoint",
-    "precision",
-    "device",
-)
 MOMENTS = ("half", "whole", "after")  # of a file: half written, whole beside the earlier one, in its place
 
 
@@ -49,12 +39,18 @@ def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list
     loader = training_loader(
         train, *(parameters[name] for name in ("augment", "batch_size", "num_workers", "seed"))
     )
-    weights = {name: parameters[name] for name in ("soft_iou_weight", "soft_iou_pooling", "depth_weight")}
-    build, loss = (
-        partial(build_network, parameters, train.classes, train.depth_range_m),
-        partial(total_loss, **weights),
+    build = partial(build_network, parameters, train.classes, train.depth_range_m)
+    objective = build_objective(parameters, train)
+    rows = fit(
+        build,
+        loader,
+        valid,
+        run,
+        objective,
+        Optimisation.of(parameters),
+        parameters["precision"],
+        parameters["device"],
     )
-    rows = fit(build, loader, valid, run, loss=loss, **{name: parameters[name] for name in FOR_FIT})
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
@@ -87,7 +83,8 @@ def kill_at(write: int, moment: str) -> None:
 
 
 if __name__ == "__main__":
-    samples, training.CHECKPOINT_SECONDS = small_samples(), -1
+    samples = small_samples()
+    checkpoints.CHECKPOINT_SECONDS = -1
     for name, write, moment in zip(*(iter(sys.argv[1:]),) * 3, strict=True):
         if os.fork() == 0:  # each run is killed in a process of its own, and all have been imported once
             kill_at(int(write), moment)

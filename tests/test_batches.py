@@ -23,7 +23,9 @@ from lib.batches import (
 )
 from lib.data import Samples
 from lib.data.samples import DEPTH_RANGE_M
-from lib.model import INPUT_CHANNELS, ModelConfig
+from lib.model import ModelConfig
+
+INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 
 
 def millimetres(*values):

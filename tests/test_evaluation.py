@@ -1,6 +1,4 @@
-import threading
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +10,13 @@ from lib.batches import encode_batch, plain_batch
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples
 from lib.data.samples import Samples, resize_samples
-from lib.evaluation import Predicted, ahead, count_predictions, evaluate, predict
+from lib.evaluation import Predicted, count_predictions, evaluate, predict
 from lib.metrics import boundary_counts, confusion_counts, depth_sums
 from lib.model import ModelConfig, Prediction, build_model
-from lib.training import Losses, total_loss
+from lib.training import Losses, Objective
 
 CPU = torch.device("cpu")
-LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
+LOSS = Objective(soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 
 
 def make(**config):
@@ -298,23 +296,3 @@ def test_flipped_views_are_not_resized_again(model, scenes, monkeypatch):
     )
     list(predict(model, scenes[:4], 2, "scales"))
     assert sizes == [(48, 64), (38, 51), (60, 80)] * 2
-
-
-def test_the_next_batch_is_made_while_one_is_used(scenes):
-    """Made one ahead, and no more than one, in order; an error comes where its batch would have."""
-    made = [threading.Event() for _ in range(3)]
-
-    def batches():
-        for position, event in enumerate(made):
-            event.set()
-            yield Predicted(scenes[position : position + 1], scenes.label[position : position + 1])
-        raise OSError("disk")
-
-    coming = ahead(batches())
-    first = next(coming)
-    assert first.samples.names[0] == scenes.names[0]
-    assert made[1].wait(10)  # without being asked for
-    assert not made[2].is_set()
-    assert [batch.samples.names[0] for batch in (next(coming), next(coming))] == list(scenes.names[1:3])
-    with pytest.raises(OSError, match="disk"):
-        next(coming)

@@ -1,12 +1,10 @@
 """The first five minutes on a GPU: `pytest tests/test_gpu.py -s` says what it found. All but its size runs on a CPU, too."""
 
 import contextlib
-import copy
 import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +14,15 @@ from small_run import ENCODER, PARAMETERS, small_samples, train
 
 from lib import training
 from lib.batches import RawBatch, encode_batch, plain_batch, training_loader
+from lib.classes import NYUV2_13
 from lib.data.samples import resize_samples
-from lib.device import choose_device, describe_device
-from lib.evaluation import ahead, count_predictions, predict
+from lib.device import choose_device, describe_device, move_model
+from lib.evaluation import count_predictions, predict
 from lib.model import build_model
-from lib.runs import runs_folder
-from lib.training import _place, build_network, build_optimizer, follow, total_loss, training_step
+from lib.runs import checkpoints, runs_folder
+from lib.training import Objective, Optimisation, build_network, training_step
 
-LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
+LOSS = Objective(soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 
@@ -60,8 +59,8 @@ def test_two_epochs_with_workers_and_pinning(samples, device, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits(samples, device, precision):
-    model = _place(build_network(PARAMETERS, samples.classes), device)
-    average, optimizer = copy.deepcopy(model), build_optimizer(model, 1e-3, 1.0, 1e-4)
+    model = move_model(build_network(PARAMETERS, samples.classes, samples.depth_range_m), device)
+    optimizer = Optimisation(1, 1e-3, 1e-4).build_optimizer(model)
     loader = training_loader(samples[:12], "crops", 4, 0, 0)
     loader.pin_memory = device.type == "cuda"
     for number, raw in enumerate(loader):
@@ -69,7 +68,6 @@ def test_a_step_never_waits(samples, device, precision):
             waiting_is_an_error(device) if number else contextlib.nullcontext()
         ):  # the first one searches kernels
             terms = training_step(model, encode_batch(raw, model.config, device), LOSS, optimizer, precision)
-            follow(average, model, 0.9)
         assert terms.isfinite().all()
 
 
@@ -78,7 +76,9 @@ def test_loss_gradient_and_counts_are_those_of_the_cpu(samples, device):
     found = {}
     with torch.backends.cudnn.flags(allow_tf32=False):
         for where in (torch.device("cpu"), device):
-            model = _place(build_network(PARAMETERS, samples.classes), where).eval()  # without dropout
+            model = move_model(
+                build_network(PARAMETERS, samples.classes, samples.depth_range_m), where
+            ).eval()  # without dropout
             batch = encode_batch(plain_batch(samples[:8]), model.config, where)
             terms = LOSS(model(batch.inputs), batch)
             terms.total.backward()
@@ -103,7 +103,7 @@ def test_resume_goes_on_where_it_stopped(samples, device, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
         with pytest.raises(KeyboardInterrupt):
@@ -118,8 +118,8 @@ def test_native_evaluation_with_scales(samples, device):
     """Counted beside the next batch, at twice the working size; on a GPU nearly the counts of the CPU."""
     native, found = resize_samples(samples[:6], (96, 128)), {}
     for where in (torch.device("cpu"), device):
-        model = build_network(PARAMETERS, samples.classes).to(where)
-        batches = ahead(predict(model, native, 2, "scales", confidence=True))
+        model = build_network(PARAMETERS, samples.classes, samples.depth_range_m).to(where)
+        batches = predict(model, native, 2, "scales", confidence=True)
         found[where] = count_predictions(batches, thorough=True, keep=True)
     expected, result = found[torch.device("cpu")], found[device]
     assert (result.predicted != expected.predicted).mean() < 0.01
@@ -133,16 +133,16 @@ def test_steps_of_exp061(device, precision, channels_last):
     """Three of them after one to search kernels, at its size on a GPU: memory, images a second, both memory formats."""
     on_gpu = device.type == "cuda"
     encoder, size, count = ("resnet101", (480, 640), 8) if on_gpu else (ENCODER, (48, 64), 2)
-    model = build_model(encoder=encoder, size=size)
-    model = _place(model, device) if channels_last else model.to(device)
-    optimizer = build_optimizer(model, 1e-4, 1.0, 1e-4)
+    model = build_model(encoder=encoder, size=size, classes=NYUV2_13)
+    model = move_model(model, device) if channels_last else model.to(device)
+    optimizer = Optimisation(1, 1e-4, 1e-4).build_optimizer(model)
     shape, generator = (count, *size), torch.Generator().manual_seed(0)
     image, depth, label = (
         torch.randint(high, shape_, generator=generator)
         for high, shape_ in ((256, (*shape, 3)), (9000, shape), (13, shape))
     )
     raw = RawBatch(image.byte(), depth.to(torch.uint16), label.byte(), depth > 0, torch.arange(count))
-    loss, started = partial(LOSS, soft_iou_pooling="exp061"), 0.0
+    loss, started = Objective(0.5, "exp061", 0.1), 0.0
     for number in range(4):
         if number == 1 and on_gpu:
             torch.cuda.synchronize()

@@ -2,21 +2,24 @@
 
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from small_run import ENCODER, small_samples, train
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib import evaluation, losses, training
+from lib import losses, training
 from lib.batches import RawBatch, encode_batch, training_loader
+from lib.classes import NYUV2_13
 from lib.device import autocast
-from lib.evaluation import Predicted, count_predictions, decide
-from lib.losses import POOLINGS
-from lib.model import INPUT_CHANNELS, build_model
-from lib.training import total_loss
+from lib.evaluation import decide
+from lib.model import build_model
+from lib.training import Objective, Optimisation
+
+INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
+
+POOLINGS = ("batch", "image", "exp061")
 
 CUDA = torch.device("cuda")
 # each needs its result on the host, for which a GPU has to finish everything before
@@ -34,11 +37,11 @@ def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
     """From encoding to decisions, with every pooling: a fake tensor has no value, and no CPU tensor meets it."""
     with FakeTensorMode(), torch.no_grad():
         with CUDA:
-            model = build_model(encoder=ENCODER, inputs=inputs, size=(48, 64)).eval()
+            model = build_model(encoder=ENCODER, inputs=inputs, size=(48, 64), classes=NYUV2_13).eval()
         batch = encode_batch(raw_batch(2, (48, 64)), model.config, CUDA)
         prediction = model(batch.inputs)
         for pooling in POOLINGS:
-            terms = total_loss(prediction, batch, 0.5, pooling, 0.1, torch.ones(13))
+            terms = Objective(0.5, pooling, 0.1, torch.ones(13))(prediction, batch)
             assert {term.device.type for term in terms} == {"cuda"}
         decided = decide(prediction.logits)
         assert {tensor.device.type for tensor in (*batch, *prediction, decided)} == {"cuda"}
@@ -66,9 +69,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"precision": "bf16", "soft_iou_pooling": "exp061"}])
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16", "soft_iou_pooling": "exp061"}])
 def test_a_training_step_waits_for_nothing(monkeypatch, options):
-    """Encoding, forward, loss, backward, update, schedule and average; Lovasz alone waits, within smp."""
+    """Encoding, forward, loss, backward, update, schedule; Lovasz alone waits, within smp."""
     real, watches = training.train_epoch, []
 
     def watched(model, step, *others):
@@ -84,31 +87,6 @@ def test_a_training_step_waits_for_nothing(monkeypatch, options):
     train("watched", small_samples()[:10], held_out=2, epochs=1, **options)
     assert len(watches) == 2
     assert min(watch.calls for watch in watches) > 500
-
-
-class Finished(list):
-    """A loader without a batch that is left: a real one reads its seed from a tensor."""
-
-
-@pytest.mark.parametrize("what", ["training", "evaluation"])
-def test_means_of_losses_leave_no_float64_on_the_device(scenes, monkeypatch, what):
-    """A Mac's GPU has none. A mean of fake tensors can't be read: that all comes to that is the proof."""
-    monkeypatch.setattr(training, "_check_finite", lambda *arguments: None)
-    batch, finished = Predicted(scenes[:1], scenes.label[:1] % 13), Finished()
-    finished.dataset = training_loader(scenes, "none", 2, 0, 0).dataset
-    monkeypatch.setattr(evaluation, "confusion_counts", lambda *arguments: np.zeros((1, 13, 13)))
-    bar = training.progress_bar("", 2, disable=True)
-    bar.set_description("epoch 1 of 1")
-    with FakeTensorMode(), Watch("cuda"):
-        terms = [torch.zeros(5, device="cuda")] * 2
-        means = {
-            "training": lambda: training.train_epoch(
-                torch.nn.Identity(), pytest.fail, finished, terms, pytest.fail, bar
-            ),
-            "evaluation": lambda: count_predictions([batch._replace(losses=terms[0])]),
-        }
-        with pytest.raises(DataDependentOutputException):
-            means[what]()
 
 
 class Memory(TorchDispatchMode):
@@ -137,7 +115,7 @@ def step_memory(batch_size: int, precision: str) -> float:
     """GiB of a step of Exp061 up to the end of the backward pass, weights among them, without the optimizer's."""
     size, cpu = (480, 640), torch.device("cpu")  # autocast and backward don't know a fake GPU
     with FakeTensorMode():
-        model = build_model(encoder="resnet101", size=size)
+        model = build_model(encoder="resnet101", size=size, classes=NYUV2_13)
         memory = Memory()
         for tensor in (*model.parameters(), *model.buffers()):
             memory.see(tensor)
@@ -146,19 +124,19 @@ def step_memory(batch_size: int, precision: str) -> float:
             batch = encode_batch(raw, model.config, cpu)
             with autocast(cpu, precision):
                 prediction = model(batch.inputs)
-            total_loss(prediction, batch, 0.5, "exp061", 0.1).total.backward()
+            Objective(0.5, "exp061", 0.1)(prediction, batch).total.backward()
     return memory.most / 2**30
 
 
 @pytest.mark.parametrize(("precision", "found"), [("fp32", 8.43), ("bf16", 4.72)])
 def test_the_memory_of_a_step_of_exp061_does_not_grow(monkeypatch, precision, found):
-    """What notebooks/README.md says of it, to 2 %."""
+    """What notebooks/docs/gpu.md says of it, to 2 %."""
     monkeypatch.setattr(losses, "CPU_CHUNK", losses.GPU_CHUNK)
     monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)
     assert 0.9 * found < step_memory(8, precision) < 1.02 * found
 
 
-def test_a_run_on_the_cpu_pins_nothing(scenes, monkeypatch):
+def test_a_run_on_the_cpu_pins_nothing(scenes, monkeypatch, tmp_path):
     """Where there is a GPU: pinned memory would open it. A run on a GPU pins."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     loader = training_loader(scenes, "none", 2, 0, 0)
@@ -167,10 +145,12 @@ def test_a_run_on_the_cpu_pins_nothing(scenes, monkeypatch):
     def stop(model, device):
         raise StopIteration
 
-    monkeypatch.setattr(training, "_place", stop)
+    monkeypatch.setattr(training, "move_model", stop)
     for device, pins in (("cuda:1", True), ("cpu", False)):
         monkeypatch.setattr(training, "choose_device", lambda name: torch.device(name))
-        options = {"learning_rate": 0.1, "weight_decay": 0.0, "precision": "fp32", "device": device}
+        optimisation = Optimisation(epochs=1, learning_rate=0.1, weight_decay=0.0)
         with pytest.raises(RuntimeError, match="StopIteration"):
-            next(training.fit(torch.nn.Identity, loader, scenes, None, loss=None, epochs=1, **options))
+            next(
+                training.fit(torch.nn.Identity, loader, scenes, tmp_path, None, optimisation, "fp32", device)
+            )
         assert loader.pin_memory == pins

@@ -46,7 +46,9 @@ def test_which_normalisation_is_taken(weights_file):
     assert taken() == usual  # no pretrained weights
     assert taken(encoder_weights=weights_file) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert taken(encoder_weights=weights_file, rgb_normalisation="exp061") == usual
-    with pytest.raises(ValueError, match="rgb_normalisation: found 'imagenet', expected one of weights, exp061"):
+    with pytest.raises(
+        ValueError, match="rgb_normalisation: found 'imagenet', expected one of weights, exp061"
+    ):
         taken(rgb_normalisation="imagenet")
 
 
@@ -92,7 +94,9 @@ def test_filters_of_common_channels_are_copied_and_others_are_zero(trained):
     depth = network(seed=2, inputs="depth", init_from=trained)
     first = next(p for p in depth.net.encoder.parameters() if p.ndim == 4)
     torch.testing.assert_close(first, old[:, 3:], atol=0, rtol=0)
-    otherwise = network(seed=2, inputs="rgbd", depth_encoding="log", init_from=trained)  # another fourth channel
+    otherwise = network(
+        seed=2, inputs="rgbd", depth_encoding="log", init_from=trained
+    )  # another fourth channel
     first = next(p for p in otherwise.net.encoder.parameters() if p.ndim == 4)
     torch.testing.assert_close(first[:, :3], old[:, :3], atol=0, rtol=0)
     assert not first[:, 3].any()
@@ -115,9 +119,15 @@ def test_without_a_common_channel_the_first_layer_starts_anew(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(trained):
-    with pytest.raises(ValueError, match="init_from: that run has encoder tu-.*, this network resnet18; make them"):
+    with pytest.raises(
+        ValueError, match="init_from: that run has encoder tu-.*, this network resnet18; make them"
+    ):
         network(encoder="resnet18", init_from=trained)
-    with pytest.raises(ValueError, match="init_from: that run has architecture deeplabv3plus, this network fpn"):
+    with pytest.raises(
+        ValueError, match="init_from: that run has architecture deeplabv3plus, this network fpn"
+    ):
         network(architecture="fpn", init_from=trained)
-    with pytest.raises(ValueError, match="init_from: found .* with encoder_weights 'imagenet'; use one of them"):
+    with pytest.raises(
+        ValueError, match="init_from: found .* with encoder_weights 'imagenet'; use one of them"
+    ):
         network(encoder_weights="imagenet", init_from=trained)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from lib.classes import NYUV2_13, NYUV2_40
 from lib.files import CheckpointError
-from lib.model import ARCHITECTURES, INPUT_CHANNELS, ModelConfig, build_model, load_model, save_model
+from lib.model import ARCHITECTURES, ModelConfig, build_model, load_model, save_model
+
+INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 
 TINY = "tu-test_resnet.r160_in1k"
 

@@ -7,18 +7,10 @@ import torch.nn.functional as F
 from small_run import ENCODER, PARAMETERS, small_samples
 
 from lib.batches import Batch, training_loader
-from lib.losses import lovasz_loss, masked_l1, soft_iou_loss
+from lib.losses import lovasz_loss, masked_l1, segmentation_loss, soft_iou_loss
 from lib.model import Prediction, build_model
 from lib.runs import open_run, read_history
-from lib.training import (
-    Losses,
-    build_network,
-    build_optimizer,
-    build_schedule,
-    choose_class_weights,
-    fit,
-    total_loss,
-)
+from lib.training import Losses, Objective, Optimisation, build_network, build_objective, fit
 
 
 @pytest.fixture
@@ -41,9 +33,8 @@ def batch_of(labels):
 
 
 def loss_of(logits, labels, depth=None, soft_iou_weight=0.0, depth_weight=0.1, **options):
-    return total_loss(
-        Prediction(logits, depth), batch_of(labels), soft_iou_weight, "batch", depth_weight, **options
-    )
+    objective = Objective(soft_iou_weight, "batch", depth_weight, **options)
+    return objective(Prediction(logits, depth), batch_of(labels))
 
 
 def test_every_term_stands_for_itself_and_the_total_weighs_them(logits, labels):
@@ -111,42 +102,45 @@ def test_a_batch_without_a_label_has_a_total_of_0_and_no_gradient(logits):
     assert gradient.isfinite().all()
 
 
-def test_class_weights_come_from_the_training_labels():
+@pytest.mark.parametrize("pooling", ["batch", "image", "exp061"])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 3.0, 1.0])])
+def test_its_segmentation_part_is_the_segmentation_loss(logits, labels, pooling, weights):
+    objective = Objective(0.7, pooling, 0.1, weights)
+    losses = objective(Prediction(logits, None), batch_of(labels))
+    assert losses.total == segmentation_loss(logits, labels, 0.7, pooling, weights)
+    assert objective.weights == {"cross_entropy": 1, "soft_iou": 0.7, "lovasz": 0.0, "depth_l1": 0.1}
+
+
+def test_it_is_built_from_the_parameters_and_the_training_labels():
     samples = small_samples()
-    assert choose_class_weights("none", samples) is None
-    first, rest = (choose_class_weights("median", split) for split in (samples[:4], samples[4:]))
+    objective = build_objective(PARAMETERS, samples)
+    assert (objective.soft_iou_weight, objective.soft_iou_pooling) == (0.5, "batch")
+    assert (objective.depth_weight, objective.lovasz_weight) == (0.1, 0.0)
+    assert objective.class_weights is None
+    median = PARAMETERS | {"class_weights": "median"}
+    first, rest = (build_objective(median, split).class_weights for split in (samples[:4], samples[4:]))
     assert first.shape == (13,)
     assert (first != rest).any()
     with pytest.raises(ValueError, match="class_weights: found 'mean', expected one of none, median"):
-        choose_class_weights("mean", samples)
+        build_objective(PARAMETERS | {"class_weights": "mean"}, samples)
+    with pytest.raises(
+        ValueError, match="soft_iou_pooling: found 'mean', expected one of batch, image, exp061"
+    ):
+        Objective(soft_iou_pooling="mean")
 
 
 def test_the_history_has_each_term_by_itself():
     samples = small_samples()[:8]
     parameters = PARAMETERS | {"run_name": "terms"}
+    objective = Objective(0.5, "batch", 0.1, lovasz_weight=0.25)
+    optimisation = Optimisation(epochs=2, learning_rate=1e-3, weight_decay=0.0)
 
-    def loss(prediction, batch):
-        return total_loss(prediction, batch, 0.5, "batch", 0.1, lovasz_weight=0.25)
+    def build():
+        return build_network(parameters, samples.classes, samples.depth_range_m)
 
     with open_run(parameters) as run:
-        options = {
-            "epochs": 2,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.0,
-            "device": "cpu",
-            "precision": "fp32",
-        }
         loader = training_loader(samples[:6], "none", 3, 0, 0)
-        list(
-            fit(
-                lambda: build_network(parameters, samples.classes),
-                loader,
-                samples[6:],
-                run,
-                loss=loss,
-                **options,
-            )
-        )
+        list(fit(build, loader, samples[6:], run, objective, optimisation, "fp32", "cpu"))
     history = read_history(run)
     for split in ("train", "valid"):
         names = [f"{split}_{term}" for term in ("cross_entropy", "soft_iou", "lovasz", "depth_l1")]
@@ -159,9 +153,9 @@ def test_the_history_has_each_term_by_itself():
 
 
 def test_the_encoder_learns_at_its_share_of_the_rate():
-    model = build_model(encoder=ENCODER)
+    model = build_model(encoder=ENCODER, classes=("a", "b"))
     start = [weights.detach().clone() for weights in model.parameters()]
-    optimizer = build_optimizer(model, 0.01, 0.1, weight_decay=0.0)
+    optimizer = Optimisation(1, 0.01, 0.0, encoder_lr_scale=0.1).build_optimizer(model)
     for weights in model.parameters():
         weights.grad = torch.ones_like(weights)
     optimizer.step()  # the first step of AdamW is the learning rate times the sign of the gradient
@@ -177,8 +171,9 @@ def test_the_encoder_learns_at_its_share_of_the_rate():
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
 def test_the_share_holds_throughout_the_schedule(schedule):
-    optimizer = build_optimizer(build_model(encoder=ENCODER), 0.01, 0.1, weight_decay=0.0)
-    scheduler = build_schedule(schedule, optimizer, 10, 1)
+    optimisation = Optimisation(10, 0.01, 0.0, schedule, encoder_lr_scale=0.1)
+    optimizer = optimisation.build_optimizer(build_model(encoder=ENCODER, classes=("a", "b")))
+    scheduler = optimisation.build_schedule(optimizer, steps=1)
     highest = []
     for _ in range(3):
         encoder, others = (group["lr"] for group in optimizer.param_groups)

@@ -26,7 +26,11 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
         ("learning_rate", 1, "learning_rate: found 1, expected a number above 0 and below 1"),
         ("fold", 5, "fold: found 5, expected one of 0, 1, 2, 3, 4"),
         ("limit", 0, "limit: found 0, expected a whole number of 1 or more"),
-        ("split", "blocks", "found 'blocks', expected one of train, valid, test; validation: blocks takes this value"),
+        (
+            "split",
+            "blocks",
+            "found 'blocks', expected one of train, valid, test; validation: blocks takes this value",
+        ),
         ("validation", "test", "scenes, blocks, random, none; split: test takes this value"),
         ("validation", "official", "it is called validation: none now"),
         ("split", "given", "it is called validation: predefined now"),
@@ -39,7 +43,9 @@ def test_values_that_are_not_allowed(name, value, message):
 
 
 def test_allowed_values_and_names_without_an_entry_pass():
-    check_options(epochs=1, learning_rate=0.5, weight_decay=0, soft_iou_weight=1.5, limit=None, run_name="", fold=4)
+    check_options(
+        epochs=1, learning_rate=0.5, weight_decay=0, soft_iou_weight=1.5, limit=None, run_name="", fold=4
+    )
     for name, option in OPTIONS.items():
         if isinstance(option, Choice):
             for value in option.values:
@@ -49,7 +55,9 @@ def test_allowed_values_and_names_without_an_entry_pass():
 def test_the_defaults_of_all_notebooks_are_allowed():
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         cells = json.loads(notebook.read_text())["cells"]
-        (source,) = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        (source,) = [
+            "".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])
+        ]
         defaults = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
         check_options(**defaults)
 
@@ -67,7 +75,9 @@ def test_what_is_said_of_an_unknown_name():
     assert explain_unknown("epoch", known) == (
         "epoch: no such parameter, did you mean epochs? there are: split, validation, epochs"
     )
-    assert explain_unknown("keep", known).startswith("keep: no such parameter, there are")  # nothing of that name here
+    assert explain_unknown("keep", known).startswith(
+        "keep: no such parameter, there are"
+    )  # nothing of that name here
 
 
 def test_parameters_are_checked_without_torch():
@@ -87,5 +97,7 @@ def test_an_older_name_is_explained_where_its_new_one_is_known(older, newer):
 def test_the_hint_reaches_those_who_load_data():
     with pytest.raises(ValueError, match="split: found 'blocks', .*; validation: blocks"):
         load_samples("synthetic", "blocks")
-    with pytest.raises(ValueError, match="validation: found 'official', .*; it is called validation: none now"):
+    with pytest.raises(
+        ValueError, match="validation: found 'official', .*; it is called validation: none now"
+    ):
         load_samples("synthetic", "train", "official")

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from small_run import ENCODER, PARAMETERS
 
 from lib.files import CheckpointError
-from lib.model import INPUT_CHANNELS, build_model, weights_digest
+from lib.model import build_model, weights_digest
 from lib.runs import open_run
 from lib.runs.results import recipe
+
+INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 
 TIMM_NAME = ENCODER.removeprefix("tu-")
 

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 # glibc moves these limits with what was freed before, so that a function's time would depend on its neighbours'.
@@ -43,10 +42,10 @@ from lib.losses import segmentation_loss
 from lib.metrics import confusion_counts
 from lib.model import build_model
 from lib.runs import open_run
-from lib.training import fit, total_loss, training_step
+from lib.training import Objective, fit, training_step
 
 ROUNDS = 9
-LOSS = partial(total_loss, soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
+LOSS = Objective(soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
 SMALL = {
     "encoder": "resnet18", "size": (96, 128), "batch_size": 16, "augment": "crops", "learning_rate": 0.001,
     "schedule": "one_cycle", "limit": None,

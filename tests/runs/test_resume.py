@@ -16,6 +16,7 @@ from lib import training
 from lib.files import CheckpointError
 from lib.model import load_model
 from lib.runs import checkpoints, read_parameters, run_state, runs_folder
+from lib.runs.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def whole(samples):
 
 
 def last_weights(name):
-    return torch.load(runs_folder() / name / "last.pt", weights_only=True)["model"]
+    return load_model(runs_folder() / name / "best.pt").state_dict()
 
 
 def interrupt(samples, name, monkeypatch, after_steps, **options):
@@ -52,20 +53,20 @@ def interrupt(samples, name, monkeypatch, after_steps, **options):
 @pytest.fixture
 def often(monkeypatch):
     """Everything is saved after each step and each epoch."""
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
 
 
 # -1 saves after each step and epoch, 30 in the end of this run alone
 @pytest.mark.parametrize(("after_steps", "seconds"), [(0, 30), (4, 30), (2, -1), (3, -1), (4, -1), (8, -1)])
 def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, after_steps, seconds):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", seconds)
     interrupt(samples, "resumed", monkeypatch, after_steps)
     assert (runs_folder() / "resumed" / "last.pt").exists() == (seconds == -1)
     assert train("resumed", samples, resume=True, num_workers=0 if seconds == 30 else 2) == whole[0]
     torch.testing.assert_close(last_weights("resumed"), whole[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"ema_decay": 0.9}, {"checkpoint": "last"}])
+@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"checkpoint": "last"}])
 def test_resumes_with_other_options_too(samples, whole, monkeypatch, often, options):
     expected = train("other", samples, **options)
     assert (expected == whole[0]) == ("checkpoint" in options)
@@ -151,33 +152,43 @@ def test_what_is_written_of_a_run_that_had_computed_nothing_is_what_it_computes_
 
 def test_the_generator_of_the_own_gpu_alone_is_kept(tmp_path, monkeypatch):
     """It moves to another card."""
-    touched, path, made_of = [], tmp_path / "run" / "last.pt", {"computed": "cuda in bf16", "data": {}}
-    path.parent.mkdir()
+    touched = []
+    made_of = {"computed": "cuda in bf16", "data": {}}
+    run = tmp_path / "run"
+    run.mkdir()
     monkeypatch.setattr(
         torch.cuda, "get_rng_state", lambda gpu: touched.append(("get", gpu)) or torch.ones(16).byte()
     )
     monkeypatch.setattr(
         torch.cuda, "set_rng_state", lambda state, gpu: touched.append(("set", gpu, int(state[0])))
     )
-    progress = {"history": [], "losses": [], "row": {}} | made_of
-    checkpoints.save_progress(path, {}, progress, torch.device("cuda", 1))
-    checkpoints.restore_progress(path, {}, made_of, torch.device("cuda", 0))
+    first, second = (Checkpoint(run, {}, torch.device("cuda", number)) for number in (1, 0))
+    first.restore(made_of)
+    first.save()
+    second.restore(made_of)
     assert touched == [("get", torch.device("cuda", 1)), ("set", torch.device("cuda", 0), 1)]
     with pytest.raises(ValueError) as error:
-        checkpoints.restore_progress(path, {}, made_of | {"computed": "cpu in fp32"}, torch.device("cpu"))
+        second.restore(made_of | {"computed": "cpu in fp32"})
     assert str(error.value) == (
-        "resume: 'run' was trained on cuda in bf16, and here it would go on on cpu in fp32; pass the device and the "
+        "resume: 'run' was trained on cuda in bf16, and here it would continue on cpu in fp32; pass the device and the "
         "precision that it was trained with, on a machine that has them, or start another run_name with resume False"
     )
 
 
-def test_another_precision_is_refused(samples, whole):
+@pytest.fixture
+def begun(samples, monkeypatch, often):
+    """The folder of a run that was interrupted in its second epoch."""
+    interrupt(samples, "begun", monkeypatch, 4)
+    return runs_folder() / "begun"
+
+
+def test_another_precision_is_refused(samples, begun):
     """What `auto` means on another machine: the parameters are the same."""
     with pytest.raises(
         ValueError,
-        match="resume: 'whole' was trained on cpu in fp32, and here it would go on on cpu in bf16; pass the device and",
+        match="resume: 'begun' was trained on cpu in fp32, and here it would continue on cpu in bf16; pass the device and",
     ):
-        fit_run(runs_folder() / "whole", PARAMETERS | {"precision": "bf16"}, samples[:13], samples[13:])
+        fit_run(begun, PARAMETERS | {"precision": "bf16"}, samples[:13], samples[13:])
 
 
 def changed(array, position):
@@ -195,18 +206,17 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_changed_data_are_refused_and_the_first_image_is_named(samples, whole, case):
+def test_changed_data_are_refused_and_the_first_image_is_named(samples, begun, case):
     change, position, how = CHANGES[case]
-    run = runs_folder() / "whole"
-    before = (run / "last.pt").read_bytes()
+    before = (begun / "last.pt").read_bytes()
     name = f"{'valid' if case == 'label' else 'train'}/{samples.names[position]}"
     with pytest.raises(ValueError) as error:
-        train("whole", change(samples), resume=True)
+        train("begun", change(samples), resume=True)
     assert str(error.value) == (
-        f"resume: the data of 'whole' changed since it was started: 1 images, the first is '{name}', "
+        f"resume: the data of 'begun' changed since it was started: 1 images, the first is '{name}', "
         f"which {how}; put the data back, or start another run_name with resume False"
     )
-    assert (run / "last.pt").read_bytes() == before
+    assert (begun / "last.pt").read_bytes() == before
 
 
 def test_new_data_are_refused(samples, monkeypatch, often):
@@ -218,20 +228,20 @@ def test_new_data_are_refused(samples, monkeypatch, often):
         train("grown", samples, resume=True)
 
 
-def test_an_image_that_moved_to_the_other_split_is_refused(samples, whole):
+def test_an_image_that_moved_to_the_other_split_is_refused(samples, begun):
     """As when the list of the images that validate is edited: the images are the same, the splits are not."""
     with pytest.raises(
         ValueError, match=f"2 images, the first is 'train/{samples.names[12]}', which is missing now"
     ):
-        train("whole", samples, resume=True, held_out=4)
+        train("begun", samples, resume=True, held_out=4)
 
 
 @pytest.mark.parametrize("damage", ["cut", "older layout"])
-def test_unusable_last_checkpoint(samples, whole, monkeypatch, often, damage):
-    interrupt(samples, "unusable", monkeypatch, 0)
+def test_unusable_last_checkpoint(samples, monkeypatch, often, damage):
+    interrupt(samples, "unusable", monkeypatch, 4)
     path = runs_folder() / "unusable" / "last.pt"
     if damage == "cut":
-        path.write_bytes((runs_folder() / "whole" / "last.pt").read_bytes()[:-1000])
+        path.write_bytes(path.read_bytes()[:-1000])
     else:
         torch.save({"epoch": 3, "model": {}}, path)
     problem = (
@@ -245,16 +255,16 @@ def test_unusable_last_checkpoint(samples, whole, monkeypatch, often, damage):
 
 def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(samples, whole, monkeypatch, often):
     """No file may become as large as last.pt from the second epoch on: torch meets a real error of the system."""
-    run, real = runs_folder() / "full", training.save_progress
+    run, real = runs_folder() / "full", checkpoints.save_checkpoint
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     saves = iter(range(1, 99))
 
-    def save(path, *arguments):
+    def save(state, path):
         if next(saves) == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, unlimited[1]))
-        real(path, *arguments)
+        real(state, path)
 
-    monkeypatch.setattr(training, "save_progress", save)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
     try:
         with pytest.raises(
             OSError, match=r"full/last.pt: could not be written .*an earlier file of that name is intact"

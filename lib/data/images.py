@@ -8,7 +8,7 @@ import numpy as np
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.description import Description
 from lib.data.samples import DataError, Split
-from lib.data.sanity import SAMPLED, guess_unit, look_at_depth
+from lib.data.sanity import choose_evenly, guess_units, look_at_depth
 from lib.data.synthetic import open_synthetic
 
 
@@ -38,12 +38,12 @@ def open_images(
             f"{missing[0]}.png, named like the image"
         )
     if depths and depth_unit_mm is None:
-        sample = [partners[name] for name in files][:: -(-len(files) // SAMPLED)]
-        found, unit = guess_unit(
-            np.array([look_at_depth(path, Description(path.parent))[0] for path in sample])
-        )
-        if unit:
-            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
+        sample = choose_evenly([partners[name] for name in files])
+        medians = [look_at_depth(path, Description(root=path.parent))[0] for path in sample]
+        found, units = guess_units(np.array(medians))
+        if found:
+            options = [f"{unit} for {name}" for unit, name in units.items()] + ["1 if these are mm"]
+            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {' or '.join(options)}")
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ import pandas as pd
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
 from lib.data.description import FILE, Description, read_description
-from lib.data.samples import DataError, Split, resize_image, resize_nearest
+from lib.data.samples import DataError, MissingSplit, Split, resize_image, resize_nearest
 from lib.data.sanity import check_files
 from lib.data.validation import number_runs
 from lib.progress import progress_bar
@@ -111,7 +111,7 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
     """The images of a split by name."""
     root = description.root
     if split not in description.splits:
-        raise DataError(
+        raise MissingSplit(
             f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in {root / FILE}"
         )
     found = _match(description, split, "image")
@@ -151,9 +151,8 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     if not top.is_dir():
         if (kind, split) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
             return None
-        raise DataError(
-            f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}"
-        )
+        error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
+        raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
     whole = pattern.lower().endswith(SUFFIXES[kind])
     wanted = _compile(pattern)
     paths, others = {}, Counter()

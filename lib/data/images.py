@@ -7,6 +7,7 @@ import numpy as np
 
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.description import Description
+from lib.data.folder import compose, is_hidden
 from lib.data.samples import DataError, Split
 from lib.data.sanity import choose_evenly, guess_units, look_at_depth
 from lib.data.synthetic import open_synthetic
@@ -56,15 +57,15 @@ def open_images(
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
     root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
-    for path in [root] if root.is_file() else sorted(root.glob("*")):
+    there = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+    for path in [root] if root.is_file() else there:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(
                 f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
             )
-        if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
-            raise DataError(
-                f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one"
-            )
+        name = compose(path.stem)
+        if path.suffix.lower() in suffixes and files.setdefault(name, path) != path:
+            raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:
         raise ValueError(
             f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"

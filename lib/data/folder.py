@@ -60,6 +60,8 @@ def open_folder(root: Path, split: str) -> Split:
         return _read_files([files[name] for name in names[positions]], size, description)
 
     known = {"depth_range_m": tuple(description.depth_range_m), "validation": validation}
+    if not description.colours:
+        known["label_values"] = tuple(description.by_value)
     return Split(names, description.class_names, read, scene, **known)
 
 

@@ -1,15 +1,12 @@
 from dataclasses import replace
 from itertools import combinations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from matplotlib.legend import Legend
-from matplotlib.text import Text
 
+from figures import SETS, class_names, draw, relabel
 from lib.classes import NYUV2_13, NYUV2_40
 from lib.notebooks.plots import (
     CLASS_COLOURS,
@@ -26,58 +23,26 @@ from lib.notebooks.plots import (
     shorten,
 )
 
-SETS = (2, 13, 40, 60)
 WALL = NYUV2_13.index("wall")
 # Machado et al. 2009, severity 1, on linear RGB
 SIGHT = {
     "normal": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
 }
 LINEAR_TO_XYZ = [
     [0.4124564, 0.3575761, 0.1804375],
     [0.2126729, 0.7151522, 0.0721750],
     [0.0193339, 0.1191920, 0.9503041],
 ]
-
-
-def names_of(count):
-    """NYUv2's 13 or 40 classes; of other sets, names that are too long."""
-    known = {13: NYUV2_13, 40: NYUV2_40}
-    return known.get(count) or tuple(
-        f"{index:02d}, a name of a class as nobody would write it by hand" for index in range(count)
-    )
-
-
-def relabel(samples, count):
-    """The same samples with so many classes, nearly all of which are there."""
-    label = samples.label.astype(int)
-    column = np.arange(label.shape[2]) * -(-count // 13) // label.shape[2]
-    label = np.where(label == 255, 255, (label + 13 * column) % count)
-    return replace(samples, label=label.astype(np.uint8), classes=names_of(count))
-
-
-def draw(figure):
-    """The texts of a figure, all of which must lie inside it, legends too."""
-    FigureCanvasAgg(figure).draw()  # the canvas of a bare figure draws nothing
-    assert not plt.get_fignums()  # nothing that a notebook would show a second time
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-    beyond = [label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in _labels_beyond(axis)]
-    for artist in {*texts, *figure.findobj(Legend)} - {*beyond}:
-        box = artist.get_window_extent()
-        assert box.x0 >= -1, artist
-        assert box.y0 >= -1, artist
-        assert box.x1 <= figure.bbox.x1 + 1, artist
-        assert box.y1 <= figure.bbox.y1 + 1, artist
-    return [text.get_text() for text in texts]
-
-
-def _labels_beyond(axis):
-    """Of ticks outside the limits, which are not drawn."""
-    low, high = sorted(axis.get_view_interval())
-    for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
-        if not low <= tick.get_loc() <= high:
-            yield from (tick.label1, tick.label2)
 
 
 def to_lab(colours, matrix):
@@ -105,7 +70,11 @@ def ciede2000(first, second):
     d_light = (l2 - l1) / (1 + 0.015 * (light - 50) ** 2 / np.sqrt(20 + (light - 50) ** 2))
     d_chroma = (c2 - c1) / (1 + 0.045 * chroma)
     d_hue = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn) / 2) / (1 + 0.015 * chroma * t)
-    turned = 2 * np.sqrt(chroma**7 / (chroma**7 + 25**7)) * np.sin(np.radians(60 * np.exp(-(((hue - 275) / 25) ** 2))))
+    turned = (
+        2
+        * np.sqrt(chroma**7 / (chroma**7 + 25**7))
+        * np.sin(np.radians(60 * np.exp(-(((hue - 275) / 25) ** 2))))
+    )
     return np.sqrt(d_light**2 + d_chroma**2 + d_hue**2 - turned * d_chroma * d_hue)
 
 
@@ -133,7 +102,7 @@ def test_classes_are_told_apart(sight):
 def test_a_class_has_one_colour_in_every_set():
     assert tuple(CLASS_COLOURS) == NYUV2_13
     assert class_colours(NYUV2_40)["bed"] == class_colours(("sky", "bed"))["bed"] == CLASS_COLOURS["bed"]
-    for classes in (NYUV2_40, names_of(60)):
+    for classes in (NYUV2_40, class_names(60)):
         colours = class_colours(classes)
         assert colours == class_colours(classes)
         places = to_lab([to_rgb(colours[name]) for name in classes], np.eye(3))
@@ -143,7 +112,9 @@ def test_a_class_has_one_colour_in_every_set():
 def test_unlabelled_is_hatched():
     label = np.array([[0, 12], [255, 255]], np.uint8).repeat(20, 0).repeat(60, 1)
     coloured = colour_labels(label, NYUV2_13)
-    np.testing.assert_allclose(coloured[0, [0, -1]], [to_rgb(CLASS_COLOURS["bed"]), to_rgb(CLASS_COLOURS["window"])])
+    np.testing.assert_allclose(
+        coloured[0, [0, -1]], [to_rgb(CLASS_COLOURS["bed"]), to_rgb(CLASS_COLOURS["window"])]
+    )
     greys = np.unique(coloured[20:])
     assert len(greys) == 2
     assert np.mean(coloured[20:] == greys[0]) == pytest.approx(0.5, abs=0.05)
@@ -155,14 +126,16 @@ def test_opacity_mixes_colour_and_picture():
     np.testing.assert_allclose(mixed[0, 0], 0.25 * np.array(to_rgb(CLASS_COLOURS["wall"])) + 0.75 * 100 / 255)
 
 
-def test_wrong_pixels_have_the_colour_they_were_given(scenes):
+def test_wrong_pixels_have_the_colour_of_the_predicted_class(scenes):
     label = scenes.label[0]
     wrong = np.where(label == WALL, 0, label)
     shown = colour_errors(scenes.image[0], label, wrong, NYUV2_13)
-    np.testing.assert_allclose(shown[label == WALL], np.tile(to_rgb(CLASS_COLOURS["bed"]), ((label == WALL).sum(), 1)))
-    right = shown[label != WALL]
-    assert FADED[0] <= right.min() <= right.max() <= FADED[1]
-    assert (np.ptp(right, axis=1) == 0).all()
+    np.testing.assert_allclose(
+        shown[label == WALL], np.tile(to_rgb(CLASS_COLOURS["bed"]), ((label == WALL).sum(), 1))
+    )
+    correct = shown[label != WALL]
+    assert FADED[0] <= correct.min() <= correct.max() <= FADED[1]
+    assert (np.ptp(correct, axis=1) == 0).all()
 
 
 @pytest.mark.parametrize("count", SETS)
@@ -171,7 +144,9 @@ def test_predictions_have_room_for_any_class_set(scenes, count):
     wrong = np.where(samples.label == 0, 1, samples.label % count)
     titles = ["one", "two", "the longest name of an image that somebody ever gave, 0.57"]
     texts = draw(plot_predictions(samples, wrong, titles, errors=True))
-    assert {"RGB", "depth (m)", "truth", "prediction", "errors", "one", "two", "unlabelled"} <= set(texts)
+    assert {"RGB", "depth (m)", "ground truth", "prediction", "errors", "one", "two", "unlabelled"} <= set(
+        texts
+    )
     assert shorten(samples.classes[1]) in texts
 
 
@@ -186,7 +161,7 @@ def test_predictions_of_different_sizes_and_without_depth_or_truth(scenes):
     draw(figure)
     texts = draw(plot_predictions(replace(small, depth=None, label=None), small.label % 13))
     assert {"RGB", "prediction"} <= set(texts)
-    assert not {"truth", "depth (m)", "unlabelled"} & set(texts)
+    assert not {"ground truth", "depth (m)", "unlabelled"} & set(texts)
 
 
 def test_columns_that_are_not_there_are_left_out():
@@ -203,7 +178,11 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
     texts = draw(figure)
     assert "Best validation mIoU: 0.400 at epoch 2" in texts
     assert "Loss: cross entropy + 0.5 soft IoU + 0.1 depth L1" in texts
-    assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == ["cross entropy", "soft IoU", "depth L1"]
+    assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == [
+        "cross entropy",
+        "soft IoU",
+        "depth L1",
+    ]
     assert list(figure.axes[3].lines[0].get_ydata()) == [5, 2, 1]
     for axes in figure.axes:
         assert axes.get_xlim()[1] > 10
@@ -213,27 +192,35 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
 
 @pytest.mark.parametrize("count", SETS)
 def test_bars_show_values_and_absent_classes(count):
-    table = pd.DataFrame({"IoU": np.linspace(0, 0.96, count)}, names_of(count))
+    table = pd.DataFrame({"IoU": np.linspace(0, 0.96, count)}, class_names(count))
     table.iloc[0] = np.nan
     texts = draw(plot_class_iou(table, "IoU by class of trial", 0.5))
     assert {"IoU by class of trial", "0.96", "none seen", "mIoU 0.500"} <= set(texts)
-    assert {shorten(name) for name in names_of(count)} <= set(texts)
+    assert {shorten(name) for name in class_names(count)} <= set(texts)
 
 
 @pytest.mark.parametrize("count", SETS)
 def test_bars_with_intervals_stand_beside_what_guessing_gives(count):
     """A class of half of the pixels, guessed as often: a quarter of them is hit, of three quarters."""
-    table = pd.DataFrame({"IoU": 0.4, "low": 0.3, "high": 0.5, "images": 12.0, "support": 0.5}, names_of(count))
+    table = pd.DataFrame(
+        {"IoU": 0.4, "low": 0.3, "high": 0.5, "images": 12.0, "support": 0.5}, class_names(count)
+    )
     figure = plot_class_iou(table, "a title " * 20, 0.4)
-    assert f"{shorten(names_of(count)[0], 20)} (12)" in draw(figure)
+    assert f"{shorten(class_names(count)[0], 20)} (12)" in draw(figure)
     np.testing.assert_allclose(figure.axes[0].lines[1].get_xdata(), 0.25 / 0.75)
 
 
 def test_equal_classes_keep_their_order():
     figure = plot_class_iou(pd.DataFrame({"IoU": [0.5, 0.7, 0.5]}, ["bed", "books", "sofa"]), "", 0.5)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["sofa", "bed", "books"]  # from below
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "sofa",
+        "bed",
+        "books",
+    ]  # from below
 
 
 def test_curves():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
-    assert {"a", "b"} <= set(draw(plot_curves({"a": [history, history], "b": [history], "joined": []}, "curves")))
+    assert {"a", "b"} <= set(
+        draw(plot_curves({"a": [history, history], "b": [history], "pooled": []}, "curves"))
+    )

@@ -1,6 +1,7 @@
 """One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,6 +26,9 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
+SCORES_BYTES = 2**30  # of class scores at the size of the images that are in memory at a time
+COPIES = 4  # of them, while views are averaged
+BATCH_PIXELS = 2**24  # of the images of a batch: one photograph of 12 megapixels, 54 images of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
 
@@ -81,8 +85,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a network on samples at their own size.
 
-    Its inputs shrink to the size it works at, and class scores grow back before the decision. One batch
-    of scores is in memory at a time.
+    Its inputs shrink to the size it works at, and class scores grow back before the decision, at most 1 GiB of them at
+    a time.
 
     Args:
         model: from `build_model` or `load_model`.
@@ -115,15 +119,14 @@ def predict(
     model.eval()
     for piece in [samples] if isinstance(samples, Samples) else samples:
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")
+        if loss is None:  # the mean of which is over batches of this size
+            batch_size = max(1, min(batch_size, BATCH_PIXELS // math.prod(piece.size)))
         for start in range(0, len(piece), batch_size):
             batch = piece[start : start + batch_size]
             check_depth(model.config, batch)
-            scores, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
-            how_sure = None
-            if confidence:
-                shares = scores.softmax(1) if tta == "none" else scores / len(VIEWS[tta])
-                how_sure = shares.amax(1).cpu().numpy()
-            yield Predicted(batch, decide(scores).byte().cpu().numpy(), how_sure, depth_m, losses)
+            views, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
+            labels, how_sure = _decide(views, batch.size, confidence)
+            yield Predicted(batch, labels, how_sure, depth_m, losses)
 
 
 def decide(scores: torch.Tensor) -> torch.Tensor:
@@ -133,21 +136,44 @@ def decide(scores: torch.Tensor) -> torch.Tensor:
 
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
-) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor | None]:
-    """Logits `(B, C, H, W)` at the batch's size, of several views summed probabilities; the first's depth and loss."""
-    config, device, total, first = model.config, next(model.parameters()).device, 0, None
+) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
+    """Logits `(B, C, H, W)` of each view at the size it was seen at; depth at the batch's size and loss of the first."""
+    config, device = model.config, next(model.parameters()).device
+    logits, depth_m, losses = [], None, None
     for flipped, view in _looks(batch, views, config.size):
         with torch.inference_mode(), autocast(device, precision):
             encoded = encode_batch(plain_batch(view), config, device)
             prediction = model(encoded.inputs)
         with torch.inference_mode():
-            grown = _grow(prediction.logits.flip(-1) if flipped else prediction.logits, batch.size)
+            if not logits and prediction.depth is not None:
+                linear = _upsample(prediction.depth.float(), batch.size)[:, 0]
+                depth_m = decode_depth(linear, config.depth_range_m).cpu().numpy()
+            if not logits and loss is not None:
+                losses = torch.stack(loss(prediction, encoded))
+            logits.append((prediction.logits.flip(-1) if flipped else prediction.logits).float())
+    return logits, depth_m, losses
+
+
+@torch.inference_mode()
+def _decide(
+    views: list[torch.Tensor], size: tuple[int, int], confidence: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The most likely class `(B, H, W)` and, if wanted, its probability: scores at full size exist for few rows at a time."""
+    count, classes = views[0].shape[:2]
+    labels = np.empty((count, *size), np.uint8)
+    sure = np.empty((count, *size), np.float32) if confidence else None
+    step = max(1, SCORES_BYTES // (COPIES * 4 * count * classes * size[1]))
+    for start in range(0, size[0], step):
+        rows = slice(start, min(start + step, size[0]))
+        total = 0
+        for logits in views:
+            grown = _upsample(logits, size, rows)
             total = total + (grown.softmax(1) if len(views) > 1 else grown)
-            if first is None:
-                linear = None if prediction.depth is None else _grow(prediction.depth, batch.size)[:, 0]
-                depth_m = None if linear is None else decode_depth(linear, config.depth_range_m).cpu().numpy()
-                first = depth_m, None if loss is None else torch.stack(loss(prediction, encoded))
-    return total, *first
+        labels[:, rows] = decide(total).byte().cpu().numpy()
+        if sure is not None:
+            shares = total / len(views) if len(views) > 1 else total.softmax(1)
+            sure[:, rows] = shares.amax(1).cpu().numpy()
+    return labels, sure
 
 
 def _looks(
@@ -165,9 +191,18 @@ def _looks(
             )
 
 
-def _grow(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Of the network's size to that of the samples, in float32."""
-    return scores.float() if scores.shape[2:] == size else interpolate(scores.float(), size, mode="bilinear")
+def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = None) -> torch.Tensor:
+    """Rows of `interpolate(scores, size, mode="bilinear")`, or all of them."""
+    if rows is None or rows == slice(0, size[0]):
+        return scores if scores.shape[2:] == size else interpolate(scores, size, mode="bilinear")
+    height = scores.shape[2]
+    place = (torch.arange(rows.start, rows.stop, device=scores.device) + 0.5) * (height / size[0]) - 0.5
+    place = place.clamp(0, height - 1)
+    above = place.long()
+    below = (above + 1).clamp(max=height - 1)
+    share = (place - above)[:, None]
+    blended = scores[:, :, above] * (1 - share) + scores[:, :, below] * share
+    return interpolate(blended, (len(place), size[1]), mode="bilinear")
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:

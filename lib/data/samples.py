@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that can't be used as it is; the message names the file and the remedy."""
 
 
+class MissingSplit(DataError):
+    """A split that a data set does not have."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """RGB-D images as arrays with one common index.
@@ -87,6 +91,7 @@ class Split:
     Attributes:
         names, classes, scene, depth_range_m, loaded_with: as in `Samples`.
         split: `train`, `valid` or `test`.
+        label_values: the value of each class in the data set's own label files; None where these are its indices.
         read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch of
             images of one size.
         size: (height, width) to resize to; None keeps the native size.
@@ -106,6 +111,7 @@ class Split:
     validation: str = "none"
     data: str = ""
     split: str = "test"
+    label_values: tuple[int, ...] | None = None
     loaded_with: dict | None = None
 
     def __len__(self) -> int:

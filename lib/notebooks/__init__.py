@@ -1,12 +1,36 @@
 """What only notebooks need, a module for each notebook, named as it is."""
 
 import io
+from typing import TYPE_CHECKING
 
+import IPython.display
 from IPython import get_ipython
 from IPython.display import display
 from tqdm import tqdm
 
+from lib.files import escape_html
 from lib.progress import terminal_bar, use_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pandas.io.formats.style import Styler
+
+
+class Markdown(IPython.display.Markdown):
+    """Markdown without HTML: whatever names are in the text, they are shown and never run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(escape_html(text))
+
+
+def style(table: "pd.DataFrame") -> "Styler":
+    """A table to be formatted whose names are shown as they are: pandas escapes none of a `Styler`."""
+    escaped = table.map(_escape_name).rename(index=_escape_name, columns=_escape_name)
+    return escaped.style
+
+
+def _escape_name(value: object) -> object:
+    return escape_html(value) if isinstance(value, str) else value
 
 
 class _Bar(tqdm):

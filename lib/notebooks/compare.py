@@ -8,7 +8,7 @@ from pandas.io.formats.style import Styler
 
 from lib.files import ROOT
 from lib.metrics import iou, pixel_accuracy
-from lib.notebooks import plots
+from lib.notebooks import plots, style
 from lib.runs.results import ScoredRun
 from lib.significance import SceneComparison, score_interval
 
@@ -28,7 +28,7 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
 def show_scores(table: pd.DataFrame) -> Styler:
     """The table of `score_table` for a notebook: three digits, names of runs on one line."""
     one_line = {"selector": "th", "props": "white-space: nowrap"}
-    return table.style.format("{:.3f}", subset=table.columns.drop("seed")).set_table_styles([one_line])
+    return style(table).format("{:.3f}", subset=table.columns.drop("seed")).set_table_styles([one_line])
 
 
 def read_published(table: str, experiments: str) -> pd.DataFrame:

@@ -98,7 +98,7 @@ def _draw_row(sample: Samples, a: np.ndarray, b: np.ndarray) -> dict[str, np.nda
 
 def _read_images(run: ScoredRun, chosen: np.ndarray) -> list[Samples]:
     """The images at these positions of the run, one by one."""
-    pieces = iterate_split(run.parameters, run.split, run.data)
+    pieces = iterate_split(run.parameters, run.split, run.data, run=run.folder)
     position = {name: at for at, name in enumerate(pieces.names.tolist())}
     missing = [name for name in run.names[chosen].tolist() if name not in position]
     if missing:

@@ -23,7 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 from lib.files import ROOT, wait_for_run
 from lib.model import is_file
 from lib.options import check_choice, check_options, explain_unknown
-from lib.runs import PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
+from lib.runs import LONGEST_NAME, PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
 from lib.runs.results import (
     NOTEBOOKS,
     RUNS_FILE,
@@ -33,7 +33,7 @@ from lib.runs.results import (
     read_scored,
     write_results,
 )
-from lib.runs.scoring import iterate_split, score_run
+from lib.runs.scoring import check_labelled, iterate_split, score_run
 
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
 LOST_MACHINES = 10  # how often a run is started elsewhere
@@ -105,7 +105,9 @@ def _name(prefix: str, varied: dict, parameters: dict) -> str:
     digest = hashlib.sha256(json.dumps(identity(parameters)).encode()).hexdigest()[:6]
     varied = varied | {name: Path(str(varied[name])).name for name in PLACES if name in varied}
     shown = "".join(f"-{name}={str(value).replace('/', '_')}" for name, value in varied.items())
-    return f"{prefix}{shown}-seed={parameters['seed']}-{digest}"
+    end = f"-seed={parameters['seed']}-{digest}"
+    start = os.fsencode(prefix + shown)[: LONGEST_NAME - len(os.fsencode(end))].decode(errors="ignore")
+    return start + end
 
 
 def execute_run(parameters: dict, split: str) -> None:
@@ -127,7 +129,7 @@ def execute_run(parameters: dict, split: str) -> None:
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     if split not in run_state(run).evaluated:
-        pieces = iterate_split(read_parameters(run), split, parameters["data"])
+        pieces = iterate_split(read_parameters(run), split, parameters["data"], run=run)
         score_run(run, split, pieces, "none", parameters["device"])
 
 
@@ -205,6 +207,8 @@ def sweep(
     check_options(split=split)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
     finished, errors, tasks = Finished(runs, split, results), {}, {}
+    for parameters in {planned["data"]: planned for planned in runs.values()}.values():
+        check_labelled(parameters, split)
     with _connected(cluster):
         gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
         workers = max((parameters["num_workers"] for parameters in runs.values()), default=0)

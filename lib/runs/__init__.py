@@ -26,6 +26,9 @@ WEIGHTS = ("encoder_weights", "init_from")  # files of weights, known by a diges
 PLACES = ("data", *WEIGHTS)  # paths, which may differ from machine to machine
 
 
+LONGEST_NAME = 200  # bytes of a run's name: disks take 255 with what is put before and behind it
+
+
 def runs_folder() -> Path:
     """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
     named = os.environ.get("RUNS_DIR")
@@ -56,14 +59,18 @@ def open_run(
     run_name = parameters["run_name"]
     if (
         not run_name
+        or len(os.fsencode(run_name)) > LONGEST_NAME
         or run_name in ("older", "notebooks")
         or set(run_name) & set('/\\:*?"<>|')
         or run_name[0] == "."
     ):
-        raise ValueError(f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061'")
+        raise ValueError(
+            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most {LONGEST_NAME} bytes"
+        )
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
     saved |= weights_digests(parameters)
+    samples = tuple(samples)
     for loaded in samples:
         for name, value in (loaded.loaded_with or {}).items():
             if name in saved and saved[name] != value:
@@ -82,7 +89,21 @@ def open_run(
             state.trained or (run / "last.pt").exists()
         ):  # nothing has been computed with other parameters
             write_json(saved | _record(), run / "parameters.json")
+            _write_images(run, samples)
         yield run
+
+
+def _write_images(run: Path, samples: tuple[Samples, ...]) -> None:
+    """Which images train and validate, for the day when the data set has others."""
+    if len(samples) == 2 and samples[0].loaded_with is not None:
+        train, valid = (one.names.tolist() for one in samples)
+        validation = samples[0].loaded_with["chosen_validation"]
+        write_json({"validation": validation, "train": train, "valid": valid}, run / "images.json")
+
+
+def read_images(run: Path) -> dict:
+    """How validation images were chosen, and names of the images by split; empty where the run did not record them."""
+    return read_json(run / "images.json") if (run / "images.json").exists() else {}
 
 
 def _record() -> dict[str, object]:

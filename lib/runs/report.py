@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.files import read_json, write_text
+from lib.files import escape_html, read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
@@ -15,13 +15,13 @@ def write_report(run: Path) -> Path:
     """`report.md`: configuration, then results and progression of training, then evaluations, as far as there are."""
     sections = [
         f"# {run.name}",
-        "## Configuration\n\n" + pd.Series(read_parameters(run), name="value").to_markdown(),
+        "## Configuration\n\n" + _table(pd.DataFrame({"value": read_parameters(run)}), "g"),
     ]
     if (run / "scores.json").exists():
         scores = read_scores(run)
         sections += [
             summarise(run),
-            "## Results summary\n\n" + pd.Series(_summary(scores), name="validation").to_markdown(),
+            "## Results summary\n\n" + _table(pd.DataFrame({"validation": _summary(scores)}), "g"),
             "## Training progression\n\n" + _progression(read_history(run), scores["best_epoch"]),
         ]
         if "class_iou" in scores:
@@ -30,7 +30,7 @@ def write_report(run: Path) -> Path:
             )
     evaluated = sorted((run / "evaluation").glob("*.json"))
     sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
-    write_text("\n\n".join(sections) + "\n", run / "report.md")
+    write_text(escape_html("\n\n".join(sections)) + "\n", run / "report.md")
     return run / "report.md"
 
 
@@ -45,10 +45,17 @@ def summarise(run: Path) -> str:
     best, least = (", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in ends)
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
     return (
-        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** over "
-        f"{scores['averaged_classes']} classes, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
+        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
+        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
         f"Learned best: {best}. Learned least: {least}."
     )
+
+
+def describe_classes(iou: pd.Series) -> str:
+    """Over which classes an mIoU is taken, and which have no pixel, from the IoU by class."""
+    absent = iou.index[iou.isna()].tolist()
+    missing = f" ({', '.join(absent)} {'has' if len(absent) == 1 else 'have'} no pixel)" if absent else ""
+    return f"over {iou.notna().sum()} of {len(iou)} classes{missing}"
 
 
 def _summary(scores: dict) -> dict[str, str]:
@@ -71,7 +78,14 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
 
 def _table(scores: pd.DataFrame, form: str) -> str:
     """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
-    return scores.astype(object).where(scores.notna(), None).to_markdown(floatfmt=form, missingval="-")
+    cells = scores.astype(object).where(scores.notna(), None)
+    cells = cells.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
+    return cells.to_markdown(floatfmt=form, missingval="-")
+
+
+def _escape_cell(value: object) -> object:
+    """A name with a bar or a line break would begin another cell or row."""
+    return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
 
 
 def _evaluation_section(split: str, scores: dict) -> str:

@@ -28,7 +28,17 @@ from lib.runs.scoring import masks_folder, read_masks
 NOTEBOOKS = ROOT / "notebooks"
 EXAMPLE = NOTEBOOKS / "studies" / "example"
 RUNS_FILE, COUNTS_FILE = "runs.jsonl", "counts.npz"
-NO_RECIPE = {*MAY_CHANGE, *RECORDED, "run_name", "resume", "device", "seed", "fold", "predictions"}
+NO_RECIPE = {
+    *MAY_CHANGE,
+    *RECORDED,
+    "run_name",
+    "resume",
+    "device",
+    "seed",
+    "fold",
+    "predictions",
+    "mask_values",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,10 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         ValueError: it is not scored on that split.
     """
     path = run / "evaluation" / f"{split}.npz"
+    if path.with_suffix(".json").exists() and not read_json(path.with_suffix(".json"))["labelled"]:
+        raise ValueError(
+            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs on split valid"
+        )
     if not (path.exists() and path.with_suffix(".json").exists()):  # which is written last
         raise ValueError(
             f"runs: {run.name!r} is not evaluated on split {split!r}; run "
@@ -307,7 +321,8 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         baseline: name of a run, or of a recipe; None takes the first.
 
     Raises:
-        ValueError: runs that can't be compared, or no such baseline.
+        ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no such
+            baseline.
     """
     by_recipe: dict[tuple, list[ScoredRun]] = {}
     for run in _pool_folds(runs):
@@ -316,12 +331,27 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     for members in named.values():
         for run in members:
             _check_comparable(next(iter(named.values()))[0], run)
+    _check_distinct(runs)
     if baseline is None:
         return named
     first = [name for name, members in named.items() if baseline in (name, *(run.name for run in members))]
     if not first:
         raise ValueError(f"baseline: found {baseline!r}, there are: {', '.join(named)}")
     return {name: named[name] for name in dict.fromkeys((first[0], *named))}
+
+
+def _check_distinct(runs: list[ScoredRun]) -> None:
+    """A seed counts once, however often it was trained or named: another run of it is no other draw."""
+    seen: dict[tuple, ScoredRun] = {}
+    for run in runs:
+        seed, fold = run.parameters.get("seed"), run.parameters.get("fold")
+        other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
+        if other is not run:
+            raise ValueError(
+                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, and a seed "
+                "counts once; name one of them, or train or score the other with another seed (or, for external "
+                "predictions, under another recipe)"
+            )
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:

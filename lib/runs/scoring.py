@@ -1,21 +1,26 @@
 """Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its folder."""
 
+import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lib.data import DataError, Split, iterate_samples
+from lib.classes import IGNORE_INDEX
+from lib.data import DataError, Samples, Split, iterate_samples
 from lib.data.decoding import decode_label
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
 from lib.files import hold_run, write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
+from lib.options import check_choice
 from lib.progress import progress_bar
-from lib.runs import find_run, open_run, read_parameters, write_counts
+from lib.runs import find_run, open_run, read_images, read_parameters, write_counts
 from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
@@ -26,6 +31,7 @@ READ_WITH = (
     "classes",
     "fold",
 )  # parameters that say which images a split holds
+MASK_VALUES = ("indices", "labels")  # what the values of external masks are
 
 
 def find_scored(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
@@ -47,12 +53,16 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
         raise ValueError(
             "data: found None, expected the data set whose images were predicted, such as a folder's path"
         )
-    kept = ("run_name", "recipe", "seed", "predictions", *READ_WITH)
+    parameters = {"mask_values": "indices"} | parameters
+    check_choice("mask_values", parameters["mask_values"], MASK_VALUES)
+    kept = ("run_name", "recipe", "seed", "predictions", "mask_values", *READ_WITH)
     with open_run({name: parameters[name] for name in kept}) as folder:
         return folder
 
 
-def iterate_split(parameters: dict, split: str, data: str | None = None, batch_size: int = 8) -> Split:
+def iterate_split(
+    parameters: dict, split: str, data: str | None = None, batch_size: int = 8, run: Path | None = None
+) -> Split:
     """The images of a split at their own size, selected as the parameters of a run say.
 
     Args:
@@ -60,13 +70,65 @@ def iterate_split(parameters: dict, split: str, data: str | None = None, batch_s
         split: `train`, `valid` or `test`.
         data: another data set than the run's, of which only `test` is selected by nothing.
         batch_size: images of a piece, at most.
+        run: folder of the run; where it recorded which images it trained and validated on, these are taken, also if
+            the data set has others by now.
+
+    Raises:
+        DataError: the data lack images that the run was trained with.
     """
     selected = {name: value for name, value in parameters.items() if name in READ_WITH}
+    own = {} if run is None else read_images(run)
     if data is not None:
+        if Path(data).name != Path(selected["data"]).name:
+            own = {}
         selected["data"] = data
     if split == "test":
         selected.pop("limit", None)
+    if split in own:
+        return _select_own(run, split, selected, own, batch_size)
     return iterate_samples(selected.pop("data"), split, batch_size=batch_size, **selected)
+
+
+def _select_own(run: Path, split: str, selected: dict, own: dict, batch_size: int) -> Split:
+    """The images that a run was trained or validated on; says how many the data set has beside them."""
+    source, validation = selected["data"], own["validation"]
+    predefined = validation == "predefined"
+    pool = iterate_samples(
+        source,
+        split if predefined else "train",
+        validation if predefined else "none",
+        classes=selected.get("classes"),
+        batch_size=batch_size,
+    )
+    position = {name: at for at, name in enumerate(pool.names.tolist())}
+    missing = [name for name in own[split] if name not in position]
+    if missing:
+        raise DataError(
+            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run {run.name!r} are "
+            f"missing, the first is {missing[0]!r}; put them back, or train again"
+        )
+    new = position.keys() - {*own["train"], *own["valid"]}
+    if new and selected.get("limit") is None:
+        print(
+            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its own "
+            f"{len(own[split])} {split} images are taken."
+        )
+    chosen = np.array([position[name] for name in own[split]], int)
+    return replace(pool.select(chosen), split=split, validation=validation)
+
+
+def check_labelled(parameters: dict, split: str) -> None:
+    """Raise a ValueError where the labels of a split are held back, so that nothing could be scored on it."""
+    if not is_labelled(iterate_split(parameters, split)):
+        raise ValueError(
+            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't be scored "
+            "on it; use split valid, or data whose labels are there"
+        )
+
+
+def is_labelled(pieces: Iterable[Samples]) -> bool:
+    """Whether any pixel has a label; labels that are 255 everywhere are held back as if there were none."""
+    return any((piece.labels_or_ignored != IGNORE_INDEX).any() for piece in pieces)
 
 
 def score_run(
@@ -88,14 +150,13 @@ def score_run(
 
 def _score(run: Path, split: str, pieces: Split, tta: str, device: str) -> dict[str, object]:
     parameters = read_parameters(run)
-    labelled = next((piece.label is not None for piece in pieces), True)
-    (run / "evaluation" / f"{split}.json").unlink(
-        missing_ok=True
-    )  # until it is written again, nothing is scored
+    labelled = is_labelled(pieces)
+    _remove_evaluation(run, split)
     facts = {"data": pieces.data, "images": len(pieces), "labelled": labelled}
     facts |= {"validation": None if split == "test" else pieces.validation}
     if "predictions" in parameters:
-        passes = {"plain": read_external(Path(parameters["predictions"]).expanduser(), pieces)}
+        folder = Path(parameters["predictions"]).expanduser()
+        passes = {"plain": read_external(folder, pieces, parameters["mask_values"])}
     else:
         model = load_model(run / "best.pt", choose_device(device))
         facts |= {"tta": tta, "working_size": model.config.size}
@@ -111,9 +172,20 @@ def _score(run: Path, split: str, pieces: Split, tta: str, device: str) -> dict[
     if not labelled:
         masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
         if len({mask.shape for mask in masks}) == 1:
-            path = run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
-            write_atomically(path, lambda file: np.save(file, np.stack(masks)))
+            write_atomically(_submission(run, split), lambda file: np.save(file, np.stack(masks)))
     return write_evaluation(run, split, facts, counted if labelled else {})
+
+
+def _submission(run: Path, split: str) -> Path:
+    return run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
+
+
+def _remove_evaluation(run: Path, split: str) -> None:
+    """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is there."""
+    for suffix in (".json", ".npz"):
+        (run / "evaluation" / f"{split}{suffix}").unlink(missing_ok=True)
+    _submission(run, split).unlink(missing_ok=True)
+    shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
 def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
@@ -188,31 +260,74 @@ def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
 
 
-def read_external(folder: Path, pieces: Iterable) -> Iterator[Predicted]:
-    """Masks `FOLDER/NAME.png`, whoever made them, one for each image: indices in the order of the data's classes.
+def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> Iterator[Predicted]:
+    """Masks `FOLDER/NAME.png` of any model, one for each image.
+
+    Args:
+        folder: of the masks.
+        pieces: the images.
+        mask_values: `indices` of the classes in the order of the data, or `labels`: the values of the data's labels.
 
     Raises:
         DataError: a mask that is missing or damaged, of another size than its image, or with a value that is
-            no class.
+            no class; where the values mean classes only in the other reading, it says so.
     """
-    for piece in pieces:
-        labels = [
-            _read_mask(folder / f"{name}.png", piece.size, len(piece.classes))
-            for name in piece.names.tolist()
-        ]
-        yield Predicted(piece, np.stack(labels))
+    paths = {name: _find_mask(folder, name) for name in pieces.names.tolist()}
+    index_of = _check_values(paths.values(), pieces, mask_values)
+    return _read_masks(paths, pieces, index_of)
 
 
-def _read_mask(path: Path, size: tuple[int, int], class_count: int) -> np.ndarray:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; predictions need a PNG mask for every image, named like it")
-    mask = decode_label(path)
-    if mask.shape != size:
-        found, expected = ("x".join(map(str, shape)) for shape in (mask.shape, size))
-        raise DataError(f"{path}: found a mask of {found}, expected {expected}, the size of its image")
-    if mask.max() >= class_count:
-        raise DataError(
-            f"{path}: found the value {mask.max()}, expected class indices 0..{class_count - 1} for every pixel; an "
-            "unlabelled pixel is no prediction"
+def _find_mask(folder: Path, name: str) -> Path:
+    for form in ("NFC", "NFD"):  # a Mac may decompose names
+        path = folder / f"{unicodedata.normalize(form, name)}.png"
+        if path.exists():
+            return path
+    path = folder / f"{name}.png"
+    raise DataError(f"{path}: no such file; predictions need a PNG mask for every image, named like it")
+
+
+def _check_values(paths: Iterable[Path], pieces: Split, mask_values: str) -> dict[int, int]:
+    """The class index of each value of the masks, all of which are looked at before any is taken."""
+    count = len(pieces.classes)
+    labels = pieces.label_values or range(count)
+    readings = {
+        "indices": {index: index for index in range(count)},
+        "labels": {value: index for index, value in enumerate(labels)},
+    }
+    taken, other = readings[mask_values], "labels" if mask_values == "indices" else "indices"
+    first_with = {}
+    for path in paths:
+        for value in np.unique(decode_label(path)).tolist():
+            first_with.setdefault(value, path)
+    unknown = sorted(first_with.keys() - taken.keys())
+    fits_other = first_with.keys() <= readings[other].keys()
+    if unknown:
+        expected = (
+            f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {sorted(taken)}"
         )
-    return mask.astype(np.uint8)
+        hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
+        raise DataError(
+            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; an unlabelled "
+            f"pixel is no prediction{hint}"
+        )
+    if fits_other and any(readings[other][value] != taken[value] for value in first_with):
+        print(
+            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean other classes."
+        )
+    return taken
+
+
+def _read_masks(paths: dict[str, Path], pieces: Split, index_of: dict[int, int]) -> Iterator[Predicted]:
+    table = np.zeros(max(index_of) + 1, np.uint8)
+    table[list(index_of)] = list(index_of.values())
+    for piece in pieces:
+        masks = []
+        for name in piece.names.tolist():
+            mask = decode_label(paths[name])
+            if mask.shape != piece.size:
+                found, expected = ("x".join(map(str, shape)) for shape in (mask.shape, piece.size))
+                raise DataError(
+                    f"{paths[name]}: found a mask of {found}, expected {expected}, the size of its image"
+                )
+            masks.append(table[mask])
+        yield Predicted(piece, np.stack(masks))

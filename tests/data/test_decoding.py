@@ -161,8 +161,8 @@ def test_labels_of_few_bits_are_refused(tmp_path, bits):
     with pytest.raises(DataError) as error:
         decode_label(path)
     assert str(error.value) == (
-        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits that holds class values; map colours "
-        "to values, each its own class; Image.open(path).convert('L') gives the greys"
+        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits that holds class values; where "
+        "colours mean classes, list them under `colours` in dataset.yaml; Image.open(path).convert('L') gives the greys"
     )
 
 

@@ -15,20 +15,20 @@ def describe(root, text):
 
 def test_without_a_file_all_is_default(tmp_path):
     description = read_description(tmp_path)
-    assert (description.classes, description.values, description.ignore) == (
+    assert (description.class_names, list(description.by_value), description.unlabelled) == (
         NYUV2_13,
-        tuple(range(13)),
-        (255,),
+        list(range(13)),
+        [255],
     )
     assert (description.depth_unit_mm, description.depth_missing, description.depth_bits) == (
         1,
-        (0,),
+        [0],
         "plain",
     )
     assert (description.depth_range_m, description.scene, description.stated) == (
-        (0.71, 10.0),
+        [0.71, 10.0],
         None,
-        frozenset(),
+        set(),
     )
     assert dict(description.folders) == {"image": "image", "depth": "depth", "label": "label"}
     assert dict(description.splits) == {"train": "train", "test": "test"}
@@ -50,13 +50,13 @@ def test_every_key(tmp_path):
         scene: ^([^/]+)/
         """,
     )
-    assert description.classes == ("wall", "sofa", "bed")  # by value
-    assert description.values == (0, 7, 1000)
-    assert (description.ignore, description.depth_missing) == ((255, 65535), (0, 65535))
+    assert description.class_names == ("wall", "sofa", "bed")  # by value
+    assert list(description.by_value) == [0, 7, 1000]
+    assert (description.ignore, description.depth_missing) == ([255, 65535], [0, 65535])
     assert (description.depth_unit_mm, description.depth_bits, description.depth_range_m) == (
         0.2,
         "sun",
-        (1.0, 5.0),
+        [1.0, 5.0],
     )
     assert dict(description.folders) == {"image": "color/{name}_rgb.png", "label": "labels"}
     assert dict(description.splits) == {"train": "train.txt", "valid": "lists/valid.txt"}
@@ -98,8 +98,9 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
     description, yaml = describe(tmp_path, text), tmp_path / "dataset.yaml"
     name = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
     with pytest.raises(DataError) as error:
-        description.to_indices(tmp_path / "a.png", np.array([[value, min(description.values)]], np.int32))
-    assert str(error.value) == f"{tmp_path / 'a.png'}: " + message.format(yaml=yaml, name=name)
+        description.to_indices(tmp_path / "a.png", np.array([[value, min(description.by_value)]], np.int32))
+    share = f". Shares of the pixels in 1 files: {value}: 50.00%"
+    assert str(error.value) == f"{tmp_path / 'a.png'}: " + message.format(yaml=yaml, name=name) + share
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
         ("classes: {0: a, 70000: b}", "classes is {0: 'a', 70000: 'b'}, expected a list of 2 to 255 names"),
         ("classes: {a: 0, b: 1}", "classes is {'a': 0, 'b': 1}, expected a list of 2 to 255 names"),
         ("classes: {0: a, 1: a}", "classes names a twice; every class needs a name of its own"),
-        ("ignore: 255", "ignore is 255, expected a list of label values, whole numbers from 0 to 65535, such as [0, 255]"),
+        ("ignore: 255", "ignore is 255, expected a list of label values, whole numbers from 0 to 65535, such as [0, 255], or others"),
         ("ignore: [3]", "ignore is [3], expected no value of a class, but 3 is 'chair'"),
         ("depth_unit_mm: 1e-1", "depth_unit_mm is '1e-1', expected millimetres of one unit, a number such as 0.2 or 10"),
         ("depth_unit_mm: 0", "depth_unit_mm is 0, expected millimetres"),
@@ -129,7 +130,7 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
         ("parts: {train: t, valid: v}", "parts: is called splits now"),
         ("classes: [a, b]\nparts: {train: t}", "parts: is called splits now"),
         ("scene: 7", "scene is 7, expected a regular expression, the name of a .csv file, or null"),
-        ("depth_unit: 2", "found depth_unit, expected keys of: classes, first_label, ignore, depth_unit_mm, depth_missing, "
+        ("depth_unit: 2", "found depth_unit, expected keys of: classes, colours, first_label, ignore, depth_unit_mm, depth_missing, "
          "depth_bits, depth_range_m, folders, splits, scene"),
     ],
 )  # fmt: skip
@@ -138,3 +139,97 @@ def test_what_can_not_be_meant_is_reported(tmp_path, text, message):
         DataError, match=f"^{re.escape(str(tmp_path / 'dataset.yaml'))}: {re.escape(message)}"
     ):
         describe(tmp_path, text)
+
+
+NEARLY = [
+    "dataset.yml",
+    "data.yaml",
+    "Dataset.yaml",
+    "dataset.yaml.txt",
+    "train/dataset.yaml",
+    "DATA.YML",
+    "test/data.yaml",
+]
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_a_name_that_is_nearly_right_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("classes: [a, b]")
+    with pytest.raises(DataError) as error:
+        read_description(tmp_path)
+    assert str(error.value).startswith(
+        f"{path}: is not read under this name, expected {tmp_path / 'dataset.yaml'}; "
+    )
+
+
+def test_files_of_other_tools_are_left_alone(tmp_path):
+    """Beside ours, whatever their name; without ours, where the name says something else."""
+    for name in ("readme.yaml", "data.yaml.orig", "my_dataset.yaml", "metadata.yml"):
+        (tmp_path / name).write_text("nc: 2")
+    assert read_description(tmp_path).class_names == NYUV2_13
+    (tmp_path / "data.yaml").write_text("nc: 2")
+    assert describe(tmp_path, "classes: [a, b]").class_names == ("a", "b")
+
+
+COLOURS = "colours: {background: [0, 0, 0], cat: [128, 0, 0], dog: [0, 128, 0]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "unlabelled"),
+    [
+        (COLOURS, ("background", "cat", "dog"), []),
+        (f"{COLOURS}\nclasses: [dog, cat]", ("dog", "cat"), [0]),
+        (COLOURS.replace("background", "ignore"), ("cat", "dog"), [0]),
+        ("colours: labelmap.txt", ("background", "cat", "big dog"), []),
+    ],
+)
+def test_colours(tmp_path, text, classes, unlabelled):
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:128,0,0::\nbig dog:0,128,0:head,tail:runs\n"
+    )
+    description = describe(tmp_path, text)
+    assert (description.class_names, description.unlabelled) == (classes, unlabelled)
+    label = np.array([[0x800000, 0x8000, 0]], np.int32)
+    names = [*classes, *["ignored"] * (256 - len(classes))]
+    found = [names[index] for index in description.to_indices(tmp_path / "a.png", label)[0]]
+    assert found[0] == "cat"
+    assert found[1].endswith("dog")
+    assert found[2] == ("background" if "background" in classes else "ignored")
+    with pytest.raises(DataError) as error:
+        description.to_indices(tmp_path / "a.png", np.array([[0x010203, 0]], np.int32))
+    assert str(error.value) == (
+        f"{tmp_path / 'a.png'}: label values [[1, 2, 3]], expected those of `colours`; name them under `colours` in "
+        f"{tmp_path / 'dataset.yaml'}, as classes or as `ignore`. Shares of the pixels in 1 files: [1, 2, 3]: 50.00%"
+    )
+    others = describe(tmp_path, f"{text}\nignore: others")
+    assert others.to_indices(tmp_path / "a.png", np.array([[0x010203]], np.int32)).tolist() == [[255]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{COLOURS}\nclasses: [cat, cow]", "colours has no colour of class 'cow', expected 2 to 255 classes with a colour"),
+        (f"{COLOURS}\nclasses: [cat, background]", "colours has a colour of 'dog', expected 2 to 255 classes"),
+        ("colours: {cat: [0, 0, 0], dog: [0, 0, 0]}", "colours has two names of one colour, expected"),
+        ("colours: {cat: [0, 0, 0], ignore: [1, 1, 1]}", "colours has 1 classes, expected 2 to 255 classes"),
+        ("colours: {cat: [0, 0], dog: [1, 1, 1]}", "colours is {'cat': [0, 0], 'dog': [1, 1, 1]}, expected a colour [red,"),
+        ("colours: {cat: '#ff0000', dog: [1, 1, 1]}", "colours is {'cat': '#ff0000', 'dog': [1, 1, 1]}, expected a colour"),
+        ("colours: {cat: [0, 0, 256], dog: [1, 1, 1]}", "colours is {'cat': [0, 0, 256], 'dog': [1, 1, 1]}, expected"),
+        (f"{COLOURS}\nclasses: {{0: cat, 1: dog}}", "colours is {'background': [0, 0, 0], 'cat': [128, 0, 0], 'dog': [0, 128,"),
+    ],
+)  # fmt: skip
+def test_colours_that_can_not_be_meant(tmp_path, text, message):
+    with pytest.raises(DataError, match=f"dataset.yaml: {re.escape(message)}"):
+        describe(tmp_path, text)
+
+
+@pytest.mark.parametrize("content", ["cat\n", "cat:red::\n", None])
+def test_a_label_map_that_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "labelmap.txt").write_text(content)
+    with pytest.raises(
+        DataError, match="labelmap.txt: can't be read as colours .* expected lines such as `bed:128,0,0::`"
+    ):
+        describe(tmp_path, "colours: labelmap.txt")

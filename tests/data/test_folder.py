@@ -64,9 +64,7 @@ IMAGE_REMEDY = "expected 8 bits a channel; convert the file"
 DEPTH_REMEDY = (
     "expected 16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
 )
-LABEL_REMEDY = (
-    "expected one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
-)
+LABEL_REMEDY = "expected one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under `colours` in dataset.yaml"
 PARTNER = "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
 BAD_FILES = {
     "missing partner": ("depth", replace(remove=True), PARTNER),
@@ -87,19 +85,19 @@ BAD_FILES = {
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
         "label values [20], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml",
+        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33%",
     ),
     "label of 16 bits": (
         "label",
         replace(np.full(SIZE, 300, np.uint16)),
         "label values [300], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml",
+        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33%",
     ),
     "label after the last": (
         "label",
         replace(np.full(SIZE, 13, np.uint8)),
         "label values [13], expected 0..12 and 255 = unlabelled; where 0 means unlabelled, write `first_label: 1` into "
-        "{root}/dataset.yaml",
+        "{root}/dataset.yaml. Shares of the pixels in 12 files: 13: 8.33%",
     ),
     "colour label": (
         "label",

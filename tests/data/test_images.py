@@ -106,8 +106,8 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
     with pytest.raises(DataError) as error:
         read(tmp_path, folder)
     assert str(error.value) == (
-        f"depths: {folder} has the median 9060 in 1 files, expected 500 to 5000 mm. It looks like 5000 units a metre: "
-        "give depth_unit_mm 0.2, or 1 if these are mm"
+        f"depths: {folder} has the median 9060 in 1 files, expected 1250 to 5000 mm: give "
+        "depth_unit_mm 0.25 for 4000 units a metre or 0.2 for 5000 units a metre or 0.1 for tenths of mm or 1 if these are mm"
     )
     assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # what is stated is believed
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)

@@ -1,6 +1,11 @@
 """The layouts of lib/data/README.md: the built-in synthetic scenes, written as people have their data on disk."""
 
+import json
 import re
+import shutil
+import subprocess
+import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,7 +171,8 @@ def test_lists_that_can_not_be_meant(folder, scenes):
     with pytest.raises(DataError) as error:
         load_samples(folder, "test")
     assert str(error.value) == (
-        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; what was trained on is no test"
+        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; what is trained on can't "
+        "validate or test: give split 'test' other images, or leave it out of `splits`"
     )
 
 
@@ -185,3 +191,176 @@ def test_without_a_depth_folder_there_is_none(folder, scenes):
     assert load_samples(folder, "train", "none", (48, 64)).depth is None
     assert next(iter(iterate_samples(folder, "valid"))).depth is None
     assert load_samples(folder, "test").depth is not None
+
+
+# the same files in two splits
+
+
+def link_split(folder):
+    (folder / "valid").symlink_to(folder / "train")
+
+
+def link_files(folder):
+    for kind in ("image", "depth", "label"):
+        (folder / "valid" / kind).mkdir(parents=True)
+        for path in list((folder / "train" / kind).iterdir())[:3]:
+            (folder / "valid" / kind / f"x{path.name}").symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "prepare"),
+    [
+        ("splits: {train: train, valid: train, test: test}", None),
+        ("splits: {train: train, valid: ./train}", None),
+        ("splits: {train: train, valid: valid}", link_split),
+        ("splits: {train: train, valid: valid}", link_files),
+        ("splits: {train: ., valid: .}\nfolders: {image: train/image, label: train/label}", None),
+        ("splits: {train: train, valid: v.txt}\nfolders: {image: image, label: label}", lambda folder: (
+            [(folder / kind).symlink_to(folder / "train" / kind) for kind in ("image", "label")],
+            (folder / "v.txt").write_text("000000\n"))),
+    ],
+)  # fmt: skip
+def test_a_valid_split_of_the_same_files_is_refused(folder, text, prepare):
+    if prepare:
+        prepare(folder)
+    (folder / "dataset.yaml").write_text(text)
+    assert len(load_samples(folder, "train")) == 12
+    with pytest.raises(
+        DataError, match=r"shares \d+ images with .*; what is trained on can't validate or test"
+    ):
+        load_samples(folder, "valid")
+
+
+def test_a_test_split_of_the_same_files_is_refused(folder):
+    (folder / "dataset.yaml").write_text("splits: {train: train, test: train}")
+    with pytest.raises(
+        DataError, match="train: shares 12 images with .*train, the first is '000000'; what is trained on"
+    ):
+        load_samples(folder, "test")
+
+
+def test_copies_and_equal_names_are_other_files(folder):
+    """Explore finds copies; equal names in two folders say nothing."""
+    assert len(load_samples(folder, "test")) == 3  # pixel for pixel in train, too
+    shutil.copytree(folder / "train", folder / "valid")
+    (folder / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
+    assert len(load_samples(folder, "valid")) == 12
+
+
+# hidden folders and links
+
+
+@pytest.mark.parametrize(
+    "hidden", [".ipynb_checkpoints", "@eaDir", ".thumbnails", "$RECYCLE.BIN", "__MACOSX"]
+)
+def test_hidden_folders_are_no_data(folder, hidden):
+    for kind in ("image", "depth", "label"):
+        place = folder / "train" / kind
+        (place / hidden).mkdir()
+        for path in list(place.glob("*.png"))[:3]:
+            shutil.copy(path, place / hidden / f"{path.stem}-checkpoint.png")
+        (place / "._000000.png").write_bytes(b"\0\5\26\7")
+    assert len(load_samples(folder, "train", "none")) == 12
+
+
+def test_each_real_folder_is_entered_once(folder):
+    for kind in ("image", "depth", "label"):
+        (folder / "train" / kind / "again").symlink_to(folder / "train" / kind)
+    assert len(load_samples(folder, "train", "none")) == 12
+    for kind in ("image", "depth", "label"):
+        (folder / "train" / kind / "again").unlink()
+        moved = folder / "elsewhere" / kind
+        moved.parent.mkdir(exist_ok=True)
+        (folder / "train" / kind).rename(moved)
+        (folder / "train" / kind).mkdir()
+        (folder / "train" / kind / "linked").symlink_to(moved)  # the only way there
+    assert len(load_samples(folder, "train", "none")) == 12
+
+
+# names and folders
+
+
+@pytest.mark.parametrize("kind", ["image", "depth", "label"])
+def test_names_composed_in_one_folder_and_decomposed_in_another(folder, kind):
+    """As a Mac writes them."""
+    for other in ("image", "depth", "label"):
+        form = "NFD" if other == kind else "NFC"
+        for path in list((folder / "train" / other).iterdir()):
+            path.rename(path.with_name(unicodedata.normalize(form, f"Büro-한글-{path.name}")))
+    names = load_samples(folder, "train", "none").names
+    assert list(names) == [unicodedata.normalize("NFC", name) for name in names]
+    assert len(names) == 12
+    lines = "\n".join(unicodedata.normalize("NFD", name) for name in names[:4])
+    (folder / "a.txt").write_text(lines)
+    table = "".join(f"{unicodedata.normalize('NFD', name)},s{at % 2}\n" for at, name in enumerate(names))
+    (folder / "s.csv").write_text("name,scene\n" + table)
+    (folder / "dataset.yaml").write_text(
+        "splits: {train: a.txt}\nfolders: {image: train/image, depth: train/depth, label: train/label}\nscene: s.csv"
+    )
+    assert list(load_samples(folder, "train", "none").scene) == ["s0", "s1", "s0", "s1"]
+
+
+def test_the_folder_of_the_scene_comes_first(tmp_path, scenes):
+    """As in ScanNet, with numbers that begin anew in each scene."""
+    for at in range(12):
+        for kind, stack in (("color", scenes.image), ("depth", scenes.depth), ("label-filt", scenes.label)):
+            path = tmp_path / "scans" / f"scene{at // 3:04d}_00" / kind / f"{20 * (at % 3)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(stack[at]).save(path)
+    (tmp_path / "dataset.yaml").write_text(
+        "splits: {train: scans}\n"
+        "folders: {image: '{scene}/color/{name}', depth: '{scene}/depth/{name}.png', label: '{scene}/label-filt'}"
+    )
+    train = load_samples(tmp_path, "train", "none")
+    assert list(train.names[:4]) == ["scene0000_00/0", "scene0000_00/20", "scene0000_00/40", "scene0001_00/0"]
+    assert list(train.scene) == [f"scene{at // 3:04d}_00" for at in range(12)]
+    np.testing.assert_array_equal(train.depth, scenes.depth)
+    valid = iterate_samples(tmp_path, "valid")
+    assert valid.validation == "scenes"
+    assert set(np.bincount(np.unique(valid.scene, return_inverse=True)[1])) == {3}  # whole scenes
+    (tmp_path / "t.txt").write_text("scene0002_00/20\nscans/scene0003_00/color/0.png\n")
+    (tmp_path / "dataset.yaml").write_text(
+        "splits: {train: t.txt}\nfolders: {image: 'scans/{scene}/color/{name}', label: 'scans/{scene}/label-filt/{name}'}"
+    )
+    assert list(load_samples(tmp_path, "train", "none").names) == ["scene0002_00/20", "scene0003_00/0"]
+
+
+def test_the_folder_of_the_modality_comes_first(tmp_path, scenes):
+    """As in ADE20K."""
+    for split, chosen in (("training", slice(0, 8)), ("validation", slice(8, 12))):
+        for kind, stack in (("images", scenes.image), ("annotations", scenes.label)):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for name, array in zip(scenes.names[chosen], stack[chosen], strict=True):
+                Image.fromarray(array).save(tmp_path / kind / split / f"{name}.png")
+    (tmp_path / "dataset.yaml").write_text(
+        "splits: {train: training, valid: validation}\nfolders: {image: 'images/{split}', label: 'annotations/{split}'}"
+    )
+    train, valid = (load_samples(tmp_path, split) for split in ("train", "valid"))
+    assert (list(train.names), list(valid.names)) == (list(scenes.names[:8]), list(scenes.names[8:]))
+    np.testing.assert_array_equal(valid.label, scenes.label[8:])
+
+
+def test_coco_annotations_alone_are_named_with_the_lines_that_make_masks(folder, scenes):
+    shutil.rmtree(folder / "train" / "label")
+    annotations = folder / "annotations.json"
+    polygon = [8.0, 8.0, 40.0, 8.0, 40.0, 40.0, 8.0, 40.0]
+    content = {
+        "images": [{"id": 1, "file_name": "000000.png", "height": 96, "width": 128}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [polygon], "iscrowd": 0, "area": 1}
+        ],
+        "categories": [{"id": 3, "name": "chair"}],
+    }
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "train")
+    message, *lines = str(error.value).splitlines()
+    assert message.startswith(f"{folder / 'train' / 'label'}: no such folder; ")
+    assert f"{annotations} may hold COCO's annotations, which are no masks" in message
+    compile("\n".join(lines), "lines", "exec")
+    pytest.importorskip("pycocotools")
+    (folder / "label").mkdir()
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, check=True)
+    mask = np.asarray(Image.open(folder / "label" / "000000.png"))
+    assert mask[20, 20] == 3
+    assert mask[60, 60] == 0

@@ -126,7 +126,7 @@ def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
 @pytest.mark.parametrize("change", ["file", "array cut short", "array missing"])
 def test_cache_that_does_not_match_is_made_again(mat, frames, change):
     before = load_samples(mat, "test", size=(48, 64)).image.copy()
-    (cache,) = cache_root().iterdir()
+    (cache,) = cache_root().glob("*/")
     if change == "file":
         write_mat(mat, frames[::-1])
     if change == "array cut short":
@@ -136,7 +136,7 @@ def test_cache_that_does_not_match_is_made_again(mat, frames, change):
     after = load_samples(mat, "test", size=(48, 64))
     assert np.array_equal(after.image, before) == (change != "file")
     assert len(after.label) == len(after.image)
-    assert len(list(cache_root().iterdir())) == 1
+    assert len(list(cache_root().glob("*/"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_wrong_content_is_named(mat, damage, message):
     with pytest.raises(DataError, match=message) as error:
         load_samples(mat, "train", "none", (48, 64))
     assert str(error.value).startswith(f"{mat}: ")
-    assert not list(cache_root().iterdir())
+    assert not list(cache_root().glob("*/"))
 
 
 def test_wrong_layout_is_named(mat):

@@ -7,7 +7,7 @@ from conftest import assert_equal_samples, write_folder
 
 from lib.classes import NYUV2_13
 from lib.data import Samples, iterate_samples, load_samples
-from lib.data.samples import Source, resize_image, resize_nearest, resize_samples
+from lib.data.samples import Split, resize_image, resize_nearest, resize_samples
 
 
 def join(pieces):
@@ -58,7 +58,7 @@ def test_slices_and_positions(scenes):
 
 
 def test_what_is_not_there_is_ignored_or_missing(scenes):
-    bare = Samples(scenes.names, scenes.image)
+    bare = Samples(scenes.names, scenes.image, classes=scenes.classes)
     assert (bare.labels_or_ignored == 255).all()
     assert not bare.depth_or_missing.any()
     assert not bare.measured_depth.any()
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_ignored_or_missing(scenes):
 
 def test_measured_depth_by_hand():
     depth, measured = np.array([[[0, 900, 900, 0]]], np.uint16), np.array([[[True, True, False, False]]])
-    samples = Samples(np.array(["a"]), np.zeros((1, 1, 4, 3), np.uint8), depth)
+    samples = Samples(np.array(["a"]), np.zeros((1, 1, 4, 3), np.uint8), depth, classes=("x", "y"))
     assert samples.measured_depth.tolist() == [[[False, True, True, False]]]
     assert replace(samples, measured=measured).measured_depth.tolist() == [[[False, True, False, False]]]
 
@@ -112,14 +112,23 @@ def test_a_selection_of_a_selection():
     names = np.array(list("abcdef"))
 
     def read(positions, size):
-        return [Samples(names[positions], np.zeros((len(positions), 2, 2, 3), np.uint8))]
+        return [{"image": np.broadcast_to(positions[:, None, None, None], (len(positions), 2, 2, 3))}]
 
-    source = Source(names, np.array(list("uuvvww")), ("x", "y"), read, "random")
-    chosen = source.select(np.array([5, 3, 1])).select(np.array([2, 0]))
+    split = Split(names, ("x", "y"), read, np.array(list("uuvvww")), depth_range_m=(1, 2))
+    chosen = split.select(np.array([5, 3, 1])).select(np.array([2, 0]))
+    assert len(chosen) == 2
     assert list(chosen.names) == ["b", "f"]
     assert list(chosen.scene) == ["u", "w"]
-    (samples,) = chosen.read(np.array([0, 1]), None)
-    assert list(samples.names) == ["b", "f"]
+    for samples in (chosen[[0, 1]][0], next(iter(chosen)), chosen.load()):
+        assert (list(samples.names), list(samples.scene)) == (["b", "f"], ["u", "w"])
+        assert samples.image[:, 0, 0, 0].tolist() == [1, 5]
+        assert (samples.classes, samples.depth_range_m) == (("x", "y"), (1, 2))
+
+
+def test_samples_without_classes_are_refused(scenes):
+    """No class set is assumed where a data set does not name its own."""
+    with pytest.raises(TypeError, match="classes"):
+        Samples(scenes.names, scenes.image)
 
 
 def test_what_samples_were_loaded_with(folder):

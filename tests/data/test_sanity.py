@@ -29,32 +29,53 @@ def refusal(folder):
     return str(error.value)
 
 
+METRES, CENTIMETRES, TENTHS = (1000, "metres"), (10, "centimetres"), (0.1, "tenths of mm")
+QUARTERS, FIFTHS = (0.25, "4000 units a metre"), (0.2, "5000 units a metre")
+
+
 @pytest.mark.parametrize(
-    ("change", "median", "name", "unit"),
+    ("change", "median", "units"),
     [
-        (lambda depth: depth // 10, "310", "centimetres", 10),  # each frame of which could be a close-up
-        (lambda depth: (depth / 1000).astype(np.float32), "3.107", "metres", 1000),
-        (lambda depth: 5 * depth, "15535", "5000 units a metre", 0.2),
-        (
-            lambda depth: np.minimum(10 * depth.astype(int), 60000).astype(np.uint16),
-            "31070",
-            "tenths of mm",
-            0.1,
-        ),
+        (lambda depth: depth // 10, "310", [CENTIMETRES]),  # each frame of which could be a close-up
+        (lambda depth: (depth / 1000).astype(np.float32), "3.107", [METRES]),
+        (lambda depth: (depth / 1000).astype(np.float16), "3.10742", [METRES]),
+        (lambda depth: 4 * depth, "12428", [QUARTERS, FIFTHS, TENTHS]),  # RealSense L515, Matterport3D
+        (lambda depth: 5 * depth, "15535", [QUARTERS, FIFTHS, TENTHS]),
+        (lambda depth: np.minimum(10 * depth.astype(int), 60000).astype(np.uint16), "31070", [TENTHS]),
+        (lambda depth: depth // 3, "1035", []),  # near scenes, or something else
+        (lambda depth: depth / depth.max() / 100, "0.00", []),  # normalised
     ],
 )
-def test_depth_in_another_unit_is_named_and_its_line_mends_it(folder, scenes, change, median, name, unit):
+def test_depth_in_another_unit_is_refused_with_the_units_it_may_have(folder, scenes, change, median, units):
     rewrite(folder, "depth", change)
     yaml = folder / "dataset.yaml"
-    assert refusal(folder) == (
-        f"{folder}: the depth of split 'train' has the median {median} in 12 files, expected 500 to 5000 mm. It looks like "
-        f"{name}: write `depth_unit_mm: {unit}` into {yaml}, or `depth_unit_mm: 1` if these are mm"
+    lines = [f"`depth_unit_mm: {unit}` for {name}" for unit, name in units] + [
+        "`depth_unit_mm: 1` if these are mm"
+    ]
+    found = refusal(folder)
+    assert found.startswith(f"{folder}: the depth of split 'train' has the median {median}")
+    assert found.endswith(
+        f" in 12 files, expected 1250 to 5000 mm: write into {yaml} {' or '.join(lines)}. Depth that is not metric "
+        "(disparity, relative, normalised) can't be used: leave it out with `folders: {image: image, label: label}`"
     )
-    yaml.write_text(f"depth_unit_mm: {unit}")
-    depth = load_samples(folder, "train", "none").depth.astype(int)
-    assert np.abs(depth - scenes.depth)[scenes.depth < 6000].max() <= (9 if unit == 10 else 0)
-    yaml.write_text("depth_unit_mm: 1")  # what is stated is believed
+    for unit, _ in units:
+        yaml.write_text(f"depth_unit_mm: {unit}")
+        assert len(load_samples(folder, "train", "none")) == 12  # what is stated is believed
+    yaml.write_text("depth_unit_mm: 1")
     assert len(load_samples(folder, "train", "none")) == 12
+    yaml.write_text("folders: {image: image, label: label}")
+    assert load_samples(folder, "train", "none").depth is None
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit", "within"), [(5, 0.2, 0), (4, 0.25, 0), (0.1, 10, 9), (0.001, 1000, 0)]
+)
+def test_the_stated_unit_gives_millimetres(folder, scenes, factor, unit, within):
+    dtype = np.uint16 if factor > 0.01 else np.float32
+    rewrite(folder, "depth", lambda depth: (depth * factor).astype(dtype))
+    (folder / "dataset.yaml").write_text(f"depth_unit_mm: {unit}")
+    depth = load_samples(folder, "train", "none").depth.astype(int)
+    assert np.abs(depth - scenes.depth)[scenes.depth < 6000].max() <= within
 
 
 def test_depth_that_is_missing_everywhere(folder):
@@ -117,3 +138,114 @@ def test_a_split_in_which_nothing_is_labelled(folder, scenes):
         f"{folder}: nothing is labelled in the 3 images of split 'valid' (validation random); look at the labels, at `ignore` in "
         "DATA/dataset.yaml and at limit"
     )
+
+
+# binary masks
+
+
+BINARY = (
+    "{folder}: the labels of split 'train' hold only {value} ({name}) and 255, which means unlabelled by default. If these "
+    "are binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into {yaml}; if 255 means "
+    "unlabelled, `ignore: [255]`"
+)
+
+
+def write_labels(folder, labels, palette=None):
+    for path, label in zip(sorted((folder / "train" / "label").iterdir()), labels, strict=True):
+        mask = Image.fromarray(label.astype(np.uint8))
+        if palette is not None:
+            mask.putpalette(palette)
+        mask.save(path)
+
+
+def halves(scenes, one, other):
+    """Masks of two values, on the left and on the right."""
+    label = np.full_like(scenes.label, one)
+    label[:, :, 60:] = other
+    return label
+
+
+@pytest.mark.parametrize(
+    ("values", "palette", "text"),
+    [
+        ((0, 255), None, "classes: [background, object]"),
+        ((0, 255), None, ""),  # NYUv2's names
+        ((0, 1), [0, 0, 0, 255, 255, 255], "classes: [background, object]"),  # black and white
+        ((1, 255), None, "classes: {0: a, 1: b, 2: c}"),
+        ((0, 255), None, "classes: [background, object]\nfirst_label: 0"),
+    ],
+)
+def test_binary_masks_are_refused_with_the_lines_that_read_them(folder, scenes, values, palette, text):
+    yaml = folder / "dataset.yaml"
+    yaml.write_text(text)
+    write_labels(folder, halves(scenes, *values), palette)
+    value = values[0]
+    name = "b" if value else ("bed" if not text else "background")
+    assert refusal(folder) == BINARY.format(folder=folder, yaml=yaml, value=value, name=name)
+    yaml.write_text(f"classes: {{{value}: background, 255: object}}\nignore: []")
+    samples = load_samples(folder, "train", "none")
+    np.testing.assert_array_equal(samples.label, halves(scenes, 0, 1))
+    yaml.write_text("ignore: [255]")  # what is stated is believed
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, halves(scenes, value, 255))
+
+
+def test_masks_with_more_classes_or_no_255_are_no_binary_masks(folder, scenes):
+    """VOC's borders of 255 beside a class that is absent; a second class in one file of many."""
+    (folder / "dataset.yaml").write_text("classes: [background, cat, dog]")
+    label = halves(scenes, 0, 255)
+    label[7, :4] = 1
+    write_labels(folder, label)
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
+    write_labels(folder, halves(scenes, 0, 0))
+    assert (load_samples(folder, "train", "none").label == 0).all()
+
+
+def test_every_file_is_looked_at_before_masks_count_as_binary(tmp_path, scenes):
+    """A second class in one file that is not among the sampled ones."""
+    many = scenes[np.arange(120) % 12]
+    label = np.zeros_like(many.label)
+    label[:, :, 60:] = 255
+    label[1, :4] = 1  # of 120, every third is sampled
+    names = np.array([f"{number:06d}" for number in range(120)])
+    write_folder(tmp_path, replace(many, names=names, label=label))
+    (tmp_path / "dataset.yaml").write_text("classes: [background, cat]")
+    assert len(load_samples(tmp_path, "train", "none", (24, 32))) == 120
+
+
+def test_labels_of_255_alone_are_held_back(folder, scenes):
+    write_folder(folder, replace(scenes[:3], label=np.full_like(scenes.label[:3], 255)), "test")
+    test = load_samples(folder, "test")
+    assert (test.label == 255).all()
+
+
+def test_all_values_that_are_no_class_are_named_at_once(folder, scenes):
+    label = halves(scenes, 0, 1)
+    for index in range(12):
+        label[index, :8, :16] = 40 + index
+    write_labels(folder, label)
+    yaml = folder / "dataset.yaml"
+    yaml.write_text("classes: [a, b]")
+    found = refusal(folder)
+    values = list(range(40, 52))
+    share = 8 * 16 / label.size
+    listed = ", ".join(f"{value}: {share:.2%}" for value in values)
+    assert found == (
+        f"{folder / 'train' / 'label' / '000000.png'}: label values {values}, expected 0..1 and 255 = unlabelled; name other "
+        f"classes under `classes`, and what means unlabelled under `ignore`, in {yaml}; `ignore: others` takes all values "
+        f"that are no class as unlabelled. Shares of the pixels in 12 files: {listed}"
+    )
+    yaml.write_text("classes: [a, b]\nignore: others")
+    expected = np.where(label < 2, label, 255)
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, expected)
+    yaml.write_text(f"classes: [a, b]\nignore: {values}")
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, expected)
+
+
+def test_hundreds_of_values_are_cut_short(folder, scenes):
+    label = np.arange(96 * 128).reshape(96, 128) % 700
+    for path in sorted((folder / "train" / "label").iterdir()):
+        Image.fromarray(label.astype(np.uint16)).save(path)
+    found = refusal(folder)
+    assert "label values [13, 14, 15," in found
+    assert found.endswith(" ...")
+    assert len(found) < 10_000

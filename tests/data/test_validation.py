@@ -7,7 +7,7 @@ from sklearn.model_selection import train_test_split
 
 from lib.classes import NYUV2_13
 from lib.data.nyuv2 import TABLES
-from lib.data.samples import Source
+from lib.data.samples import Split
 from lib.data.validation import FOLDS, choose_validation, number_runs, select_split, split_names
 
 
@@ -107,7 +107,7 @@ def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
 
 
 def source(names, usual_validation, scene=None):
-    return Source(names, scene, NYUV2_13, None, usual_validation)
+    return Split(names, NYUV2_13, None, scene, validation=usual_validation)
 
 
 def test_what_auto_means():

@@ -1,4 +1,6 @@
 import csv
+import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,19 +10,20 @@ from conftest import write_folder
 from figures import SETS, draw, relabel
 from lib.batches import training_loader
 from lib.classes import NYUV2_13
-from lib.data import Pieces, Samples, iterate_samples, load_samples
+from lib.data import DataError, Samples, Split, iterate_samples, load_samples
 from lib.data.nyuv2 import TABLES
-from lib.data.samples import Source
 from lib.data.validation import number_runs
 from lib.notebooks.explore import (
     CHANCE,
     Leakage,
     class_shares,
     count_data,
+    count_test_images,
     depth_quantiles,
     describe_data,
     describe_leakage,
     find_leakage,
+    find_nearest_in_training,
     plot_adjacency,
     plot_batch,
     plot_class_shares,
@@ -35,7 +38,8 @@ FLOOR, WALL = NYUV2_13.index("floor"), NYUV2_13.index("wall")
 def small_samples(label, depth=2000, measured=None):
     label = np.asarray(label, np.uint8)[None]
     depth = np.broadcast_to(np.uint16(depth), label.shape)
-    return Samples(np.array(["000007"]), np.zeros((*label.shape, 3), np.uint8), depth, label, measured)
+    image = np.zeros((*label.shape, 3), np.uint8)
+    return Samples(np.array(["000007"]), image, depth, label, measured, classes=NYUV2_13)
 
 
 def test_counts_of_a_small_room():
@@ -88,7 +92,7 @@ def test_most_validation_frames_of_random_have_their_scene_in_training():
         ids = [row["id"] for row in csv.DictReader(file) if row["part"] == "train"]
     names = np.array(sorted(f"{int(number):06d}" for number in ids))
     image = np.zeros((len(names), 1, 1, 3), np.uint8)
-    leakage = find_leakage(Samples(names, image, scene=number_runs(names)))
+    leakage = find_leakage(Samples(names, image, scene=number_runs(names), classes=NYUV2_13))
     shared = {
         validation: (int(leak.same_scene.sum()), len(leak.valid)) for validation, leak in leakage.items()
     }
@@ -98,9 +102,8 @@ def test_most_validation_frames_of_random_have_their_scene_in_training():
 
 
 def test_leakage_finds_copies(scenes):
-    twice = Samples(
-        np.array([f"room {index:02d}" for index in range(24)]), np.concatenate([scenes.image] * 2)
-    )
+    names = np.array([f"room {index:02d}" for index in range(24)])
+    twice = Samples(names, np.concatenate([scenes.image] * 2), classes=scenes.classes)
     leakage = find_leakage(twice)
     assert set(leakage) == {"random"}  # names are no numbers, and scenes are unknown
     leak = leakage["random"]
@@ -109,6 +112,8 @@ def test_leakage_finds_copies(scenes):
     twin_trains = ~np.isin((leak.valid + 12) % 24, leak.valid)
     assert twin_trains.any()
     np.testing.assert_array_equal(leak.match[twin_trains], (leak.valid[twin_trains] + 12) % 24)
+    assert leak.copies == twin_trains.sum()
+    assert f", {leak.copies} equal a training image in every pixel." in describe_leakage(leakage)
 
 
 def test_the_other_view_of_a_room_is_its_match(scenes):
@@ -163,13 +168,7 @@ def describe(samples, validation="random", folds=3):
     """What is said where every `folds`-th image validates."""
     valid = np.arange(len(samples)) % folds == 0
     train, valid = (
-        Pieces(
-            Source(samples.names, samples.scene, samples.classes, None, "random").select(where),
-            None,
-            8,
-            validation,
-            "a",
-        )
+        Split(samples.names, samples.classes, None, samples.scene, validation=validation).select(where)
         for where in (np.flatnonzero(~valid), np.flatnonzero(valid))
     )
     return describe_data(count_data(samples), train, valid)
@@ -191,7 +190,8 @@ def test_warnings_about_the_data():
     assert describe(samples) == (
         "**4 images, 3 classes, 2 of them in fewer than 10 images, median depth 2.8 m, depth missing in 6.2%, "
         "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because they are "
-        "unknown.**\n- These classes are in no image: tv."
+        "unknown.**\n- These classes are in no image: tv. If label values that are read as unlabelled mean one of them, such as "
+        "255, say so under `classes` and `ignore`."
     )
     assert "validation (2 images, by scenes) shares no scene with training.**" in describe(
         replace(samples, scene=np.array(["u", "v", "v", "u"])), "scenes"
@@ -206,7 +206,8 @@ def test_warnings_about_the_data():
     label[1] = 0
     warnings = describe(replace(samples, label=label)).splitlines()[1:]
     assert warnings == [
-        "- These classes are in no image: floor, tv.",
+        "- These classes are in no image: floor, tv. If label values that are read as unlabelled mean one of them, such as "
+        "255, say so under `classes` and `ignore`.",
         "- 3 images have no labelled pixel.",
         "- 75.0% of the pixels are unlabelled.",
     ]
@@ -229,14 +230,100 @@ def test_a_warning_about_depth_in_another_unit(depth):
     assert describe(mostly_missing).endswith("\n- 75.0% of the pixels have no depth.")
 
 
-def test_runs_of_a_valid_split_are_its_own(tmp_path, scenes):
-    for split, samples in (("train", scenes[:6]), ("valid", scenes[6:9])):
-        write_folder(tmp_path, samples, split)
-    (tmp_path / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
-    train, valid = (iterate_samples(tmp_path, split) for split in ("train", "valid"))
-    assert describe_data(count_data(scenes), train, valid).endswith(
-        "; validation (3 images, by predefined) shares no scene with training.**"
+def own_valid(root, scenes, train, valid):
+    """A data set with a valid split of its own: positions of its images, and their names."""
+    for split, (positions, names) in (("train", train), ("valid", valid)):
+        write_folder(root, replace(scenes[positions], names=np.array(names)), split)
+    (root / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
+    return [iterate_samples(root, split) for split in ("train", "valid")]
+
+
+FRAMES = [f"{frame:06d}" for frame in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "said"),
+    [
+        ((range(6), FRAMES[:6]), (range(6), FRAMES[:6]), "shares scenes with training in 6 of them"),  # copies
+        (([0, 1, 2, 3, 5, 6, 7, 8], [FRAMES[at] for at in (0, 1, 2, 3, 5, 6, 7, 8)]), ([4, 9], [FRAMES[4], FRAMES[9]]),
+         "shares scenes with training in 2 of them"),  # every fifth frame
+        ((range(6), FRAMES[:6]), (range(6, 9), ["000100", "000101", "000102"]), "shares no scene with training"),
+        ((range(6), FRAMES[:6]), (range(6, 9), ["a", "b", "c"]), "may share scenes with training"),
+        ((range(6), list("uvwxyz")), (range(6), list("uvwxyz")), "may share scenes with training"),
+    ],
+)  # fmt: skip
+def test_scenes_of_a_valid_split_are_counted_together_with_training(tmp_path, scenes, train, valid, said):
+    splits = own_valid(tmp_path, scenes, *((list(at), names) for at, names in (train, valid)))
+    assert f"by predefined) {said}" in describe_data(count_data(scenes), *splits)
+
+
+def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
+    """Under other names too; a pixel more or less makes it a near-duplicate."""
+    train, valid = own_valid(tmp_path, scenes, (list(range(8)), list("abcdefgh")), ([3, 9, 10], list("xyz")))
+    leak = find_leakage(train.load(), valid)["predefined"]
+    assert (leak.train_count, leak.valid.tolist(), leak.copies) == (8, [8, 9, 10], 1)
+    assert leak.match[0] == 3
+    assert "Validation `predefined`: 3 validation images; near-duplicates in training: " in describe_leakage(
+        {"predefined": leak}
     )
+    assert set(find_leakage(train.load(), replace(valid, validation="random"))) == {"random"}
+
+
+@pytest.mark.parametrize(
+    ("scene", "warned"),
+    [
+        (["run_0000"] * 60, True),
+        (["a"] * 57 + ["b"] * 3, True),
+        (["a"] * 30 + ["b"] * 30, False),
+        (["a"] * 5, False),
+    ],
+)
+def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warned):
+    """Photographs that are numbered 0001, 0002, ... are read as a video."""
+    label = np.zeros((len(scene), 4, 4), np.uint8)
+    label[:, 2:] = 1
+    image = np.zeros((*label.shape, 3), np.uint8)
+    names = np.array([f"{number:04d}" for number in range(len(scene))])
+    samples = Samples(names, image, label=label, scene=np.array(scene), classes=("wall", "floor"))
+    text = describe(samples)
+    assert ("write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with" in text) == warned
+
+
+def test_memory_for_leakage_grows_with_images_and_not_with_pairs():
+    peaks = []
+    for count in (500, 5000):
+        names = np.array([f"{number:06d}" for number in range(count)])
+        image = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), np.uint8)
+        samples = Samples(names, image, scene=number_runs(names), classes=("a", "b"))
+        tracemalloc.start()
+        find_leakage(samples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 15 * peaks[0]  # ten times as many images; a hundred times as many pairs
+
+
+def test_the_nearest_id_equals_that_of_all_pairs():
+    rng = np.random.default_rng(0)
+    ids = rng.choice(300, 60, replace=False)
+    names = np.array([f"{number:06d}" for number in ids])
+    train, valid = np.split(rng.permutation(60), [40])
+    apart = np.abs(ids[:, None] - ids) + 1000 * np.eye(60, dtype=int)
+    expected = apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
+    assert 0 < expected.sum() < len(expected)
+    np.testing.assert_array_equal(find_nearest_in_training(names, train, valid), expected)
+    assert find_nearest_in_training(np.array(list("abc")), np.array([0, 1]), np.array([2])) is None
+
+
+def test_a_split_that_is_missing_is_no_error_and_a_damaged_one_is(folder):
+    assert count_test_images(str(folder), None, None) == 3
+    (folder / "dataset.yaml").write_text("splits: {train: train}")
+    assert count_test_images(str(folder), None, None) is None
+    (folder / "dataset.yaml").unlink()
+    (folder / "test" / "depth" / "000000.png").unlink()
+    with pytest.raises(DataError, match="1 of 3 files missing"):
+        count_test_images(str(folder), None, None)
+    shutil.rmtree(folder / "test")
+    assert count_test_images(str(folder), None, None) is None
 
 
 def test_there_is_no_warning_about_the_built_in_scenes():

@@ -16,6 +16,7 @@ from small_run import ENCODER, PARAMETERS, small_samples, train
 
 from lib import training
 from lib.batches import RawBatch, encode_batch, plain_batch, training_loader
+from lib.classes import NYUV2_13
 from lib.data.samples import resize_samples
 from lib.device import choose_device, describe_device
 from lib.evaluation import ahead, count_predictions, predict
@@ -133,7 +134,7 @@ def test_steps_of_exp061(device, precision, channels_last):
     """Three of them after one to search kernels, at its size on a GPU: memory, images a second, both memory formats."""
     on_gpu = device.type == "cuda"
     encoder, size, count = ("resnet101", (480, 640), 8) if on_gpu else (ENCODER, (48, 64), 2)
-    model = build_model(encoder=encoder, size=size)
+    model = build_model(classes=NYUV2_13, encoder=encoder, size=size)
     model = _place(model, device) if channels_last else model.to(device)
     optimizer = build_optimizer(model, 1e-4, 1.0, 1e-4)
     shape, generator = (count, *size), torch.Generator().manual_seed(0)

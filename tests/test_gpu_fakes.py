@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib import evaluation, losses, training
 from lib.batches import RawBatch, encode_batch, training_loader
+from lib.classes import NYUV2_13
 from lib.device import autocast
 from lib.evaluation import Predicted, count_predictions, decide
 from lib.losses import POOLINGS
@@ -34,7 +35,7 @@ def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
     """From encoding to decisions, with every pooling: a fake tensor has no value, and no CPU tensor meets it."""
     with FakeTensorMode(), torch.no_grad():
         with CUDA:
-            model = build_model(encoder=ENCODER, inputs=inputs, size=(48, 64)).eval()
+            model = build_model(classes=NYUV2_13, encoder=ENCODER, inputs=inputs, size=(48, 64)).eval()
         batch = encode_batch(raw_batch(2, (48, 64)), model.config, CUDA)
         prediction = model(batch.inputs)
         for pooling in POOLINGS:
@@ -137,7 +138,7 @@ def step_memory(batch_size: int, precision: str) -> float:
     """GiB of a step of Exp061 up to the end of the backward pass, weights among them, without the optimizer's."""
     size, cpu = (480, 640), torch.device("cpu")  # autocast and backward don't know a fake GPU
     with FakeTensorMode():
-        model = build_model(encoder="resnet101", size=size)
+        model = build_model(classes=NYUV2_13, encoder="resnet101", size=size)
         memory = Memory()
         for tensor in (*model.parameters(), *model.buffers()):
             memory.see(tensor)

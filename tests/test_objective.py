@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from small_run import ENCODER, PARAMETERS, small_samples
 
 from lib.batches import Batch, training_loader
+from lib.classes import NYUV2_13
 from lib.losses import lovasz_loss, masked_l1, soft_iou_loss
 from lib.model import Prediction, build_model
 from lib.runs import open_run, read_history
@@ -159,7 +160,7 @@ def test_the_history_has_each_term_by_itself():
 
 
 def test_the_encoder_learns_at_its_share_of_the_rate():
-    model = build_model(encoder=ENCODER)
+    model = build_model(classes=NYUV2_13, encoder=ENCODER)
     start = [weights.detach().clone() for weights in model.parameters()]
     optimizer = build_optimizer(model, 0.01, 0.1, weight_decay=0.0)
     for weights in model.parameters():
@@ -177,7 +178,7 @@ def test_the_encoder_learns_at_its_share_of_the_rate():
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
 def test_the_share_holds_throughout_the_schedule(schedule):
-    optimizer = build_optimizer(build_model(encoder=ENCODER), 0.01, 0.1, weight_decay=0.0)
+    optimizer = build_optimizer(build_model(classes=NYUV2_13, encoder=ENCODER), 0.01, 0.1, weight_decay=0.0)
     scheduler = build_schedule(schedule, optimizer, 10, 1)
     highest = []
     for _ in range(3):

@@ -21,6 +21,7 @@ from lib.batches import (
     stack_items,
     training_loader,
 )
+from lib.classes import NYUV2_13
 from lib.data import Samples
 from lib.data.samples import DEPTH_RANGE_M
 from lib.model import ModelConfig
@@ -62,7 +63,9 @@ def test_linear_depth_is_decoded_to_metres(depth_range_m):
 
 def test_inputs_by_hand():
     image = torch.full((1, 2, 3, 3), 255, dtype=torch.uint8)
-    encoded = encode_inputs(image, torch.full((1, 2, 3), 2000.0), ModelConfig(inputs="rgbd_xy"))
+    encoded = encode_inputs(
+        image, torch.full((1, 2, 3), 2000.0), ModelConfig(classes=NYUV2_13, inputs="rgbd_xy")
+    )
     assert encoded.shape == (1, 6, 2, 3)
     np.testing.assert_allclose(
         encoded[0, :3, 0, 0], (1 - np.array([0.525, 0.443, 0.4])) / [0.281, 0.281, 0.293], 1e-5
@@ -76,7 +79,9 @@ def test_fewer_inputs_are_channels_of_all():
     image, depth_mm = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8), 3000 * torch.rand(2, 4, 5)
     encoded = {
         inputs: encode_inputs(
-            image, depth_mm, ModelConfig(inputs=inputs, depth_encoding="log", depth_range_m=(0.5, 4))
+            image,
+            depth_mm,
+            ModelConfig(classes=NYUV2_13, inputs=inputs, depth_encoding="log", depth_range_m=(0.5, 4)),
         )
         for inputs in INPUT_CHANNELS
     }
@@ -94,9 +99,9 @@ def test_unknown_choices():
     with pytest.raises(
         ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"
     ):
-        ModelConfig(depth_encoding="reverse")
+        ModelConfig(classes=NYUV2_13, depth_encoding="reverse")
     with pytest.raises(ValueError, match="inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"):
-        ModelConfig(inputs="rgba")
+        ModelConfig(classes=NYUV2_13, inputs="rgba")
     with pytest.raises(ValueError, match="augment: found 'flip', expected one of none, exp061, crops"):
         build_augmentation("flip", (96, 128))
 
@@ -104,7 +109,7 @@ def test_unknown_choices():
 def test_only_measured_depth_is_a_target(scenes):
     measured = np.zeros(scenes.depth.shape, bool)
     measured[:, ::2] = True
-    config = ModelConfig(depth_range_m=(0.5, 5.0))
+    config = ModelConfig(classes=NYUV2_13, depth_range_m=(0.5, 5.0))
     filled, without = replace(scenes, measured=measured), replace(scenes, depth=None)
     for samples, where in (
         (scenes, scenes.depth > 0),
@@ -122,7 +127,7 @@ def marked_samples():
     """Class k wherever red is 20 * k and depth is 1000 + 100 * k mm, so that misalignment shows."""
     label = np.kron(np.arange(12).reshape(3, 4), np.ones((32, 32), int)).astype(np.uint8)[None]
     image = np.repeat((20 * label)[..., None], 3, -1)
-    return Samples(np.array(["0"]), image, (1000 + 100 * label.astype(np.uint16)), label)
+    return Samples(np.array(["0"]), image, (1000 + 100 * label.astype(np.uint16)), label, classes=NYUV2_13)
 
 
 @pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
@@ -160,7 +165,9 @@ def test_zoom_brings_things_nearer(augment):
     disc = (np.hypot(row - 120, column - 160) < 40).astype(np.uint8)[None]
     depth = np.full((1, 240, 320), 4000, np.uint16)
     training = TrainingSet(
-        Samples(np.array(["0"]), np.zeros((1, 240, 320, 3), np.uint8), depth, disc), augment, seed=1
+        Samples(np.array(["0"]), np.zeros((1, 240, 320, 3), np.uint8), depth, disc, classes=NYUV2_13),
+        augment,
+        seed=1,
     )
     checked = 0
     for epoch in range(40):
@@ -181,7 +188,11 @@ def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
     image, unlabelled = np.stack((right, down, down), -1)[None], np.zeros((1, 192, 256), np.uint8)
     for channel, ramp in ((0, right), (1, down)):
         training = TrainingSet(
-            Samples(np.array(["0"]), image, 1000 + 10 * ramp[None].astype(np.uint16), unlabelled), augment, 2
+            Samples(
+                np.array(["0"]), image, 1000 + 10 * ramp[None].astype(np.uint16), unlabelled, classes=NYUV2_13
+            ),
+            augment,
+            2,
         )
         offsets = []
         for epoch in range(60):
@@ -282,7 +293,7 @@ def test_batches_of_one_are_refused(count, batch_size):
 
 
 def test_samples_without_labels_are_refused_for_training_and_ignored_otherwise(scenes):
-    held_back = Samples(scenes.names, scenes.image, scenes.depth)
+    held_back = Samples(scenes.names, scenes.image, scenes.depth, classes=scenes.classes)
     with pytest.raises(ValueError, match="train: these samples have no labels"):
         TrainingSet(held_back, "none", seed=0)
     batch = plain_batch(held_back)
@@ -351,15 +362,15 @@ def test_stacking_keeps_types(scenes):
 
 def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
     bare = replace(scenes, depth=None)
-    check_depth(ModelConfig(inputs="rgbd"), scenes, trains=True)
-    check_depth(ModelConfig(inputs="rgb", depth_head=False), bare, trains=True)
-    check_depth(ModelConfig(inputs="rgb"), bare)  # a head that learned elsewhere
+    check_depth(ModelConfig(classes=NYUV2_13, inputs="rgbd"), scenes, trains=True)
+    check_depth(ModelConfig(classes=NYUV2_13, inputs="rgb", depth_head=False), bare, trains=True)
+    check_depth(ModelConfig(classes=NYUV2_13, inputs="rgb"), bare)  # a head that learned elsewhere
     for config, trains, head in (
         ({"inputs": "rgb"}, True, "a"),
         ({"inputs": "rgbd", "depth_head": False}, False, "no"),
     ):
         with pytest.raises(ValueError) as error:
-            check_depth(ModelConfig(**config), bare, trains)
+            check_depth(ModelConfig(**{"classes": NYUV2_13} | config), bare, trains)
         assert str(error.value) == (
             f"inputs: the network takes {config['inputs']} and has {head} depth head, but these data have no depth; use "
             "inputs rgb and depth_weight 0"

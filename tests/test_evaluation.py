@@ -21,7 +21,7 @@ LOSS = Objective(soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1
 
 def make(**config):
     torch.manual_seed(0)
-    return build_model(encoder=ENCODER, **config).eval()
+    return build_model(encoder=ENCODER, **{"classes": NYUV2_13} | config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ class Stub(torch.nn.Module):
 
     def __init__(self, answer, **config):
         super().__init__()
-        self.config = ModelConfig(**{"size": (96, 128)} | config)
+        self.config = ModelConfig(**{"size": (96, 128), "classes": NYUV2_13} | config)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.answer = answer
 
@@ -219,13 +219,13 @@ def test_zoomed_views_are_nearer(scenes):
 
 
 def test_samples_without_depth(scenes):
-    bare = Samples(scenes.names, scenes.image, label=scenes.label)
+    bare = Samples(scenes.names, scenes.image, label=scenes.label, classes=scenes.classes)
     result = evaluate(make(inputs="rgb"), bare, tta="scales")
     np.testing.assert_array_equal(result.counts, evaluate(make(inputs="rgb"), scenes, tta="scales").counts)
 
 
 def test_held_back_labels_are_predicted_without_counts(model, scenes):
-    held_back = Samples(scenes.names, scenes.image, scenes.depth)
+    held_back = Samples(scenes.names, scenes.image, scenes.depth, classes=scenes.classes)
     result = count_predictions(predict(model, held_back), thorough=True, keep=True)
     assert not result.counts.any()
     assert not result.boundary.any()

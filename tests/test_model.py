@@ -17,7 +17,7 @@ TINY = "tu-test_resnet.r160_in1k"
 
 
 def tiny(**config):
-    return build_model(**{"encoder": TINY} | config).eval()
+    return build_model(**{"encoder": TINY, "classes": NYUV2_13} | config).eval()
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])
@@ -52,7 +52,12 @@ def test_the_encoder_is_dilated():
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mobilenet_v2", "efficientnet-b0", "mit_b0"])
 def test_other_encoders(encoder):
-    assert build_model(encoder=encoder).eval()(torch.randn(1, 4, 50, 70)).logits.shape == (1, 13, 50, 70)
+    assert build_model(classes=NYUV2_13, encoder=encoder).eval()(torch.randn(1, 4, 50, 70)).logits.shape == (
+        1,
+        13,
+        50,
+        70,
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -81,14 +86,16 @@ def test_refused_combinations_name_what_would_work():
     with pytest.raises(
         ValueError, match="densenet121.* can't be used in deeplabv3plus .*architecture fpn, unet or"
     ):
-        build_model(encoder="densenet121")
-    assert build_model(encoder="densenet121", architecture="fpn").config.architecture == "fpn"
+        build_model(classes=NYUV2_13, encoder="densenet121")
+    assert (
+        build_model(classes=NYUV2_13, encoder="densenet121", architecture="fpn").config.architecture == "fpn"
+    )
     with pytest.raises(
         ValueError, match="architecture: found 'deeplab', expected one of deeplabv3, deeplabv3plus, fpn, "
     ):
-        build_model(architecture="deeplab")
+        build_model(classes=NYUV2_13, architecture="deeplab")
     with pytest.raises(ValueError, match="architecture: found 'dpt', expected one of "):
-        build_model(architecture="dpt")
+        build_model(classes=NYUV2_13, architecture="dpt")
 
 
 def test_depth_head_is_linear_on_the_decoder():
@@ -110,20 +117,20 @@ def test_unknown_encoder_and_weights():
     with pytest.raises(
         ValueError, match="encoder: found 'resnet81', did you mean resnet18, .* there are: resnet18, "
     ):
-        build_model(encoder="resnet81")
+        build_model(classes=NYUV2_13, encoder="resnet81")
     with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in deeplabv3plus"):
-        build_model(encoder="tu-nonsense")
+        build_model(classes=NYUV2_13, encoder="tu-nonsense")
     with pytest.raises(
         ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 with nearly all"
     ):
-        build_model(encoder="vgg11")
+        build_model(classes=NYUV2_13, encoder="vgg11")
     with pytest.raises(
         ValueError,
         match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl; or None, or the path",
     ):
-        build_model(encoder_weights="foo")
+        build_model(classes=NYUV2_13, encoder_weights="foo")
     with pytest.raises(ValueError, match="encoder_weights: found 'foo', tu-resnet18 has imagenet; or None"):
-        build_model(encoder="tu-resnet18", encoder_weights="foo")
+        build_model(classes=NYUV2_13, encoder="tu-resnet18", encoder_weights="foo")
 
 
 def test_offline_says_what_to_do(monkeypatch):
@@ -134,7 +141,7 @@ def test_offline_says_what_to_do(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"could not be fetched .*while online, .*or .*`-p encoder_weights None`"
     ):
-        build_model(encoder_weights="imagenet")
+        build_model(classes=NYUV2_13, encoder_weights="imagenet")
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
@@ -143,7 +150,7 @@ def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, inputs)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(pretrained.state_dict(), path)
     monkeypatch.setattr(smp.encoders, "hf_hub_download", lambda *arguments, **options: str(path))
-    encoder = build_model(inputs=inputs, encoder_weights="imagenet").net.encoder
+    encoder = build_model(classes=NYUV2_13, inputs=inputs, encoder_weights="imagenet").net.encoder
     first, channels = pretrained.conv1.weight, INPUT_CHANNELS[inputs]
     if inputs == "depth":
         torch.testing.assert_close(encoder.conv1.weight, first.sum(1, keepdim=True))
@@ -164,7 +171,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
     inputs, loaded = torch.randn(1, 6, 32, 32), load_model(str(tmp_path / "best.pt"))
     assert torch.equal(loaded(inputs).logits, model(inputs).logits)
-    assert loaded.config == ModelConfig(encoder=TINY, **config)
+    assert loaded.config == ModelConfig(encoder=TINY, **{"classes": NYUV2_13} | config)
     assert not loaded.training
 
 

@@ -52,7 +52,7 @@ def test_a_network_and_its_masks(home):
     assert len(list((home / "masks").glob("*.png"))) == 3
     torch.save({"a": torch.zeros(1)}, home / "weights.pth")
     with pytest.raises(CheckpointError, match="such as"):  # read, but of another encoder
-        build_model(encoder="resnet18", encoder_weights="~/weights.pth")
+        build_model(classes=NYUV2_13, encoder="resnet18", encoder_weights="~/weights.pth")
     assert weights_digest("~/weights.pth") == weights_digest(str(home / "weights.pth")) is not None
 
 

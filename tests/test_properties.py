@@ -162,7 +162,7 @@ def test_any_description(small_folder, classes, key):
     right = key == "classes" and strings and 2 <= len(classes) == len(set(classes))
     try:
         opened = iterate_samples(small_folder, "train")
-        assert opened.source.classes == tuple(classes)
+        assert opened.classes == tuple(classes)
         assert right
     except DataError as error:
         assert str(error).startswith(f"{path}: ")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small_run import ENCODER, PARAMETERS
 
+from lib.classes import NYUV2_13
 from lib.files import CheckpointError
 from lib.model import build_model, weights_digest
 from lib.runs import open_run
@@ -29,7 +30,7 @@ def classifier():
 
 def filled(path, **config):
     return build_model(
-        **{"encoder": ENCODER, "inputs": "rgb", "encoder_weights": str(path)} | config
+        classes=NYUV2_13, **{"encoder": ENCODER, "inputs": "rgb", "encoder_weights": str(path)} | config
     ).net.encoder
 
 

@@ -255,9 +255,19 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
         if len(found) < 2 and data is None:
             found = read_entry(str(EXAMPLE), split) or found
     else:
-        entries = [entry.strip() for entry in runs.split(",") if entry.strip()]
-        found = [run for entry in entries for run in read_entry(entry, split)]
+        found = [run for entry in _split_entries(runs) for run in read_entry(entry, split)]
     return found if where is None else select_runs(found, where)
+
+
+def _split_entries(runs: str) -> list[str]:
+    """The entries between commas; a path may itself have commas."""
+    entries, begun = [], ""
+    for part in runs.split(","):
+        begun = f"{begun},{part}" if begun else part.strip()
+        if Path(begun.strip()).expanduser().is_dir() or not begun.startswith(("/", "~", ".")):
+            entries.append(begun.strip())
+            begun = ""
+    return [entry for entry in (*entries, begun) if entry]
 
 
 def _read_own(split: str, data: str | None) -> list[ScoredRun]:

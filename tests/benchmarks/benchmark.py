@@ -36,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lib  # noqa: F401
 from lib.batches import TrainingSet, encode_batch, training_loader
+from lib.classes import NYUV2_13
 from lib.data import Samples, load_samples
 from lib.device import choose_precision
 from lib.losses import segmentation_loss
@@ -207,7 +208,7 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
 
     def build() -> torch.nn.Module:
         torch.manual_seed(42)
-        return build_model(encoder=encoder, size=size)
+        return build_model(classes=NYUV2_13, encoder=encoder, size=size)
 
     plain = plain_epochs(
         build(), Path(data), train.names, valid.names, size, batch_size, settings["augment"], settings["learning_rate"],
@@ -238,7 +239,7 @@ def benchmark_waiting(data: str) -> None:
     size, batch_size, device = SMALL["size"], SMALL["batch_size"], torch.device("cpu")
     train = load_samples(data, "train", "random", size, 200)
     model, precision, rows = (
-        build_model(encoder=SMALL["encoder"], size=size),
+        build_model(classes=NYUV2_13, encoder=SMALL["encoder"], size=size),
         choose_precision("auto", device),
         [],
     )

@@ -1,5 +1,6 @@
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,15 @@ from lib.notebooks.error_analysis import count_errors
 from lib.notebooks.plots import plot_predictions
 from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
 from lib.runs.results import group_recipes, read_scored
-from lib.runs.scoring import find_scored, iterate_split, masks_folder, read_external, read_masks, score_run
+from lib.runs.scoring import (
+    check_labelled,
+    find_scored,
+    iterate_split,
+    masks_folder,
+    read_external,
+    read_masks,
+    score_run,
+)
 
 ENCODER = "tu-test_resnet.r160_in1k"
 DATA = {"data": "synthetic", "validation": "auto", "limit": 80, "classes": None, "fold": 4}
@@ -143,12 +152,12 @@ def test_a_class_that_the_split_lacks_is_null_and_so_is_an_interval_over_too_few
 def test_a_run_says_which_images_a_split_holds(run):
     def names(split, **parameters):
         write_json(read_parameters(run) | parameters, run / "parameters.json")
-        return list(iterate_split(read_parameters(run), split).source.names)
+        return list(iterate_split(read_parameters(run), split).names)
 
     for choice in ({"fold": 4}, {"fold": 1}, {"validation": "random"}, {"validation": "random", "limit": 20}):
         for split in ("train", "valid"):
             expected = iterate_samples("synthetic", split, **{"limit": 80} | choice)
-            assert names(split, **choice) == list(expected.source.names)
+            assert names(split, **choice) == list(expected.names)
     assert len(names("test", limit=20)) == 100  # limit is about the images to train and validate on
 
 
@@ -167,7 +176,7 @@ def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, t
     for name in "ab":
         (tmp_path / name / "dataset.yaml").write_text(yaml.safe_dump({"classes": ["a", "b", "c"]}))
     on_folder(run, tmp_path / "a")
-    assert list(iterate_split(read_parameters(run), "valid").source.classes) == ["a", "b", "c"]
+    assert list(iterate_split(read_parameters(run), "valid").classes) == ["a", "b", "c"]
     facts = score_run(
         run, "test", iterate_split(read_parameters(run), "test", str(tmp_path / "b")), "flip", "cpu"
     )
@@ -195,7 +204,8 @@ def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
     assert "predicted with tta flip; their labels are held back" in (run / "report.md").read_text()
     assert run_state(run).evaluated == ("test",)
     with pytest.raises(
-        ValueError, match="runs: 'scored' is not evaluated on split 'test'; run `papermill evaluate"
+        ValueError,
+        match="runs: 'scored' has no score on split 'test', whose labels are held back; compare runs on split",
     ):
         read_scored(run, "test")
 
@@ -309,7 +319,11 @@ def masks(tmp_path, folder):
     for name, label in zip(samples.names, samples.label, strict=True):
         Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / "masks" / f"{name}.png")
     return (
-        lambda: list(read_external(tmp_path / "masks", [samples[:5], samples[5:]])),
+        lambda **options: list(
+            read_external(
+                tmp_path / "masks", iterate_samples(folder, "train", "none", batch_size=5), **options
+            )
+        ),
         tmp_path / "masks",
         samples,
     )
@@ -426,3 +440,153 @@ def test_nothing_else_trains_without_depth(without_depth, change):
     with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
         fit_run(runs_folder() / "deep", parameters, *splits)
     assert not (runs_folder() / "deep").exists()
+
+
+def shift_masks(folder, by):
+    for path in folder.iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) + np.uint8(by)).save(path)
+
+
+LABELS_FROM_1 = f"classes: {list(NYUV2_13)}\nfirst_label: 1\n"
+
+
+def test_masks_with_label_values_are_read_as_it_is_said(tmp_path, folder, scenes, masks, capsys):
+    """Where classes begin with 1: every value is looked at before any is taken."""
+    read, place, samples = masks
+    for path in (folder / "train" / "label").iterdir():
+        label = np.asarray(Image.open(path))
+        Image.fromarray(np.where(label == 255, 0, label + 1).astype(np.uint8)).save(path)
+    (folder / "dataset.yaml").write_text(LABELS_FROM_1)
+    expected = np.where(samples.label == 255, 0, samples.label)
+    np.testing.assert_array_equal(np.concatenate([batch.labels for batch in read()]), expected)
+    shift_masks(place, 1)  # now they hold 1..13, as the labels do
+    with pytest.raises(
+        DataError, match=r"the value 13, .*; all masks fit mask_values labels: pass `-p mask_values labels`"
+    ):
+        read()
+    found = np.concatenate([batch.labels for batch in read(mask_values="labels")])
+    np.testing.assert_array_equal(found, expected)
+    assert "read as mask_values" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mask_values", "other", "by"), [("indices", "labels", 0), ("labels", "indices", 0)])
+def test_which_reading_was_taken_is_said_where_both_are_possible(
+    folder, masks, capsys, mask_values, other, by
+):
+    read, place, samples = masks
+    for path in (folder / "train" / "label").iterdir():
+        label = np.asarray(Image.open(path))
+        Image.fromarray(np.where(label == 255, 0, label + 1).astype(np.uint8)).save(path)
+    for path in place.iterdir():
+        Image.fromarray(np.asarray(Image.open(path)).clip(3, 7)).save(path)
+    (folder / "dataset.yaml").write_text(LABELS_FROM_1)
+    labels = np.concatenate([batch.labels for batch in read(mask_values=mask_values)])
+    expected = np.where(samples.label == 255, 0, samples.label).clip(3, 7) - (mask_values == "labels")
+    np.testing.assert_array_equal(labels, expected)
+    said = f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean other classes."
+    assert said in capsys.readouterr().out
+
+
+def test_names_of_masks_may_be_decomposed(masks):
+    read, place, _ = masks
+    for path in (place.parent / "train").rglob("*.png"):
+        path.rename(path.with_name(unicodedata.normalize("NFC", f"é{path.name}")))
+    for path in list(place.iterdir()):
+        path.rename(path.with_name(unicodedata.normalize("NFD", f"é{path.name}")))
+    assert sum(len(batch.samples) for batch in read()) == 12
+
+
+def own_run(run, root, **loaded):
+    """A run that recorded the images of a folder as its own."""
+    parameters = read_parameters(run) | {"data": str(root), "limit": None, "validation": "random"} | loaded
+    chosen = {name: parameters[name] for name in ("validation", "limit")}
+    splits = [load_samples(root, split, size=(24, 32), **chosen) for split in ("train", "valid")]
+    with open_run(
+        parameters | {"run_name": "own"},
+        samples=[replace(one, loaded_with={"chosen_validation": "random"}) for one in splits],
+    ) as folder:
+        shutil.copy(run / "best.pt", folder)
+    return folder, *splits
+
+
+def test_images_that_were_added_after_training_change_no_split(run, folder, scenes, capsys):
+    own, train, valid = own_run(run, folder)
+    write_folder(folder, replace(scenes[:5], names=np.array([f"00000{at}a" for at in range(5)])))
+    drawn = iterate_split(read_parameters(own), "valid")
+    assert set(drawn.names) & set(train.names)  # drawn anew, it would hold images that were trained on
+    for split, samples in (("train", train), ("valid", valid)):
+        found = iterate_split(read_parameters(own), split, run=own)
+        assert list(found.names) == list(samples.names)
+        assert (found.split, found.validation) == (split, "random")
+        assert (
+            f"5 images of {folder} are new since own was trained, such as 000000a; its own"
+            in capsys.readouterr().out
+        )
+    facts = score_run(own, "valid", iterate_split(read_parameters(own), "valid", run=own), "none", "cpu")
+    assert facts["images"] == len(valid)
+    assert set(read_counts(own / "evaluation" / "valid.npz").names) == set(valid.names)
+
+
+def test_images_that_are_gone_are_named(run, folder, scenes):
+    own, _, valid = own_run(run, folder)
+    for kind in ("image", "depth", "label"):
+        (folder / "train" / kind / f"{valid.names[0]}.png").unlink()
+    with pytest.raises(
+        DataError,
+        match=f"1 of the 3 images of split 'valid' of the run 'own' are missing, the first is '{valid.names[0]}'",
+    ):
+        iterate_split(read_parameters(own), "valid", run=own)
+    assert len(iterate_split(read_parameters(own), "train", run=own)) == 9
+
+
+def test_other_data_have_other_images(run, folder, scenes, tmp_path, capsys):
+    own, *_ = own_run(run, folder)
+    write_folder(tmp_path / "other", scenes)
+    copied = shutil.copytree(folder, tmp_path / "copies" / folder.name)
+    assert len(iterate_split(read_parameters(own), "valid", str(tmp_path / "other"), run=own)) == 3
+    assert list(iterate_split(read_parameters(own), "valid", str(copied), run=own).names) == list(
+        iterate_split(read_parameters(own), "valid", run=own).names
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_evaluating_other_data_leaves_nothing_of_the_earlier(run, folder, scenes, tmp_path):
+    on_folder(run, folder)
+    score_run(run, "test", iterate_split(read_parameters(run), "test"), "none", "cpu")
+    assert (run / "evaluation" / "submission.npy").exists()
+    write_folder(tmp_path / "b", replace(scenes[:2], names=np.array(["x", "y"])), "test")
+    facts = score_run(
+        run, "test", iterate_split(read_parameters(run), "test", str(tmp_path / "b")), "none", "cpu"
+    )
+    assert facts["labelled"]
+    assert sorted(path.name for path in masks_folder(run, "test").iterdir()) == ["x.png", "y.png"]
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["test", "test.json", "test.npz"]
+
+
+def test_labels_that_are_255_everywhere_are_held_back(run, folder, scenes):
+    """As those of Cityscapes' test images: predicted, with a submission."""
+    write_folder(folder, replace(scenes[:3], label=np.full_like(scenes.label[:3], 255)), "test")
+    on_folder(run, folder)
+    facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "none", "cpu")
+    assert not facts["labelled"]
+    assert len(np.load(run / "evaluation" / "submission.npy")) == 3
+    with pytest.raises(
+        ValueError, match="split: the labels of split 'test' of .* are held back, so that runs can't be"
+    ):
+        check_labelled(read_parameters(run), "test")
+    check_labelled(read_parameters(run), "valid")
+    label = np.full_like(scenes.label[:3], 255)
+    label[2, 0, 0] = 1  # a single pixel
+    write_folder(folder, replace(scenes[:3], label=label), "test")
+    (folder / "dataset.yaml").write_text("ignore: [255]")
+    check_labelled(read_parameters(run), "test")
+
+
+@pytest.mark.parametrize("name", ["a" * 201, "ü" * 101])
+def test_names_of_runs_that_no_disk_takes_are_refused(name):
+    with pytest.raises(
+        ValueError, match="run_name: found .* expected a plain folder name such as 'exp061' of at most 200"
+    ):
+        open_run({"run_name": name}).__enter__()
+    with open_run({"run_name": name[:100]}) as folder:
+        assert folder.is_dir()

@@ -1,0 +1,95 @@
+"""Names of classes, runs and images may come from anybody: they are shown and never run."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import evaluation, history
+
+from lib.data import Samples, Split
+from lib.files import ROOT, escape_html
+from lib.notebooks import Markdown, style
+from lib.notebooks.compare import score_table, show_scores
+from lib.notebooks.evaluate import summarise_evaluation
+from lib.notebooks.explore import class_shares, count_data, describe_data
+from lib.notebooks.predict import describe_images
+from lib.runs import open_run, write_history, write_scores
+from lib.runs.report import summarise
+from lib.runs.results import group_recipes, read_runs
+from lib.runs.scoring import write_evaluation
+
+EVIL = "<img src=x onerror=alert(1)>"
+CLASSES = (EVIL, "a|b", "c\nd")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A scored run whose classes, recipe, data and images have names that HTML or a table would read."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    counts = np.full((2, 3, 3), 5)
+    scored = evaluation(counts, (EVIL, "b|c"), None, CLASSES)
+    with open_run({"run_name": "r", "seed": 0, "recipe": EVIL, "data": EVIL}) as run:
+        (run / "best.pt").touch()
+        write_history(run, history(1))
+        write_scores(run, history(1)[0], scored)
+        facts = {"data": EVIL, "images": 2, "labelled": True, "validation": "random"}
+        facts = write_evaluation(run, "valid", facts, {"plain": scored})
+    return run, facts
+
+
+def shown(text):
+    return Markdown(text)._repr_markdown_()
+
+
+def test_nothing_that_is_shown_holds_a_tag(run):
+    folder, facts = run
+    recipes = group_recipes(read_runs("r", "valid"))
+    label = np.ones((1, 4, 4), np.uint8)
+    samples = Samples(np.array([EVIL]), np.zeros((1, 4, 4, 3), np.uint8), label=label, classes=CLASSES)
+    split = Split(samples.names, samples.classes, None)
+    columns = pd.MultiIndex.from_tuples([("", "confidence"), *(("share", name) for name in CLASSES)])
+    predicted = pd.DataFrame([[0.5, 0.2, 0.3, 0.5]], [EVIL], columns)
+    texts = {
+        "report.md": (folder / "report.md").read_text(),
+        "train": shown(summarise(folder)),
+        "evaluate": shown(summarise_evaluation(folder, "valid", facts)),
+        "explore": shown(describe_data(count_data(samples), split, split)),
+        "predict": shown(describe_images(predicted)),
+        "table of classes": style(class_shares(count_data(samples))).to_html(),
+        "table of predictions": style(predicted.T).format("{:.1%}").to_html(),
+        "table of runs": show_scores(score_table(recipes)).to_html(),
+        "cells": style(pd.DataFrame({EVIL: [EVIL]})).to_html(),
+    }
+    for place, text in texts.items():
+        assert "<img" not in text, place
+        assert "&lt;img src=x onerror=alert(1)>" in text, place
+
+
+def test_names_end_no_cell_and_no_row_of_a_report(run):
+    folder, _ = run
+    report = (folder / "report.md").read_text()
+    for line in report.splitlines():
+        if line.startswith("|"):
+            table = line
+            assert table.endswith("|")
+    assert "a\\|b" in report
+    assert "c d" in report
+    rows = [line for line in report.splitlines() if line.startswith("| a\\|b")]
+    assert len({len(re.split(r"(?<!\\\\)\|", row)) for row in rows if "IoU" not in row}) <= 2
+
+
+def test_good_names_stay_as_they_are():
+    table = pd.DataFrame({"mIoU": [0.5]}, ["soft_iou_weight 0.5"])
+    assert "soft_iou_weight 0.5" in style(table).to_html()
+    assert shown("**wall** (0.50) > `floor` $x$") == "**wall** (0.50) > `floor` $x$"
+    assert escape_html("a & b") == "a &amp; b"
+
+
+def test_notebooks_show_names_by_these_alone():
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert not re.search(r"IPython.display import .*(Markdown|HTML)", code), path
+        assert not re.search(r"(?<!^style)\w*[\])\w]\.style\.", code), path

@@ -17,6 +17,12 @@ from torch import nn
 
 from lib.options import check_options
 
+OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory")
+REMEDY = (
+    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; where that fails too, "
+    "restart the kernel. The run's folder is as it was)"
+)
+
 
 def choose_device(device: str) -> torch.device:
     """`auto` takes the first GPU that torch can use, else the CPU; anything else must be available.
@@ -103,7 +109,7 @@ def describe_processor() -> str:
     if Path("/proc/cpuinfo").exists():
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = named[1] if named else name
-    bf16 = sorted({"avx512_bf16", "amx_bf16"} & _cpu_instructions())
+    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in _cpu_instructions()]
     return f"{name} ({', '.join([torch.backends.cpu.get_cpu_capability(), *bf16])})"
 
 
@@ -148,15 +154,11 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
             yield from generate(*arguments, **options)
             return
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, of several kinds
-            asked = re.search(r"[^.]*(out of memory|ALLOC_FAILED|can't allocate memory)[^.]*", str(error))
-            if asked is None and not isinstance(error, MemoryError):
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
-            message = asked[0].strip() if asked else str(error)
+            message = str(error).partition("\n")[0].removesuffix(REMEDY)
             traceback.clear_frames(error.__traceback__)
         torch.cuda.empty_cache()
-        raise MemoryError(
-            f"{message}. Use precision bf16, or lower batch_size, or image_height and image_width; where that fails "
-            "too, restart the kernel. The run's folder is as it was"
-        )
+        raise MemoryError(message + REMEDY)
 
     return explained

@@ -331,10 +331,11 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
             f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the path of a "
             ".pth or .safetensors file"
         )
+    channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
     with _explain_fetching(encoder_weights, name), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         weights = True if name.startswith("tu-") else encoder_weights
-        fetched = get_encoder(name, encoder.in_channels, weights=weights)
+        fetched = get_encoder(name, channels, weights=weights)
     encoder.load_state_dict(fetched.state_dict())
 
 
@@ -352,10 +353,10 @@ def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Names and tensors of a file, as timm reads them, whatever wraps them; data only."""
+    if not path.exists():
+        raise CheckpointError(f"encoder_weights: {path}: no such file")
     try:
         return load_state_dict(str(path), use_ema=False)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"encoder_weights: {path}: no such file") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
         raise CheckpointError(
             f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, or holds "

@@ -99,10 +99,12 @@ def test_refused_combinations_name_what_would_work():
 
 
 def test_depth_head_is_linear_on_the_decoder():
+    torch.manual_seed(0)
     model = tiny()
     convolution = model.depth_head[0]
     assert (convolution.in_channels, convolution.out_channels, convolution.kernel_size) == (256, 1, (3, 3))
-    assert model(1000 * torch.randn(1, 4, 64, 64)).depth.min() < 0  # nothing squashes it
+    convolution.bias.data.fill_(-1e6)
+    assert model(torch.randn(1, 4, 64, 64)).depth.max() < 0  # nothing squashes it
 
 
 def test_both_heads_train_the_encoder():
@@ -118,7 +120,7 @@ def test_unknown_encoder_and_weights():
         ValueError, match="encoder: found 'resnet81', did you mean resnet18, .* there are: resnet18, "
     ):
         build_model(classes=NYUV2_13, encoder="resnet81")
-    with pytest.raises(ValueError, match="encoder: 'tu-nonsense' can't be used in deeplabv3plus"):
+    with pytest.raises(ValueError, match="encoder: found 'tu-nonsense', did you mean tu-"):
         build_model(classes=NYUV2_13, encoder="tu-nonsense")
     with pytest.raises(
         ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 with nearly all"
@@ -150,7 +152,10 @@ def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, inputs)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(pretrained.state_dict(), path)
     monkeypatch.setattr(smp.encoders, "hf_hub_download", lambda *arguments, **options: str(path))
-    encoder = build_model(classes=NYUV2_13, inputs=inputs, encoder_weights="imagenet").net.encoder
+    model = build_model(
+        classes=NYUV2_13, inputs=inputs, encoder_weights="imagenet", rgb_normalisation="exp061"
+    )
+    encoder = model.net.encoder
     first, channels = pretrained.conv1.weight, INPUT_CHANNELS[inputs]
     if inputs == "depth":
         torch.testing.assert_close(encoder.conv1.weight, first.sum(1, keepdim=True))

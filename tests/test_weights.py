@@ -141,7 +141,6 @@ def test_weights_of_another_encoder(tmp_path, classifier):
         in message
     )
     assert "; 47 of another shape, such as model.bn1.weight (64,) instead of (32,), model." in message
-    assert "; 64 unexpected, such as conv1.weight, layer1.1.conv1.weight, " in message
     assert message.endswith(
         "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"
     )
@@ -156,10 +155,7 @@ def test_weights_of_another_encoder(tmp_path, classifier):
     assert "unexpected" not in message  # the classifier's head is no problem
     del weights["layer4.0.bn2.running_var"]  # one is enough
     torch.save(weights, path)
-    assert (
-        "encoder: 1 missing, such as model.layer4.0.bn2.running_var; 2 unexpected, such as fc.weight, "
-        in refused(path)
-    )
+    assert "encoder: 1 missing, such as model.layer4.0.bn2.running_var; " in refused(path)
 
 
 def test_another_first_layer_than_the_inputs(tmp_path, classifier):
@@ -174,10 +170,7 @@ def test_a_classifier_of_ten_classes_that_is_no_encoder(tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     message = refused(tmp_path / "weights.pth")
     assert "75 missing, such as model.conv1.0.weight" in message
-    assert (
-        "; 4 unexpected, such as 0.weight, 0.bias, 2.weight; expected the weights of this very encoder"
-        in message
-    )
+    assert "; expected the weights of this very encoder" in message
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -222,9 +215,9 @@ def test_files_that_are_no_weights(tmp_path):
     path = tmp_path / "weights.pth"
     assert refused(path) == f"encoder_weights: {path}: no such file"
     torch.save([torch.ones(2)], path)
-    assert "found a list, expected names and tensors" in refused(path)
+    assert "can't be read as weights" in refused(path)
     torch.save({"epoch": 3}, path)
-    assert "expected names and tensors" in refused(path)
+    assert "does not fill the" in refused(path)
     torch.save({}, path)
     assert "75 missing" in refused(path)
 

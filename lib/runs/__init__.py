@@ -111,7 +111,7 @@ def _record() -> dict[str, object]:
     recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
     if shutil.which("git") is None:
         return recorded
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if commit:
         recorded |= {"commit": commit.removesuffix("-dirty"), "tree_unchanged": not commit.endswith("-dirty")}

@@ -1,71 +1,122 @@
-"""Is a difference between two runs or two recipes real? Three tests that must not be mixed up.
+"""Is a difference between two runs or two recipes real? Three tests with different questions, and a plan for new runs.
 
 The checkpoint test, `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
 The seed test, `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
 The recipe test, `compare_recipes`: do the two recipes differ on scenes like these? Seeds and scenes vary.
 
 Images of one scene are alike, so the cases are scenes. Scores are IoU pooled over all images, and the mIoU averages
-the classes in the truth, the same for both sides. Differences are b minus a. Fewer than 6 scenes give no verdict:
-what speaks of scenes is NaN.
+the classes in the truth, the same for both sides. Differences are b minus a. With fewer than 6 scenes there is no
+result: what depends on scenes is NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Array = np.ndarray
-CONFIDENCE = 0.95
+LEVEL = 0.05
 POWER = 0.8
 MIN_SCENES = 6  # all swaps of 5 give no p below 0.06; in the recipe test 3 to 5 with ten seeds reject true nulls in 7 to 13 %
 MAX_EXACT_SCENES = 14  # up to here all 2^G swaps are counted
 SWAPS = 9_999
-MIN_SEEDS_TO_PLAN = 5  # the spread of fewer says too little about how many are needed
 ROUNDING = 1e-12  # scores closer than this are equal
 
 
-@dataclass(frozen=True)
-class SceneComparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the three tests share: the difference of the mIoU, b minus a."""
+
+    difference: float
+    interval: tuple[float, float]  # (low, high), 95 %
+    p_value: float
+    standard_error: float
+    degrees_of_freedom: float  # of t; NaN where nothing varies
+    comparisons: int | None = None  # that p-value and interval are adjusted for; None: not adjusted
+
+    @property
+    def detectable(self) -> float:
+        """The true difference that is found with 80 % power, at the level 0.05 over the number of comparisons."""
+        return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons or 1)
+
+    def adjusted(self, comparisons: int) -> "Comparison":
+        """The same result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes neither.
+
+        p-values and intervals of classes are adjusted for the number of classes that are tested.
+
+        Raises:
+            ValueError: fewer than one comparison, or a result that is adjusted already.
+        """
+        if comparisons < 1 or self.comparisons is not None:
+            raise ValueError(
+                f"comparisons: found {comparisons} for a result adjusted for {self.comparisons or 'none'}, expected 1 "
+                "or more for an unadjusted result"
+            )
+        (low,), (high,) = _interval(
+            *np.array([[self.difference], [self.standard_error], [self.degrees_of_freedom]]), comparisons
+        )
+        p_value = float(np.minimum(1, comparisons * self.p_value))
+        return replace(self, interval=(float(low), float(high)), p_value=p_value, comparisons=comparisons)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneComparison(Comparison):
     """What the checkpoint test and the recipe test share. Of a class in fewer than two scenes, interval and p-value are NaN."""
 
-    difference: float  # of the mIoU
-    interval: tuple[float, float]  # (low, high), 95 %
-    p_value: float  # it alone decides whether the two differ
     class_difference: Array  # (C,) of the IoU; NaN for a class that is not in the truth
-    class_interval: Array  # (2, C), each class for itself
-    class_p_value: Array  # (C,) after Holm over the classes
-    detectable: float  # the smallest difference that would show with 80 % power
+    class_interval: Array  # (2, C)
+    class_p_value: Array  # (C,)
+    class_standard_error: Array  # (C,)
+    class_degrees_of_freedom: Array  # (C,)
     scene_count: int
 
+    def adjusted(self, comparisons: int) -> "SceneComparison":
+        tested = max(1, int(np.isfinite(self.class_p_value).sum()))
+        errors = self.class_standard_error, self.class_degrees_of_freedom
+        return replace(
+            super().adjusted(comparisons),
+            class_interval=_interval(self.class_difference, *errors, tested),
+            class_p_value=np.minimum(1, tested * self.class_p_value),
+        )
 
-@dataclass(frozen=True)
+
 class CheckpointComparison(SceneComparison):
-    """Result of the checkpoint test."""
-
-    # to show the far end of the interval and the near one, if they were true, with 80 % power; inf where 0 is inside
-    scenes_needed: tuple[float, float]
+    """Result of the checkpoint test. Its p-value, by swaps, decides; its interval is a jackknife."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecipeComparison(SceneComparison):
     """Result of the recipe test."""
 
-    degrees_of_freedom: float  # of the crossed t; NaN where nothing varies
     seed_variance: float  # of the difference, due to seeds: half of it with twice the seeds
-    scene_variance: float  # of the difference, due to scenes, whatever the number of seeds
-    detectable_more_seeds: float  # with twice the seeds
-    detectable_more_scenes: float  # with twice the scenes, if runs vary as much on these
+    scene_variance: float  # of the difference, due to scenes, whatever the number of seeds; at least 0
+    scene_degrees_of_freedom: float
+
+
+class SeedComparison(Comparison):
+    """Result of the seed test."""
 
 
 @dataclass(frozen=True)
-class SeedComparison:
-    """Result of the seed test."""
+class Plan:
+    """What a recipe test can find before its runs are made."""
 
-    difference: float  # of the mean scores
-    interval: tuple[float, float]  # (low, high), 95 %
-    p_value: float
-    degrees_of_freedom: float  # of Welch's t; NaN where nothing varies
-    seeds_needed: tuple[float, float]  # of each recipe, as `scenes_needed`; NaN unless both have five or more
+    standard_error: float  # of the difference
+    degrees_of_freedom: float
+    comparisons: int = 1
+
+    @property
+    def detectable(self) -> float:
+        """The true difference that is found with 80 % power."""
+        return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons)
+
+    def power(self, difference: float) -> float:
+        """The probability that the test finds a true difference, by the noncentral t."""
+        return _power(difference / self.standard_error, self.degrees_of_freedom, self.comparisons)
+
+    def adjusted(self, comparisons: int) -> "Plan":
+        """The plan of one of so many comparisons, adjusted by Bonferroni."""
+        return replace(self, comparisons=comparisons)
 
 
 @dataclass(frozen=True)
@@ -100,15 +151,9 @@ def compare_checkpoints(
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
     difference, error = scores[1] - scores[0], _jackknife_error(left_out[1] - left_out[0])
-    interval, _ = _t_test(difference, error, degrees)
     p_values = np.where(np.isfinite(error), _swap_test(*totals, seed), np.nan)
-    detectable = float(_detectable(error[0], degrees[0]))
-    return CheckpointComparison(
-        **_difference_fields(difference, interval, p_values),
-        detectable=detectable,
-        scene_count=totals.shape[1],
-        scenes_needed=_needed(totals.shape[1] * detectable**2, interval[:, 0], float(MIN_SCENES)),
-    )
+    fields = _difference_fields(difference, error, degrees, p_values)
+    return CheckpointComparison(**fields, scene_count=totals.shape[1])
 
 
 def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
@@ -127,17 +172,13 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
             raise ValueError(f"{name}: found {scores.tolist()}, expected (S,) numbers, the score of each run")
     _check_runs("scores", len(scores_a), len(scores_b))
     difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
-    variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]])
     runs = np.array([[len(scores_a)], [len(scores_b)]])
+    variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]]) / runs
     error, degrees = _crossed_error(
-        variances / runs, runs, np.zeros(1), np.ones(1)
+        variances, runs, np.zeros(1), np.ones(1)
     )  # scipy warns of a constant side
     _check_varies("scores", difference[0], error[0])
-    (low, high), p_value = _t_test(difference, error, degrees)
-    interval, needed = (float(low[0]), float(high[0])), (np.nan, np.nan)
-    if runs.min() >= MIN_SEEDS_TO_PLAN:
-        needed = _needed(_detectable(np.sqrt(variances.sum()), degrees[0]) ** 2, interval, 2.0)
-    return SeedComparison(float(difference[0]), interval, float(p_value[0]), float(degrees[0]), needed)
+    return SeedComparison(**_shared_fields(difference, error, degrees, _p_values(difference, error, degrees)))
 
 
 def compare_recipes(
@@ -171,39 +212,78 @@ def compare_recipes(
     runs = np.array([[len(side)] for side in scores])
     error, degrees = _crossed_error(seeds, runs, scenes, scene_degrees)
     _check_varies("counts", difference[0], error[0])
-    detectable = _detectable(error, degrees)[0]
-    more_seeds = _detectable(*_crossed_error(seeds / 2, 2 * runs, scenes, scene_degrees))[0]
-    more_scenes = _detectable(*_crossed_error(seeds, runs, scenes / 2, 2 * scene_degrees + 1))[0]
     return RecipeComparison(
-        **_difference_fields(difference, *_t_test(difference, error, degrees)),
-        detectable=float(detectable),
+        **_difference_fields(difference, error, degrees, _p_values(difference, error, degrees)),
         scene_count=left_out_a.shape[1],
-        degrees_of_freedom=float(degrees[0]),
         seed_variance=float(seeds.sum(0)[0]),
         scene_variance=float(scenes[0]),
-        detectable_more_seeds=float(min(detectable, more_seeds)),
-        detectable_more_scenes=float(min(detectable, more_scenes)),
+        scene_degrees_of_freedom=float(scene_degrees[0]),
     )
+
+
+def plan(
+    runs: float,
+    folds: int,
+    scenes: int,
+    run_sd: float,
+    variance_per_scene: float,
+    paired: bool = False,
+    scene_degrees: float | None = None,
+) -> Plan:
+    """What the recipe test can find with so many runs a side, each cross-validated over so many folds.
+
+    Args:
+        runs: of each recipe (their harmonic mean where they differ).
+        folds: that each run is trained and scored on, 1 without cross-validation.
+        scenes: in all folds together.
+        run_sd: standard deviation over seeds of the mIoU on one fold; if `paired`, that of the difference within
+            pairs over the square root of 2.
+        variance_per_scene: `scene_variance` of an earlier recipe test times its number of scenes.
+        paired: whether runs of one seed belong together.
+        scene_degrees: degrees of freedom over scenes, fewer for scenes of unequal size; None takes scenes - 1.
+
+    Raises:
+        ValueError: fewer than 2 runs or 6 scenes; variances that are negative, no numbers, or all 0.
+    """
+    if runs < 2 or folds < 1 or scenes < MIN_SCENES:
+        raise ValueError(
+            f"runs, folds, scenes: found {runs}, {folds} and {scenes}, expected at least 2, 1 and {MIN_SCENES}, as the "
+            "recipe test needs them"
+        )
+    if not (run_sd >= 0 and variance_per_scene >= 0 and run_sd + variance_per_scene > 0):
+        raise ValueError(
+            f"run_sd, variance_per_scene: found {run_sd} and {variance_per_scene}, expected numbers from 0 on, one of "
+            "them above 0; take them from runs of several seeds"
+        )
+    sides = np.full((1 if paired else 2, 1), 1.0)
+    seeds = 2 / len(sides) * run_sd**2 / (folds * runs) * sides
+    scene_degrees = np.array([scenes - 1.0 if scene_degrees is None else scene_degrees])
+    (error,), (degrees,) = _crossed_error(
+        seeds, runs * sides, np.array([variance_per_scene / scenes]), scene_degrees
+    )
+    return Plan(float(error), float(degrees))
+
+
+def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
+    """The standard deviation over seeds, pooled over cells of recipe and fold, with its 95 % chi-square range.
+
+    Args:
+        scores: of each cell those of its runs, `(S,)` each.
+    """
+    squares = sum(((np.asarray(cell) - np.mean(cell)) ** 2).sum() for cell in scores)
+    degrees = sum(len(cell) - 1 for cell in scores)
+    low, high = np.sqrt(squares / stats.chi2.ppf([1 - LEVEL / 2, LEVEL / 2], degrees))
+    return float(np.sqrt(squares / degrees)), (float(low), float(high))
 
 
 def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
     """The scores of one run, counts `(N, C, C)`, with intervals as in the checkpoint test."""
     (counts,) = _check_counts("(N, C, C)", counts)
     _, scores, left_out, degrees = _by_scene(counts, scene)
-    interval = np.clip(_t_test(scores, _jackknife_error(left_out), degrees)[0], 0, 1)
+    interval = np.clip(_interval(scores, _jackknife_error(left_out), degrees), 0, 1)
     return ScoreInterval(
         float(scores[0]), tuple(interval[:, 0].tolist()), scores[1:], interval[:, 1:], len(left_out)
     )
-
-
-def holm(p_values: Array) -> Array:
-    """Holm's correction (Scandinavian Journal of Statistics, 1979) of `(K,)` p-values; NaN stay NaN, uncounted."""
-    p_values = np.asarray(p_values, float)
-    corrected = np.full(len(p_values), np.nan)
-    order = np.argsort(p_values)[: np.isfinite(p_values).sum()]
-    steps = p_values[order] * np.arange(len(order), 0, -1)
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return corrected
 
 
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -276,14 +356,19 @@ def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Arra
     return np.sqrt(total), np.divide(total**2, squares, where=squares != 0, out=np.full_like(total, np.nan))
 
 
-def _t_test(difference: Array, error: Array, degrees: Array) -> tuple[Array, Array]:
-    """Intervals `(2, K)` and p-values `(K,)`; where nothing varies, p is 1 for no difference and NaN for one."""
+def _interval(middle: Array, error: Array, degrees: Array, comparisons: int = 1) -> Array:
+    """`(2, K)`, simultaneous for so many comparisons by Bonferroni."""
+    half = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
+    return np.stack((middle - half, middle + half))
+
+
+def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
+    """`(K,)` by t; where nothing varies, 1 for no difference and NaN for one."""
     constant = error < ROUNDING
     degrees = np.where(constant, 1, degrees)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * error
     p_values = 2 * stats.t.sf(np.abs(difference) / np.where(constant, 1, error), degrees)
     p_values[constant] = np.where(np.abs(difference[constant]) < ROUNDING, 1, np.nan)
-    return np.stack((difference - half, difference + half)), p_values
+    return p_values
 
 
 def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
@@ -301,26 +386,45 @@ def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
     return extreme / len(swaps) if exact else (1 + extreme) / (1 + len(swaps))
 
 
-def _detectable(error: Array, degrees: Array) -> Array:
-    return (stats.t.ppf((1 + CONFIDENCE) / 2, degrees) + stats.t.ppf(POWER, degrees)) * error
+def _power(effect: float, degrees: float, comparisons: int) -> float:
+    """Of the two-sided t test for a true difference of so many standard errors."""
+    least = stats.t.ppf(1 - LEVEL / 2 / comparisons, degrees)
+    other_side = np.nan_to_num(
+        stats.nct.cdf(-least, degrees, abs(effect))
+    )  # NaN now and then where it is next to 0
+    return float(stats.nct.sf(least, degrees, abs(effect)) + other_side)
 
 
-def _needed(squared: float, interval: tuple[float, float], least: float) -> tuple[float, float]:
-    """Cases that show the far and the near end of an interval, where those for a difference d are `squared / d^2`."""
-    low, high = interval
-    far, near = max(-low, high), max(low, -high, 0)
-    return tuple(max(float(squared / end**2), least) if end else np.inf for end in (far, near))
+def _detectable(error: float, degrees: float, comparisons: int) -> float:
+    if not error > ROUNDING:  # nothing varies, or NaN
+        return error
+    if not degrees >= 1:  # below, scenes are so unequal that nothing is found
+        return np.nan if np.isnan(degrees) else np.inf
+    highest = 1.0
+    while _power(highest, degrees, comparisons) < POWER:
+        highest *= 2
+    return error * optimize.brentq(lambda effect: _power(effect, degrees, comparisons) - POWER, 0, highest)
 
 
-def _difference_fields(difference: Array, interval: Array, p_values: Array) -> dict:
-    """The fields of a `SceneComparison` that the mIoU and then the classes have."""
+def _shared_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:
+    """The fields of a `Comparison`."""
     return {
         "difference": float(difference[0]),
-        "interval": tuple(interval[:, 0].tolist()),
+        "interval": tuple(_interval(difference, error, degrees)[:, 0].tolist()),
         "p_value": float(p_values[0]),
+        "standard_error": float(error[0]),
+        "degrees_of_freedom": float(degrees[0]),
+    }
+
+
+def _difference_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:
+    """The fields of a `SceneComparison` that the mIoU and then the classes have."""
+    return _shared_fields(difference, error, degrees, p_values) | {
         "class_difference": difference[1:],
-        "class_interval": interval[:, 1:],
-        "class_p_value": holm(p_values[1:]),
+        "class_interval": _interval(difference, error, degrees)[:, 1:],
+        "class_p_value": p_values[1:],
+        "class_standard_error": error[1:],
+        "class_degrees_of_freedom": np.broadcast_to(degrees, error.shape)[1:],
     }
 
 

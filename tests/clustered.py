@@ -30,8 +30,8 @@ def clustered_normal(rng, scene, leading, correlation):
     return np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * rng.standard_normal(shape, np.float32)
 
 
-def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RUN_SD, folds=1):
-    """Pixels of each class `(N, C)` and, for two equal recipes, the shares found `(2, S, N, C)`, before clipping.
+def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RUN_SD, folds=1, recipes=2):
+    """Pixels of each class `(N, C)` and, for equal recipes, the shares found `(R, S, N, C)`, before clipping.
 
     With more than one fold each run was trained once for each, and the fold of a scene says by which it is scored.
     Two single checkpoints differ by what their training was: they are equal only with a `run_sd` of 0.
@@ -39,9 +39,9 @@ def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RU
     weights = np.array(FREQUENCIES) * np.exp(clustered_normal(rng, scene, (), correlation))
     truth = np.rint(PIXELS * weights / weights.sum(1, keepdims=True)).astype(np.int64)
     rates = 0.7 + DIFFICULTY_SD * clustered_normal(rng, scene, (1, 1), correlation)
-    rates = rates + recipe_sd * clustered_normal(rng, scene, (2, 1), correlation)
-    rates = rates + IMAGE_SD * clustered_normal(rng, scene, (2, runs), correlation)
-    return truth, rates + run_sd * rng.standard_normal((2, runs, folds, 1))[:, :, scene % folds]
+    rates = rates + recipe_sd * clustered_normal(rng, scene, (recipes, 1), correlation)
+    rates = rates + IMAGE_SD * clustered_normal(rng, scene, (recipes, runs), correlation)
+    return truth, rates + run_sd * rng.standard_normal((recipes, runs, folds, 1))[:, :, scene % folds]
 
 
 def confuse(truth, rates):

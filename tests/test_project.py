@@ -81,7 +81,7 @@ def test_ci_runs_the_command_of_the_readme():
     assert f"\n{command}\n" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script", ["benchmark", "simulate_verdicts"])
+@pytest.mark.parametrize("script", ["benchmark", "simulate_tests"])
 def test_what_is_measured_by_hand_still_starts(script):
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,229 +1,526 @@
-"""The verdicts: which claims runs allow, and what they come to in words."""
+"""Results of a comparison: a table, the details below it, what single runs allow, a conclusion; and plans of new runs."""
 
-from dataclasses import dataclass
+import ast
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import papermill
+import yaml
+from pandas.io.formats.style import Styler
 
-from lib import significance
-from lib.runs.results import ScoredRun
-from lib.significance import CheckpointComparison, RecipeComparison, SceneComparison, SeedComparison
+from lib.data.validation import FOLDS
+from lib.runs.results import (
+    NO_RECIPE,
+    NOTEBOOKS,
+    RUNS_FILE,
+    ScoredRun,
+    group_recipes,
+    read_own,
+    read_results,
+    recipe,
+)
+from lib.significance import (
+    LEVEL,
+    MIN_SCENES,
+    POWER,
+    ROUNDING,
+    CheckpointComparison,
+    Comparison,
+    Plan,
+    RecipeComparison,
+    SceneComparison,
+    SeedComparison,
+    compare_checkpoints,
+    compare_recipes,
+    compare_seeds,
+    plan,
+    pool_run_sd,
+)
+
+STUDIES = NOTEBOOKS / "studies"
+NEW_SEEDS = 5  # of each recipe, where single runs ask for more
+MOST_SEEDS = 100  # that a plan looks for
+CHOSEN_BY_SWEEP = {*NO_RECIPE, "save_figures"} - {"fold"}
+SIZE = ("image_height", "image_width")
+COLUMNS = (
+    "recipe",
+    "against",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "comparisons",
+    "scenes",
+    "seeds",
+    "conclusion",
+)
+TABLE_STYLES = [
+    {
+        "selector": "td, th",
+        "props": "text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; "
+        "min-width: 4em; max-width: 22em",
+    },
+    {"selector": "th", "props": "overflow-wrap: normal"},
+    {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
+]
+KINDS = ("recipe_test", "seed_test", "checkpoint_test")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What can be said of a recipe (b) against the baseline (a); None where the runs do not allow a claim.
+class Spread:
+    """How runs varied: what a plan of new runs needs.
 
     Attributes:
-        checkpoints: the checkpoint test, of the first run of each.
-        seeds: the seed test.
-        recipes: the recipe test.
-        recipe_p_value: of the recipe test, after Holm over all recipes that are held against the baseline.
-        compared: how many of these the runs allow to be tested.
+        run_sd: standard deviation over seeds of the mIoU on one fold, and its 95 % chi-square range.
+        variance_per_scene: the largest of all comparisons; 0 where no variance over scenes was found.
+        scenes, scene_degrees: that it was found on, and their degrees of freedom.
+        folds: 5 where these are pooled, else 1.
+        paired: whether runs of one seed belong together.
     """
 
-    checkpoints: CheckpointComparison | None
-    seeds: SeedComparison | None
-    recipes: RecipeComparison | None
-    recipe_p_value: float
-    compared: int
+    run_sd: tuple[float, float, float]
+    variance_per_scene: float
+    scenes: int
+    scene_degrees: float
+    folds: int
+    paired: bool = False
+
+    def plan(self, runs: float, which: int = 0) -> Plan:
+        """The recipe test with so many runs of each recipe, by default with `run_sd` itself, on as many scenes."""
+        return plan(
+            runs,
+            self.folds,
+            self.scenes,
+            self.run_sd[which],
+            self.variance_per_scene,
+            self.paired,
+            self.scene_degrees,
+        )
+
+    def say_detectable(self, runs: float, comparisons: int) -> str:
+        """The smallest detectable difference with its range, such as `0.017 (0.014 to 0.023)`, in a clause."""
+        found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
+        numbers = "{:.3f} ({:.3f} to {:.3f})".format(*found)
+        if self.variance_per_scene:
+            return f"a true difference of {numbers} would be found with 80 % power"
+        return f"it takes a true difference of at least {numbers} to be found with 80 % power"
+
+    def say_seeds(self, difference: float, comparisons: int) -> str:
+        """How many seeds find a true difference with 80 % power."""
+        for runs in range(2, MOST_SEEDS + 1):
+            if self.plan(runs).adjusted(comparisons).power(difference) >= POWER:
+                return f"{'' if self.variance_per_scene else 'at least '}{runs} seeds of each recipe"
+        return f"more scenes, because {MOST_SEEDS} seeds are too few"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One recipe compared with the baseline; tests are None where the runs don't allow them.
+
+    Attributes:
+        recipe, against: names.
+        runs: numbers of runs, of the baseline and of the recipe.
+        pair: one run of each, of the same seed where there is one, for the checkpoint test.
+        recipe_test, seed_test, checkpoint_test: each adjusted for the comparisons of its kind.
+        spread: of the runs that the recipe test compares.
+    """
+
+    recipe: str
+    against: str
+    runs: tuple[int, int]
+    pair: tuple[ScoredRun, ScoredRun]
+    recipe_test: RecipeComparison | None = None
+    seed_test: SeedComparison | None = None
+    checkpoint_test: CheckpointComparison | None = None
+    spread: Spread | None = None
 
     @property
-    def strongest(self) -> SceneComparison | None:
-        """The claim over scenes that says most: the recipe test where there is one, else the checkpoint test."""
-        return self.recipes or self.checkpoints
+    def scene_count(self) -> int:
+        """Where scenes are unknown, every image is taken as its own."""
+        first = self.pair[0]
+        return len(first.names if first.scene is None else np.unique(first.scene))
+
+    @property
+    def conclusion(self) -> str:
+        """Of the recipe test."""
+        test = self.recipe_test
+        if min(self.runs) < 2:
+            single = "each" if max(self.runs) == 1 else self.recipe if self.runs[1] == 1 else self.against
+            return f"One run of {single}: nothing can be said about the recipes"
+        if self.scene_count < MIN_SCENES:
+            return f"no result: {self.scene_count} scenes, at least {MIN_SCENES} are needed"
+        if test is None:
+            return "no result: paired runs need two seeds or more that both recipes have"
+        if test.p_value < LEVEL:
+            return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
+        if self.spread is None:
+            return "inconclusive: no difference in any run on any scene"
+        found = self.spread.say_detectable(self.mean_runs, test.comparisons)
+        return f"inconclusive: if runs vary as these did, {found}"
+
+    @property
+    def mean_runs(self) -> float:
+        """Runs of each recipe, as a harmonic mean."""
+        return 2 / sum(1 / count for count in self.runs)
 
 
-def judge(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Verdict]:
-    """Every recipe held against the first; if `paired`, runs of one seed belong together and others are left out."""
-    (_, baseline), *others = recipes.items() if recipes else [(None, [])]
-    crossed = {name: _crossed(baseline, members, paired) for name, members in others}
-    p_values = significance.holm(
-        [np.nan if result is None else result.p_value for result in crossed.values()]
-    )
-    verdicts = {}
-    for (name, members), p_value in zip(others, p_values, strict=True):
-        first, other, checkpoints, seeds = baseline[0], members[0], None, None
-        if not first.is_pooled:
-            checkpoints = significance.compare_checkpoints(first.counts, other.counts, first.scene)
-        if min(len(baseline), len(members)) >= 2:
-            seeds = significance.compare_seeds(*([run.score for run in side] for side in (baseline, members)))
-        verdicts[name] = Verdict(
-            checkpoints=checkpoints,
-            seeds=seeds,
-            recipes=crossed[name],
-            recipe_p_value=float(p_value),
-            compared=int(np.isfinite(p_values).sum()),
-        )
-    return verdicts
+def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
+    """Every recipe compared with the first; if `paired`, runs of one seed belong together and others are left out."""
+    (against, baseline), *others = recipes.items() if recipes else [(None, [])]
+    results = [_test(against, baseline, name, members, paired) for name, members in others]
+    for kind in KINDS:
+        tests = [getattr(result, kind) for result in results]
+        tested = sum(test is not None for test in tests)
+        results = [
+            replace(result, **{kind: test and test.adjusted(tested)})
+            for result, test in zip(results, tests, strict=True)
+        ]
+    return {result.recipe: result for result in results}
 
 
-def _crossed(baseline: list[ScoredRun], members: list[ScoredRun], paired: bool) -> RecipeComparison | None:
-    sides = baseline, members
-    if paired:
-        by_seed = [{run.parameters["seed"]: run for run in side} for side in sides]
-        shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-        sides = [[side[seed] for seed in shared] for side in by_seed]
-    if min(map(len, sides)) < 2:
+def _test(
+    against: str, baseline: list[ScoredRun], name: str, members: list[ScoredRun], paired: bool
+) -> Result:
+    """The tests that the runs allow, not yet adjusted."""
+    shared = match_seeds(baseline, members)
+    first, other = shared[0] if shared else (baseline[0], members[0])
+    sides = list(map(list, zip(*shared, strict=True))) if paired else [baseline, members]
+    result = Result(name, against, (len(baseline), len(members)), (first, other))
+    tests = {}
+    if min(result.runs) >= 2:
+        scores = [[run.score for run in side] for side in (baseline, members)]
+        tests["seed_test"] = compare_seeds(*scores)
+    if result.scene_count >= MIN_SCENES and not first.is_pooled:
+        tests["checkpoint_test"] = compare_checkpoints(first.counts, other.counts, first.scene)
+    if result.scene_count >= MIN_SCENES and sides and min(map(len, sides)) >= 2:
+        tests["runs"] = tuple(map(len, sides))
+        tests["recipe_test"] = _compare_recipes(*sides, paired)
+        tests["spread"] = measure_spread(dict(zip((against, name), sides, strict=True)), paired)
+    return replace(result, **tests)
+
+
+def match_seeds(baseline: list[ScoredRun], members: list[ScoredRun]) -> list[tuple[ScoredRun, ScoredRun]]:
+    """Runs of both sides by seed, for the seeds that both have, in their order."""
+    by_seed = [{run.parameters["seed"]: run for run in side} for side in (baseline, members)]
+    return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+
+
+def _compare_recipes(
+    baseline: list[ScoredRun], members: list[ScoredRun], paired: bool = False
+) -> RecipeComparison:
+    counts = (np.stack([run.counts for run in side]) for side in (baseline, members))
+    return compare_recipes(*counts, baseline[0].scene, paired)
+
+
+def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> Spread | None:
+    """How runs of these recipes varied; None where no recipe has two runs, or nothing varied over six scenes.
+
+    If `paired`, of two recipes, whose runs belong together in their order.
+    """
+    sides = [runs for runs in recipes.values() if len(runs) > 1]
+    tests = [_compare_recipes(*pair, paired) for pair in itertools.combinations(sides, 2)]
+    if not tests or not max(test.standard_error for test in tests) > ROUNDING:
         return None
-    counts = (np.stack([run.counts for run in side]) for side in sides)
-    return significance.compare_recipes(*counts, baseline[0].scene, paired)
+    scores = [_fold_scores(runs) for runs in sides]
+    if paired:
+        scores = [(scores[1] - scores[0]) / np.sqrt(2)]
+    run_sd, limits = pool_run_sd([cell for folds in scores for cell in folds])
+    return Spread(
+        run_sd=(run_sd, *limits),
+        variance_per_scene=max(test.scene_variance for test in tests) * tests[0].scene_count,
+        scenes=tests[0].scene_count,
+        scene_degrees=tests[0].scene_degrees_of_freedom,
+        folds=len(scores[0]),
+        paired=paired,
+    )
 
 
-def describe_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
-    """The three claims of every recipe against the first, each under its own name, with what to do next."""
-    if not verdicts:
-        return "One recipe is no comparison: name runs of another one."
-    baseline, members = next(iter(recipes.items()))
-    texts = [
-        "\n".join((
-            f"**{name}** against **{baseline}**, in mIoU:",
-            "",
-            f"- checkpoint test: {_say_checkpoints(verdict.checkpoints, members[0], recipes[name][0])}",
-            f"- seed test: {_say_seeds(verdict.seeds, max(len(members), len(recipes[name])))}",
-            f"- recipe test: {_say_recipes(verdict, name, baseline, members[0])}",
-        ))
-        for name, verdict in verdicts.items()
-    ]  # fmt: skip
-    return "\n\n".join((*texts, *_caveats(members[0])))
+def _fold_scores(runs: list[ScoredRun]) -> np.ndarray:
+    """mIoU `(F, S)` on the images of each fold, or of the only one."""
+    if not runs[0].is_pooled:
+        return np.array([[run.score for run in runs]])
+    return np.array(
+        [[run.select(run.image_fold == fold).score for run in runs] for fold in np.unique(runs[0].image_fold)]
+    )
 
 
-def summarise_verdicts(recipes: dict[str, list[ScoredRun]], verdicts: dict[str, Verdict]) -> str:
-    """A sentence for each recipe: the result of the claim that says most."""
-    lines = []
-    for name, verdict in verdicts.items():
-        result, baseline = verdict.strongest, next(iter(recipes))
-        p_value = np.nan if result is None else verdict.recipe_p_value if verdict.recipes else result.p_value
-        better, worse = (name, baseline) if result is not None and result.difference > 0 else (baseline, name)
-        if np.isnan(p_value):
-            text = f"No verdict on **{name}** and **{baseline}** yet"
-        elif not _differs(p_value):
-            text = f"**{name}** and **{baseline}** are inconclusive"
-        elif verdict.recipes:
-            text = f"**{better}** is better than **{worse}**"
-        else:
-            text = f"This run of **{better}** scores higher than this one of **{worse}**; further seeds would say more"
-        if result is not None and not np.isnan(result.interval[0]):
-            found = "95 % interval {:+.3f} to {:+.3f}, ".format(*result.interval) + _say_p(p_value)
-            found += " after Holm" * (verdict.recipes is not None and verdict.compared > 1)
-            text += f": {name} minus {baseline} is {result.difference:+.3f} mIoU ({found})"
-        lines.append(f"- {text}.")
-    return "\n".join(lines) or "One recipe is no comparison."
+def result_table(results: dict[str, Result]) -> pd.DataFrame:
+    """One row per comparison with the baseline, by the recipe test; NaN where the runs allow none.
 
-
-def _caveats(run: ScoredRun) -> list[str]:
-    caveats = []
-    if run.scene is None:
-        caveats.append("The scenes of these images are unknown, so images were taken as independent; if several show "
-                       "one scene, every interval above is too narrow.")  # fmt: skip
-    if run.validation == "random":
-        caveats.append(
-            "Validation is `random`: all of this speaks of rooms that the networks were trained on."
+    Columns: recipe, against, difference (recipe minus against, mIoU), low and high (95 %), p, comparisons (that these
+    three are adjusted for), scenes, seeds, conclusion.
+    """
+    rows = []
+    for result in results.values():
+        test = result.recipe_test
+        found = (np.nan, np.nan, np.nan, np.nan, 1)
+        if test is not None:
+            found = (test.difference, *test.interval, test.p_value, test.comparisons)
+        rows.append(
+            (
+                result.recipe,
+                result.against,
+                *found,
+                result.scene_count,
+                _say_runs(result.runs),
+                result.conclusion,
+            )
         )
-    if run.is_pooled:
-        caveats.append("Cross-validated: this speaks of recipes trained on four fifths of these data.")
-    return caveats
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _say(result: SceneComparison | SeedComparison) -> str:
-    low, high = result.interval
-    return f"{result.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {_say_p(result.p_value)})"
+def show_results(table: pd.DataFrame) -> Styler:
+    """The table of `result_table` for a notebook; significant results are bold."""
+    limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
+    bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
+    compared = max(table.comparisons, default=1)
+    caption = "Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval."
+    if compared > 1:
+        caption += f" Interval and p are Bonferroni-adjusted for {compared} comparisons."
+    return (
+        table.style.format(limits, na_rep="")
+        .hide(axis="index")
+        .apply(lambda column: bold, subset=["conclusion"])
+        .set_caption(caption)
+        .set_table_styles(TABLE_STYLES)
+    )
+
+
+def describe_single_runs(results: dict[str, Result]) -> str:
+    """What single runs allow: the checkpoint test, how much seeds alone change, and the sweep that would answer."""
+    texts = []
+    for result in results.values():
+        if min(result.runs) > 1:
+            continue
+        first, other = result.pair
+        texts += [
+            f"**{result.conclusion}.** Only these two checkpoints can be compared:",
+            "",
+            f"- {_say_checkpoints(result)}",
+            *_say_seed_pairs(other, abs(other.score - first.score)),
+            f"- {_say_sweep(first, other)}",
+            "",
+        ]
+    return "\n".join(texts)
+
+
+def describe_details(results: dict[str, Result]) -> str:
+    """Below the table: classes, the seed test, where the variance comes from, the checkpoint test, caveats."""
+    texts = []
+    for result in results.values():
+        if result.recipe_test is None:
+            continue
+        texts += [
+            f"**{result.recipe}** against **{result.against}**:",
+            "",
+            f"- {_say_classes(result.recipe_test, result.pair[0].classes)}",
+            f"- Seed test, on these very images: {_say_test(result.seed_test)}. {_say_variance(result.recipe_test)}",
+            *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
+            "",
+        ]
+    return "\n".join(texts + _caveats(results))
+
+
+def conclude(results: dict[str, Result]) -> str:
+    """For each recipe: what was found, what follows from it, what to do next."""
+    lines = []
+    for result in results.values():
+        lines.append(f"- {result.recipe} against {result.against}: **{result.conclusion}.**")
+        if result.recipe_test is not None:
+            evidence = f"{_say_runs(result.runs)} seeds, {result.scene_count} scenes"
+            lines.append(f"  - Recipe test, {evidence}: {_say_test(result.recipe_test)}.")
+        lines.append(f"  - {_say_consequence(result)}")
+    return "\n".join(lines) or "Only one recipe found: there is nothing to compare."
+
+
+def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> str:
+    """What a sweep, parameters by run name, can find if its runs vary as earlier ones on this data at this size did."""
+    parameters = list(runs.values())
+    seeds = len({each["seed"] for each in parameters})
+    comparisons = len({recipe(each) for each in parameters}) - 1
+    earlier = find_earlier(parameters[0], split)
+    spreads = {source: measure_spread(group_recipes(found)) for source, found in earlier.items()}
+    known = [source for source, spread in spreads.items() if spread]
+    if not known or seeds < 2 or comparisons < 1:
+        return "No plan: it needs two recipes, two seeds, and earlier runs of several seeds on this data at this size."
+    spread = spreads[known[0]]
+    folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
+    share = folds / spread.folds
+    scenes = round(share * spread.scenes)
+    spread = replace(
+        spread, folds=folds, scenes=scenes, scene_degrees=share * spread.scene_degrees, paired=paired
+    )
+    adjusted = f", Bonferroni-adjusted for {comparisons} comparisons" if comparisons > 1 else ""
+    return (
+        f"{seeds} seeds of each recipe, {scenes} scenes{adjusted}: if runs vary as those in {known[0]} did, "
+        f"{spread.say_detectable(seeds, comparisons)}."
+    )
+
+
+def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
+    """Scored runs on the same data at the same image size, by where they are: studies, then own runs."""
+    studies = sorted(STUDIES.glob(f"*/{RUNS_FILE}"))
+    sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
+    sources["earlier runs"] = read_own(split, parameters["data"])
+
+    def matches(run: ScoredRun) -> bool:
+        same_size = all(run.parameters.get(name) == parameters.get(name) for name in SIZE)
+        return same_size and run.split == split and Path(run.data).name == Path(parameters["data"]).name
+
+    matching = {source: list(filter(matches, runs)) for source, runs in sources.items()}
+    return {source: runs for source, runs in matching.items() if runs}
+
+
+def name_run(run: ScoredRun, recipe_name: str) -> str:
+    """What differs and the seed, such as `learning_rate 0.003, seed 10`."""
+    return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
+
+
+def _say_seed_pairs(run: ScoredRun, difference: float) -> list[str]:
+    """How often runs of one recipe differ by as much."""
+    cells: dict[tuple, list[float]] = {}
+    for earlier in itertools.chain(*find_earlier(run.parameters, run.split).values()):
+        cells.setdefault((recipe(earlier.parameters), earlier.parameters.get("fold")), []).append(
+            earlier.score
+        )
+    pairs = [abs(a - b) for scores in cells.values() for a, b in itertools.combinations(scores, 2)]
+    if not pairs:
+        return []
+    size = " x ".join(str(run.parameters[name]) for name in SIZE)
+    count = sum(len(scores) for scores in cells.values() if len(scores) > 1)
+    return [
+        f"- Seeds alone: {sum(pair >= difference for pair in pairs)} of {len(pairs)} pairs of runs that differ in nothing "
+        f"but the seed ({count} runs on {Path(run.data).name}, {size} pixels, split {run.split}) differ by at least as much."
+    ]
+
+
+def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
+    """The sweep that trains new seeds of both recipes, and its time."""
+    sides = [run.parameters for run in (first, other)]
+    if any("recipe" in parameters for parameters in sides):
+        return "To answer, score predictions of two or more seeds of each recipe with `evaluate.ipynb`."
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    first_set, other_set = (
+        {name: (defaults | side)[name] for name in defaults if name not in CHOSEN_BY_SWEEP} for side in sides
+    )
+    differing = [name for name in first_set if first_set[name] != other_set[name]]
+    fixed = {
+        name: value for name, value in first_set.items() if name not in differing and value != defaults[name]
+    }
+    sweeps = [{"fixed": fixed, "grid": {name: [first_set[name], other_set[name]] for name in differing}}]
+    if len(differing) > 1:  # a grid would make all combinations
+        sweeps = [
+            {"fixed": fixed | {name: values[name] for name in differing}, "grid": {}}
+            for values in (first_set, other_set)
+        ]
+    used = {parameters["seed"] for parameters in sides}
+    seeds = [seed for seed in range(1, NEW_SEEDS + 3) if seed not in used][:NEW_SEEDS]
+    texts = [
+        yaml.safe_dump(
+            given | {"seeds": seeds, "split": first.split},
+            default_flow_style=True,
+            width=10**6,
+            sort_keys=False,
+        )
+        for given in sweeps
+    ]
+    commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text.strip()}"`' for text in texts)
+    histories = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
+    time = (
+        f", about {2 * NEW_SEEDS * np.mean(histories) / 60:.0f} minutes one after the other"
+        if histories
+        else ""
+    )
+    return f"To answer, train {NEW_SEEDS} new seeds of both{time}: {commands}"
+
+
+def _say_consequence(result: Result) -> str:
+    """What follows from the recipe test, or what would make one."""
+    test, spread = result.recipe_test, result.spread
+    if test is None:
+        return _say_sweep(*result.pair)
+    if test.p_value < LEVEL:
+        better = result.recipe if test.difference > 0 else result.against
+        return f"Prefer {better}. This holds for new seeds and scenes like these, not for other data or image sizes."
+    if spread is None:
+        return "Every run has the same confusion matrices: check whether one run is given twice."
+    aim = spread.plan(result.mean_runs).adjusted(test.comparisons).detectable / 2
+    low, high = map(_say_number, test.interval)
+    return (
+        f"Inconclusive is not equal: true differences from {low} to {high} agree with these runs. To find a true "
+        f"difference of {aim:.3f} with 80 % power takes {spread.say_seeds(aim, test.comparisons)}."
+    )
+
+
+def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
+    differences = zip(classes, test.class_difference, test.class_p_value, strict=True)
+    significant = [f"{name} {_say_number(difference)}" for name, difference, p in differences if p < LEVEL]
+    tested = np.isfinite(test.class_p_value).sum()
+    return f"Significant classes, Bonferroni-adjusted for {tested}: {', '.join(significant) or 'none'}."
+
+
+def _say_variance(test: RecipeComparison) -> str:
+    if not test.scene_variance:
+        return "No variance over scenes was found, so the recipe test equals the seed test."
+    share = test.seed_variance / (test.seed_variance + test.scene_variance)
+    return f"In the recipe test {share:.0%} of the variance is due to seeds, the rest to scenes."
+
+
+def _say_checkpoints(result: Result) -> str:
+    test = result.checkpoint_test
+    if test is None:
+        return f"No checkpoint test: it needs {MIN_SCENES} scenes or more, and runs of one fold."
+    first, other = map(name_run, result.pair, (result.against, result.recipe))
+    differ = "the two checkpoints differ on scenes like these" if test.p_value < LEVEL else "inconclusive"
+    return (
+        f"Checkpoint test, not about recipes ({other}, against {first}; {test.scene_count} scenes): {_say_test(test)}: "
+        f"{differ}."
+    )
+
+
+def _say_test(test: Comparison) -> str:
+    low, high = map(_say_number, test.interval)
+    p_value = _say_p(test.p_value)
+    p_value = p_value if p_value[0] in "<≥" else f"= {p_value}"
+    adjusted = f"; Bonferroni-adjusted for {test.comparisons} comparisons" if test.comparisons > 1 else ""
+    return f"{_say_number(test.difference)} mIoU (95 % interval {low} to {high}, p {p_value}{adjusted})"
+
+
+def _say_number(value: float) -> str:
+    """Three decimals, or one digit of what is smaller."""
+    return f"{value + 0.0:+.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:+.1g}"
 
 
 def _say_p(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    """Three decimals; next to the level, the side of it."""
+    if p_value < 0.001:
+        return "< 0.001"
+    if round(p_value, 3) == LEVEL:
+        return "< 0.05" if p_value < LEVEL else "≥ 0.05"
+    return f"{p_value:.3f}"
 
 
-def _differs(p_value: float) -> bool:
-    return p_value < 1 - significance.CONFIDENCE
+def _say_runs(runs: tuple[int, int]) -> str:
+    return str(runs[0]) if runs[0] == runs[1] else f"{runs[1]} and {runs[0]}"
 
 
-def _say_checkpoints(result: CheckpointComparison | None, first: ScoredRun, other: ScoredRun) -> str:
-    claim = f"the checkpoints {other.name} and {first.name}, on scenes like these: "
-    if result is None:
-        return "the checkpoints: not asked where folds are pooled, because each run is five of them."
-    if nothing := _say_nothing(result):
-        return claim + nothing
-    text = f"{claim}{_say(result)}. "
-    if _differs(result.p_value):
-        text += f"They differ: {(other if result.difference > 0 else first).name} scores higher."
-    else:
-        shows = f"{result.scene_count} scenes would show a difference of {result.detectable:.3f} or more"
-        text += f"Inconclusive: {shows}. {_say_needed(result)}"
-    return text + _say_classes(result, first.classes)
-
-
-def _say_nothing(result: SceneComparison) -> str:
-    """Why there is nothing to tell over scenes, if so."""
-    if np.isnan(result.p_value):
-        found = f"{result.scene_count} scene{'s' * (result.scene_count != 1)}"
-        return f"{result.difference:+.3f}, but no verdict: {found}, at least {significance.MIN_SCENES} are needed."
-    return "no difference on any scene." if result.difference == result.detectable == 0 else ""
-
-
-def _say_needed(result: CheckpointComparison) -> str:
-    least, most = result.scenes_needed
-    if np.isfinite(most):
-        return f"To tell takes about {_rounded(least)} to {_rounded(most)} scenes."
-    if least > result.scene_count:
-        return f"To tell takes {_rounded(least)} scenes or more."
-    return "How many it takes to tell can't be said yet."
-
-
-def _say_classes(result: SceneComparison, classes: tuple[str, ...]) -> str:
-    clear = [
-        f"{name} {difference:+.3f}"
-        for name, difference, p_value in zip(
-            classes, result.class_difference, result.class_p_value, strict=True
-        )
-        if _differs(p_value)
-    ]
-    return f" Classes that differ, after Holm: {', '.join(clear) or 'none'}."
-
-
-def _say_seeds(result: SeedComparison | None, runs: int) -> str:
-    claim = "the recipes, on these very images: "
-    if result is None:
-        further = "Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)"
-        return f"{claim}one run of a recipe cannot tell. {further}."
-    text = f"{claim}{_say(result)}. "
-    if _differs(result.p_value):
-        return text + "They differ here, whatever the seed."
-    least, _ = result.seeds_needed  # the interval holds 0, so there is no upper end
-    takes = f": that takes {_rounded(least)} or more seeds of each" if least > runs else ""
-    return f"{text}Inconclusive{takes}."
-
-
-def _say_recipes(verdict: Verdict, name: str, baseline: str, first: ScoredRun) -> str:
-    result, claim = verdict.recipes, "the recipes, on scenes like these: "
-    if result is None:
-        few = (
-            "two runs or more of each"
-            if verdict.seeds is None
-            else "two seeds or more that both have, when paired"
-        )
-        return f"{claim}needs {few}."
-    if nothing := _say_nothing(result):
-        return claim + nothing
-    text = f"{claim}{_say(result)}"
-    if verdict.compared > 1:
-        text += f"; after Holm over {verdict.compared} recipes {_say_p(verdict.recipe_p_value)}"
-    text += "; cross-validated over five folds. " if first.is_pooled else ". "
-    if _differs(verdict.recipe_p_value):
-        text += f"**The recipe {name if result.difference > 0 else baseline} is better.**"
-    else:
-        shows = f"these runs would show a difference of {result.detectable:.3f} or more"
-        text += f"Inconclusive: {shows}. {_say_next(result, first.is_pooled)}"
-    return text + _say_classes(result, first.classes)
-
-
-def _say_next(result: RecipeComparison, pooled: bool) -> str:
-    """Whether seeds or scenes are the better buy."""
-    if result.detectable_more_seeds <= result.detectable_more_scenes:
-        return f"More seeds help most: twice as many would show {result.detectable_more_seeds:.3f}."
-    source = "" if pooled else ", such as those of all five folds"
-    return f"More scenes help most{source}: twice as many would show {result.detectable_more_scenes:.3f}."
-
-
-def _rounded(count: float) -> str:
-    """Two digits: more would pretend to know."""
-    return f"{int(float(f'{np.ceil(count):.2g}')):,}" if count < 1e6 else "a million"
+def _caveats(results: dict[str, Result]) -> list[str]:
+    runs = [run for result in results.values() for run in result.pair]
+    few = [result.recipe for result in results.values() if result.recipe_test and min(result.runs) == 2]
+    caveats = {
+        "The scenes of these images are unknown, so images were taken as independent: if several show one scene, every "
+        "interval is too narrow.": any(run.scene is None for run in runs),
+        "Validation is `random`: the results are about rooms that the networks were trained on.": any(
+            run.validation == "random" for run in runs
+        ),
+        "Pooled over five folds: the results are about networks trained on four fifths of these scenes.": any(
+            run.is_pooled for run in runs
+        ),
+        "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a difference "
+        "where there is none, instead of 5 %. Use three seeds or more.": len(few) > 2,
+    }
+    return [caveat for caveat, holds in caveats.items() if holds]

@@ -7,19 +7,26 @@ from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.metrics import mean_truth_iou
 from lib.notebooks import plots
+from lib.notebooks.conclusions import match_seeds, name_run
 from lib.options import check_choice
 from lib.runs.results import ScoredRun
 from lib.runs.scoring import iterate_split
 
 
 def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
-    """By recipe, the first run of the baseline (A) and of another recipe (B); None takes the last, empty if alone."""
+    """A run of the baseline (A) and of another recipe (B), of one seed if possible, by name; None takes the last recipe.
+
+    Empty if there is one recipe only.
+    """
     if len(recipes) < 2:
         return {}
     baseline, *others = recipes
     if compare_with is not None:
         check_choice("compare_with", compare_with, others)
-    return {name: recipes[name][0] for name in (baseline, compare_with or others[-1])}
+    names = baseline, compare_with or others[-1]
+    sides = [recipes[name] for name in names]
+    runs = (*match_seeds(*sides), [side[0] for side in sides])[0]
+    return {name_run(run, name): run for run, name in zip(runs, names, strict=True)}
 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
@@ -43,7 +50,7 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     gains, limit = second - first, min(1, 0.05 + np.nanmax((first, second)))
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
-    axes.plot(first, second, "o", color=plots.VALID_COLOUR, alpha=0.5, markersize=4)
+    axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
     box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
     for index in choose_images(gains):
         place = first[index], second[index]

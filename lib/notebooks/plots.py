@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import matplotlib
@@ -351,23 +351,30 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
 
 
 @styled
-def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str) -> Figure:
+def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: dict[str, tuple]) -> Figure:
     """Validation mIoU by epoch, a line for each run in the colour of its recipe."""
     figure, axes = new_figure(2.8)
-    for colour, (name, runs) in zip(run_colours(len(histories)), histories.items(), strict=True):
+    for name, runs in histories.items():
         for number, history in enumerate(runs):
             label = "_" if number else shorten(name, 60)  # once in the legend
-            axes.plot(history.epoch, history.valid_miou, marker=".", linewidth=1, color=colour, label=label)
+            axes.plot(
+                history.epoch, history.valid_miou, marker=".", linewidth=1, color=colours[name], label=label
+            )
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def run_colours(count: int) -> list[tuple[float, float, float]]:
-    """That many colours for runs or recipes, apart for colour-blind readers; grey from the ninth on."""
+def run_colours(names: Iterable[str]) -> dict[str, tuple]:
+    """A colour for each run or recipe, apart for colour-blind readers; grey from the ninth on.
+
+    Make it once in a notebook and hand it to every figure, so that a recipe keeps its colour.
+    """
     import seaborn  # here, see `plot_matrix`
 
-    return [*seaborn.color_palette("colorblind", min(count, 8)), *[(0.6, 0.6, 0.6)] * (count - 8)]
+    names = list(names)
+    colours = [*seaborn.color_palette("colorblind", 8), *[(0.6, 0.6, 0.6)] * len(names)]
+    return dict(zip(names, colours, strict=False))
 
 
 def show_small_figures() -> None:

@@ -88,6 +88,11 @@ class ScoredRun:
         """Whether these are five runs, each scored on its own fold."""
         return self.image_fold is not None
 
+    def shows_same_images(self, other: "ScoredRun") -> bool:
+        """Whether both were scored on the same images with the same labels."""
+        truths = [run.counts.sum(2) for run in (self, other)]
+        return np.array_equal(self.names, other.names) and np.array_equal(*truths)
+
     def select(self, chosen: np.ndarray) -> "ScoredRun":
         """The same run on some of its images, `chosen` as positions or `(N,)` bool."""
         scene = None if self.scene is None else self.scene[chosen]
@@ -241,7 +246,7 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     Args:
         runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between; or
             `all`: every run in the folder of runs that is scored on the split. Where these are fewer than two, `all`
-            takes the committed example.
+            takes the committed example, and beside it a run of one's own on the same images.
         split: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
         where: a query over the runs' parameters, as `pandas.DataFrame.query` takes it; None takes all.
@@ -251,9 +256,10 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """
     check_options(split=split)
     if runs == "all":
-        found = _read_own(split, data)
+        found = read_own(split, data)
         if len(found) < 2 and data is None:
-            found = read_entry(str(EXAMPLE), split) or found
+            example = [run for run in read_results(EXAMPLE) if run.split == split]
+            found = example + [run for run in found if not example or run.shows_same_images(example[0])]
     else:
         found = [run for entry in _split_entries(runs) for run in read_entry(entry, split)]
     return found if where is None else select_runs(found, where)
@@ -270,7 +276,8 @@ def _split_entries(runs: str) -> list[str]:
     return [entry for entry in (*entries, begun) if entry]
 
 
-def _read_own(split: str, data: str | None) -> list[ScoredRun]:
+def read_own(split: str, data: str | None) -> list[ScoredRun]:
+    """The scored runs in the folder of runs, of this data or of that of the latest evaluation."""
     files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
     own = [read_scored(path.parents[1], split) for path in files if path.with_suffix(".npz").exists()]
     wanted = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
@@ -339,6 +346,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
     named = _name_recipes(by_recipe)
     for members in named.values():
+        members.sort(key=lambda run: run.parameters["seed"])
         for run in members:
             _check_comparable(next(iter(named.values()))[0], run)
     _check_distinct(runs)
@@ -385,7 +393,9 @@ def _label(members: list[ScoredRun], differing: list[str]) -> str:
     kept = dict(recipe(parameters))
     values = parameters | {name: Path(str(parameters[name])).name for name in PLACES if name in kept}
     label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
-    return members[0].name if len(members) == 1 or not label else label
+    if not label or (len(members) == 1 and len(members[0].name) <= len(label)):
+        return members[0].name
+    return label
 
 
 def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, list[ScoredRun]]:

@@ -1,14 +1,24 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from scored_runs import scored_run, some_counts
+from matplotlib.colors import to_rgb
+from scored_runs import scored_folder, scored_run, some_counts
 
 from figures import SETS, class_names, draw
 from lib.classes import NYUV2_13
-from lib.metrics import mean_truth_iou, pixel_accuracy
-from lib.notebooks.compare import plot_comparison, plot_published, read_published, score_table, show_scores
-from lib.notebooks.conclusions import judge
-from lib.notebooks.plots import shorten
-from lib.runs.results import group_recipes
+from lib.metrics import iou, mean_truth_iou, pixel_accuracy
+from lib.notebooks.compare import (
+    introduce_runs,
+    plot_comparison,
+    plot_published,
+    read_published,
+    score_table,
+    show_scores,
+)
+from lib.notebooks.conclusions import run_tests
+from lib.notebooks.plots import run_colours, shorten
+from lib.runs.results import group_recipes, read_runs, write_results
 from lib.significance import score_interval
 
 
@@ -18,12 +28,11 @@ def test_the_table_has_every_run_with_its_interval():
     runs.append(scored_run("alone", some_counts(0.8), learning_rate=1.0))
     table = score_table(group_recipes(runs, "alone"))
     assert list(table.index) == [
-        ("alone", "alone"),
-        ("learning_rate 0.003", "s0"),
-        ("learning_rate 0.003", "s1"),
+        ("alone", "alone, seed 0"),
+        ("learning_rate 0.003", "seed 0"),
+        ("learning_rate 0.003", "seed 1"),
     ]
-    row = table.loc[("learning_rate 0.003", "s1")]
-    assert row.seed == 1
+    row = table.loc[("learning_rate 0.003", "seed 1")]
     assert row["mIoU"] == pytest.approx(mean_truth_iou(counts[1]))
     assert row["pixel accuracy"] == pixel_accuracy(counts[1])
     scene = np.arange(24) // 3
@@ -35,13 +44,62 @@ def test_the_table_has_every_run_with_its_interval():
     assert "th {\n  white-space: nowrap;\n}" in shown
 
 
+def test_runs_of_one_seed_keep_their_names():
+    runs = [scored_run(name, some_counts(), seed=1) for name in ("first", "second")]
+    assert [run for _, run in score_table({"r": runs}).index] == ["first, seed 1", "second, seed 1"]
+
+
+def example():
+    """Of the committed example, two arms that are one recipe."""
+    arms = {"baseline": (1, 2), "baseline_again": (3, 4)}
+    return [
+        scored_run(f"{arm}{seed}", some_counts(0.6, seed), seed=seed, group=arm, split="test")
+        for arm, seeds in arms.items()
+        for seed in seeds
+    ]
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr("lib.runs.results.EXAMPLE", tmp_path / "example")
+    write_results(tmp_path / "example", example())
+    return tmp_path / "runs"
+
+
+def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
+    scored_folder(home, "mine", some_counts(0.8, 9), split="test", learning_rate=1.0)
+    found = read_runs("all", "test")
+    assert [run.name for run in found] == [*(run.name for run in example()), "mine"]
+    text = introduce_runs(found, "test")
+    assert text.startswith("5 runs, scored on split test of ")
+    assert "an A/A pair: a correct test finds no significant difference" in text
+    assert "is not shown" not in text
+
+
+def test_a_run_on_other_images_is_said_to_be_missing(home):
+    scored_folder(home, "mine", some_counts(0.8)[:21], split="test")
+    found = read_runs("all", "test")
+    assert [run.name for run in found] == [run.name for run in example()]
+    assert "Your run mine was scored on other images, so it is not shown here." in introduce_runs(
+        found, "test"
+    )
+
+
+def test_runs_of_ones_own_are_introduced_in_one_line(home):
+    runs = [scored_run(name) for name in "ab"]
+    assert introduce_runs(runs, "valid") == "2 runs, scored on split valid of /disk/nyu."
+    assert introduce_runs(runs, "valid", "seed == 0").startswith("2 runs match, scored")
+    assert introduce_runs([], "valid") == "0 runs, scored on split valid of no data."
+
+
 def test_published_figures():
     table = read_published("experiments", "exp061, exp060")
     assert table.valid_miou.tolist() == [0.6204, 0.6228]
     by_class = read_published("class_iou", "exp061")
     assert list(by_class.columns) == list(NYUV2_13)
     assert by_class.mean(axis=1).iloc[0] == pytest.approx(0.6204, abs=0.001)
-    with pytest.raises(ValueError, match="published: found exp099, there are: exp000, "):
+    with pytest.raises(ValueError, match="published: found 'exp099', expected one of exp000, "):
         read_published("experiments", "exp061, exp099")
     assert len(read_published("experiments", "")) == 0
 
@@ -60,13 +118,92 @@ def test_comparison_of_few_and_many(count, others):
             name, rate = f"{long}{recipe}-{seed}", 0.1 + recipe
             runs.append(scored_run(name, counts, classes=classes, seed=seed, learning_rate=rate))
     recipes = group_recipes(runs)
-    differences = {name: verdict.strongest for name, verdict in judge(recipes).items()}
-    texts = draw(plot_comparison(recipes, differences))
+    tests = run_tests(recipes)
+    colours = run_colours(recipes)
+    texts = draw(plot_comparison(recipes, tests, colours))
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2" in text]) == others + 1
-    draw(plot_comparison(recipes, dict.fromkeys(differences)))  # where runs allow no test
+    draw(
+        plot_comparison(
+            recipes,
+            {name: replace(test, recipe_test=None, checkpoint_test=None) for name, test in tests.items()},
+            colours,
+        )
+    )
+
+
+def marks(figure):
+    """By colour of the marks of differences: whether they are filled, from the top down."""
+    lines = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    found = {}
+    for line in lines:
+        for height in line.get_ydata():
+            found.setdefault(to_rgb(line.get_color()), {})[height] = line.get_markerfacecolor() != "white"
+    return {colour: [filled for _, filled in sorted(rows.items())] for colour, rows in found.items()}
+
+
+def test_marks_are_filled_where_the_adjusted_test_is_significant():
+    """In the colour of their recipe, whichever other recipes there are."""
+    recipes = {
+        name: [
+            scored_run(f"{name}{seed}", some_counts(rate, 10 * draw + seed), seed=seed) for seed in range(3)
+        ]
+        for draw, (name, rate) in enumerate([("a", 0.7), ("b", 0.72), ("c", 0.78), ("d", 0.71)])
+    }
+    colours = run_colours(recipes)
+    for names in ("abcd", "acb", "ad"):
+        some = {name: recipes[name] for name in names}
+        tests = run_tests(some)
+        found = marks(plot_comparison(some, tests, colours))
+        order = np.argsort(-np.mean([iou(run.counts) for run in recipes["a"]], axis=0))
+        for name, result in tests.items():
+            test = result.recipe_test
+            expected = [test.p_value < 0.05, *(test.class_p_value[order] < 0.05)]
+            assert found[to_rgb(colours[name])] == expected
+
+
+def test_intervals_end_where_an_iou_would_leave_its_range():
+    """Class 2 has an IoU next to 0 in the baseline; its interval is cut there and says so."""
+    sides = [[some_counts(0.7, seed) for seed in seeds] for seeds in ((1, 2), (3, 4))]
+    rng = np.random.default_rng(0)
+    for counts in (*sides[0], *sides[1]):
+        kept = (counts[:, 2, 2] * 0.02 * rng.random(24) * (rng.random(24) < 0.2)).astype(int)
+        counts[:, 2, 0] += counts[:, 2, 2] - kept
+        counts[:, 2, 2] = kept
+    recipes = {
+        name: [scored_run(f"{name}{seed}", each, seed=seed) for seed, each in enumerate(side)]
+        for name, side in zip("ab", sides, strict=True)
+    }
+    tests = run_tests(recipes)
+    lowest = -np.mean([iou(run.counts)[2] for run in recipes["a"]])
+    assert tests["b"].recipe_test.class_interval[0, 2] < lowest
+    figure = plot_comparison(recipes, tests, run_colours(recipes))
+    (cut,) = [line for line in figure.axes[1].lines if line.get_marker() == "<" and len(line.get_xdata())]
+    assert cut.get_xdata() == pytest.approx([lowest])
+    (strokes,) = figure.axes[1].collections
+    ends = np.array([segment[:, 0] for segment in strokes.get_segments()])
+    assert ends.min() >= -1
+    assert ends[3, 0] == pytest.approx(lowest)
+
+
+@pytest.mark.parametrize(("count", "text"), [(2, "not predicted by either"), (3, "not predicted by any")])
+def test_a_class_that_no_run_predicts(count, text):
+    runs = []
+    for number in range(2 * count):
+        counts = some_counts(0.7, number)
+        counts[:, :, 0] += counts[:, :, 2]
+        counts[:, :, 2] = 0
+        runs.append(counts)
+    recipes = {
+        str(number): [scored_run(f"{number}{seed}", runs[2 * number + seed], seed=seed) for seed in (0, 1)]
+        for number in range(count)
+    }
+    texts = draw(plot_comparison(recipes, run_tests(recipes), run_colours(recipes)))
+    assert [found.strip() for found in texts].count(text) == 1
 
 
 def test_a_figure_of_what_was_published():
-    assert "exp061: mean 0.620" in draw(plot_published(read_published("class_iou", "exp060, exp061").T))
+    assert "exp061: mean 0.620" in draw(
+        plot_published(read_published("class_iou", "exp060, exp061").T, run_colours(["exp060", "exp061"]))
+    )

@@ -1,351 +1,533 @@
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
-from scored_runs import SCENES, scored_run, some_counts
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from scipy import stats
+from scored_runs import CLASSES, SCENES, scored_folder, scored_run, some_counts
 
-from lib.notebooks import conclusions as verdicts
-from lib.notebooks.conclusions import describe_verdicts, judge, summarise_verdicts
-from lib.significance import compare_checkpoints, compare_recipes, compare_seeds, holm
+from lib.notebooks.conclusions import (
+    Result,
+    Spread,
+    conclude,
+    describe_details,
+    describe_plan,
+    describe_single_runs,
+    match_seeds,
+    measure_spread,
+    name_run,
+    result_table,
+    run_tests,
+    show_results,
+)
+from lib.notebooks.sweep import plan_runs
+from lib.runs.results import group_recipes, recipe, write_results
+from lib.significance import (
+    CheckpointComparison,
+    RecipeComparison,
+    compare_checkpoints,
+    compare_recipes,
+    compare_seeds,
+    plan,
+)
 
 SCENE = np.arange(3 * SCENES) // 3
+SPREAD = Spread((0.01, 0.008, 0.014), 0.001, 24, 13.5, 1)
 
 
-def scored(name, counts, seed=0, scene=SCENE, validation="blocks", image_fold=None):
-    """A run on images of three classes."""
-    run = scored_run(name, counts, seed=seed, scene=scene, chosen_validation=validation)
-    return replace(run, image_fold=image_fold)
-
-
-def recipe(name, rate, seeds, draw=0, sd=0.02, **facts):
+def runs_of(name, rate, seeds, draw=0, sd=0.02, **facts):
     """Runs that find this share of the pixels, each scene a bit more or less."""
     return [
-        scored(f"{name}{seed}", some_counts(rate, 100 * draw + seed, sd=sd), seed, **facts) for seed in seeds
+        scored_run(
+            f"{name}{seed}", some_counts(rate, 100 * draw + seed, sd=sd), seed=seed, scene=SCENE, **facts
+        )
+        for seed in seeds
     ]
 
 
-def say(recipes, paired=False):
-    """What is said by recipe and test; what is said of all stands under None."""
-    text = describe_verdicts(recipes, judge(recipes, paired))
-    told, name = {}, None
-    for line in text.splitlines():
-        if found := re.fullmatch(r"\*\*(.+)\*\* against \*\*(.+)\*\*, in mIoU:", line):
-            name = found[1]
-        elif found := re.fullmatch(r"- (\w+) test: (.*)", line):
-            told[name, found[1]] = found[2]
-        elif line:
-            told.setdefault(None, []).append(line)
-    return told
+def pooled(runs, folds=5):
+    """The same runs as if each had been scored by five folds, a scene in each by turns."""
+    return [
+        replace(run, image_fold=SCENE % folds, name=f"five folds, seed {run.parameters['seed']}")
+        for run in runs
+    ]
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """The folder of runs; there is no study."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr("lib.notebooks.conclusions.STUDIES", tmp_path / "studies")
+    return tmp_path
 
 
 def test_single_runs_allow_the_checkpoint_test_alone():
-    one, other = recipe("a", 0.7, [0]), recipe("b", 0.75, [1])
-    verdict = judge({"one": one, "other": other})["other"]
+    one, other = runs_of("a", 0.7, [0]), runs_of("b", 0.75, [1])
+    result = run_tests({"one": one, "other": other})["other"]
     expected = compare_checkpoints(one[0].counts, other[0].counts, SCENE)
-    assert verdict.checkpoints.interval == expected.interval
-    assert verdict.checkpoints.p_value == expected.p_value
-    assert verdict.seeds is verdict.recipes is None
-    assert np.isnan(verdict.recipe_p_value)
-    assert verdict.compared == 0
+    assert result.checkpoint_test.interval == pytest.approx(expected.interval)
+    assert result.checkpoint_test.p_value == expected.p_value
+    assert result.seed_test is result.recipe_test is None
+    (row,) = result_table({"other": result}).to_dict("records")
+    assert np.isnan([row[name] for name in ("difference", "low", "high", "p")]).all()
+    assert row["conclusion"] == "One run of each: nothing can be said about the recipes"
 
 
-@pytest.mark.parametrize("counts", [(1, 3), (3, 1)])
-def test_one_run_on_either_side_is_one_run(counts):
-    one, other = recipe("a", 0.7, range(counts[0])), recipe("b", 0.75, range(counts[1]))
-    verdict = judge({"one": one, "other": other})["other"]
-    assert verdict.seeds is verdict.recipes is None
-    assert verdict.checkpoints is not None
+@pytest.mark.parametrize(("counts", "single"), [((1, 3), "one"), ((3, 1), "other")])
+def test_one_run_on_either_side_is_one_run(counts, single):
+    result = run_tests(
+        {"one": runs_of("a", 0.7, range(counts[0])), "other": runs_of("b", 0.75, range(counts[1]))}
+    )["other"]
+    assert result.recipe_test is result.seed_test is None
+    assert result.conclusion == f"One run of {single}: nothing can be said about the recipes"
 
 
-def test_two_seeds_allow_all_tests():
-    one, other = recipe("a", 0.7, [0, 1]), recipe("b", 0.75, [2, 3, 4])
-    verdict = judge({"one": one, "other": other})["other"]
-    assert verdict.checkpoints.difference == pytest.approx(other[0].score - one[0].score)
-    expected = compare_seeds([run.score for run in one], [run.score for run in other])
-    assert verdict.seeds.interval == expected.interval
+def test_several_seeds_allow_all_tests():
+    one, other = runs_of("a", 0.7, [0, 1]), runs_of("b", 0.75, [1, 3, 4])
+    result = run_tests({"one": one, "other": other})["other"]
     stacked = [np.stack([run.counts for run in side]) for side in (one, other)]
     expected = compare_recipes(*stacked, SCENE)
-    assert verdict.recipes.interval == expected.interval
-    assert verdict.recipe_p_value == verdict.recipes.p_value == expected.p_value
-    assert verdict.compared == 1
-
-
-def test_several_recipes_are_corrected_by_holm():
-    recipes = {"base": recipe("a", 0.7, range(3))}
-    for number in range(4):
-        recipes[f"r{number}"] = recipe(f"r{number}-", 0.7 + 0.01 * number, range(3), draw=1 + number)
-    recipes["one run"] = recipe("one", 0.9, [7])
-    verdicts = judge(recipes)
-    tested = [verdict for name, verdict in verdicts.items() if name != "one run"]
-    raw = np.array([verdict.recipes.p_value for verdict in tested])
-    np.testing.assert_array_equal([verdict.recipe_p_value for verdict in tested], holm(raw))
-    assert (holm(raw) > raw).sum() >= 3
-    assert {verdict.compared for verdict in verdicts.values()} == {4}  # what can't be tested costs nothing
-    told = say(recipes)
-    assert "; after Holm over 4 recipes p " in told["r0", "recipe"]
-    assert "Holm over" not in say({name: recipes[name] for name in ("base", "r0", "one run")})["r0", "recipe"]
-
-
-def test_holm_can_take_a_verdict_back():
-    """Alone it is better, among twenty it is not: p lies between 0.05 and a twentieth of it."""
-    base = recipe("a", 0.7, range(3))
-    new = next(
-        runs
-        for runs in (recipe("b", 0.7 + step, range(3), draw=3) for step in np.arange(0.005, 0.1, 0.001))
-        if 0.0025 < judge({"base": base, "new": runs})["new"].recipe_p_value < 0.04
+    assert result.recipe_test.interval == pytest.approx(expected.interval, rel=1e-12)
+    assert result.recipe_test.p_value == expected.p_value
+    expected = compare_seeds([run.score for run in one], [run.score for run in other])
+    assert result.seed_test.p_value == expected.p_value
+    assert result.pair == (one[1], other[0])  # both of seed 1
+    (row,) = result_table({"other": result}).to_dict("records")
+    assert (row["recipe"], row["against"], row["comparisons"]) == ("other", "one", 1)
+    assert (row["scenes"], row["seeds"]) == (SCENES, "3 and 2")
+    assert row["difference"] == pytest.approx(
+        np.mean([run.score for run in other]) - np.mean([run.score for run in one])
     )
-    others = {f"same{number}": recipe("c", 0.7, range(3), draw=10 + number) for number in range(19)}
-    assert "**The recipe new is better.**" in say({"base": base, "new": new})["new", "recipe"]
-    told = say({"base": base, "new": new} | others)
-    assert "Inconclusive" in told["new", "recipe"]
-    assert not any("is better" in test for test in told.values())
+
+
+def test_several_recipes_are_adjusted_for_those_that_are_tested():
+    recipes = {"base": runs_of("a", 0.7, range(3))}
+    for number in range(4):
+        recipes[f"r{number}"] = runs_of(f"r{number}-", 0.7 + 0.01 * number, range(3), draw=1 + number)
+    recipes["one run"] = runs_of("one", 0.9, [7])
+    table = result_table(run_tests(recipes)).set_index("recipe")
+    base = np.stack([run.counts for run in recipes["base"]])
+    for number in range(4):
+        alone = compare_recipes(base, np.stack([run.counts for run in recipes[f"r{number}"]]), SCENE)
+        row = table.loc[f"r{number}"]
+        assert row.comparisons == 4  # what can't be tested costs nothing
+        assert row.p == min(1, 4 * alone.p_value)
+        half = stats.t.ppf(1 - 0.05 / 8, alone.degrees_of_freedom) * alone.standard_error
+        assert (row.low, row.high) == pytest.approx((alone.difference - half, alone.difference + half))
+    assert "Bonferroni-adjusted for 4 comparisons" in show_results(table.reset_index()).to_html()
 
 
 def test_pairs_are_made_of_seeds():
-    one, other = recipe("a", 0.7, [3, 1, 2, 7]), recipe("b", 0.71, [1, 5, 3, 2])
-    verdict = judge({"one": one, "other": other}, paired=True)["other"]
-    sides = [np.stack([next(run.counts for run in side if run.parameters["seed"] == seed) for seed in (1, 2, 3)])
-             for side in (one, other)]  # fmt: skip
-    expected = compare_recipes(*sides, SCENE, paired=True)
-    assert verdict.recipes.interval == expected.interval
-    assert verdict.recipes.interval != judge({"one": one, "other": other})["other"].recipes.interval
-
-
-def test_pairs_that_are_none():
-    recipes = {"one": recipe("a", 0.7, [1, 2]), "other": recipe("b", 0.71, [2, 3])}
-    verdict = judge(recipes, paired=True)["other"]
-    assert verdict.recipes is None
-    assert verdict.seeds is not None
-    assert say(recipes, paired=True)["other", "recipe"].endswith(
-        "needs two seeds or more that both have, when paired."
-    )
-
-
-def test_nothing_to_judge():
-    assert judge({}) == judge({"one": recipe("a", 0.7, [0, 1])}) == {}
-    assert describe_verdicts({}, {}) == "One recipe is no comparison: name runs of another one."
-
-
-def test_an_effect_by_construction_is_found_by_all_tests():
-    """More is found of every class, in every scene; scenes and seeds vary on top."""
-    told = say({"low": recipe("a", 0.70, range(5)), "high": recipe("b", 0.76, range(5), draw=1)})
-    assert told["high", "checkpoint"].startswith("the checkpoints b0 and a0, on scenes like these: +0.0")
-    assert "They differ: b0 scores higher." in told["high", "checkpoint"]
-    assert told["high", "seed"].endswith("They differ here, whatever the seed.")
-    assert (
-        "**The recipe high is better.** Classes that differ, after Holm: floor +0.0" in told["high", "recipe"]
-    )
-    told = say({"high": recipe("b", 0.76, range(5), draw=1), "low": recipe("a", 0.70, range(5))})
-    assert "on scenes like these: -0.0" in told["low", "recipe"]
-    assert "**The recipe high is better.**" in told["low", "recipe"]
-    assert "They differ: b0 scores higher." in told["low", "checkpoint"]
-
-
-def test_no_effect_is_not_found():
-    """Equal recipes whose scenes vary alike for all seeds of one: of ten draws, at most two look different."""
-    seen = {"checkpoint": 0, "seed": 0, "recipe": 0}
-    for draw in range(10):
-        told = say(
-            {name: recipe(name, 0.7, range(3), draw=2 * draw + side) for side, name in enumerate("xy")}
-        )
-        seen["checkpoint"] += "They differ" in told["y", "checkpoint"]
-        seen["seed"] += "They differ" in told["y", "seed"]
-        seen["recipe"] += "is better" in told["y", "recipe"]
-    assert max(seen["seed"], seen["recipe"]) <= 2
-    assert seen["checkpoint"] <= 3  # checkpoints of one recipe may differ truly
-
-
-def test_a_difference_on_these_images_need_not_hold_on_others():
-    """One recipe is better in a few scenes and worse in others, whatever the seed: the seed test sees it, the recipe test does not say so."""
-    lift = np.repeat(np.random.default_rng(8).permutation(np.linspace(-0.10, 0.17, SCENES)), 3)[:, None]
-
-    def lifted(counts):
-        truth = counts.sum(2)
-        moved = np.rint(truth * lift).astype(np.int64)
-        changed = counts.copy()
-        changed[:, range(3), range(3)] += moved
-        changed[:, range(3), [1, 2, 0]] -= moved
-        return changed
-
-    base = recipe("a", 0.7, range(5), sd=0.001)
-    other = [
-        scored(f"b{run.parameters['seed']}", lifted(run.counts), run.parameters["seed"] + 10)
-        for run in recipe("b", 0.7, range(5), 1, 0.001)
+    one, other = runs_of("a", 0.7, [3, 1, 2, 7]), runs_of("b", 0.71, [1, 5, 3, 2])
+    result = run_tests({"one": one, "other": other}, paired=True)["other"]
+    sides = [
+        np.stack([next(run.counts for run in side if run.parameters["seed"] == seed) for seed in (1, 2, 3)])
+        for side in (one, other)
     ]
-    told = say({"base": base, "other": other})
-    assert "They differ here, whatever the seed." in told["other", "seed"]
-    assert "Inconclusive" in told["other", "recipe"]
-    pooled = [[replace(run, image_fold=SCENE % 5) for run in side] for side in (base, other)]
-    assert (
-        ". More scenes help most: twice as many"
-        in say({"base": pooled[0], "other": pooled[1]})["other", "recipe"]
+    expected = compare_recipes(*sides, SCENE, paired=True)
+    assert result.recipe_test.interval == pytest.approx(expected.interval)
+    assert result.runs == (3, 3)
+    assert result.spread.plan(3).standard_error == pytest.approx(expected.standard_error)
+    few = run_tests({"one": runs_of("a", 0.7, [1, 2]), "other": runs_of("b", 0.7, [2, 3])}, paired=True)[
+        "other"
+    ]
+    assert few.recipe_test is None
+    assert few.conclusion == "no result: paired runs need two seeds or more that both recipes have"
+
+
+def test_few_scenes_give_no_result():
+    scene = np.arange(24) % 5
+    recipes = {name: [replace(run, scene=scene) for run in runs_of(name, 0.7, (1, 2))] for name in "xy"}
+    result = run_tests(recipes)["y"]
+    assert result.recipe_test is result.checkpoint_test is None
+    assert result.conclusion == "no result: 5 scenes, at least 6 are needed"
+    assert "x against" not in describe_details({"y": result})
+
+
+def test_nothing_to_compare():
+    for recipes in ({}, {"one": runs_of("a", 0.7, [0, 1])}):
+        results = run_tests(recipes)
+        assert results == {}
+        assert len(result_table(results)) == 0
+        show_results(result_table(results)).to_html()
+        assert conclude(results) == "Only one recipe found: there is nothing to compare."
+        assert describe_details(results) == describe_single_runs(results) == ""
+
+
+def made_test(difference, error, degrees, class_differences):
+    """A recipe test with these values; NaN classes are not tested."""
+    differences, errors = np.array(class_differences), np.full(len(class_differences), error)
+    values = np.array([difference, *differences])
+    half = stats.t.ppf(0.975, degrees) * error
+    p_values = 2 * stats.t.sf(np.abs(values) / error, degrees)
+    return RecipeComparison(
+        difference=difference, interval=(difference - half, difference + half), p_value=float(p_values[0]),
+        standard_error=error, degrees_of_freedom=degrees, class_difference=differences,
+        class_interval=np.stack((differences - half, differences + half)), class_p_value=p_values[1:],
+        class_standard_error=errors, class_degrees_of_freedom=np.full(len(errors), degrees), scene_count=SCENES,
+        seed_variance=error**2, scene_variance=error**2 / 2, scene_degrees_of_freedom=7.0,
+    )  # fmt: skip
+
+
+PAIR = (scored_run("a", scene=SCENE), scored_run("b", scene=SCENE))
+numbers = some.floats(-0.3, 0.3) | some.sampled_from([0.0, 1e-5, -1e-5])
+tests = some.tuples(
+    numbers,
+    some.floats(1e-4, 0.1),
+    some.floats(1.5, 200),
+    some.lists(numbers | some.just(np.nan), min_size=3, max_size=3),
+    some.sampled_from([None, "below", "at", "above"]),
+)
+
+
+def checkpoint_of(test):
+    """A checkpoint test of these values, whose p disagrees with its interval now and then."""
+    names = [field.name for field in fields(CheckpointComparison) if field.name != "p_value"]
+    return CheckpointComparison(
+        **{name: getattr(test, name) for name in names}, p_value=min(1, 1.5 * test.p_value)
     )
-    assert (
-        "More scenes help most, such as those of all five folds: twice as many would show 0.0"
-        in told["other", "recipe"]
+
+
+def results_of(drawn):
+    """Results as `run_tests` makes them; of some the adjusted p is just below, exactly at or just above 0.05."""
+    results = {}
+    for number, (difference, error, degrees, classes, edge) in enumerate(drawn):
+        test = made_test(difference, error, degrees, classes)
+        factor = {"below": 1 - 1e-7, "at": 1, "above": 1 + 1e-7, None: None}[edge]
+        if factor is not None and difference:
+            wanted = stats.t.isf(0.025 / len(drawn) * factor, degrees) * error
+            test = made_test(np.sign(difference) * wanted, error, degrees, classes)
+            test = replace(test, p_value=0.05 / len(drawn) * factor)
+        seeds = compare_seeds([0.5, 0.51, 0.52], [0.5, 0.53, 0.57]).adjusted(len(drawn))
+        name = f"recipe {number}"
+        results[name] = Result(
+            name, "base", (3, 3), PAIR, test.adjusted(len(drawn)), seeds,
+            checkpoint_of(test).adjusted(len(drawn)), SPREAD,
+        )  # fmt: skip
+    return results
+
+
+@settings(max_examples=30, deadline=None)
+@given(some.lists(tests, min_size=1, max_size=20))
+def test_every_conclusion_agrees_with_its_row(drawn):
+    """In sign and certainty with the interval and p of its row; so do the details, the colours and the summary."""
+    results = results_of(drawn)
+    table = result_table(results)
+    html, summary, details = show_results(table).to_html(), conclude(results), describe_details(results)
+    assert len(table) == len(drawn)
+    for row in table.itertuples():
+        significant = row.p < 0.05
+        words = f"{row.recipe} is {'better' if row.difference > 0 else 'worse'}"
+        assert (row.conclusion == words) == significant
+        assert row.conclusion.startswith("inconclusive: ") != significant
+        if abs(row.p - 0.05) > 1e-9:
+            assert significant == (row.low > 0 or row.high < 0)
+        assert f"- {row.recipe} against base: **{row.conclusion}.**" in summary
+        assert row.comparisons == len(drawn)
+    bold = re.findall(r"\{\s*font-weight: bold;", html)
+    assert bool(bold) == (table.p < 0.05).any()
+    assert summary.count(f"Bonferroni-adjusted for {len(drawn)} comparisons") == (
+        len(drawn) if len(drawn) > 1 else 0
     )
+    assert summary.count("Prefer base") == ((table.p < 0.05) & (table.difference < 0)).sum()
+    for result, part in zip(results.values(), details.split("**recipe ")[1:], strict=True):
+        test = result.recipe_test
+        named = re.search(r"adjusted for (\d)\d*: (.*)\.", part)
+        expected = [name for name, p in zip(CLASSES, test.class_p_value, strict=True) if p < 0.05]
+        assert re.findall("[a-z]+", named[2]) == (expected or ["none"])
+        assert int(named[1]) == np.isfinite(test.class_difference).sum()
+        differ = "the two checkpoints differ" in part
+        assert differ == (result.checkpoint_test.p_value < 0.05)
 
 
-def test_where_seeds_vary_most_more_seeds_are_advised():
-    sides = [[scored(f"{name}{seed}", some_counts(rate, seed, sd=0.001), seed) for seed, rate in enumerate(rates)]
-             for name, rates in (("a", (0.65, 0.70, 0.75)), ("b", (0.66, 0.71, 0.77)))]  # fmt: skip
-    told = say({"base": sides[0], "other": sides[1]})
-    assert re.search(
-        r"Inconclusive: these runs would show a difference of 0\.\d+ or more\. More seeds help most: twice as many would show",
-        told["other", "recipe"],
-    )
+@settings(max_examples=100, deadline=None)
+@given(tests)
+def test_what_is_shown_is_on_the_side_of_the_level_that_it_is_on(drawn):
+    """Rounding never makes 0.05 of a p next to it, nor changes a sign."""
+    result = next(iter(results_of([drawn]).values()))
+    table = result_table({"b": result})
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", show_results(table).to_html())
+    difference, low, high, p = cells[2:6]
+    below = p.startswith("<") or (p[0] == "0" and float(p) < 0.05)
+    assert below == (result.recipe_test.p_value < 0.05)
+    assert p not in ("0.05", "0.050")
+    for shown, value in ((difference, table.difference[0]), (low, table.low[0]), (high, table.high[0])):
+        assert np.sign(float(shown)) == np.sign(value)
+        assert not re.fullmatch(r"-0\.0+", shown)
 
 
-def every_text():
-    """What is said of many pairs: clear and unclear, few and many seeds, few scenes, unknown scenes."""
-    for rate in (0.70, 0.71, 0.80):
-        for runs in (1, 2, 3, 5):
-            for facts in ({}, {"scene": None}, {"scene": SCENE // 2}, {"validation": "random"}):
-                recipes = {
-                    "one": recipe("a", 0.7, range(runs), **facts),
-                    "other": recipe("b", rate, range(runs), 1, **facts),
-                }
-                yield runs, say(recipes)
+def test_the_smallest_detectable_difference_and_its_range():
+    found = [plan(3, 1, 24, sd, 0.001, scene_degrees=13.5).adjusted(2).detectable for sd in SPREAD.run_sd]
+    clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
+    assert SPREAD.say_detectable(3, 2) == clause
+    clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
+    assert clipped.startswith("it takes a true difference of at least ")
 
 
-def test_only_the_recipe_test_says_better_and_none_says_worse():
-    better = 0
-    for runs, told in every_text():
-        for (name, test), text in ((key, text) for key, text in told.items() if key):
-            assert name == "other"
-            assert "worse" not in text
-            if test != "recipe" or runs == 1:
-                assert "better" not in text
-            better += "better" in text
-        if runs == 1:
-            assert told["other", "seed"].endswith(
-                "one run of a recipe cannot tell. Train both with further seeds under names of their own (`-p seed 1 -p run_name ..._1`)."
-            )
-            assert (
-                told["other", "recipe"]
-                == "the recipes, on scenes like these: needs two runs or more of each."
-            )
-    assert better >= 6
+def test_how_many_seeds_a_true_difference_takes():
+    needed = int(SPREAD.say_seeds(0.025, 1).split()[0])
+    assert SPREAD.plan(needed).power(0.025) >= 0.8 > SPREAD.plan(needed - 1).power(0.025)
+    assert SPREAD.say_seeds(0.001, 1) == "more scenes, because 100 seeds are too few"
+    assert replace(SPREAD, variance_per_scene=0.0).say_seeds(0.025, 1).startswith("at least ")
 
 
-def test_how_many_seeds_is_a_bound_and_needs_five():
+def suited(runs, lift):
+    """The same runs, better in some scenes and worse in others."""
     found = []
-    for spread in np.arange(0.005, 0.06, 0.005):
-        rates = [0.7 + spread * step for step in (-1, -0.5, 0, 0.5, 1)]
-        for runs in (3, 5):
-            sides = [[scored(f"{name}{seed}", some_counts(rate + shift, seed, sd=0.001), seed)
-                      for seed, rate in enumerate(rates[:runs])] for name, shift in (("a", 0), ("b", 0.01))]  # fmt: skip
-            text = say({"one": sides[0], "other": sides[1]})["other", "seed"]
-            if runs < 5:
-                assert "seeds" not in text
-            elif "Inconclusive" in text:
-                found.append(
-                    re.search(r"Inconclusive(?:: that takes (\d+) or more seeds of each)?\.$", text)[1]
-                )
-    told = [int(number) for number in found if number]
-    assert told
-    assert None in found  # fewer than there are would be no advice
-    assert min(told) > 5
+    for run in runs:
+        moved = np.rint(run.counts.sum(2) * np.linspace(-lift, lift, SCENES)[SCENE, None]).astype(np.int64)
+        counts = run.counts.copy()
+        counts[:, range(3), range(3)] += moved
+        counts[:, range(3), [1, 2, 0]] -= moved
+        found.append(replace(run, counts=counts))
+    return found
 
 
-def test_too_few_scenes_give_no_verdict():
-    few = np.arange(24) // 5  # five scenes
-    told = say(
-        {"one": recipe("a", 0.7, range(3), scene=few), "other": recipe("b", 0.8, range(3), 1, scene=few)}
-    )
-    for test in ("checkpoint", "recipe"):
-        assert re.search(
-            r"on scenes like these: \+0\.\d+, but no verdict: 5 scenes, at least 6 are needed\.$",
-            told["other", test],
-        )
-    assert "They differ here" in told["other", "seed"]  # which asks for no other scenes
-
-
-def test_equal_checkpoints_are_said_to_be():
-    runs = [scored(name, some_counts()) for name in "ab"]
-    assert say({"one": runs[:1], "other": runs[1:]})["other", "checkpoint"].endswith(
-        "on scenes like these: no difference on any scene."
-    )
-
-
-def test_unknown_scenes_and_validation_random_are_said():
-    def said(**facts):
-        return say({"one": recipe("a", 0.7, [0], **facts), "other": recipe("b", 0.7, [1], **facts)}).get(
-            None, []
-        )
-
-    assert said() == []
-    (text,) = said(scene=None)
-    assert text.startswith("The scenes of these images are unknown, so images were taken as independent")
-    (text,) = said(validation="random")
-    assert text == "Validation is `random`: all of this speaks of rooms that the networks were trained on."
-    assert len(said(scene=None, validation="random")) == 2
-
-
-def test_pooled_folds_allow_no_checkpoint_test():
+def test_how_runs_varied_is_pooled_within_folds():
+    lifts = {"x": 0.0, "y": 0.1, "z": 0.15}
     recipes = {
-        "one": recipe("a", 0.7, range(2), image_fold=SCENE % 5),
-        "other": recipe("b", 0.76, range(2), 1, image_fold=SCENE % 5),
+        name: pooled(suited(runs_of(name, 0.7, range(3), draw), lift))
+        for draw, (name, lift) in enumerate(lifts.items())
     }
-    verdict = judge(recipes)["other"]
-    assert verdict.checkpoints is None
-    assert verdict.seeds is not None
-    told = say(recipes)
+    spread = measure_spread(recipes)
+    variances = [
+        np.var([run.select(run.image_fold == fold).score for run in runs], ddof=1)
+        for runs in recipes.values()
+        for fold in range(5)
+    ]
+    assert spread.run_sd[0] == pytest.approx(np.sqrt(np.mean(variances)))
+    assert spread.run_sd[1] / spread.run_sd[0] == pytest.approx(np.sqrt(30 / stats.chi2.ppf(0.975, 30)))
+    counts = {name: np.stack([run.counts for run in runs]) for name, runs in recipes.items()}
+    largest = max(
+        compare_recipes(counts[a], counts[b], SCENE).scene_variance for a, b in combinations("xyz", 2)
+    )
+    assert spread.variance_per_scene == pytest.approx(8 * largest)
+    assert spread.variance_per_scene > 0
+    assert (spread.folds, spread.scenes) == (5, 8)
+    assert measure_spread({"x": recipes["x"]}) is None
+    assert measure_spread({"x": recipes["x"][:1], "y": recipes["y"]}) is None
+
+
+def test_runs_are_matched_by_seed_in_natural_order():
+    one, other = runs_of("a", 0.7, [10, 9, 1]), runs_of("b", 0.7, [9, 10])
+    assert [pair[0].parameters["seed"] for pair in match_seeds(one, other)] == [9, 10]
+    assert match_seeds(one, runs_of("c", 0.7, [3])) == []
+    assert name_run(one[0], "learning_rate 0.003") == "learning_rate 0.003, seed 10"
+    assert name_run(pooled(one)[0], "x") == "x, five folds, seed 10"
+
+
+def single_runs(**other):
+    first = scored_run(
+        "ce", some_counts(0.7, 1), seed=1, scene=SCENE, image_height=48, image_width=64, soft_iou_weight=0
+    )
+    settings = {"image_height": 48, "image_width": 64, "soft_iou_weight": 0.5} | other
+    other = scored_run("soft", some_counts(0.72, 2), seed=1, scene=SCENE, **settings)
+    return [
+        replace(run, history=pd.DataFrame({"seconds": [60.0, 90.0, minutes]}))
+        for run, minutes in ((first, 30), (other, 0))
+    ]
+
+
+def commands(text):
+    return [
+        yaml.safe_load(found)
+        for found in re.findall(r'papermill sweep\.ipynb sweep\.out\.ipynb -y "(.*?)"`', text)
+    ]
+
+
+def test_single_runs_say_so_first_and_name_the_sweep(home):
+    first, other = single_runs()
+    results = run_tests({"ce": [first], "soft": [other]})
+    text = describe_single_runs(results)
+    assert text.startswith("**One run of each: nothing can be said about the recipes.**")
+    assert "Checkpoint test, not about recipes (soft, seed 1, against ce, seed 1; 8 scenes)" in text
+    assert "Seeds alone" not in text  # no such runs
+    (given,) = commands(text)
+    assert given["grid"] == {"soft_iou_weight": [0, 0.5]}
+    assert given["seeds"] == [2, 3, 4, 5, 6]  # 1 is used
+    assert given["split"] == "valid"
     assert (
-        told["other", "checkpoint"]
-        == "the checkpoints: not asked where folds are pooled, because each run is five of them."
-    )
-    assert "; cross-validated over five folds. **The recipe other is better.**" in told["other", "recipe"]
-    assert told[None] == ["Cross-validated: this speaks of recipes trained on four fifths of these data."]
+        "train 5 new seeds of both, about 28 minutes one after the other: " in text
+    )  # 5 runs of 3 and 5 of 2.5 minutes
+    assert commands(conclude(results)) == [given]
 
 
-def test_numbers_of_scenes_are_rounded_to_two_digits():
-    assert [verdicts._rounded(count) for count in (6, 12.3, 123.4, 12_345, 2e6, np.inf)] == [
-        "6", "13", "120", "12,000", "a million", "a million",
-    ]  # fmt: skip
-
-
-def test_how_many_scenes_are_said_as_a_range():
-    found = set()
-    for step in np.arange(0, 0.02, 0.001):
-        text = say({"one": recipe("a", 0.7, [0]), "other": recipe("b", 0.7 + step, [1])})[
-            "other", "checkpoint"
+def test_the_sweep_trains_the_recipes_of_both_runs(home):
+    """One grid where one parameter differs, a sweep for each side where several do."""
+    for change, count in (({}, 1), ({"learning_rate": 0.01, "epochs": 5}, 2)):
+        first, other = single_runs(**change)
+        found = commands(conclude(run_tests({"ce": [first], "soft": [other]})))
+        assert len(found) == count
+        planned = [
+            runs
+            for given in found
+            for runs in plan_runs(None, given["fixed"], given["grid"], given["seeds"]).values()
         ]
-        if "They differ" not in text:
-            found.add(re.search(r"or more\. (.*?)\. Classes", text)[1])
-    patterns = (
-        r"To tell takes about \d+ to [\d,]+ scenes",
-        r"To tell takes \d+ scenes or more",
-        "How many it takes to tell can't be said yet",
-    )
-    assert found
-    assert all(any(re.fullmatch(pattern, text) for pattern in patterns) for text in found)
+        assert len({recipe(parameters) for parameters in planned}) == 2
+        for run in (first, other):
+            same = [
+                each
+                for each in planned
+                if all(
+                    each[name] == run.parameters[name]
+                    for name in ("soft_iou_weight", "learning_rate", "epochs", "image_height")
+                )
+            ]
+            assert [each["seed"] for each in same] == [2, 3, 4, 5, 6]
 
 
-def test_the_summary_says_what_the_strongest_test_says():
-    base, better = recipe("a", 0.6, [0, 1, 2]), recipe("b", 0.8, [0, 1, 2])
+def test_external_predictions_need_predictions_of_further_seeds(home):
+    external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "/disk/nyu", "fold": 4}
+    other = scored_run("masks", some_counts(0.72, 2), scene=SCENE, external=external)
+    text = describe_single_runs(run_tests({"ce": [single_runs()[0]], "external": [other]}))
+    assert "score predictions of two or more seeds of each recipe with `evaluate.ipynb`" in text
 
-    def summary(**others):
-        recipes = {"base": base} | others
-        return summarise_verdicts(recipes, judge(recipes)).splitlines()
 
-    first, second = summary(other=better, same=base)
-    assert re.fullmatch(
-        r"- \*\*other\*\* is better than \*\*base\*\*: other minus base is \+0.\d+ mIoU "
-        r"\(95 % interval \+.* to \+.*, p < 0.001 after Holm\)\.",
-        first,
+def earlier_runs(seeds=range(2, 6)):
+    """Of one recipe at 48x64, in two arms, and some of another size."""
+    size = {"image_height": 48, "image_width": 64, "scene": SCENE}
+    arms = [
+        scored_run(f"e{seed}", some_counts(0.6, seed, sd=0.3), seed=seed, group=f"arm {seed % 2}", **size)
+        for seed in seeds
+    ]
+    return [*arms, *runs_of("large", 0.9, [1, 2], image_height=96, image_width=128)]
+
+
+def test_how_much_seeds_alone_change(home):
+    """Pairs are of one recipe, whatever arm they are shown in; other sizes, data and splits don't count."""
+    write_results(home / "studies" / "earlier", earlier_runs())
+    first, other = single_runs()
+    text = describe_single_runs(run_tests({"ce": [first], "soft": [other]}))
+    scores = [run.score for run in earlier_runs()[:4]]
+    larger = sum(abs(a - b) >= abs(other.score - first.score) for a, b in combinations(scores, 2))
+    assert 1 <= larger <= 5
+    assert larger != sum(abs(a - b) >= 2 * abs(other.score - first.score) for a, b in combinations(scores, 2))
+    assert f"Seeds alone: {larger} of 6 pairs of runs" in text
+    assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
+
+
+def test_a_plan_from_a_committed_study(home):
+    write_results(home / "studies" / "earlier", earlier_runs())
+    runs = plan_runs(
+        None,
+        {"data": "/disk/nyu", "image_height": 48, "image_width": 64},
+        {"soft_iou_weight": [0, 0.5, 1]},
+        [1, 2, 3],
     )
-    assert second.startswith(
-        "- **same** and **base** are inconclusive: same minus base is +0.000 mIoU (95 % interval -0."
+    spread = measure_spread(group_recipes(earlier_runs()[:4]))
+    text = describe_plan(runs, "valid")
+    assert text == (
+        "3 seeds of each recipe, 8 scenes, Bonferroni-adjusted for 2 comparisons: if runs vary as those in studies/earlier "
+        f"did, {spread.say_detectable(3, 2)}."
     )
-    (alone,) = summary(one=better[:1])
-    assert alone.startswith(
-        "- This run of **one** scores higher than this one of **base**; further seeds would say more: "
+    over_folds = plan_runs(
+        None,
+        {"data": "/disk/nyu", "image_height": 48, "image_width": 64},
+        {"soft_iou_weight": [0, 0.5], "fold": [0, 1, 2, 3, 4]},
+        [1, 2, 3],
     )
-    few = [replace(run, scene=np.arange(len(run.names)) // 12) for run in (base[0], better[0])]
-    (none,) = summarise_verdicts(
-        {"a": few[:1], "b": few[1:]}, judge({"a": few[:1], "b": few[1:]})
-    ).splitlines()
-    assert none == "- No verdict on **b** and **a** yet."
-    assert summarise_verdicts({"base": base}, {}) == "One recipe is no comparison."
+    assert describe_plan(over_folds, "valid").startswith("3 seeds of each recipe, 40 scenes: ")
+    assert describe_plan(runs, "test").startswith("No plan: ")
+    for seeds, grid in (([1], {"soft_iou_weight": [0, 0.5]}), ([1, 2], {})):
+        few = plan_runs(None, {"data": "/disk/nyu", "image_height": 48, "image_width": 64}, grid, seeds)
+        assert describe_plan(few, "valid").startswith("No plan: ")
+
+
+def test_a_plan_from_runs_of_ones_own(home):
+    for seed in (1, 2):
+        for weight in (0, 0.5):
+            settings = {"soft_iou_weight": weight, "image_height": 48, "image_width": 64}
+            scored_folder(
+                home / "runs",
+                f"w{weight}s{seed}",
+                some_counts(0.7 + weight / 10, seed),
+                seed=seed,
+                **settings,
+            )
+    runs = plan_runs(
+        None,
+        {"data": "/disk/nyu", "image_height": 48, "image_width": 64},
+        {"soft_iou_weight": [0, 0.5]},
+        [1, 2, 3],
+    )
+    assert "if runs vary as those in earlier runs did" in describe_plan(runs, "valid")
+
+
+def test_no_variance_over_scenes_is_said():
+    sides = [
+        [
+            scored_run(f"{name}{seed}", some_counts(rate, 1, sd=0.0), seed=seed, scene=SCENE)
+            for seed, rate in enumerate(rates)
+        ]
+        for name, rates in (("a", (0.65, 0.70, 0.75)), ("b", (0.66, 0.71, 0.77)))
+    ]
+    results = run_tests({"base": sides[0], "other": sides[1]})
+    test = results["other"].recipe_test
+    results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
+    assert "No variance over scenes was found, so the recipe test equals the seed test." in describe_details(
+        results
+    )
+    results["other"] = replace(
+        results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)
+    )
+    assert "In the recipe test 75% of the variance is due to seeds, the rest to scenes." in describe_details(
+        results
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "caveat"),
+    [
+        ({"scene": None}, "The scenes of these images are unknown, so images were taken as independent"),
+        ({"validation": "random"}, "Validation is `random`"),
+        ({"image_fold": SCENE % 5}, "Pooled over five folds"),
+    ],
+)
+def test_what_limits_the_results_is_said(facts, caveat):
+    recipes = {
+        name: [replace(run, **facts) for run in runs_of(name, 0.7, range(2), draw)]
+        for draw, name in enumerate("xy")
+    }
+    text = describe_details(run_tests(recipes))
+    assert caveat in text
+    assert caveat not in describe_details(run_tests({name: runs_of(name, 0.7, range(2)) for name in "xy"}))
+
+
+def test_two_seeds_are_too_few_for_many_comparisons():
+    for others, seeds, warned in ((2, 2, False), (3, 2, True), (3, 3, False)):
+        recipes = {
+            f"r{number}": runs_of(f"r{number}", 0.7, range(seeds), number) for number in range(others + 1)
+        }
+        assert ("Two seeds are too few" in describe_details(run_tests(recipes))) == warned
+
+
+def test_identical_runs_are_inconclusive():
+    recipes = {
+        name: [scored_run(f"{name}{seed}", some_counts(), seed=seed, scene=SCENE) for seed in (1, 2)]
+        for name in "xy"
+    }
+    results = run_tests(recipes)
+    assert results["y"].conclusion == "inconclusive: no difference in any run on any scene"
+    assert "check whether one run is given twice" in conclude(results)
+
+
+def test_an_effect_by_construction_is_found_in_both_directions():
+    low, high = runs_of("a", 0.70, range(5)), runs_of("b", 0.76, range(5), draw=1)
+    assert run_tests({"low": low, "high": high})["high"].conclusion == "high is better"
+    assert run_tests({"high": high, "low": low})["low"].conclusion == "low is worse"
+
+
+@pytest.mark.parametrize("count", [2, 6, 20])
+@pytest.mark.parametrize("length", [5, 50])
+def test_the_table_of_few_and_many_recipes(count, length):
+    recipes = {
+        f"{number:0{length}d}": runs_of(f"r{number}", 0.7, range(2), number) for number in range(count)
+    }
+    html = show_results(result_table(run_tests(recipes))).to_html()
+    assert html.count("<tr>") == count  # a header and a row for each but the baseline
+    assert all(html.count(f">{name}<") == 1 for name in list(recipes)[1:])

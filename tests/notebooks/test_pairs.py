@@ -39,8 +39,11 @@ def test_of_several_recipes_the_last_is_compared_with_the_first():
     recipes = group_recipes(
         [scored_run(name, learning_rate=rate) for name, rate in zip("abc", (1, 2, 3), strict=True)]
     )
-    assert list(choose_pair(recipes)) == ["a", "c"]
-    assert list(choose_pair(recipes, "b")) == ["a", "b"]
+    assert list(choose_pair(recipes)) == ["a, seed 0", "c, seed 0"]
+    assert list(choose_pair(recipes, "b")) == ["a, seed 0", "b, seed 0"]
+    recipes["b"] = [scored_run("b", learning_rate=2, seed=seed) for seed in (9, 10)]
+    recipes["a"] = [scored_run("a", learning_rate=1, seed=seed) for seed in (1, 10)]
+    assert list(choose_pair(recipes, "b")) == ["a, seed 10", "b, seed 10"]  # which both have
     assert choose_pair({"a": recipes["a"]}) == {}
     with pytest.raises(ValueError, match="compare_with: found 'd', expected one of b, c"):
         choose_pair(recipes, "d")

@@ -20,6 +20,7 @@ from lib.notebooks.plots import (
     plot_grid,
     plot_history,
     plot_predictions,
+    run_colours,
     shorten,
 )
 
@@ -222,5 +223,11 @@ def test_equal_classes_keep_their_order():
 def test_curves():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
     assert {"a", "b"} <= set(
-        draw(plot_curves({"a": [history, history], "b": [history], "pooled": []}, "curves"))
+        draw(
+            plot_curves(
+                {"a": [history, history], "b": [history], "pooled": []},
+                "curves",
+                run_colours(["a", "b", "pooled"]),
+            )
+        )
     )

@@ -20,7 +20,7 @@ from conftest import history
 from scored_runs import scored_folder, scored_run, some_counts
 
 from lib.notebooks import sweep
-from lib.notebooks.conclusions import judge
+from lib.notebooks.conclusions import run_tests
 from lib.notebooks.sweep import Finished, execute_run, executed_notebook, plan_runs, progress_table
 from lib.runs import open_run, read_history, run_state, write_history
 from lib.runs.report import write_report
@@ -525,5 +525,6 @@ def test_a_sweep_ends_in_a_test_over_its_folds(runs):
     assert list(recipes) == ["soft_iou_weight 0", "soft_iou_weight 0.5"]
     assert [len(members) for members in recipes.values()] == [2, 2]
     assert len(recipes["soft_iou_weight 0"][0].names) == 80
-    (verdict,) = judge(recipes).values()
-    assert verdict.recipes.scene_count == 40
+    (result,) = run_tests(recipes).values()
+    assert result.recipe_test.scene_count == 40
+    assert result.spread.folds == 5

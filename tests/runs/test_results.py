@@ -300,7 +300,7 @@ def test_without_two_runs_of_ones_own_all_is_the_committed_example(home, tmp_pat
     write_results(tmp_path / "example", [scored_run("x", group="one"), scored_run("y", group="other")])
     assert found("all") == ["x", "y"]
     scored_folder(home, "mine")
-    assert found("all") == ["x", "y"]
+    assert found("all") == ["x", "y", "mine"]  # on the same images
     assert found("all", data="/disk/nyu") == ["mine"]
     scored_folder(home, "one more")
     assert found("all") == ["mine", "one more"]

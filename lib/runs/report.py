@@ -116,5 +116,10 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
         else f"{scenes} scenes"
     )
     if low is None or np.isnan(low):
+        if scenes == 1:
+            return (
+                "no interval: all images are of one scene; if each shows one of its own, write `scene: '^(.*)$'` into "
+                "dataset.yaml, else name there a .csv of name,scene"
+            )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

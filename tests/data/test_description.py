@@ -1,11 +1,13 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lib
 from lib.classes import NYUV2_13
 from lib.data import DataError
-from lib.data.description import read_description
+from lib.data.description import KEYS, read_description
 
 
 def describe(root, text):
@@ -233,3 +235,17 @@ def test_a_label_map_that_is_none(tmp_path, content):
         DataError, match="labelmap.txt: can't be read as colours .* expected lines such as `bed:128,0,0::`"
     ):
         describe(tmp_path, "colours: labelmap.txt")
+
+
+def test_nothing_in_yaml_is_executed(tmp_path):
+    with pytest.raises(DataError, match="dataset.yaml: is no YAML"):
+        describe(tmp_path, f"classes: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_block_of_the_readme_is_read(tmp_path):
+    readme = (Path(lib.__file__).parent / "data" / "README.md").read_text()
+    block = re.search(r"```yaml\n(classes: .*?)```", readme, re.DOTALL)[1]
+    description = describe(tmp_path, block)
+    assert description.stated == set(KEYS)
+    assert description.class_names == ("bed", "books", "ceiling")

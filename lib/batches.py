@@ -1,8 +1,8 @@
 """From `Samples` to training tensors and back: augment each image, batch, encode and decode."""
 
 import math
-import multiprocessing
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,7 +264,7 @@ def training_loader(
             f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
             f"{free // 10**6} MB free; use num_workers 0, or start the container with `docker run --shm-size=1g`"
         )
-    forks = num_workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+    forks = num_workers > 0 and sys.platform == "linux"  # a Mac can fork, but its libraries break in the copy
     return _Loader(
         TrainingSet(samples, augment, seed),
         batch_sampler=EpochBatches(len(samples), batch_size, seed),

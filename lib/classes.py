@@ -33,3 +33,8 @@ def check_same_classes(
     raise ValueError(
         f"classes: {whose} has {found}, {whose_others} has {other}; use what has the same classes"
     )
+
+
+def escape_html(text: str) -> str:
+    """Text in which HTML and Markdown find no tag: names of classes, runs and images may come from anybody."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -48,11 +48,6 @@ def write_text(text: str, path: Path) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def escape_html(text: str) -> str:
-    """Text in which HTML and Markdown find no tag: names of classes, runs and images may come from anybody."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
 def write_json(content: dict, path: Path) -> None:
     """A JSON file, whole or not there; NaN and infinity become null, which JSON knows."""
     write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", path)

@@ -375,3 +375,11 @@ def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
             f"inputs: the network takes {config['inputs']} and has {head} depth head, but these data have no depth; use "
             "inputs rgb and depth_weight 0"
         )
+
+
+@pytest.mark.parametrize(("platform", "context"), [("linux", "fork"), ("darwin", None), ("win32", None)])
+def test_workers_fork_on_linux_alone(scenes, monkeypatch, platform, context):
+    monkeypatch.setattr("sys.platform", platform)
+    loader = training_loader(scenes, "none", 4, 1, 0)
+    method = loader.multiprocessing_context and loader.multiprocessing_context.get_start_method()
+    assert method == context

@@ -140,14 +140,9 @@ def _decoding(path: Path) -> Iterator[None]:
     except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
         reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
         remedy = "it is damaged or no image, copy it again"
-        if path.is_file() and _is_heic(path):
+        if path.is_file() and path.read_bytes()[4:8] == b"ftyp":
             remedy = "it is a HEIC or AVIF image whatever its name is, convert it to JPEG or PNG"
         raise DataError(f"{path}: can't be decoded ({reason}); {remedy}") from error
-
-
-def _is_heic(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(8)[4:] == b"ftyp"
 
 
 def _refused(path: Path, found: str, expected: str) -> DataError:

@@ -18,7 +18,6 @@ NEARLY = re.compile(
     r"(dataset|data)\.ya?ml(\.txt)?", re.IGNORECASE
 )  # names of files that were meant to be it
 MOST_VALUES = 2**16  # of labels of 16 bits
-MOST_COLOURS = 2**24
 MOST_SHOWN = 300  # values that an error lists
 FARTHEST_M = 65.535  # millimetres in 16 bits
 NO_CLASS = ("ignore", "background")  # names of colours that need not be classes
@@ -151,11 +150,15 @@ class Description(BaseModel):
             return [0, IGNORE_INDEX]
         return self.ignore
 
+    @property
+    def index_of_others(self) -> int:
+        """What a label value becomes that is neither a class nor unlabelled; -1 is an error."""
+        return IGNORE_INDEX if self.ignore == "others" else -1
+
     @cached_property
     def table(self) -> np.ndarray:
         """int16 class index of each label value or colour, 255 where it means unlabelled, -1 where it is neither."""
-        others = IGNORE_INDEX if self.ignore == "others" else -1
-        table = np.full(MOST_COLOURS if self.colours else MOST_VALUES, others, np.int16)
+        table = np.full(2**24 if self.colours else MOST_VALUES, self.index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
         table[list(self.by_value)] = range(len(self.by_value))
         return table
@@ -164,10 +167,8 @@ class Description(BaseModel):
         """uint8 class indices, 255 = unlabelled, of the values in a file, which a `DataError` names."""
         label = label.astype(np.int64)
         inside = label.clip(0, len(self.table) - 1)
-        indices = self.table[inside]
+        indices = np.where(label == inside, self.table[inside], self.index_of_others)
         unknown = indices < 0
-        if self.ignore != "others":
-            unknown |= label != inside
         if unknown.any():
             values, counts = np.unique(label[unknown], return_counts=True)
             self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))

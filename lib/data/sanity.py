@@ -63,7 +63,7 @@ def check_files(description: Description, split: str, files: list[dict[str, Path
         _check_values(description, seen)
         if not {"first_label", "ignore", "colours"} & description.stated:
             _check_shift(description, split, seen)
-        if not {"ignore", "colours"} & description.stated and _is_binary(description, seen):
+        if not {"ignore", "colours"} & description.stated and _find_binary(description, seen):
             _check_binary(description, split, _look_at(look, files, "label"))
 
 
@@ -136,23 +136,21 @@ def _check_values(description: Description, seen: list[LabelLook]) -> None:
         description.refuse_values(first, unknown, len(seen))
 
 
-def _is_binary(description: Description, seen: list[LabelLook]) -> bool:
-    """Whether one class occurs alone beside 255, which may then be another class."""
+def _find_binary(description: Description, seen: list[LabelLook]) -> list[int]:
+    """The value of the only class that occurs beside 255, which may then be another class; else nothing."""
     values = set().union(*(look.values for look in seen))
-    return IGNORE_INDEX in values and len(values & description.by_value.keys()) == 1
+    found = list(values & description.by_value.keys())
+    return found if IGNORE_INDEX in values and len(found) == 1 else []
 
 
 def _check_binary(description: Description, split: str, seen: list[LabelLook]) -> None:
-    if not _is_binary(description, seen):
-        return
-    values = set().union(*(look.values for look in seen))
-    (value,) = values & description.by_value.keys()
-    yaml = description.root / FILE
-    raise DataError(
-        f"{description.root}: the labels of split {split!r} hold only {value} ({description.by_value[value]}) and 255, "
-        f"which means unlabelled by default. If these are binary masks, write `classes: {{{value}: background, 255: "
-        f"object}}` and `ignore: []` into {yaml}; if 255 means unlabelled, `ignore: [255]`"
-    )
+    for value in _find_binary(description, seen):
+        yaml = description.root / FILE
+        raise DataError(
+            f"{description.root}: the labels of split {split!r} hold only {value} ({description.by_value[value]}) and 255, "
+            f"which means unlabelled by default. If these are binary masks, write `classes: {{{value}: background, 255: "
+            f"object}}` and `ignore: []` into {yaml}; if 255 means unlabelled, `ignore: [255]`"
+        )
 
 
 def _check_shift(description: Description, split: str, seen: list[LabelLook]) -> None:

@@ -10,7 +10,6 @@ from lib.options import FOLDS, check_options
 
 IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
 VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
-MANY, NEARLY_ALL = 20, 0.9  # images, and the share of them in one scene that is no use
 
 
 def split_names(
@@ -79,22 +78,6 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     runs[order] = np.cumsum(np.append(0, gaps > 1.5 * usual))
     alone = np.bincount(runs)[runs] == 1
     return None if alone.mean() > 0.5 else runs
-
-
-def describe_one_scene(scene: np.ndarray | None) -> str:
-    """What to write into dataset.yaml where one scene has nearly all of the images; else nothing."""
-    share = (
-        0
-        if scene is None or len(scene) < MANY
-        else np.unique(scene, return_counts=True)[1].max() / len(scene)
-    )
-    if share < NEARLY_ALL:
-        return ""
-    return (
-        f"One scene has {share:.0%} of the images, so that nothing can be concluded about new scenes. (Names that are "
-        "numbers are read as frames of a video.) If each image shows a scene of its own, write `scene: '^(.*)$'` into "
-        "`dataset.yaml`; else name there a .csv with the columns name,scene."
-    )
 
 
 def choose_validation(validation: str, source: Split, fold: int) -> str:

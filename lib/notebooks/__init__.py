@@ -8,7 +8,7 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm import tqdm
 
-from lib.files import escape_html
+from lib.classes import escape_html
 from lib.progress import terminal_bar, use_bar
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lib.batches import RawBatch
 from lib.data import MissingSplit, Samples, Split, iterate_samples
-from lib.data.validation import describe_one_scene, read_numbers, split_names
+from lib.data.validation import read_numbers, split_names
 from lib.notebooks import plots
 
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
@@ -20,6 +20,7 @@ NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers
 FEW_IMAGES = 10
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
 COMPARED = 1000  # images, at equal steps, whose pairs with all others say what is unrelated
+MANY, NEARLY_ALL = 20, 0.9  # images, and the share of them in one scene that is no use
 ROWS = 256  # of a matrix of pairs in memory at a time
 
 
@@ -272,6 +273,22 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
             f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
         )
     return text + "".join(f"\n- {warning}" for warning, applies in warnings.items() if applies)
+
+
+def describe_one_scene(scene: np.ndarray | None) -> str:
+    """What to write into dataset.yaml where one scene has nearly all of the images; else nothing."""
+    share = (
+        0
+        if scene is None or len(scene) < MANY
+        else np.unique(scene, return_counts=True)[1].max() / len(scene)
+    )
+    if share < NEARLY_ALL:
+        return ""
+    return (
+        f"One scene has {share:.0%} of the images, so that nothing can be concluded about new scenes. (Names that are "
+        "numbers are read as frames of a video.) If each image shows a scene of its own, write `scene: '^(.*)$'` into "
+        "`dataset.yaml`; else name there a .csv with the columns name,scene."
+    )
 
 
 def _explain_255(counts: DataCounts) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ from lib.runs.scoring import check_labelled, iterate_split, score_run
 
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
 LOST_MACHINES = 10  # how often a run is started elsewhere
+LONGEST_TMPDIR = 40  # characters: Ray puts sockets there, whose paths may have 107
+STARTS = 3  # of Ray
 OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
 
 
@@ -161,7 +164,7 @@ class Finished:
         own = [
             read_scored(path.parents[1], self.split)
             for path in sorted(runs_folder().glob(f"*/evaluation/{self.split}.json"))
-            if run_state(path.parents[1]).trained
+            if path.with_suffix(".npz").exists() and run_state(path.parents[1]).trained
         ]
         known = set(scored)
         scored = {identity(run.parameters): run for run in own} | scored
@@ -231,15 +234,15 @@ def sweep(
 
 @contextmanager
 def _connected(cluster: str) -> Iterator[None]:
-    here = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    address = {"address": cluster}
+    if cluster == "local":
+        address = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        if os.name == "posix" and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+            address["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         if ":" in cluster:  # Ray would try for two minutes
             socket.create_connection(cluster.rsplit(":", 1), timeout=10).close()
-        ray.init(
-            **(here if cluster == "local" else {"address": cluster}),
-            logging_level="error",
-            log_to_driver=False,
-        )
+        _start_ray(address)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cluster: found {cluster!r}, where no Ray cluster answers ({error}); expected local, or the address that "
@@ -249,6 +252,23 @@ def _connected(cluster: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(address: dict) -> None:
+    """`ray.init`, once more where a busy machine takes longer than the 30 seconds that Ray waits for itself."""
+    for start in range(STARTS):
+        try:
+            ray.init(**address, logging_level="error", log_to_driver=False)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if start == STARTS - 1:
+                raise RuntimeError(
+                    f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for "
+                    "its other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
+                ) from error
 
 
 def _most(resource: str) -> float:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.files import escape_html, read_json, write_text
+from lib.classes import escape_html
+from lib.files import read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
@@ -116,5 +117,10 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
         else f"{scenes} scenes"
     )
     if low is None or np.isnan(low):
+        if scenes == 1:
+            return (
+                "no interval: all images are of one scene; if each shows one of its own, write `scene: '^(.*)$'` into "
+                "dataset.yaml, else name there a .csv of name,scene"
+            )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -1,5 +1,6 @@
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -279,3 +280,55 @@ def test_an_index_outside_its_palette_is_an_index(tmp_path):
     for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 9, 9, 9]):
         path = png(8, [[0, 1, 255]], tmp_path / "a.png", palette)
         np.testing.assert_array_equal(decode_label(path), [[0, 1, 255]])
+
+
+@pytest.mark.parametrize("kind", [b"ftypheic", b"ftypmif1", b"ftypavif"])
+@pytest.mark.parametrize("decode", [decode_image, upright_size])
+def test_heic_under_another_name_gets_a_remedy_that_works(tmp_path, kind, decode):
+    """A phone writes it, a chat program renames it."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\0\0\0\x18" + kind + b"\0" * 100)
+    with pytest.raises(
+        DataError,
+        match="photo.jpg: can't be decoded .* it is a HEIC or AVIF image whatever its name is, conv",
+    ):
+        decode(path)
+    path.write_bytes(b"no image at all")
+    with pytest.raises(
+        DataError, match="photo.jpg: can't be decoded .* it is damaged or no image, copy it again"
+    ):
+        decode(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(np.float16, 1000), (np.float32, 1000), (np.uint8, 1000), (np.uint16, 10)]
+)
+def test_depth_beyond_16_bits_is_the_farthest_and_not_missing(dtype, unit):
+    depth = (
+        np.array([[0, 2, 66, 200]], dtype) if dtype != np.uint16 else np.array([[0, 200, 6600, 60000]], dtype)
+    )
+    found = depth_to_mm(depth, unit)
+    assert found.tolist() == [[0, 2000, 65535, 65535]]
+    assert depth_to_mm(np.array([[np.nan, np.inf, 1]], np.float16), 1000).tolist() == [[0, 0, 1000]]
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    """Pickles in `.npy`; pictures that unpack to gigabytes."""
+
+    class Harmful:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    np.save(tmp_path / "a.npy", np.array([[Harmful()]], object), allow_pickle=True)
+    with pytest.raises(DataError, match="a.npy: can't be decoded"):
+        decode_depth(tmp_path / "a.npy")
+    assert not (tmp_path / "touched").exists()
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with pytest.raises(DataError, match="b.png: can't be decoded .*decompression bomb"):
+        decode_image(tmp_path / "b.png")

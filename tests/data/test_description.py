@@ -1,11 +1,13 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lib
 from lib.classes import NYUV2_13
 from lib.data import DataError
-from lib.data.description import read_description
+from lib.data.description import KEYS, read_description
 
 
 def describe(root, text):
@@ -74,6 +76,7 @@ def test_every_key(tmp_path):
         ("classes: [a, b]\nfirst_label: 1\nignore: [9]", [1, 2, 9], [0, 1, 255]),
         ("classes: {3: b, 300: a}\nignore: [65535]", [3, 300, 65535], [0, 1, 255]),
         ("classes: [a, b]\nignore: []", [0, 1], [0, 1]),
+        ("classes: [a, b]\nignore: others", [0, 1, 2, 255, 65535], [0, 1, 255, 255, 255]),
     ],
 )
 def test_values_of_labels(tmp_path, text, values, indices):
@@ -233,3 +236,26 @@ def test_a_label_map_that_is_none(tmp_path, content):
         DataError, match="labelmap.txt: can't be read as colours .* expected lines such as `bed:128,0,0::`"
     ):
         describe(tmp_path, "colours: labelmap.txt")
+
+
+def test_nothing_in_yaml_is_executed(tmp_path):
+    with pytest.raises(DataError, match="dataset.yaml: is no YAML"):
+        describe(tmp_path, f"classes: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_block_of_the_readme_is_read(tmp_path):
+    readme = (Path(lib.__file__).parent / "data" / "README.md").read_text()
+    block = re.search(r"```yaml\n(classes: .*?)```", readme, re.DOTALL)[1]
+    description = describe(tmp_path, block)
+    assert description.stated == set(KEYS)
+    assert description.class_names == ("bed", "books", "ceiling")
+
+
+def test_others_are_unlabelled_however_large_or_small(tmp_path):
+    description = describe(tmp_path, "classes: [a, b]\nignore: others")
+    label = np.array([[-1, 0, 1, 70000, -70000]], np.int32)
+    assert description.to_indices(tmp_path / "a.png", label).tolist() == [[255, 0, 1, 255, 255]]
+    strict = describe(tmp_path, "classes: [a, b]")
+    with pytest.raises(DataError, match=r"label values \[-70000, -1, 70000\]"):
+        strict.to_indices(tmp_path / "a.png", label)

@@ -144,3 +144,14 @@ def test_built_in_scenes_have_depth_and_any_network_s_classes():
     assert len(piece) == 1
     assert piece.depth is not None
     assert piece.classes == CLASSES
+
+
+@pytest.mark.parametrize("name", ["._room.jpg", ".hidden.png", "@eaDir"])
+def test_files_of_a_system_are_no_pictures(tmp_path, picture, name):
+    Image.fromarray(picture).save(tmp_path / "room.jpg")
+    if name == "@eaDir":
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / "room.jpg")
+    else:
+        (tmp_path / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    assert list(open_images(str(tmp_path), None, None, False, CLASSES).names) == ["room"]

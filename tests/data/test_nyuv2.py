@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,3 +251,14 @@ def test_class_shares_of_the_real_training_labels():
     published = [4.3, 0.65, 1.8, 4.1, 11.9, 17.7, 15.6, 2.4, 2.9, 3.7, 0.67, 28.6, 5.8]
     np.testing.assert_allclose(share, published, atol=0.06)
     assert 100 * counts[255] / counts.sum() == pytest.approx(17.6, abs=0.05)
+
+
+def test_a_file_that_is_locked_is_read(mat):
+    """By another program, or on a disk without locks: reading needs none."""
+    code = f"import fcntl; f = open({str(mat)!r}, 'r+b'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    assert len(load_samples(mat, "train", "none", (12, 16)))
+    holder.communicate("\n")

@@ -528,3 +528,57 @@ def test_a_sweep_ends_in_a_test_over_its_folds(runs):
     (result,) = run_tests(recipes).values()
     assert result.recipe_test.scene_count == 40
     assert result.spread.folds == 5
+
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3])
+def test_ray_that_starts_slowly_is_started_again(monkeypatch, slow):
+    starts = []
+
+    def init(**options):
+        starts.append(options)
+        if len(starts) <= slow:
+            raise Exception(TIMED_OUT)
+
+    monkeypatch.setattr("ray.init", init)
+    with (
+        pytest.raises(
+            RuntimeError, match="cluster: Ray did not start within 30 seconds, 3 times; .*cluster auto"
+        )
+        if slow == 3
+        else contextlib.nullcontext(),
+        sweep._connected("local"),
+    ):
+        assert len(starts) == slow + 1
+
+
+@pytest.mark.parametrize(("folder", "short"), [("slurm_jobdir_1355700_tmp.t0016_" * 3, True), ("t", False)])
+def test_sockets_of_ray_fit_whatever_the_temporary_folder(monkeypatch, tmp_path, folder, short):
+    temporary = f"/tmp/{folder}"
+    monkeypatch.setattr("tempfile.tempdir", temporary)
+    given = {}
+    monkeypatch.setattr("ray.init", lambda **options: given.update(options))
+    with sweep._connected("local"):
+        assert given.get("_temp_dir", "/tmp/ray-").startswith("/tmp/ray-")
+        assert ("_temp_dir" in given) == short
+        if short:
+            os.rmdir(given["_temp_dir"])
+
+
+@pytest.mark.parametrize("value", ["x" * 300, "ü" * 300])
+def test_names_of_planned_runs_fit_any_disk(value):
+    grid = {"soft_iou_weight": [0.5], "encoder": [value, value + "2"]}
+    runs = plan_runs(None, {}, grid, [1, 2])
+    assert len(runs) == 4
+    for name in runs:
+        assert len(os.fsencode(name)) <= 200
+        assert "-seed=" in name
+
+
+def test_a_sweep_on_held_back_labels_is_refused_before_its_first_run(folder, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("started"))
+    runs = plan_runs(None, {"data": str(folder)}, {"soft_iou_weight": [0.5]}, [1])
+    with pytest.raises(ValueError, match="split: the labels of split 'test' of .* are held back"):
+        next(sweep.sweep(runs, "test"))

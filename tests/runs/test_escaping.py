@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from conftest import evaluation, history
 
+from lib.classes import escape_html
 from lib.data import Samples, Split
-from lib.files import ROOT, escape_html
+from lib.files import ROOT
 from lib.notebooks import Markdown, style
 from lib.notebooks.compare import score_table, show_scores
 from lib.notebooks.evaluate import summarise_evaluation

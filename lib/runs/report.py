@@ -78,9 +78,8 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
 
 def _table(scores: pd.DataFrame, form: str) -> str:
     """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
-    cells = scores.astype(object).where(scores.notna(), None)
-    cells = cells.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
-    return cells.to_markdown(floatfmt=form, missingval="-")
+    cells = scores.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
+    return cells.astype(object).where(cells.notna(), None).to_markdown(floatfmt=form, missingval="-")
 
 
 def _escape_cell(value: object) -> object:

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.classes import escape_html
-from lib.files import read_json, write_text
+from lib.files import escape_html, read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
@@ -79,9 +78,8 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
 
 def _table(scores: pd.DataFrame, form: str) -> str:
     """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
-    escaped = scores.astype(object).map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
-    cells = escaped.astype(object).where(escaped.notna(), None)
-    return cells.to_markdown(floatfmt=form, missingval="-")
+    cells = scores.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
+    return cells.astype(object).where(cells.notna(), None).to_markdown(floatfmt=form, missingval="-")
 
 
 def _escape_cell(value: object) -> object:

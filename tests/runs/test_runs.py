@@ -459,5 +459,5 @@ def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
 def test_summary_says_which_epoch_is_kept(trained, checkpoint, said):
     run = trained("a", checkpoint=checkpoint)
     assert summarise(run).startswith(
-        f"Epoch 3 of 3 {said}: validation **mIoU 0.958** over 12 of 13 classes (window has"
+        f"Epoch 3 of 3 {said}: validation **mIoU 0.958** over 12 of 13 classes (window has no pixel), and"
     )

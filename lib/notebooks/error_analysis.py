@@ -22,7 +22,7 @@ CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 DISTANCE = "distance to a boundary (% of the width)"
 REGION = "size of the region (% of the image)"
-CLASS = "class"
+CONFUSED = " confused with "
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
@@ -137,6 +137,39 @@ def region_shares(label: np.ndarray) -> np.ndarray:
         stats[0, cv2.CC_STAT_AREA] = 0  # all other classes
         shares += stats[segment, cv2.CC_STAT_AREA] / label.size
     return shares
+
+
+def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Confusions by what they cost: the gain in mIoU if these pixels were predicted correctly.
+
+    Args:
+        counts: `(N, C, C)`, of which the pixels are pooled.
+        classes: their names.
+
+    Returns:
+        Most costly first, by `A confused with B`: `cost` in mIoU over the classes in the ground truth, `pixels`,
+        their `share` of the wrong pixels, and the `images` with them. Classes of the truth that are confused alone.
+    """
+    pooled = counts.sum(0)
+    hits = np.diagonal(pooled)
+    union = np.maximum(pooled.sum(0) + pooled.sum(1) - hits, 1)
+    present = pooled.any(1)
+    iou = np.where(present, hits / union, 0)
+    wrong = pooled * ~np.eye(len(pooled), dtype=bool)
+    fewer = np.maximum(union - wrong, 1)  # union of the predicted class without these pixels
+    gain = wrong / union[:, None] + np.where(present, hits / fewer - iou, 0)
+    cost = gain / max(present.sum(), 1)
+    truth, predicted = np.nonzero(wrong)
+    table = pd.DataFrame(
+        {
+            "cost": cost[truth, predicted],
+            "pixels": wrong[truth, predicted],
+            "share": wrong[truth, predicted] / max(wrong.sum(), 1),
+            "images": (counts[:, truth, predicted] > 0).sum(0),
+        },
+        [classes[t] + CONFUSED + classes[p] for t, p in zip(truth, predicted, strict=True)],
+    )
+    return table.sort_values("cost", ascending=False, kind="stable")
 
 
 def score_strata(counts: np.ndarray) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from lib.batches import RawBatch
@@ -209,75 +210,72 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     return text + "".join(f"\n- {warning}" for warning, applies in warnings.items() if applies)
 
 
-def plot_samples(samples: Samples) -> Figure:
-    """A row for each sample: RGB, depth with its scale, labels over RGB."""
-    label, shades, rows = samples.labels_or_ignored, plots.depth_shades([samples]), []
+def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
+    """A row for each sample: RGB, depth, labels over RGB."""
+    label, rows = samples.labels_or_ignored, []
     for at, image in enumerate(samples.image):
         labels = plots.blend_labels(image, label[at], samples.classes, 0.65)
         depth = plots.colour_depth(samples.depth_or_missing[at], shades)
-        rows.append({"RGB": image, plots.DEPTH: depth, "labels": labels})
+        rows.append({"RGB": plots.reduce_colours(image), plots.DEPTH: depth, "labels": labels})
     return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
-def plot_batch(samples: Samples, batch: RawBatch) -> Figure:
+def plot_batch(samples: Samples, batch: RawBatch, shades: ScalarMappable | None) -> Figure:
     """A row for each image of a batch: as it is stored, then as it trains."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
     stored = samples[position]
-    shades, rows = plots.depth_shades([stored]), []
+    rows = []
     for at in range(len(stored)):
-        pictures = {"stored": stored.image[at], "as it trains": image[at]}
-        pictures |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
-        rows.append(pictures | {"labels": plots.colour_labels(label[at], samples.classes)})
+        row = {"stored": stored.image[at], "as it trains": image[at]}
+        row = {title: plots.reduce_colours(picture) for title, picture in row.items()}
+        row |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
+        rows.append(row | {"labels": plots.colour_labels(label[at], samples.classes)})
     return plots.plot_grid(rows, stored.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
 @plots.styled
 def plot_class_shares(counts: DataCounts) -> Figure:
     """By class on a log scale: its share of the labelled pixels, and of the images."""
-    shares, colours = class_shares(counts)[::-1], plots.class_colours(counts.classes)
+    shares = class_shares(counts)[::-1]
     shares = shares[shares.pixels > 0]
     rows = np.arange(len(shares))
-    figure, axes = plots.new_figure(plots.rows_height(len(rows)))
+    figure, axes = plots.new_figure(plots.rows_height(len(rows)) + 0.3)
     axes.hlines(rows, shares.pixels, shares.images, color="0.85", zorder=0)
-    axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **plots.EDGED)
-    axes.plot(shares.images, rows, "|", color=plots.GREY)
+    axes.plot(shares.pixels, rows, "o", color=plots.GREY, label="share of the labelled pixels")
+    axes.plot(shares.images, rows, "|", color=plots.GREY, label="share of the images")
     for row, share in zip(rows, shares.pixels, strict=True):
-        axes.text(
-            share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY
-        )
+        words = {"va": "center", "ha": "right", "fontsize": "small", "color": plots.GREY}
+        axes.text(share / 1.15, row, plots.percent(share, 1 if share >= 0.01 else 2), **words)
     plots.label_rows(axes, shares.index)
     axes.set(xscale="log", xlim=(shares.pixels.min() / 3, 1.3))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    axes.set_xlabel("share of the labelled pixels (dots) and of the images (strokes), log scale")
     ratio = shares.pixels.iloc[-1] / shares.pixels.iloc[0]
     plots.add_title(figure, f"{shares.index[-1]} has {ratio:.0f} times as many pixels as {shares.index[0]}")
+    plots.add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
 @plots.styled
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth, of all pixels and of each class."""
-    colours, total = plots.class_colours(counts.classes), counts.depth.sum(0)
+    total = counts.depth.sum(0)
     rows = zip(counts.classes, counts.depth, strict=False)
     boxes = {name: _box(row, counts.steps_m) for name, row in rows if row[1:].any()}
     names = sorted(boxes, key=lambda name: -boxes[name]["med"])
     heights = 1.5, plots.rows_height(len(names))
     figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
-    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.VALID_COLOUR)
-    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(
-        **_box(total, counts.steps_m)
-    )
-    overall.set(title=title, yticks=[])
+    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.BAR_COLOUR)
+    whole = _box(total, counts.steps_m)
+    overall.set(title=f"All pixels: nine in ten from {whole['whislo']:.1f} to {whole['whishi']:.1f} m", yticks=[])
     overall.spines["left"].set_visible(False)
-    median = {"color": "black", "path_effects": plots.HALO}  # seen on dark boxes too
-    drawn = by_class.bxp(
+    by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
-        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=plots.EDGED,
+        patch_artist=True, showfliers=False, showcaps=False,
+        medianprops={"color": "black", "linewidth": 1.5},
+        boxprops={"facecolor": plots.BAR_COLOUR, "linewidth": 0}, whiskerprops={"color": plots.GREY},
     )  # fmt: skip
-    for box, name in zip(drawn["boxes"], names, strict=True):
-        box.set_facecolor(colours[name])
     plots.label_rows(by_class, names)
-    by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
+    by_class.set(xlabel=plots.DEPTH, title="By class: half of its pixels in the box, nine in ten on the line")
     by_class.set_xlim(0, depth_quantiles(total, (0.999,), counts.steps_m)[0])
     return figure
 
@@ -298,12 +296,33 @@ def plot_adjacency(counts: DataCounts) -> Figure:
     return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
 
 
-def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
-    """The first validation images whose scene is in training, or else that are, above their match in training."""
-    shown = np.arange(len(leak.valid))
-    if leak.same_scene is not None and leak.same_scene.any():
-        shown = shown[leak.same_scene]
-    pairs = list(zip(leak.valid[shown[:count]], leak.match[shown[:count]], strict=True))
-    titles = [f"{samples.names[valid]}, {samples.names[train]}" for valid, train in pairs]
-    rows = [dict(zip(titles, samples.image[list(side)], strict=True)) for side in zip(*pairs, strict=True)]
-    return plots.plot_grid(rows, ["validation", "training"])
+def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
+    """For each `validation`: the images on both sides and how many validation images resemble training images."""
+    rows = {}
+    for validation, leak in leakage.items():
+        rows[validation] = {
+            "training images": leak.train_count,
+            "validation images": len(leak.valid),
+            "sharing a scene": "unknown" if leak.same_scene is None else leak.same_scene.sum(),
+            "near-duplicates": leak.near_duplicates,
+            "expected by chance": round(leak.by_chance, 1),
+        }
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("validation by")
+
+
+def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
+    """The validation images that are most like a training image, each beside it."""
+    alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
+    order = np.argsort(-(alike[0] * alike[1]).sum(1), kind="stable")[:count]
+    pairs, captions = [], []
+    for valid, train in zip(leak.valid[order], leak.match[order], strict=True):
+        sides = {"validation": samples.image[valid], "most similar in training": samples.image[train]}
+        pairs.append({side: plots.reduce_colours(image) for side, image in sides.items()})
+        captions.append(f"{samples.names[valid]} and {samples.names[train]}{_relation(samples, valid, train)}")
+    return plots.plot_grid(pairs, captions)
+
+
+def _relation(samples: Samples, one: int, other: int) -> str:
+    if samples.scene is None:
+        return ""
+    return ": same room, other view" if samples.scene[one] == samples.scene[other] else ": different rooms"

@@ -78,21 +78,19 @@ def plot_pair_images(pair: dict[str, ScoredRun]) -> Figure | str:
     except ValueError as error:
         return f"No images, because they can't be read: {error}."
     rows = [_draw_row(*row) for row in zip(images, *masks, strict=True)]
-    titles = [f"{first.names[index]}: {gains[index]:+.2f}" for index in chosen]
+    captions = [f"{first.names[index]}: {gains[index]:+.2f}" for index in chosen]
     shown = [*masks[0], *masks[1], *(sample.labels_or_ignored[0] for sample in images)]
-    return plots.plot_grid(rows, titles, plots.class_patches(first.classes, shown))
+    return plots.plot_grid(rows, captions, plots.class_patches(first.classes, shown))
 
 
 def _draw_row(sample: Samples, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
-    a_correct, b_correct = ((label == mask) & (label != IGNORE_INDEX) for mask in (a, b))
     return {
-        "RGB": image,
+        "RGB": plots.reduce_colours(image),
         "ground truth": plots.colour_labels(label, classes),
+        "B fixes (blue), breaks (orange)": plots.colour_changes(image, label, a, b),
         "A": plots.colour_labels(a, classes),
         "B": plots.colour_labels(b, classes),
-        "B fixes": plots.colour_where(b_correct & ~a_correct, image, b, classes),
-        "B breaks": plots.colour_where(a_correct & ~b_correct, image, b, classes),
     }
 
 

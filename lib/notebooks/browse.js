@@ -1,13 +1,13 @@
 // Panels of one image: zoomed, panned and read out together, without the kernel.
-const READ = {
-  class: (value, classes) => classes[value] ?? "unlabelled",
-  share: (value) => (value / 255).toFixed(2),
-  millimetres: (value) => (value ? `${(value / 1000).toFixed(2)} m` : "not measured"),
+const ARRAYS = { uint8: Uint8Array, uint16: Uint16Array, float32: Float32Array };
+const READ = { // class indices, millimetres, confidence
+  uint8: (value, classes) => classes[value] ?? "unlabelled",
+  uint16: (value) => (value ? `${(value / 1000).toFixed(2)} m` : "not measured"),
+  float32: (value) => value.toFixed(2),
 };
 
 function array({ kind, bytes }) {
-  const copy = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
-  return kind === "millimetres" ? new Uint16Array(copy) : new Uint8Array(copy);
+  return new ARRAYS[kind](bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
 }
 
 function element(tag, parent, style, text = "") {
@@ -26,8 +26,7 @@ function render({ model, el }) {
   const legend = element("div", root, { display: "flex", gap: "2px 12px", flexWrap: "wrap" });
   const choices = element("div", root, { display: "flex", gap: "12px", flexWrap: "wrap", padding: "6px 0" });
   readout.className = "browse-readout";
-  const shown = new Set(model.get("shown"));
-  let image = null, panels = [], values = [], pointer = null, view = { x: 0, y: 0, scale: 1 };
+  let image = null, shown = null, panels = [], values = [], pointer = null, view = { x: 0, y: 0, scale: 1 };
 
   function draw() {
     for (const { canvas, bitmap } of panels) {
@@ -51,9 +50,10 @@ function render({ model, el }) {
 
   function read() {
     const at = pointer ? pointer.y * image.width + pointer.x : 0;
-    const found = values.map(({ name, kind, array }) => `${name}: ${READ[kind](array[at], model.get("classes"))}`);
-    const place = pointer && `x ${pointer.x * image.step}, y ${pointer.y * image.step}`;
-    readout.textContent = pointer ? [place, ...found].join(" · ") : `${image.caption} · wheel zooms, drag pans, double click resets, arrow keys step`;
+    const found = values.map(({ name, kind, array }) => `${name}: ${READ[kind](array[at], image.classes)}`);
+    readout.textContent = pointer
+      ? [`x ${pointer.x}, y ${pointer.y}`, ...found].join(" · ")
+      : "The wheel zooms, dragging pans, a double click resets; arrow keys go to the previous or next image.";
   }
 
   function move(x, y, scale) {
@@ -102,11 +102,11 @@ function render({ model, el }) {
 
   function explain() {
     legend.replaceChildren();
-    const present = new Set(values.flatMap(({ kind, array }) => (kind === "class" ? [...new Set(array)] : [])));
-    model.get("classes").forEach((name, index) => {
+    const present = new Set(values.flatMap(({ kind, array }) => (kind === "uint8" ? [...new Set(array)] : [])));
+    image.classes.forEach((name, index) => {
       if (!present.has(index)) return;
       const entry = element("span", legend, {});
-      const square = { background: model.get("colours")[index], border: "1px solid #888", display: "inline-block" };
+      const square = { background: image.colours[index], border: "1px solid #888", display: "inline-block" };
       element("span", entry, { ...square, width: "10px", height: "10px", marginRight: "4px" });
       entry.append(name);
     });
@@ -123,7 +123,9 @@ function render({ model, el }) {
     const loaded = model.get("image");
     const bitmaps = await Promise.all(loaded.panels.map(({ bytes }) => createImageBitmap(new Blob([bytes]))));
     if (loaded !== model.get("image")) return; // a later one has come
-    image = { ...loaded, panels: loaded.panels.map((panel, index) => ({ ...panel, bitmap: bitmaps[index] })) };
+    const [width, height] = loaded.size;
+    image = { ...loaded, width, height, panels: loaded.panels.map((panel, index) => ({ ...panel, bitmap: bitmaps[index] })) };
+    shown ??= new Set(loaded.shown);
     values = loaded.values.map((value) => ({ ...value, array: array(value) }));
     [view, pointer] = [{ x: 0, y: 0, scale: 1 }, null];
     lay();

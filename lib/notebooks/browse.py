@@ -4,12 +4,13 @@ import base64
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anywidget
 import cv2
 import ipywidgets
 import numpy as np
+import pandas as pd
 import traitlets
 from IPython import get_ipython
 from matplotlib.cm import ScalarMappable
@@ -18,20 +19,17 @@ from matplotlib.figure import Figure
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples, Split
 from lib.data.samples import choose_evenly
-from lib.evaluation import Predicted
-from lib.metrics import image_accuracy, mean_truth_iou, truth_iou
 from lib.notebooks import plots
-from lib.notebooks.error_analysis import CONFUSED, rank_confusions
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds to import; explore browses without
+    from lib.evaluation import Predicted
 
 ALL = "all images"
+CONFUSED = " confused with "
 CONFUSIONS = 20  # that can be chosen, the most costly first
-LABELS = "labels"  # titles of panels
 PREDICTION = "prediction"
-WRONG = "wrong pixels"
-CHANGED = "B fixes (blue), breaks (orange)"
-LARGEST = 1280  # pixels of the longer side, at most
-PHOTOGRAPHS = ("RGB", plots.DEPTH)  # panels that travel as JPEG
-Look = Callable[[Samples], Predicted]
+PHOTOGRAPHS = ("RGB", plots.DEPTH)
+Look = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
 
@@ -41,10 +39,43 @@ class View(NamedTuple):
     Attributes:
         panels: `(H, W, 3)` uint8 by title.
         values: `(H, W)` by name, to read out: uint8 class indices, float confidence, or uint16 millimetres.
+        classes: names of the classes.
+        shown: titles of the panels that are shown at first.
+        shades: of depth.
     """
 
     panels: dict[str, np.ndarray]
     values: dict[str, np.ndarray]
+    classes: tuple[str, ...]
+    shown: tuple[str, ...]
+    shades: ScalarMappable | None
+
+    def plot(self, caption: str) -> Figure:
+        """The panels that are shown at first."""
+        labels = [value for value in self.values.values() if value.dtype == np.uint8]
+        row = {title: self.panels[title] for title in self.shown if title in self.panels}
+        legend = plots.class_patches(self.classes, labels)
+        return plots.plot_grid([row], [caption], legend, self.shades if plots.DEPTH in row else None)
+
+    def encode(self) -> dict[str, object]:
+        """What browse.js takes: photographs as JPEG, other panels as PNG, values as bytes."""
+        panels = []
+        for title, panel in self.panels.items():
+            kind = ".jpg" if title in PHOTOGRAPHS else ".png"
+            panels.append({"title": title, "bytes": cv2.imencode(kind, panel[..., ::-1])[1].tobytes()})
+        values = [
+            {"name": name, "kind": value.dtype.name, "bytes": value.tobytes()}
+            for name, value in self.values.items()
+        ]
+        colours = plots.class_colours(self.classes)
+        return {
+            "panels": panels,
+            "values": values,
+            "size": panel.shape[1::-1],
+            "classes": self.classes,
+            "colours": [colours[name] for name in self.classes],
+            "shown": self.shown,
+        }
 
 
 class Panels(anywidget.AnyWidget):
@@ -52,23 +83,16 @@ class Panels(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("browse.js")
     image = traitlets.Dict().tag(sync=True)
-    classes = traitlets.List().tag(sync=True)
-    colours = traitlets.List().tag(sync=True)
-    shown = traitlets.List().tag(sync=True)
 
 
-class Browser:
-    """Goes through images; JupyterLab shows it as widgets, papermill and nbval as the picture of one image.
+class Browser(ipywidgets.VBox):
+    """Widgets that go through images.
 
     Args:
         names: `(N,)` of the images.
-        choices: `(N,)` bool by words, which images can be chosen together; the first is chosen at first.
+        choices: `(N,)` bool by words, which images can be chosen together.
         orders: by words, of a choice the `(N,)` keys by which its images are sorted.
         draw: of an image's position and a choice.
-        classes: names of the classes.
-        shown: titles of the panels that are shown at first.
-        shades: of depth.
-        interactive: whether there are widgets; None where an editor runs the cell.
     """
 
     def __init__(
@@ -77,207 +101,141 @@ class Browser:
         choices: dict[str, np.ndarray],
         orders: dict[str, Order],
         draw: Callable[[int, str], View],
-        classes: tuple[str, ...],
-        shown: Sequence[str],
-        shades: ScalarMappable | None = None,
-        interactive: bool | None = None,
     ) -> None:
         self.names = list(names)
-        self.choices = {words: images for words, images in choices.items() if images.any()}
+        self.choices = choices
         self.orders = orders
         self.draw = draw
-        self.classes = classes
-        self.shown = list(shown)
-        self.shades = shades
-        self.interactive = runs_in_editor() if interactive is None else interactive
-        self._coming: dict[tuple[int, str], Future] = {}
-        self._thread = ThreadPoolExecutor(1)
-        self._widgets = None
-        self.choose(next(iter(self.choices)), next(iter(orders)))
-
-    def choose(self, only: str | None = None, order: str | None = None) -> "Browser":
-        """The images of one of `choices`, sorted by one of `orders`; None keeps what is chosen.
-
-        Raises:
-            ValueError: words that are no choice or no order.
-        """
-        for name, words, known in (("only", only, self.choices), ("order", order, self.orders)):
-            if words is not None and words not in known:
-                raise ValueError(f"{name}: found {words!r}, expected one of: {', '.join(known)}")
-        self.only = only or self.only
-        self.order = order or self.order
-        ranked = np.argsort(self.orders[self.order](self.only), kind="stable")
-        self.images = ranked[self.choices[self.only][ranked]].tolist()
-        self.go(0)
-        return self
-
-    def go(self, position: int) -> None:
-        """To one of the chosen images."""
-        self.position = min(max(position, 0), len(self.images) - 1)
-        if self._widgets is not None:
-            self._widgets.update()
-
-    def find(self, name: str) -> str:
-        """Go to the first chosen image whose name begins like this; words where there is none."""
-        found = [at for at, image in enumerate(self.images) if self.names[image].startswith(name)]
-        if found:
-            self.go(found[0])
-            return ""
-        elsewhere = any(known.startswith(name) for known in self.names)
-        return f"{name} is not among these images" if elsewhere else f"no image is called {name}"
-
-    @property
-    def caption(self) -> str:
-        """Name of the image, its place and what is chosen."""
-        where = f"{self.position + 1} of {len(self.images)}"
-        return f"{self.names[self.images[self.position]]} · {where} · {self.only}, by {self.order}"
-
-    def encode(self) -> dict[str, object]:
-        """The current image as the page takes it; the one after it is drawn in the meantime."""
-        this, *after = [(image, self.only) for image in self.images[self.position : self.position + 2]]
-        coming = {key: self._coming.get(key) or self._thread.submit(self._draw, *key) for key in (this, *after)}
-        self._coming = coming
-        return coming[this].result() | {"caption": self.caption}
-
-    def _draw(self, image: int, only: str) -> dict[str, object]:
-        return encode(self.draw(image, only))
-
-    def plot(self) -> Figure:
-        """The current image for readers without a kernel."""
-        panels, values = self.draw(self.images[self.position], self.only)
-        labels = [value for value in values.values() if value.dtype == np.uint8]
-        legend = plots.class_patches(self.classes, labels)
-        shades = self.shades if plots.DEPTH in self.shown else None
-        row = {title: panels[title] for title in self.shown if title in panels}
-        return plots.plot_grid([row], [self.caption], legend, shades)
-
-    def _repr_mimebundle_(self, **options: object) -> dict[str, str]:
-        picture = {"image/png": base64.b64encode(plots.small_png(self.plot())).decode()}
-        if not self.interactive:
-            return picture
-        if self._widgets is None:
-            self._widgets = Controls(self)
-        return {**self._widgets._repr_mimebundle_(**options), **picture}
-
-
-class Controls(ipywidgets.VBox):
-    """The widgets of a browser."""
-
-    def __init__(self, browser: Browser) -> None:
-        self.browser = browser
-        self.updating = False
+        self.coming: dict[tuple[int, str], Future] = {}
+        self.thread = ThreadPoolExecutor(1)
         self.drawn = None
-        colours = plots.class_colours(browser.classes)
-        self.panels = Panels(
-            classes=list(browser.classes),
-            colours=[colours[name] for name in browser.classes],
-            shown=browser.shown,
-            layout={"width": "100%"},
-        )
-        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
+        self.panels = Panels(layout={"width": "100%"})
+        self.picture = ipywidgets.Image(layout={"align_self": "flex-start", "max_width": "100%"})
         wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "max_width": "100%"}}
-        self.only = ipywidgets.Dropdown(options=list(browser.choices), description="show", **wide)
-        self.order = ipywidgets.Dropdown(options=list(browser.orders), description="sorted by", **wide)
-        self.slider = ipywidgets.IntSlider(min=1, continuous_update=False, readout=False)
+        self.only = ipywidgets.Dropdown(options=list(choices), description="show", **wide)
+        self.order = ipywidgets.Dropdown(options=list(orders), description="sorted by", **wide)
         self.name = ipywidgets.Combobox(placeholder="name of an image", continuous_update=False)
+        self.slider = ipywidgets.IntSlider(min=1, continuous_update=False, readout=False)
         self.message = ipywidgets.Label()
-        steps = {"Previous": -1, "Next": 1}
-        buttons = [ipywidgets.Button(description=words, layout={"width": "90px"}) for words in steps]
-        for button in buttons:
-            button.on_click(lambda pressed: browser.go(browser.position + steps[pressed.description]))
-        self.only.observe(self._when(lambda words: browser.choose(only=words)), "value")
-        self.order.observe(self._when(lambda words: browser.choose(order=words)), "value")
-        self.slider.observe(self._when(lambda number: browser.go(number - 1)), "value")
-        self.name.observe(self._when(self._find), "value")
-        self.panels.on_msg(self._hear)
+        back, on = (ipywidgets.Button(description=words) for words in ("Previous", "Next"))
         wrapped = {"flex_flow": "row wrap"}
-        above = ipywidgets.HBox([self.only, self.order, self.name, self.message], layout=wrapped)
-        below = ipywidgets.HBox([*buttons, self.slider], layout=wrapped)
+        above = ipywidgets.HBox([self.only, self.order, self.name], layout=wrapped)
+        below = ipywidgets.HBox([back, on, self.slider, self.message], layout=wrapped)
         super().__init__([above, below, self.panels, self.picture])
         self.add_class("browse")
-        self.update()
+        back.on_click(lambda _: self.step(-1))
+        on.on_click(lambda _: self.step(1))
+        self.panels.on_msg(self._hear)
+        self.slider.observe(self._show, "value")
+        self.name.observe(self._find, "value")
+        for control in (self.only, self.order):
+            control.observe(self._list, "value")
+        self._list()
 
-    def _when(self, act: Callable) -> Callable[[dict], None]:
-        """What a control does when a person changes it, and not when `update` does."""
-        return lambda change: None if self.updating else act(change["new"])
+    def choose(self, only: str) -> "Browser":
+        """Show the images of one of the choices, such as `tv` or `tv confused with wall`."""
+        if only not in self.choices:
+            raise ValueError(f"only: found {only!r}, expected one of: {', '.join(self.choices)}")
+        self.only.value = only
+        return self
 
-    def _find(self, name: str) -> None:
-        unknown = self.browser.find(name)
-        if unknown:
-            self.message.value = unknown
+    def step(self, by: int) -> None:
+        """That many images on."""
+        self.slider.value += by
+
+    def _list(self, _: object = None) -> None:
+        """From the first image of what is chosen."""
+        ranked = np.argsort(self.orders[self.order.value](self.only.value), kind="stable")
+        self.images = ranked[self.choices[self.only.value][ranked]].tolist()
+        with self.hold_sync(), self.slider.hold_trait_notifications():
+            self.slider.max = len(self.images)
+            self.slider.value = 1
+        self.name.options = [self.names[image] for image in self.images]
+        self._show()
+
+    def _show(self, _: object = None) -> None:
+        """Draw the current image, unless that is what is shown; the one after it is drawn in the meantime."""
+        place = self.slider.value
+        this, *after = [(image, self.only.value) for image in self.images[place - 1 : place + 1]]
+        caption = f"{self.names[this[0]]} · {place} of {len(self.images)} · {this[1]}, by {self.order.value}"
+        self.message.value = caption
+        if this == self.drawn:
+            return
+        self.drawn = this
+        self.coming = {
+            key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in (this, *after)
+        }
+        view, encoded = self.coming[this].result()
+        self.panels.image = encoded
+        if self.picture.layout.display != "none":
+            self.picture.value = plots.small_png(view.plot(caption))
+
+    def _draw(self, image: int, only: str) -> tuple[View, dict[str, object]]:
+        view = self.draw(image, only)
+        return view, view.encode()
+
+    def _find(self, change: dict) -> None:
+        """Go to the first image whose name begins like this."""
+        found = [at for at, image in enumerate(self.images) if self.names[image].startswith(change["new"])]
+        if found and change["new"]:
+            self.slider.value = found[0] + 1
+            self.name.value = ""
+        elif change["new"]:
+            self.message.value = f"no image is called {change['new']} here"
 
     def _hear(self, _: object, content: dict, __: list) -> None:
         """The page has the panels, so that the plain picture can go; or an arrow key was pressed."""
         if content.get("ready"):
             self.picture.layout.display = "none"
-        if "step" in content:
-            self.browser.go(self.browser.position + content["step"])
+        self.step(content.get("step", 0))
 
-    def update(self) -> None:
-        """Show the browser's image: one drawing, whatever was changed."""
-        browser = self.browser
-        self.updating = True
-        self.only.value = browser.only
-        self.order.value = browser.order
-        self.slider.max = len(browser.images)
-        self.slider.value = browser.position + 1
-        self.name.options = [browser.names[image] for image in browser.images]
-        self.name.value = ""
-        self.message.value = browser.caption
-        self.updating = False
-        drawn = browser.images[browser.position], browser.only
-        if drawn == self.drawn:
-            return
-        self.drawn = drawn
-        self.panels.image = browser.encode()
-        if self.picture.layout.display != "none":
-            self.picture.value = plots.small_png(browser.plot())
+    def _repr_mimebundle_(self, **options: object) -> dict[str, str]:
+        picture = base64.b64encode(self.picture.value).decode()
+        return {**super()._repr_mimebundle_(**options), "image/png": picture}
 
 
-def encode(view: View) -> dict[str, object]:
-    """A view as the page takes it: panels as JPEG or PNG, values as bytes."""
-    step = -(-max(next(iter(view.panels.values())).shape) // LARGEST)
-    panels, values = [], []
-    for title, panel in view.panels.items():
-        kind = (".jpg", []) if title in PHOTOGRAPHS else (".png", [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        picture = cv2.imencode(kind[0], panel[::step, ::step, ::-1], kind[1])[1]
-        panels.append({"title": title, "bytes": picture.tobytes()})
-    for name, value in view.values.items():
-        thinned = value[::step, ::step]
-        if thinned.dtype.kind == "f":
-            thinned = np.round(255 * thinned).astype(np.uint8)
-            kind = "share"
-        else:
-            kind = "class" if thinned.dtype == np.uint8 else "millimetres"
-        values.append({"name": name, "kind": kind, "bytes": thinned.tobytes()})
-    height, width = thinned.shape
-    size = {"width": width, "height": height, "step": step}
-    return {"panels": panels, "values": values, **size}
+def browse(
+    names: Sequence[str],
+    choices: dict[str, np.ndarray],
+    orders: dict[str, Order],
+    draw: Callable[[int, str], View],
+    interactive: bool | None,
+) -> Browser | Figure:
+    """A `Browser`; the first image alone where papermill or nbval runs the cell, so that no widget is saved.
+
+    With `interactive` None, widgets show where an editor runs the cell.
+    """
+    if runs_in_editor() if interactive is None else interactive:
+        return Browser(
+            names, {words: images for words, images in choices.items() if images.any()}, orders, draw
+        )
+    order, keys = next(iter(orders.items()))
+    first = np.argsort(np.where(choices[ALL], keys(ALL), np.inf))[0]
+    return draw(first, ALL).plot(f"{names[first]} · 1 of {choices[ALL].sum()} · {ALL}, by {order}")
 
 
 def browse_samples(
     samples: Samples, shades: ScalarMappable | None = None, interactive: bool | None = None
-) -> Browser:
-    """Goes through labelled samples; `shades` of depth, None takes what suits them."""
-    classes = samples.classes
+) -> Browser | Figure:
+    """Goes through labelled samples; `shades` of depth."""
     bins = {"minlength": IGNORE_INDEX + 1}
     pixels = np.array([np.bincount(label.ravel(), **bins) for label in samples.labels_or_ignored])
     choices = {ALL: np.ones(len(samples), bool)}
-    choices |= {name: pixels[:, index] > 0 for index, name in enumerate(classes)}
-    shades = shades or plots.depth_shades([samples])
-
-    def draw(index: int, only: str) -> View:
-        return view_sample(samples[[index]], {}, shades, only)
-
-    def by_pixels(only: str) -> np.ndarray:
-        return by_name(only) if only == ALL else -pixels[:, classes.index(only)]
-
-    def by_name(_: str) -> np.ndarray:
-        return np.arange(len(samples))
-
-    orders = {"file name": by_name, "pixels of the class": by_pixels}
-    shown = ("RGB", plots.DEPTH, LABELS)
-    return Browser(samples.names, choices, orders, draw, classes, shown, shades, interactive)
+    choices |= {name: pixels[:, index] > 0 for index, name in enumerate(samples.classes)}
+    by_name = np.arange(len(samples))
+    orders = {
+        "file name": lambda _: by_name,
+        "pixels of the class": lambda only: (
+            -pixels[:, samples.classes.index(only)] if only != ALL else by_name
+        ),
+    }
+    return browse(
+        samples.names,
+        choices,
+        orders,
+        lambda index, only: view_sample(samples[[index]], {}, shades, only),
+        interactive,
+    )
 
 
 def browse_results(
@@ -286,7 +244,7 @@ def browse_results(
     looks: dict[str, Look],
     keys: dict[str, np.ndarray] | None = None,
     interactive: bool | None = None,
-) -> Browser:
+) -> Browser | Figure:
     """Goes through the results of one run from the worst image to the best; of two, from where B gains most.
 
     Args:
@@ -294,106 +252,126 @@ def browse_results(
         counts: by run, `(N, C, C)` confusion matrices of them.
         looks: by run, what predicts `Samples`; confidence may be None.
         keys: by words, `(N,)` by which images can be sorted too, the smallest first.
-        interactive: as for `Browser`.
+        interactive: as for `browse`.
     """
-    classes = split.classes
-    together = sum(counts.values())
-    ranked = rank_confusions(together, classes)[:CONFUSIONS]
-    cells = {name: (at, at) for at, name in enumerate(classes)}
-    cells |= {name: tuple(map(classes.index, name.split(CONFUSED))) for name in ranked.index}
-    choices = {ALL: together.any((1, 2))}
-    choices |= {name: _pixels(together, cell) > 0 for name, cell in cells.items()}
+    cells = _choose_cells(sum(counts.values()), split.classes)
+    choices = {words: (sum(counts.values()) * cell).any((1, 2)) for words, cell in cells.items()}
     shades = plots.depth_shades(split[choose_evenly(len(split), 8)])
+    correct = np.eye(len(split.classes), dtype=bool)
+
+    def score(run: np.ndarray, only: str) -> np.ndarray:
+        """The IoU of a class, of all images the pixel accuracy."""
+        cell = cells[only]
+        return (run * (cell & correct)).sum((1, 2)) / np.maximum((run * cell).sum((1, 2)), 1)
 
     def draw(index: int, only: str) -> View:
         (sample,) = split[np.array([index])]
         return view_sample(sample, {name: look(sample) for name, look in looks.items()}, shades, only)
 
-    orders = _order_results(counts, cells)
-    orders |= {words: lambda only, key=key: key for words, key in (keys or {}).items()}
-    runs = [f"{letter}: {name}" for letter, name in zip("AB", looks, strict=False)]
-    shown = ("ground truth", PREDICTION, WRONG) if len(looks) == 1 else (*runs, CHANGED)
-    return Browser(split.names, choices, orders, draw, classes, shown, shades, interactive)
+    a, *b = counts.values()
+    orders = {"wrong pixels": lambda only: -(a * (cells[only] & ~correct)).sum((1, 2))}
+    orders |= {"IoU": lambda only: score(a, only)}
+    if b:
+        orders = {"gain of B": lambda only: score(a, only) - score(b[0], only)}
+        orders |= {"loss of B": lambda only: score(b[0], only) - score(a, only)}
+    orders |= {words: lambda _, key=key: key for words, key in (keys or {}).items()}
+    return browse(split.names, choices, orders, draw, interactive)
 
 
-def _pixels(counts: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """`(N,)` of a confusion, or of a class in ground truth or prediction."""
-    truth, predicted = cell
-    if truth != predicted:
-        return counts[:, truth, predicted]
-    return counts[:, truth].sum(1) + counts[:, :, truth].sum(1) - counts[:, truth, truth]
+def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """By words, the `(C, C)` cells of confusion matrices that are meant: of a class its row and its column."""
+    cells = {ALL: np.ones((len(classes), len(classes)), bool)}
+    for words in (*classes, *rank_confusions(counts, classes).index[:CONFUSIONS]):
+        truth, predicted = (classes.index(name) for name in (words.split(CONFUSED) * 2)[:2])
+        cells[words] = np.zeros_like(cells[ALL])
+        cells[words][truth, predicted] = True
+        if truth == predicted:
+            cells[words][truth] = cells[words][:, truth] = True
+    return cells
 
 
-def _order_results(counts: dict[str, np.ndarray], cells: dict[str, tuple[int, int]]) -> dict[str, Order]:
-    """Of one run its wrong pixels and IoU, of two the difference in IoU; of what is chosen."""
+def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Confusions by what they cost: the gain in mIoU if these pixels were predicted correctly.
 
-    def score(run: np.ndarray, only: str) -> np.ndarray:
-        if only == ALL:
-            return np.array([mean_truth_iou(image) if image.any() else np.nan for image in run])
-        return np.array([truth_iou(image)[cells[only][0]] for image in run])
+    Args:
+        counts: `(N, C, C)`, of which the pixels are pooled.
+        classes: their names.
 
-    def wrong(run: np.ndarray, only: str) -> np.ndarray:
-        if only == ALL:
-            return image_accuracy(run)
-        truth, predicted = cells[only]
-        return (truth == predicted) * run[:, truth, truth] - _pixels(run, cells[only])
-
-    first, *others = counts.values()
-    if not others:
-        return {
-            "wrong pixels": lambda only: wrong(first, only),
-            "lowest IoU": lambda only: score(first, only),
-        }
-    return {
-        "gain of B": lambda only: score(first, only) - score(others[0], only),
-        "loss of B": lambda only: score(others[0], only) - score(first, only),
-        "wrong pixels of A": lambda only: wrong(first, only),
-        "wrong pixels of B": lambda only: wrong(others[0], only),
-    }
+    Returns:
+        Most costly first, by `A confused with B`: `cost` in mIoU over the classes in the ground truth, `pixels`,
+        their `share` of the wrong pixels, and the `images` with them. Classes of the truth that are confused alone.
+    """
+    pooled = counts.sum(0)
+    hits = np.diagonal(pooled)
+    union = np.maximum(pooled.sum(0) + pooled.sum(1) - hits, 1)
+    present = pooled.any(1)
+    iou = np.where(present, hits / union, 0)
+    wrong = pooled * ~np.eye(len(pooled), dtype=bool)
+    fewer = np.maximum(union - wrong, 1)  # union of the predicted class without these pixels
+    gain = wrong / union[:, None] + np.where(present, hits / fewer - iou, 0)
+    cost = gain / max(present.sum(), 1)
+    truth, predicted = np.nonzero(wrong)
+    table = pd.DataFrame(
+        {
+            "cost": cost[truth, predicted],
+            "pixels": wrong[truth, predicted],
+            "share": wrong[truth, predicted] / max(wrong.sum(), 1),
+            "images": (counts[:, truth, predicted] > 0).sum(0),
+        },
+        [classes[t] + CONFUSED + classes[p] for t, p in zip(truth, predicted, strict=True)],
+    )
+    return table.sort_values("cost", ascending=False, kind="stable")
 
 
 def view_sample(
-    sample: Samples, predicted: dict[str, Predicted], shades: ScalarMappable | None, only: str = ALL
+    sample: Samples, predicted: dict[str, "Predicted"], shades: ScalarMappable | None, only: str = ALL
 ) -> View:
-    """One image with the predictions of no, one or two runs; outside of what is chosen, class colours are faded.
+    """One image with the predictions of no, one or two runs; class colours outside of what is chosen are faded.
 
     `only` is `ALL`, a class, or two with `CONFUSED` between them, whose pixels are outlined.
     """
-    image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
-    masks = {name: run.labels[0] for name, run in _titled(predicted).items()}
-    truth = "ground truth" if predicted else LABELS
-    coloured = {truth: label, **masks}
-    panels = {name: plots.colour_labels(mask, classes) for name, mask in coloured.items()}
-    where = _chosen(coloured, [classes.index(name) for name in only.split(CONFUSED)] if only != ALL else [])
-    for name, chosen in where.items():
-        panels[name] = np.where(chosen[..., None], panels[name], plots.fade(image))
-    if len(masks) == 1:
-        panels[WRONG] = plots.colour_errors(image, label, masks[PREDICTION])
-    elif masks:
-        panels[CHANGED] = plots.colour_changes(image, label, *masks.values())
-    panels = {"RGB": plots.reduce_colours(image), plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)} | panels
-    panels = {name: panel for name, panel in panels.items() if panel is not None}
-    anywhere = np.logical_or.reduce([*where.values()]) if where else None
-    for name in panels.keys() if where else ():
-        panels[name] = plots.outline(panels[name], where.get(name, anywhere))
-    values = dict(coloured)
-    for name, run in _titled(predicted).items():
-        if run.confidence is not None:
-            values["confidence" if len(masks) == 1 else f"confidence of {name[0]}"] = run.confidence[0]
-    return View(panels, values | {"depth": sample.depth_or_missing[0]})
+    image, classes = sample.image[0], sample.classes
+    runs = dict(zip(_run_titles(predicted), predicted.values(), strict=True))
+    masks = {"ground truth" if runs else "labels": sample.labels_or_ignored[0]}
+    masks |= {title: run.labels[0] for title, run in runs.items()}
+    panels = {title: plots.colour_labels(mask, classes) for title, mask in masks.items()}
+    chosen = (
+        {} if only == ALL else _choose_pixels(masks, [classes.index(name) for name in only.split(CONFUSED)])
+    )
+    for title, where in chosen.items():
+        panels[title] = np.where(where[..., None], panels[title], plots.fade(image))
+    shown = ["RGB", plots.DEPTH, *panels]
+    if runs:
+        draw, last = (
+            (plots.colour_errors, plots.WRONG) if len(runs) == 1 else (plots.colour_changes, plots.CHANGED)
+        )
+        panels[last] = draw(image, *masks.values())
+        shown = [*panels][-3:]
+    panels |= {"RGB": plots.reduce_colours(image)}
+    if shades is not None:
+        panels |= {plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
+    for title in panels if chosen else ():
+        everywhere = np.logical_or.reduce([*chosen.values()])
+        panels[title] = plots.outline(panels[title], chosen.get(title, everywhere))
+    sure = {
+        f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None
+    }
+    return View(panels, masks | sure | {"depth": sample.depth_or_missing[0]}, classes, tuple(shown), shades)
 
 
-def _titled(predicted: dict[str, Predicted]) -> dict[str, Predicted]:
-    if len(predicted) == 1:
-        return {PREDICTION: run for run in predicted.values()}
-    return {f"{letter}: {name}": run for letter, (name, run) in zip("AB", predicted.items(), strict=False)}
+def _run_titles(names: Sequence[str]) -> list[str]:
+    return (
+        [PREDICTION]
+        if len(names) == 1
+        else [f"{letter}: {name}" for letter, name in zip("AB", names, strict=False)]
+    )
 
 
-def _chosen(masks: dict[str, np.ndarray], indices: list[int]) -> dict[str, np.ndarray]:
+def _choose_pixels(masks: dict[str, np.ndarray], indices: list[int]) -> dict[str, np.ndarray]:
     """Of ground truth and predictions, the pixels of a class; of a confusion in all of them the same pixels."""
     truth, *predicted = masks.values()
-    if len(indices) < 2:
-        return {name: mask == indices[0] for name, mask in masks.items()} if indices else {}
+    if len(indices) == 1:
+        return {title: mask == indices[0] for title, mask in masks.items()}
     confused = np.logical_or.reduce([mask == indices[1] for mask in predicted]) & (truth == indices[0])
     return dict.fromkeys(masks, confused)
 

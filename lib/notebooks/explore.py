@@ -1,6 +1,7 @@
 """What is in the data: counts in one pass over the images, their figures, and leakage between splits."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -8,10 +9,13 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from lib.batches import RawBatch
 from lib.data import Samples, Split
 from lib.data.validation import read_numbers, split_names
 from lib.notebooks import plots
+from lib.progress import progress_bar
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds to import
+    from lib.batches import RawBatch
 
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
@@ -55,13 +59,15 @@ def count_data(samples: Samples) -> DataCounts:
     depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
     step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
     adjacency = np.zeros((count, count), np.int64)
-    for index in range(len(samples)):
-        one = samples[index : index + 1]
-        label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
-        step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
-        pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
-        depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
-        adjacency += _count_adjacency(label, count)
+    with progress_bar("counting", len(samples)) as bar:
+        for index in range(len(samples)):
+            one = samples[index : index + 1]
+            label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
+            step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
+            pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
+            depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
+            adjacency += _count_adjacency(label, count)
+            bar.update()
     return DataCounts(samples.classes, pixels, depths, adjacency, samples.depth_range_m)
 
 
@@ -160,20 +166,6 @@ def _colour_signatures(image: np.ndarray) -> np.ndarray:
     return signatures
 
 
-def describe_leakage(leakage: dict[str, Leakage]) -> str:
-    """A sentence for each way of choosing validation images."""
-    sentences = []
-    for validation, leak in leakage.items():
-        text = f"near-duplicates in training: {leak.near_duplicates} ({leak.by_chance:.1f} by chance)"
-        count = f"{len(leak.valid)} validation images"
-        if leak.same_scene is not None:
-            count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
-        elif leak.nearest is not None:
-            count = f"{leak.nearest.sum()} of {count} have the image with the nearest id in training"
-        sentences.append(f"Validation `{validation}`: {count}; {text}.")
-    return " ".join(sentences) or "Too few images to split."
-
-
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
     images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
@@ -220,7 +212,7 @@ def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
     return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
-def plot_batch(samples: Samples, batch: RawBatch, shades: ScalarMappable | None) -> Figure:
+def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | None) -> Figure:
     """A row for each image of a batch: as it is stored, then as it trains."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
     stored = samples[position]
@@ -266,7 +258,9 @@ def plot_depth(counts: DataCounts) -> Figure:
     figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
     overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.BAR_COLOUR)
     whole = _box(total, counts.steps_m)
-    overall.set(title=f"All pixels: nine in ten from {whole['whislo']:.1f} to {whole['whishi']:.1f} m", yticks=[])
+    overall.set(
+        title=f"All pixels: nine in ten from {whole['whislo']:.1f} to {whole['whishi']:.1f} m", yticks=[]
+    )
     overall.spines["left"].set_visible(False)
     by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
@@ -318,7 +312,9 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     for valid, train in zip(leak.valid[order], leak.match[order], strict=True):
         sides = {"validation": samples.image[valid], "most similar in training": samples.image[train]}
         pairs.append({side: plots.reduce_colours(image) for side, image in sides.items()})
-        captions.append(f"{samples.names[valid]} and {samples.names[train]}{_relation(samples, valid, train)}")
+        captions.append(
+            f"{samples.names[valid]} and {samples.names[train]}{_relation(samples, valid, train)}"
+        )
     return plots.plot_grid(pairs, captions)
 
 

@@ -38,7 +38,6 @@ DIMMED = 130  # darkest grey of images under colours that are no class's
 HATCH = (178, 255)  # greys of the stripes on unlabelled pixels
 TRAIN_COLOUR = "#999999"
 VALID_COLOUR = "#0072b2"
-RIGHT_COLOUR = "#0072b2"  # of pixels that became correct
 WRONG_COLOUR = "#d55e00"
 BAR_COLOUR = "#c8c8c8"  # where names stand beside the bars
 GREY = "#666666"
@@ -50,6 +49,8 @@ DPI = 100  # of figures of images, in which these are whole pixels
 GAP = 8  # pixels between images
 LINE = 20  # pixels of a line of text
 DEPTH = "depth (m)"  # title of a column of pictures
+WRONG = "wrong pixels"
+CHANGED = "B fixes (blue), breaks (orange)"
 TERMS = {  # of the loss, as they are drawn
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
 }  # fmt: skip
@@ -121,7 +122,7 @@ def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.nd
     labelled = label != IGNORE_INDEX
     fixed = labelled & (label == b) & (label != a)
     broken = labelled & (label == a) & (label != b)
-    return colour_where(image, {RIGHT_COLOUR: fixed, WRONG_COLOUR: broken})
+    return colour_where(image, {VALID_COLOUR: fixed, WRONG_COLOUR: broken})
 
 
 def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -287,7 +288,9 @@ def plot_grid(
         axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
         axes.set_title(shorten(tile.title, tile.width // 8), pad=4)
     for caption, end in zip(captions, ends, strict=False):
-        figure.text(0, 1 - (end - GAP - 2) / height, shorten(caption, width // 7), fontsize="small", va="bottom")
+        figure.text(
+            0, 1 - (end - GAP - 2) / height, shorten(caption, width // 7), fontsize="small", va="bottom"
+        )
     if shades is not None:
         beside = figure.add_axes(_place(figure, 0, LINE * (lines + 1) + GAP, min(width, 256), LINE // 2))
         figure.colorbar(shades, cax=beside, orientation="horizontal").ax.tick_params(labelsize="small")
@@ -329,7 +332,7 @@ def plot_predictions(
         if piece.label is not None:
             shown.append(piece.label[at])
             row["ground truth"] = colour_labels(piece.label[at], classes)
-            row["wrong pixels"] = colour_errors(piece.image[at], piece.label[at], mask)
+            row[WRONG] = colour_errors(piece.image[at], piece.label[at], mask)
         rows.append(row)
     return plot_grid(rows, captions, class_patches(classes, shown))
 
@@ -420,7 +423,11 @@ def _name_scores(axes: Axes, history: pd.DataFrame) -> None:
     axes.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
     last = history.iloc[-1]
     for name, value in (("pixel accuracy", last.valid_pixel_acc), ("mIoU", last.valid_miou)):
-        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "right" if len(history) > 2 else "left"}
+        place = {
+            "xytext": (0, 7),
+            "textcoords": "offset points",
+            "ha": "right" if len(history) > 2 else "left",
+        }
         axes.annotate(name, (last.epoch, value), color=VALID_COLOUR, fontsize="small", **place)
 
 

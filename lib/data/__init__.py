@@ -8,12 +8,12 @@ import numpy as np
 
 from lib.data.folder import open_folder
 from lib.data.nyuv2 import open_file
-from lib.data.samples import DataError, Samples, Split
+from lib.data.samples import DataError, MissingSplit, Samples, Split
 from lib.data.synthetic import open_synthetic
 from lib.data.validation import choose_validation, select_split
 from lib.options import SPLITS, VALIDATIONS, check_choice
 
-__all__ = ["DataError", "Samples", "Split", "iterate_samples", "load_samples"]
+__all__ = ["DataError", "MissingSplit", "Samples", "Split", "iterate_samples", "load_samples"]
 
 
 def load_samples(

@@ -1,22 +1,21 @@
-"""Arrays of a data set at their working size, memory-mapped, in a folder of the user's."""
+"""Arrays of a data set at their working size, memory-mapped, in the user's cache folder."""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from lib.data.samples import DataError
 
 Layout = dict[str, tuple[type, tuple[int, ...]]]  # dtype and shape by name
-Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # rows, and what is to stand in them
-ABANDONED_S = 24 * 3600  # what is unfinished for that long was killed
+Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # rows, and their arrays by name
 
 
 def cache_root() -> Path:
@@ -34,38 +33,30 @@ def cache_root() -> Path:
 def map_arrays(
     source: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
 ) -> dict[str, np.ndarray]:
-    """The arrays that were made of a source, mapped; made now where there are none for this key.
+    """The arrays made of a source, memory-mapped; made now where there are none for this key.
 
-    Each process makes them in a folder of its own and then gives it the name of its key, so that two that want the
-    same one end up with one of two equal ones. Arrays made of another state of the source are deleted.
+    They lie in a folder named after source, kind and size, beside their key, which is written last. While one process
+    makes them, another that wants them waits.
 
     Args:
-        source: of the arrays.
-        key: all that they depend on, as JSON has it; its `size` and `kind` may be wanted at the same time as others.
+        source: path of the data set, however it is spelt.
+        key: everything that the arrays depend on, as JSON has it; `kind` and `size` among it.
         layout: of the arrays.
-        blocks: yields what the arrays hold.
+        blocks: yields the content of the arrays.
 
     Raises:
-        DataError: they can't be written.
+        DataError: the arrays can't be written.
     """
-    root = cache_root()
-    wanted = _digest([str(source.resolve()), *(key[name] for name in ("kind", "size"))])
-    folder = root / f"{source.stem}-{'x'.join(map(str, key['size']))}-{wanted}-{_digest(key)}"
-    if (arrays := _open(folder, layout)) is not None:
-        return arrays
+    size = "x".join(map(str, key["size"]))
+    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+    folder = cache_root() / f"{source.resolve().stem}-{key['kind']}-{size}-{place}"
     try:
-        with tempfile.TemporaryDirectory(
-            ".unfinished", f"{folder.name}.", root, ignore_cleanup_errors=True
-        ) as made:
-            _write(Path(made), layout, blocks())
-            arrays = _open(Path(made), layout)  # stay mapped, whatever happens to their names
-            for other in root.glob(f"*-{wanted}-*"):
-                if _is_stale(other, folder, layout):
-                    shutil.rmtree(other, ignore_errors=True)
-            with suppress(OSError):  # another process was as fast
-                Path(made).rename(folder)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if (arrays := _open(folder, key, layout)) is None:
+                _write(folder, key, layout, blocks)
+                arrays = _open(folder, key, layout)
             return arrays
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # a full disk, or one without locks
         needed = sum(
             np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
         )
@@ -76,42 +67,43 @@ def map_arrays(
 
 
 def select_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What runs on stays on disk; other selections are read into memory."""
-    runs_on = len(rows) and (np.diff(rows) == 1).all()
-    return {name: array[rows[0] : rows[-1] + 1] if runs_on else array[rows] for name, array in arrays.items()}
+    """A contiguous selection stays memory-mapped; others are read into memory."""
+    contiguous = len(rows) and (np.diff(rows) == 1).all()
+    chosen = slice(rows[0], rows[-1] + 1) if contiguous else rows
+    return {name: array[chosen] for name, array in arrays.items()}
 
 
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _open(folder: Path, layout: Layout) -> dict[str, np.ndarray] | None:
-    """The mapped arrays, or None where they are not there, or not whole."""
+def _open(folder: Path, key: dict, layout: Layout) -> dict[str, np.ndarray] | None:
+    """The mapped arrays, or None where they are missing, cut short or made for another key."""
     try:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in layout}
-    except (OSError, ValueError):  # missing, or cut short
+        if (folder / "key.json").read_text() != json.dumps(key):
+            return None
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in layout}
+    except (OSError, ValueError):
         return None
-    return arrays if all(array.shape == layout[name][1] for name, array in arrays.items()) else None
 
 
-def _is_stale(other: Path, folder: Path, layout: Layout) -> bool:
-    """Never what another process may have mapped: on a network disk it would go on to read nothing."""
-    if other.name.endswith(".unfinished"):
-        return time.time() - other.stat().st_mtime > ABANDONED_S
-    return other != folder or _open(folder, layout) is None
+def _write(folder: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        arrays = {name: _reserve(folder / f"{name}.npy", *layout[name]) for name in layout}
+        for rows, block in blocks():
+            for name, array in block.items():
+                arrays[name][rows] = array
+        (folder / "key.json").write_text(json.dumps(key))
+    except BaseException:  # an interrupt too leaves nothing
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def _write(folder: Path, layout: Layout, blocks: Blocks) -> None:
-    """Row by row, by plain writes: on a full disk these are errors, where a map would kill the process."""
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in layout}
-        starts = {}
-        for name, (dtype, shape) in layout.items():
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(files[name], header)
-            starts[name] = files[name].tell()
-        for rows, arrays in blocks:
-            for name, array in arrays.items():
-                for row, frame in zip(rows.tolist(), array, strict=True):
-                    files[name].seek(starts[name] + row * frame.nbytes)
-                    files[name].write(frame.tobytes())
+def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """An array in a file, with its space on the disk, where the platform can reserve it.
+
+    Without it a full disk would end the process while the map is written, instead of raising an error.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

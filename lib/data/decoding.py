@@ -1,6 +1,6 @@
 """One file to one array: what a file shows or holds is taken as it is meant, or the file is refused by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,10 +44,18 @@ def decode_image(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def decode_label(path: Path) -> np.ndarray:
-    """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices."""
+def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
+    """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices.
+
+    Args:
+        path: of the file.
+        in_colours: whether colours mean classes; each is then red * 65536 + green * 256 + blue.
+    """
+    if in_colours:
+        return decode_image(path).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     expected = (
-        "one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
+        "one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under `colours` "
+        "in dataset.yaml"
     )
     return _decode_values(path, expected)
 
@@ -83,12 +91,13 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
     return depth
 
 
-def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: tuple[float, ...] = (0,)) -> np.ndarray:
+def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0,)) -> np.ndarray:
     """uint16 millimetres, 0 where nothing was measured (or NaN or infinity says so), at most 65.5 m."""
-    if depth.dtype == np.uint16 and unit_mm == 1 and missing == (0,):
+    if depth.dtype == np.uint16 and unit_mm == 1 and list(missing) == [0]:
         return depth
     there = np.isfinite(depth) & ~np.isin(depth, missing)
-    return np.where(there, np.rint(depth * float(unit_mm)), 0).clip(0, 65535).astype(np.uint16)
+    depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # 16 bits would end at 65504
+    return np.where(there, depth_mm, 0).clip(0, 65535).astype(np.uint16)
 
 
 def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray:
@@ -130,8 +139,15 @@ def _decoding(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
         reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
-        message = f"{path}: can't be decoded ({reason}); it is damaged or no image, copy it again"
-        raise DataError(message) from error
+        remedy = "it is damaged or no image, copy it again"
+        if path.is_file() and _is_heic(path):
+            remedy = "it is a HEIC or AVIF image whatever its name is, convert it to JPEG or PNG"
+        raise DataError(f"{path}: can't be decoded ({reason}); {remedy}") from error
+
+
+def _is_heic(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8)[4:] == b"ftyp"
 
 
 def _refused(path: Path, found: str, expected: str) -> DataError:

@@ -1,188 +1,276 @@
 """`dataset.yaml`: what a folder says of its images, and what the values of its labels mean."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.classes import IGNORE_INDEX, MOST_CLASSES, NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M, DataError
 from lib.options import OLDER_NAMES, explain_unknown
 
 FILE = "dataset.yaml"
+NEARLY = re.compile(
+    r"(dataset|data)\.ya?ml(\.txt)?", re.IGNORECASE
+)  # names of files that were meant to be it
 MOST_VALUES = 2**16  # of labels of 16 bits
+MOST_COLOURS = 2**24
+MOST_SHOWN = 300  # values that an error lists
 FARTHEST_M = 65.535  # millimetres in 16 bits
+NO_CLASS = ("ignore", "background")  # names of colours that need not be classes
+
+Text = Annotated[str, Field(min_length=1)]
+Value = Annotated[int, Field(ge=0, lt=MOST_VALUES)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+ClassCount = Field(min_length=2, max_length=MOST_CLASSES)
 
 
-@dataclass(frozen=True)
-class Description:
-    """What `dataset.yaml` says of a folder: every key that is stated, and the defaults of the others.
+class Description(BaseModel):
+    """What `dataset.yaml` says of the folder `root`, and the defaults of the keys that it does not state."""
 
-    Attributes:
-        root: the folder.
-        stated: the keys that are in the file.
-        classes: names in the order of their indices.
-        values: the label value of each class.
-        others: the keys as the file has them.
-    """
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     root: Path
-    stated: frozenset[str] = frozenset()
-    classes: tuple[str, ...] = NYUV2_13
-    values: tuple[int, ...] = tuple(range(len(NYUV2_13)))
-    ignore: tuple[int, ...] = (IGNORE_INDEX,)
-    depth_unit_mm: float = 1.0
-    depth_missing: tuple[float, ...] = (0,)
-    depth_bits: str = "plain"
-    depth_range_m: tuple[float, float] = DEPTH_RANGE_M
-    folders: tuple[tuple[str, str], ...] = (("image", "image"), ("depth", "depth"), ("label", "label"))
-    splits: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))
-    scene: str | None = None
+    classes: Annotated[list[Text], ClassCount] | Annotated[dict[Value, Text], ClassCount] = Field(
+        list(NYUV2_13),
+        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, books, ceiling], "
+        "or {value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
+    )
+    colours: dict[Text, Annotated[list[Byte], Field(min_length=3, max_length=3)]] | None = Field(
+        None,
+        description="a colour [red, green, blue] of 0..255 by name, such as {bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
+        "the name of CVAT's labelmap.txt",
+    )
+    first_label: Value = Field(
+        0, description="the label value of the first class, a whole number from 0 to 65535"
+    )
+    ignore: list[Value] | Literal["others"] = Field(
+        [IGNORE_INDEX],
+        description="a list of label values, whole numbers from 0 to 65535, such as [0, 255], or others",
+    )
+    depth_unit_mm: Annotated[Number, Field(ge=1e-6, le=1e6)] = Field(
+        1, description="millimetres of one unit, a number such as 0.2 or 10"
+    )
+    depth_missing: list[Number] = Field([0], description="a list of depth values, such as [0, 65535]")
+    depth_bits: Literal["plain", "sun"] = Field("plain", description="plain, or sun")
+    depth_range_m: Annotated[list[Number], Field(min_length=2, max_length=2)] = Field(
+        list(DEPTH_RANGE_M),
+        description=f"[nearest, farthest] in metres, above 0 and up to {FARTHEST_M}, such as [0.71, 10]",
+    )
+    folders: dict[Literal["image", "depth", "label"], Text | None] = Field(
+        {"image": "image", "depth": "depth", "label": "label"},
+        description="the folder of image and, where there are, of depth and label",
+    )
+    splits: dict[Literal["train", "valid", "test"], Text | None] = Field(
+        {"train": "train", "test": "test"},
+        description="folders or lists of names of train, valid or test, null for none",
+    )
+    scene: Text | None = Field(None, description="a regular expression, the name of a .csv file, or null")
+
+    @field_validator("depth_range_m")
+    @classmethod
+    def _check_range(cls, value: list[float]) -> list[float]:
+        if not 0 < value[0] < value[1] <= FARTHEST_M:
+            raise ValueError
+        return value
+
+    @field_validator("folders", "splits")
+    @classmethod
+    def _drop_none(cls, value: dict[str, str | None]) -> dict[str, str]:
+        there = {name: text for name, text in value.items() if text is not None}
+        if not there or not ("image" in there or set(there) <= {"train", "valid", "test"}):
+            raise ValueError
+        return there
+
+    @property
+    def stated(self) -> set[str]:
+        """The keys that are in the file."""
+        return self.model_fields_set - {"root"}
+
+    @cached_property
+    def by_value(self) -> dict[int, str]:
+        """Names of the classes in the order of their indices, by label value, or by colour as one number.
+
+        Raises:
+            DataError: names or values that don't go together.
+        """
+        path = self.root / FILE
+        if isinstance(self.classes, dict):
+            if "first_label" in self.stated or self.colours:
+                key = "colours" if self.colours else "first_label"
+                found = getattr(self, key)
+                raise DataError(
+                    f"{path}: {key} is {found!r}, expected none where classes maps values to names"
+                )
+            return dict(sorted(self.classes.items()))
+        if self.colours:
+            return self._by_colour()
+        if self.first_label + len(self.classes) > MOST_VALUES:
+            raise DataError(
+                f"{path}: first_label is {self.first_label!r}, expected label values up to {MOST_VALUES - 1}"
+            )
+        return dict(enumerate(self.classes, self.first_label))
+
+    def _by_colour(self) -> dict[int, str]:
+        path = self.root / FILE
+        listed = [name for name in self.colours if name != "ignore"]
+        names = self.classes if "classes" in self.stated else listed
+        wrong = [f"no colour of class {name!r}" for name in names if name not in self.colours]
+        wrong += [f"a colour of {name!r}" for name in self.colours if name not in (*names, *NO_CLASS)]
+        by_value = {pack_colours(self.colours[name]): name for name in names if name in self.colours}
+        if len(set(map(pack_colours, self.colours.values()))) < len(self.colours):
+            wrong.append("two names of one colour")
+        if not 2 <= len(names) <= MOST_CLASSES:
+            wrong.append(f"{len(names)} classes")
+        if wrong:
+            raise DataError(
+                f"{path}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a colour of their own each; "
+                "a colour that means unlabelled is named ignore"
+            )
+        return by_value
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of their indices."""
+        return tuple(self.by_value.values())
+
+    @property
+    def unlabelled(self) -> list[int]:
+        """Label values, or colours as numbers, that mean unlabelled."""
+        if self.colours:
+            names = self.class_names
+            return [pack_colours(colour) for name, colour in self.colours.items() if name not in names]
+        if self.ignore == "others":
+            return []
+        if self.first_label == 1 and "ignore" not in self.stated:
+            return [0, IGNORE_INDEX]
+        return self.ignore
 
     @cached_property
     def table(self) -> np.ndarray:
-        """`(65536,)` int16: the class index of each label value, 255 where it means unlabelled, else -1."""
-        table = np.full(MOST_VALUES, -1, np.int16)
-        table[list(self.ignore)] = IGNORE_INDEX
-        table[list(self.values)] = range(len(self.classes))
+        """int16 class index of each label value or colour, 255 where it means unlabelled, -1 where it is neither."""
+        others = IGNORE_INDEX if self.ignore == "others" else -1
+        table = np.full(MOST_COLOURS if self.colours else MOST_VALUES, others, np.int16)
+        table[self.unlabelled] = IGNORE_INDEX
+        table[list(self.by_value)] = range(len(self.by_value))
         return table
 
     def to_indices(self, path: Path, label: np.ndarray) -> np.ndarray:
         """uint8 class indices, 255 = unlabelled, of the values in a file, which a `DataError` names."""
-        indices = self.table[label.clip(0, MOST_VALUES - 1)]
-        unknown = (indices < 0) | (label != label.clip(0, MOST_VALUES - 1))
-        if not unknown.any():
-            return indices.astype(np.uint8)
-        first, last = min(self.values), max(self.values)
-        gaps = "" if len(self.values) == last - first + 1 else " with gaps"
-        found, ignored = np.unique(label[unknown]).tolist(), ", ".join(map(str, self.ignore)) or "nothing"
-        hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {self.root / FILE}"
-        if not {"first_label", "ignore"} & self.stated and found == [last + 1]:
-            hint = f"where 0 means unlabelled, write `first_label: 1` into {self.root / FILE}"
+        label = label.astype(np.int64)
+        inside = label.clip(0, len(self.table) - 1)
+        indices = self.table[inside]
+        unknown = indices < 0
+        if self.ignore != "others":
+            unknown |= label != inside
+        if unknown.any():
+            values, counts = np.unique(label[unknown], return_counts=True)
+            self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
+        return indices.astype(np.uint8)
+
+    def refuse_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
+        """Raise the DataError of label values that are neither a class nor unlabelled, with their shares of pixels."""
+        yaml, values = self.root / FILE, list(self.by_value)
+        unknown = sorted(shares)[:MOST_SHOWN]
+        found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
+        gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
+        ignored = ", ".join(map(str, self.unlabelled)) or "nothing"
+        expected = f"{min(values)}..{max(values)}{gaps} and {ignored} = unlabelled"
+        hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
+        if self.colours:
+            expected = "those of `colours`"
+            hint = f"name them under `colours` in {yaml}, as classes or as `ignore`"
+        elif not {"first_label", "ignore"} & self.stated and unknown == [max(values) + 1]:
+            hint = f"where 0 means unlabelled, write `first_label: 1` into {yaml}"
+        if len(shares) > 1:
+            hint += "; `ignore: others` takes all values that are no class as unlabelled"
+        listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
         raise DataError(
-            f"{path}: label values {found[:8]}, expected {first}..{last}{gaps} and {ignored} = unlabelled; {hint}"
+            f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in {file_count} files: "
+            f"{listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
         )
 
 
-def _is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+KEYS = [key for key in Description.model_fields if key != "root"]
 
 
-def _is_value(value: object) -> bool:
-    return isinstance(value, int) and _is_number(value, 0, MOST_VALUES - 1)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _lists(value: object, check: Callable[[object], bool], least: int = 0, most: int = MOST_VALUES) -> bool:
-    return isinstance(value, list) and least <= len(value) <= most and all(map(check, value))
-
-
-def _maps(value: object, *keys: str) -> bool:
-    """Whether it is a mapping of some of these keys to text, or to null."""
-    texts = [text for text in value.values() if text is not None] if isinstance(value, dict) else []
-    return bool(texts) and set(value) <= set(keys) and all(map(_is_text, texts))
-
-
-def _are_classes(value: object) -> bool:
-    names = list(value.values()) if isinstance(value, dict) and all(map(_is_value, value)) else value
-    return _lists(names, _is_text, 2, MOST_CLASSES)
-
-
-# by key: what its value must be, and how an error says so
-CHECKS = {
-    "classes": (
-        _are_classes,
-        f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, books, ceiling], or "
-        "{value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
-    ),
-    "first_label": (_is_value, "the label value of the first class, a whole number from 0 to 65535"),
-    "ignore": (
-        lambda value: _lists(value, _is_value),
-        "a list of label values, whole numbers from 0 to 65535, such as [0, 255]",
-    ),
-    "depth_unit_mm": (
-        lambda value: _is_number(value, 1e-6, 1e6),
-        "millimetres of one unit, a number such as 0.2 or 10",
-    ),
-    "depth_missing": (lambda value: _lists(value, _is_number), "a list of depth values, such as [0, 65535]"),
-    "depth_bits": (("plain", "sun").__contains__, "plain, or sun"),
-    "depth_range_m": (
-        lambda value: _lists(value, _is_number, 2, 2) and 0 < value[0] < value[1] <= FARTHEST_M,
-        f"[nearest, farthest] in metres, above 0 and up to {FARTHEST_M}, such as [0.71, 10]",
-    ),
-    "folders": (
-        lambda value: _maps(value, "image", "depth", "label") and value.get("image"),
-        "the folder of image and, where there are, of depth and label",
-    ),
-    "splits": (
-        lambda value: _maps(value, "train", "valid", "test"),
-        "folders or lists of names of train, valid or test, null for none",
-    ),
-    "scene": (
-        lambda value: value is None or _is_text(value),
-        "a regular expression, the name of a .csv file, or null",
-    ),
-}
+def pack_colours(colour: list[int]) -> int:
+    """A colour as one number."""
+    red, green, blue = colour
+    return red << 16 | green << 8 | blue
 
 
 def read_description(root: Path) -> Description:
     """The `dataset.yaml` of a folder, or the defaults where there is none.
 
     Raises:
-        DataError: no YAML mapping, an unknown key, or a value that can't be meant.
+        DataError: no YAML mapping, an unknown key, a value that can't be meant, or a file that only nearly has the name.
     """
     path = root / FILE
     if not path.exists():
-        return Description(root)
+        _refuse_nearly(root)
+        return Description(root=root)
     try:
         content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
     content = {} if content is None else content  # nothing, or comments alone
-    older = [key for key in content if OLDER_NAMES.get(key) in CHECKS] if isinstance(content, dict) else []
-    if older:
-        raise DataError(f"{path}: {explain_unknown(older[0], CHECKS)}")
-    if not isinstance(content, dict) or set(content) - set(CHECKS):
-        found = (
-            ", ".join(map(str, set(content) - set(CHECKS))) if isinstance(content, dict) else repr(content)
+    unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
+    if unknown:
+        if OLDER_NAMES.get(unknown[0]) in KEYS:
+            raise DataError(f"{path}: {explain_unknown(unknown[0], KEYS)}")
+        raise DataError(f"{path}: found {', '.join(map(str, unknown))}, expected keys of: {', '.join(KEYS)}")
+    if isinstance(content.get("colours"), str):
+        content["colours"] = _read_label_map(root / content["colours"])
+    try:
+        description = Description(root=root, **content)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        expected = Description.model_fields[key].description
+        raise DataError(f"{path}: {key} is {content[key]!r}, expected {expected}") from error
+    _check_names(path, description)
+    return description
+
+
+def _refuse_nearly(root: Path) -> None:
+    """Another spelling of the name would be ignored, and labels get NYUv2's names."""
+    nearly = [place for place in (*root.glob("*"), *root.glob("*/*.y*ml*")) if NEARLY.fullmatch(place.name)]
+    if nearly:
+        raise DataError(
+            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there with the "
+            f"keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is another tool's"
         )
-        raise DataError(f"{path}: found {found}, expected keys of: {', '.join(CHECKS)}")
-    for key, value in content.items():
-        check, expected = CHECKS[key]
-        if not check(value):
-            raise DataError(f"{path}: {key} is {value!r}, expected {expected}")
-    others = {key: value for key, value in content.items() if key not in ("classes", "first_label", "ignore")}
-    for key, value in others.items():
-        if isinstance(value, dict):
-            others[key] = tuple((name, text) for name, text in value.items() if text is not None)
-        elif isinstance(value, list):
-            others[key] = tuple(map(float, value))
-    return Description(root, frozenset(content), **_read_classes(path, content), **others)
 
 
-def _read_classes(path: Path, content: dict) -> dict[str, tuple]:
-    """Classes in the order of their values; 0 is unlabelled where classes begin with 1 and nothing else is said."""
-    classes, first = content.get("classes", list(NYUV2_13)), content.get("first_label", 0)
-    if isinstance(classes, dict) and "first_label" in content:
-        raise DataError(f"{path}: first_label is {first!r}, expected none where classes maps values to names")
-    by_value = dict(sorted(classes.items())) if isinstance(classes, dict) else dict(enumerate(classes, first))
-    names = list(by_value.values())
+def _read_label_map(path: Path) -> dict[str, list[int]]:
+    """The colours in CVAT's labelmap.txt, with a line `name:red,green,blue:parts:actions` for each."""
+    colours = {}
+    try:
+        for line in path.read_text("utf-8-sig").splitlines():
+            if line.strip() and not line.startswith("#"):
+                name, colour, *_ = line.split(":")
+                colours[name] = [int(number) for number in colour.split(",")]
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: can't be read as colours ({error}), expected lines such as `bed:128,0,0::`"
+        ) from error
+    return colours
+
+
+def _check_names(path: Path, description: Description) -> None:
+    classes = description.classes
+    names = list(classes.values() if isinstance(classes, dict) else classes)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"
         )
-    ignore = content.get("ignore", [0, IGNORE_INDEX] if first == 1 else [IGNORE_INDEX])
-    if both := sorted(set(by_value) & set(ignore)):
+    if both := sorted(set(description.by_value) & set(description.unlabelled)):
+        name = description.by_value[both[0]]
         raise DataError(
-            f"{path}: ignore is {ignore!r}, expected no value of a class, but {both[0]} is {by_value[both[0]]!r}"
+            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is {name!r}"
         )
-    if max(by_value) >= MOST_VALUES:
-        raise DataError(f"{path}: first_label is {first!r}, expected label values up to {MOST_VALUES - 1}")
-    return {"classes": tuple(names), "values": tuple(by_value), "ignore": tuple(ignore)}

@@ -2,7 +2,9 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import groupby
@@ -14,7 +16,7 @@ import pandas as pd
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
 from lib.data.description import FILE, Description, read_description
-from lib.data.samples import DataError, Split, resize_image, resize_nearest
+from lib.data.samples import DataError, MissingSplit, Split, resize_image, resize_nearest
 from lib.data.sanity import check_files
 from lib.data.validation import number_runs
 from lib.progress import progress_bar
@@ -24,6 +26,13 @@ CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.ui
 CACHED_FROM = 128  # images: fewer are read in about a second
 CACHE_VERSION = 1
 BLOCK = 64  # images in memory at a time while a cache is made
+COCO = """. {path} may hold COCO's annotations, which are no masks; these lines make masks in DATA/label, 0 = unlabelled:
+from pycocotools.coco import COCO; import numpy as np; from PIL import Image
+coco = COCO("{path}")
+for image in coco.loadImgs(coco.getImgIds()):
+    mask = np.zeros((image["height"], image["width"]), np.uint8)
+    for found in coco.loadAnns(coco.getAnnIds(image["id"])): mask[coco.annToMask(found) == 1] = found["category_id"]
+    Image.fromarray(mask).save("label/" + image["file_name"].rsplit(".", 1)[0] + ".png")"""
 Files = dict[str, Path]  # of one image, by kind
 
 
@@ -38,120 +47,202 @@ def open_folder(root: Path, split: str) -> Split:
     description = read_description(root)
     files = find_files(description, split)
     names = np.array(list(files))
-    runs = number_runs(names)
-    prefix = (
-        "valid_" if split == "valid" else ""
-    )  # a split of its own, whose first run is not the first of training
-    scene = None if runs is None else np.array([f"{prefix}run_{run:04d}" for run in runs])
-    usual_validation = "random" if runs is None else "blocks"
-    if description.scene is not None:
-        scene, usual_validation = _name_scenes(description, names), "scenes"
-    if "valid" in dict(description.splits):
-        usual_validation = "predefined"
-    judge = cache(partial(check_files, description, split, list(files.values())))  # once
+    scene, validation = _choose_scenes(description, split, names)
+    if "valid" in description.splits:
+        validation = "predefined"
+    check = cache(partial(check_files, description, split, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         if size is not None and len(positions) >= CACHED_FROM:
             arrays = _map_files(description, split, list(files.values()), size)
             return [select_rows(arrays, positions)]
-        judge()
+        check()
         return _read_files([files[name] for name in names[positions]], size, description)
 
-    known = {"depth_range_m": description.depth_range_m, "validation": usual_validation}
-    return Split(names, description.classes, read, scene, **known)
+    known = {"depth_range_m": tuple(description.depth_range_m), "validation": validation}
+    return Split(names, description.class_names, read, scene, **known)
+
+
+def _choose_scenes(description: Description, split: str, names: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """The scene of each image, None where nothing tells it, and the usual way to choose validation images."""
+    if description.scene is not None:
+        return _name_scenes(description, names), "scenes"
+    if "{scene}" in description.folders["image"]:
+        return np.array([name.partition("/")[0] for name in names.tolist()]), "scenes"
+    together = names
+    if "valid" in description.splits and split != "test":  # a run may continue in the other split
+        other = "train" if split == "valid" else "valid"
+        together = np.append(names, list(_find_images(description, other)))
+    runs = number_runs(together)
+    if runs is None:
+        return None, "random"
+    return np.array([f"run_{run:04d}" for run in runs[: len(names)]]), "blocks"
 
 
 def find_files(description: Description, split: str) -> dict[str, Files]:
-    """`{name: {"image": path, "depth": path, "label": path}}` of a split, every partner present, in order."""
-    root, splits = description.root, dict(description.splits)
-    if split not in splits:
-        raise DataError(
-            f"{root}: has no split {split!r}, expected one of: {', '.join(splits)}; name it in {root / FILE}"
-        )
-    place = root / splits[split]
-    base = root if place.is_file() else place
-    found = {kind: _match(description, base, kind, value, split) for kind, value in description.folders}
-    found = {kind: paths for kind, paths in found.items() if paths is not None}
-    names = _listed(description, split, found) if place.is_file() else sorted(set().union(*found.values()))
-    if split == "test" and not found.get("label", {}).keys() & set(names):
+    """`{name: {"image": path, "depth": path, "label": path}}` of a split, every partner present, in order.
+
+    Raises:
+        DataError: a missing folder or partner, or an image that is also among those to train on.
+    """
+    images = _find_images(description, split)
+    found = {"image": images}
+    for kind in description.folders:
+        if kind != "image" and (paths := _match(description, split, kind)) is not None:
+            found[kind] = paths
+    if split == "test" and not found.get("label", {}).keys() & images.keys():
         found.pop("label", None)  # held back
+    names = images.keys()
+    if not (description.root / description.splits[split]).is_file():  # a list may leave files out
+        names = names | set().union(*found.values())
     for kind, paths in found.items():
-        missing = [name for name in names if name not in paths]
+        missing = sorted(name for name in names if name not in paths)
         if missing:
             raise DataError(
-                f"{base / dict(description.folders)[kind]}: {len(missing)} of {len(names)} files missing, the first is "
-                f"{missing[0]!r}; every image needs its {', '.join(found)} file under the same name"
+                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} files missing, "
+                f"the first is {missing[0]!r}; every image needs its {', '.join(found)} file under the same name"
             )
-    return {name: {kind: paths[name] for kind, paths in found.items()} for name in names}
+    if split != "train" and "train" in description.splits:
+        _check_apart(description, split, images)
+    return {name: {kind: paths[name] for kind, paths in found.items()} for name in sorted(names)}
 
 
-def _match(description: Description, base: Path, kind: str, value: str, split: str) -> dict[str, Path] | None:
-    """The files of a kind by name; None where there need be none."""
+def _find_images(description: Description, split: str) -> dict[str, Path]:
+    """The images of a split by name."""
+    root = description.root
+    if split not in description.splits:
+        raise MissingSplit(
+            f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in {root / FILE}"
+        )
+    found = _match(description, split, "image")
+    if not (root / description.splits[split]).is_file():
+        return found
+    return {name: found[name] for name in _listed(description, split, found)}
+
+
+def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
+    """Refuse files that are also trained on, whatever folder, list or link leads to them."""
+    try:
+        trained = {os.path.realpath(path) for path in _find_images(description, "train").values()}
+    except DataError:  # told where the images to train on are wanted
+        return
+    shared = [name for name, path in images.items() if os.path.realpath(path) in trained]
+    if shared:
+        place, other = (description.root / description.splits[name] for name in (split, "train"))
+        raise DataError(
+            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained on can't "
+            f"validate or test: give split {split!r} other images, or leave it out of `splits`"
+        )
+
+
+def _base(description: Description, split: str) -> Path:
+    """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says where."""
+    place = description.root / description.splits[split]
+    by_kind = any("{split}" in value for value in description.folders.values())
+    return description.root if by_kind or place.is_file() else place
+
+
+def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
+    """The files of a kind by name, composed as in Unicode's NFC; None where there need be none."""
+    base, value = _base(description, split), description.folders[kind]
+    value = value.replace("{split}", description.splits[split])
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
-    first, *rest = pattern.split("{name}")
-    top = base / os.path.dirname(first)
+    top = base / os.path.dirname(pattern.partition("{")[0])
     if not top.is_dir():
         if (kind, split) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
             return None
-        raise DataError(f"{top}: no such folder; {LAYOUT}. Check the parameter data")
+        error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
+        raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
     whole = pattern.lower().endswith(SUFFIXES[kind])
-    wanted = re.compile(re.escape(first) + "(?P<name>.+)" + "(?P=name)".join(map(re.escape, rest)))
+    wanted = _compile(pattern)
     paths, others = {}, Counter()
-    for folder, _, files in os.walk(top, followlinks=True):
-        for path in (Path(folder, file) for file in sorted(files) if not file.startswith(".")):
-            relative = Path(os.path.relpath(path, base))
-            match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
-            if match and path.suffix.lower() in SUFFIXES[kind]:
-                if (twin := paths.setdefault(match["name"], path)) != path:
-                    raise DataError(
-                        f"{path}: a second file named {match['name']!r} beside {twin.name}; keep one"
-                    )
-            elif match:
-                others[path.suffix] += 1
+    for path in walk_files(top):
+        relative = Path(os.path.relpath(path, base))
+        match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
+        if match is None:
+            continue
+        if path.suffix.lower() not in SUFFIXES[kind]:
+            others[path.suffix] += 1
+            continue
+        name = compose("/".join(match.groups()))
+        if paths.setdefault(name, path) != path:
+            raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
     if not paths and (others or kind == "image"):
         found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
         expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
-        raise DataError(f"{top}: found {found}expected files of: {expected}")
+        raise DataError(f"{top}: found {found}expected files of: {expected}{_explain_json(description)}")
     return paths
 
 
-def _listed(description: Description, split: str, found: dict[str, dict[str, Path]]) -> list[str]:
+def _compile(pattern: str) -> re.Pattern:
+    """A value of `folders` as an expression with groups `scene`, where it has one, and `name`."""
+    expression = re.escape(pattern)
+    for group, what in (("scene", "[^/]+"), ("name", ".+")):
+        placeholder = re.escape(f"{{{group}}}")
+        expression = expression.replace(placeholder, f"(?P<{group}>{what})", 1).replace(
+            placeholder, f"(?P={group})"
+        )
+    return re.compile(expression)
+
+
+def _explain_json(description: Description) -> str:
+    """How to make masks where a data set has only COCO's annotations."""
+    found = next(iter(sorted((*description.root.glob("*.json"), *description.root.glob("*/*.json")))), None)
+    return COCO.format(path=found) if found else ""
+
+
+def walk_files(top: Path) -> Iterator[Path]:
+    """Files below a folder in order: hidden ones are left out, and each real folder is entered once."""
+    entered = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(folder, file) for file in sorted(files) if not is_hidden(file))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system or an editor made it: .ipynb_checkpoints, ._x.jpg, @eaDir, $RECYCLE.BIN, __MACOSX."""
+    return name[0] in ".@$" or name in ("__MACOSX", "lost+found", "System Volume Information")
+
+
+def compose(name: str) -> str:
+    """A name in Unicode's composed form: a Mac may decompose it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _listed(description: Description, split: str, images: dict[str, Path]) -> list[str]:
     """The names in a list: as they are, or as paths of files, which may lack the suffix."""
-    places, known = {name: description.root / value for name, value in description.splits}, {}
-    place, trained = places[split], places.get("train")
-    for paths in found.values():
+    place, known = description.root / description.splits[split], {}
+    for kind in description.folders:
+        paths = images if kind == "image" else _match(description, split, kind) or {}
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
-            known |= {relative.as_posix(): name, relative.with_suffix("").as_posix(): name}
-    known |= {
-        f"{name}{suffix}": name for name, path in found["image"].items() for suffix in ("", path.suffix)
-    }
+            known |= {compose(relative.as_posix()): name, compose(relative.with_suffix("").as_posix()): name}
+    for name, path in images.items():
+        known |= {name: name, f"{name}{path.suffix}": name}
     lines = _read_lines(place)
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
-        what = (
-            f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}"
-            if lines
-            else "is empty"
-        )
+        what = "is empty"
+        if lines:
+            what = f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}"
         raise DataError(
-            f"{place}: {what}; expected a name a line, such as {next(iter(found['image']), None)!r}, of images in "
-            f"{description.root / dict(description.folders)['image']}"
+            f"{place}: {what}; expected a name a line, such as {next(iter(images), None)!r}, of images in "
+            f"{description.root / description.folders['image']}"
         )
     names = [known[line] for line in lines]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
-    listed = _read_lines(trained) if split != "train" and trained is not None and trained.is_file() else []
-    if shared := sorted({known.get(line) for line in listed} & set(names)):
-        what = f"shares {len(shared)} images with {trained}, the first is {shared[0]!r}"
-        raise DataError(f"{place}: {what}; what was trained on is no test")
     return sorted(names)
 
 
 def _read_lines(place: Path) -> list[str]:
-    return [
-        os.path.normpath(line.strip()) for line in place.read_text("utf-8-sig").splitlines() if line.strip()
-    ]
+    lines = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
+    return [compose(os.path.normpath(line)) for line in lines if line]
 
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
@@ -167,6 +258,7 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
+        scenes = {compose(str(name)): scene for name, scene in scenes.items()}
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
@@ -192,7 +284,8 @@ def _map_files(
     """All images of a split, mapped; what was judged when they were kept is not judged again."""
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {"version": CACHE_VERSION, "kind": split, "size": list(size)}
-    key["files"] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+    root = description.root  # however it is spelt
+    key["files"] = [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states]
     text = description.root / FILE
     key["description"] = text.read_bytes().hex() if text.exists() else None
     layout = {
@@ -251,7 +344,8 @@ def _read_sample(
         depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
         arrays["depth"] = depth_to_mm(depth, description.depth_unit_mm, description.depth_missing)
     if path := paths.get("label"):
-        arrays["label"] = description.to_indices(path, decode_label(path))
+        label = decode_label(path, bool(description.colours))
+        arrays["label"] = description.to_indices(path, label)
     for kind, array in arrays.items():
         if array.shape[:2] != arrays["image"].shape[:2]:
             found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))

@@ -7,8 +7,9 @@ import numpy as np
 
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
 from lib.data.description import Description
+from lib.data.folder import compose, is_hidden
 from lib.data.samples import DataError, Split
-from lib.data.sanity import SAMPLED, guess_unit, look_at_depth
+from lib.data.sanity import choose_evenly, guess_units, look_at_depth
 from lib.data.synthetic import open_synthetic
 
 
@@ -38,12 +39,12 @@ def open_images(
             f"{missing[0]}.png, named like the image"
         )
     if depths and depth_unit_mm is None:
-        sample = [partners[name] for name in files][:: -(-len(files) // SAMPLED)]
-        found, unit = guess_unit(
-            np.array([look_at_depth(path, Description(path.parent))[0] for path in sample])
-        )
-        if unit:
-            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {unit}, or 1 if these are mm")
+        sample = choose_evenly([partners[name] for name in files])
+        medians = [look_at_depth(path, Description(root=path.parent))[0] for path in sample]
+        found, units = guess_units(np.array(medians))
+        if found:
+            options = [f"{unit} for {name}" for unit, name in units.items()] + ["1 if these are mm"]
+            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {' or '.join(options)}")
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
@@ -56,15 +57,15 @@ def open_images(
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
     root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
-    for path in [root] if root.is_file() else sorted(root.glob("*")):
+    there = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+    for path in [root] if root.is_file() else there:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(
                 f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
             )
-        if path.suffix.lower() in suffixes and files.setdefault(path.stem, path) != path:
-            raise DataError(
-                f"{path}: a second file named {path.stem!r} beside {files[path.stem].name}; keep one"
-            )
+        name = compose(path.stem)
+        if path.suffix.lower() in suffixes and files.setdefault(name, path) != path:
+            raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:
         raise ValueError(
             f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"

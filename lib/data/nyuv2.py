@@ -92,7 +92,7 @@ def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the parameter data")
     try:
-        file = h5py.File(path)
+        file = h5py.File(path, locking=False)  # which not every disk has, and reading needs none
     except OSError as error:
         with open(path, "rb") as start:
             older = start.read(10) == b"MATLAB 5.0"

@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that can't be used as it is; the message names the file and the remedy."""
 
 
+class MissingSplit(DataError):
+    """A split that a data set does not have."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """RGB-D images as arrays with one common index.

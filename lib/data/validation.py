@@ -11,6 +11,7 @@ from lib.options import check_choice
 IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
 VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
 FOLDS = 5
+MANY, NEARLY_ALL = 20, 0.9  # images, and the share of them in one scene that is no use
 
 
 def split_names(
@@ -73,12 +74,28 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
         return None
     order = np.argsort(ids)
     gaps = np.diff(ids[order])
-    steps, counts = np.unique(gaps, return_counts=True)
+    steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits have one id
     usual = steps[counts.argmax()] if len(steps) else 1
     runs = np.empty(len(ids), int)
     runs[order] = np.cumsum(np.append(0, gaps > 1.5 * usual))
     alone = np.bincount(runs)[runs] == 1
     return None if alone.mean() > 0.5 else runs
+
+
+def describe_one_scene(scene: np.ndarray | None) -> str:
+    """What to write into dataset.yaml where one scene has nearly all of the images; else nothing."""
+    share = (
+        0
+        if scene is None or len(scene) < MANY
+        else np.unique(scene, return_counts=True)[1].max() / len(scene)
+    )
+    if share < NEARLY_ALL:
+        return ""
+    return (
+        f"One scene has {share:.0%} of the images, so that nothing can be concluded about new scenes. (Names that are "
+        "numbers are read as frames of a video.) If each image shows a scene of its own, write `scene: '^(.*)$'` into "
+        "`dataset.yaml`; else name there a .csv with the columns name,scene."
+    )
 
 
 def choose_validation(validation: str, source: Split, fold: int) -> str:

@@ -1,7 +1,9 @@
 """What is in the data: counts in one pass over the images, their figures, and leakage between splits."""
 
+import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -9,8 +11,8 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from lib.data import Samples, Split
-from lib.data.validation import read_numbers, split_names
+from lib.data import MissingSplit, Samples, Split, iterate_samples
+from lib.data.validation import describe_one_scene, read_numbers, split_names
 from lib.notebooks import plots
 from lib.progress import progress_bar
 
@@ -21,6 +23,8 @@ DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
 FEW_IMAGES = 10
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
+COMPARED = 1000  # images, at equal steps, whose pairs with all others say what is unrelated
+ROWS = 256  # of a matrix of pairs in memory at a time
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,12 @@ class Leakage:
 
     Attributes:
         train_count: training images.
-        valid: `(V,)` positions of the validation images.
+        valid: `(V,)` positions of the validation images; those of a valid split come after all others.
         match: `(V,)` of the training image most like each in colour; of its own scene, where there is one.
         same_scene: `(V,)` bool, where there is one; None where scenes are unknown.
         nearest: `(V,)` bool, where the image with the nearest id is in training; None where names are no numbers.
         near_duplicates: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
+        copies: how many equal a training image in every pixel.
     """
 
     train_count: int
@@ -116,6 +121,7 @@ class Leakage:
     same_scene: np.ndarray | None
     nearest: np.ndarray | None
     near_duplicates: int
+    copies: int = 0
 
     @property
     def by_chance(self) -> float:
@@ -123,37 +129,92 @@ class Leakage:
         return len(self.valid) * (1 - (1 - CHANCE) ** self.train_count)
 
 
-def find_leakage(samples: Samples) -> dict[str, Leakage]:
+def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leakage]:
     """For each `validation` that these images allow.
 
     Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
     pairs of neighbouring ids are near-duplicates, and 0.6 % where thumbnails are compared instead. Those are taken to be
-    unrelated between which a quarter of the images lies, in order of their names.
+    unrelated between which a quarter of the images lies, in order of their names. Memory grows with the number of
+    images, not with that of pairs.
+
+    Args:
+        samples: the images to train on, or to choose validation images among.
+        valid: a split to validate on; its images are looked at too if it is the data set's own (`predefined`).
     """
-    signatures, order = _colour_signatures(samples.image), np.arange(len(samples))
-    alike, unrelated = signatures @ signatures.T, np.abs(order[:, None] - order) > len(order) // 4
-    ids = read_numbers(samples.names)
-    apart = (
-        None if ids is None else np.abs(ids[:, None] - ids) + (ids.max() + 1) * np.eye(len(ids), dtype=int)
-    )
-    threshold = np.quantile(alike[unrelated], 1 - CHANCE) if unrelated.any() else 1.0
-    found = {}
+    chosen = {}
     for validation in ("random", "blocks", "scenes"):
-        try:
-            train, valid = split_names(samples.names, validation, samples.scene)
-        except ValueError:  # these names or scenes do not allow it
-            continue
-        if min(len(train), len(valid)):
-            pairs, same_scene = alike[np.ix_(valid, train)], None
-            nearest = None if ids is None else apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
-            near_duplicates = int((pairs.max(1) > threshold).sum())
-            if samples.scene is not None:
-                together = samples.scene[valid][:, None] == samples.scene[train]
-                pairs, same_scene = pairs + 2 * together, together.any(1)
-            found[validation] = Leakage(
-                len(train), valid, train[pairs.argmax(1)], same_scene, nearest, near_duplicates
-            )
-    return found
+        with suppress(ValueError):  # these names or scenes do not allow it
+            chosen[validation] = split_names(samples.names, validation, samples.scene)
+    images = _Compared.of(samples)
+    limit = images.near_duplicate_limit()
+    if valid is not None and valid.validation == "predefined":
+        images = images.join(_Compared.of(valid.load()))
+        chosen["predefined"] = np.split(np.arange(len(images.names)), [len(samples)])
+    return {
+        validation: images.compare(*sides, limit)
+        for validation, sides in chosen.items()
+        if all(map(len, sides))
+    }
+
+
+class _Compared(NamedTuple):
+    """What images are compared by: `(N,)` names, `(N, 4096)` colours, `(N,)` checksums, `(N,)` scene or None."""
+
+    names: np.ndarray
+    signatures: np.ndarray
+    checksums: np.ndarray
+    scene: np.ndarray | None
+
+    @classmethod
+    def of(cls, samples: Samples) -> "_Compared":
+        checksums = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in samples.image])
+        return cls(samples.names, _colour_signatures(samples.image), checksums, samples.scene)
+
+    def join(self, other: "_Compared") -> "_Compared":
+        """Both, one after the other."""
+        unknown = self.scene is None or other.scene is None
+        arrays = zip(self[:3], other[:3], strict=True)
+        scene = None if unknown else np.append(self.scene, other.scene)
+        return _Compared(*(np.concatenate(pair) for pair in arrays), scene)
+
+    def near_duplicate_limit(self) -> float:
+        """How alike unrelated images are at most, but for one pair in 10,000."""
+        order = np.arange(len(self.names))
+        some = order[:: -(-len(order) // COMPARED) or 1]
+        unrelated = np.abs(some[:, None] - order) > len(order) // 4
+        alike = (self.signatures[some] @ self.signatures.T)[unrelated]
+        return np.quantile(alike, 1 - CHANCE) if alike.size else 1.0
+
+    def compare(self, train: np.ndarray, valid: np.ndarray, limit: float) -> Leakage:
+        """The images at these positions with one another."""
+        match, same_scene, near_duplicates = np.empty(len(valid), int), None, 0
+        if self.scene is not None:
+            same_scene = np.isin(self.scene[valid], self.scene[train])
+        for start in range(0, len(valid), ROWS):
+            rows = valid[start : start + ROWS]
+            alike = self.signatures[rows] @ self.signatures[train].T
+            near_duplicates += int((alike.max(1) > limit).sum())
+            if self.scene is not None:
+                alike += 2 * (self.scene[rows][:, None] == self.scene[train])
+            match[start : start + ROWS] = train[alike.argmax(1)]
+        copies = np.isin(self.checksums[valid], self.checksums[train]).sum()
+        nearest = find_nearest_in_training(self.names, train, valid)
+        return Leakage(len(train), valid, match, same_scene, nearest, near_duplicates, int(copies))
+
+
+def find_nearest_in_training(names: np.ndarray, train: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
+    """`(V,)` bool: whether no id is nearer to that of a validation image than one in training; None without ids."""
+    ids = read_numbers(names)
+    if ids is None:
+        return None
+    here = np.sort(ids)
+    at = np.searchsorted(here, ids[valid])
+    edges = np.concatenate(([-np.inf], here, [np.inf]))  # the id itself stands at `at` + 1
+    to_any = np.minimum(ids[valid] - edges[at], edges[at + 2] - ids[valid])
+    trained = np.concatenate(([-np.inf], np.sort(ids[train]), [np.inf]))
+    after = np.searchsorted(trained, ids[valid])
+    to_trained = np.minimum(ids[valid] - trained[after - 1], trained[after] - ids[valid])
+    return to_trained <= to_any
 
 
 def _colour_signatures(image: np.ndarray) -> np.ndarray:
@@ -175,7 +236,8 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
     facts += [f"{few} of them in fewer than {FEW_IMAGES} images"] * bool(few)
     warnings = {
-        f"These classes are in no image: {absent}.": absent,
+        f"These classes are in no image: {absent}.{_explain_255(counts)}": absent,
+        describe_one_scene(train.scene): describe_one_scene(train.scene),
         f"{empty} images have no labelled pixel.": empty,
     }
     warnings[f"{unlabelled:.1%} of the pixels are unlabelled."] = unlabelled > 0.5
@@ -200,6 +262,20 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
             f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
         )
     return text + "".join(f"\n- {warning}" for warning, applies in warnings.items() if applies)
+
+
+def _explain_255(counts: DataCounts) -> str:
+    if not counts.pixels[:, -1].any():
+        return ""
+    return " If label values that are read as unlabelled mean one of them, such as 255, say so under `classes` and `ignore`."
+
+
+def count_test_images(data: str, limit: int | None, classes: str | None) -> int | None:
+    """How many images the test split has; None where there is no such split."""
+    try:
+        return len(iterate_samples(data, "test", limit=limit, classes=classes))
+    except MissingSplit:
+        return None
 
 
 def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
@@ -298,6 +374,7 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
             "training images": leak.train_count,
             "validation images": len(leak.valid),
             "sharing a scene": "unknown" if leak.same_scene is None else leak.same_scene.sum(),
+            "exact copies": leak.copies,
             "near-duplicates": leak.near_duplicates,
             "expected by chance": round(leak.by_chance, 1),
         }

@@ -1,49 +1,59 @@
 """A trained network over anybody's pictures: predict each, keep the masks, draw what it sees."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lib.data import Split
+from lib.data import Samples, Split
 from lib.evaluation import Predicted, predict
 from lib.files import read_json, write_atomically, write_json
 from lib.model import SegmentationDepthNet
-from lib.notebooks.plots import blend_labels, class_patches, plot_grid, write_names
+from lib.notebooks import plots
 from lib.progress import progress_bar
 
-CONFIDENCE = "confidence"  # a column of the table, and a text in a mask's file
+CONFIDENCE, PIXELS = "confidence", "pixels"  # texts in a mask's file: of its image, of the checksum of that
+MILLISECONDS = ("", "milliseconds")  # column of the table, NaN where a mask was found
+CONFIDENT = ("", CONFIDENCE)  # column of the table; no class has this name, because classes lie below `share`
 SEEN_FILE = "predict.json"  # in a folder of masks
-SHOWN_PIXELS = 640  # of the longer side in figures, at most
 
 
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
-    """Shares of the classes in each picture and the mean confidence in them, by name.
+    """By name of the image, its mean confidence, the milliseconds it took, and below `share` that of each class.
 
-    With `save_to` each picture leaves `NAME.png`, its class indices, in that folder as soon as it is done. What the
-    same network has left there of the same pictures is not done again; a ValueError says that it holds something else.
+    With `save_to` the class indices of each image are written to `NAME.png` in that folder as soon as they are
+    predicted. What the same network wrote there for the same pixels is not predicted again.
+
+    Raises:
+        ValueError: the folder holds masks of something else.
     """
     folder = None if save_to is None else Path(save_to).expanduser()
-    rows = {} if folder is None else _open_masks(folder, model, pieces)
-    names, classes = pieces.names, model.config.classes
-    left = pieces.select(np.flatnonzero([name not in rows for name in names]))
-    with progress_bar("predicting", len(names), initial=len(rows)) as bar:
-        for batch in predict(model, left, confidence=True):
-            name, mask, sure = batch.samples.names[0], batch.labels[0], float(batch.confidence.mean())
-            rows[name] = _describe(mask, sure, classes)
-            if folder is not None:
-                _write_mask(folder / f"{name}.png", mask, sure)
+    if folder is not None:
+        _check_masks(folder, model, pieces)
+    rows, classes = {}, model.config.classes
+    with progress_bar("predicting", len(pieces)) as bar:
+        for image in pieces:
+            start = time.perf_counter()
+            found = _find_mask(folder, image)
+            mask, sure = found or _predict_mask(folder, model, image)
+            took = np.nan if found else 1000 * (time.perf_counter() - start)
+            shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+            rows[image.names[0]] = [sure, took, *shares.tolist()]
             bar.update()
-    return pd.DataFrame.from_dict(rows, "index").loc[names]
+    columns = pd.MultiIndex.from_tuples([CONFIDENT, MILLISECONDS, *(("share", name) for name in classes)])
+    return pd.DataFrame.from_dict(rows, "index", columns=columns)
 
 
-def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> dict[str, dict[str, float]]:
-    """What is known of the masks in a folder, which may be new."""
+def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
+    """Whether the masks in a folder, which may be new, are of this network and these images."""
     digest = hashlib.sha256(repr(model.config).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -57,49 +67,78 @@ def _open_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> dic
             raise ValueError(
                 f"save_to: {folder} has {what} {found.get(what)}, not {value}; give another folder"
             )
-    masks = [folder / f"{name}.png" for name in pieces.names if (folder / f"{name}.png").exists()]
-    return {path.stem: _describe(*_read_mask(path), model.config.classes) for path in masks}
 
 
-def _describe(mask: np.ndarray, sure: float, classes: Sequence[str]) -> dict[str, float]:
-    shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-    return {CONFIDENCE: sure, **dict(zip(classes, shares.tolist(), strict=True))}
-
-
-def _read_mask(path: Path) -> tuple[np.ndarray, float]:
+def _find_mask(folder: Path | None, image: Samples) -> tuple[np.ndarray, float] | None:
+    """The mask of exactly these pixels and the confidence in it; None where there is none."""
+    path = None if folder is None else folder / f"{image.names[0]}.png"
+    if path is None or not path.exists():
+        return None
     with Image.open(path) as mask:
+        if CONFIDENCE not in mask.text:
+            raise ValueError(
+                f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or give another "
+                "folder"
+            )
+        if mask.text.get(PIXELS) != _checksum(image):
+            return None
         return np.asarray(mask), float(mask.text[CONFIDENCE])
 
 
-def _write_mask(path: Path, mask: np.ndarray, sure: float) -> None:
-    text = PngInfo()
-    text.add_text(CONFIDENCE, str(sure))
-    write_atomically(path, lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text))
+def _predict_mask(
+    folder: Path | None, model: SegmentationDepthNet, image: Samples
+) -> tuple[np.ndarray, float]:
+    (batch,) = predict(model, image, confidence=True)
+    mask, sure = batch.labels[0], float(batch.confidence.mean())
+    if folder is not None:
+        text = PngInfo()
+        text.add_text(CONFIDENCE, str(sure))
+        text.add_text(PIXELS, _checksum(image))
+        write_atomically(
+            folder / f"{image.names[0]}.png",
+            lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text),
+        )
+    return mask, sure
+
+
+def _checksum(image: Samples) -> str:
+    return hashlib.sha256(image.image.tobytes() + image.depth_or_missing.tobytes()).hexdigest()
 
 
 def plot_images(predicted: Sequence[Predicted]) -> Figure:
-    """A row for each picture: as it is, its classes with their names on them, and how sure the network is."""
-    rows, masks, classes = [], [], predicted[0].samples.classes
+    """A row for each image: RGB, its classes with their names on them, and the network's confidence."""
+    rows, masks = [], []
+    classes = predicted[0].samples.classes
+    shades = ScalarMappable(Normalize(0, 1), "gray")
     for batch in predicted:
-        step = -(-max(batch.samples.size) // SHOWN_PIXELS)
-        arrays = (batch.samples.image, batch.labels, batch.confidence)
-        image, mask, sure = (array[0, ::step, ::step] for array in arrays)
-        grey = np.repeat(sure[..., None], 3, -1)
-        overlay = blend_labels(image, mask, classes, 0.6)
-        rows.append({"picture": image, "classes": overlay, "confidence (black 0, white 1)": grey})
+        step = max(1, batch.samples.size[1] // plots.WIDE_TILE)
+        image, mask, confidence = (
+            array[0, ::step, ::step] for array in (batch.samples.image, batch.labels, batch.confidence)
+        )
+        grey = shades.to_rgba(confidence // 0.05 * 0.05, bytes=True)[..., :3]
+        overlay = plots.blend_labels(image, mask, classes, 0.6)
+        rows.append({"RGB": plots.reduce_colours(image), "classes": overlay, CONFIDENCE: grey})
         masks.append(mask)
-    figure = plot_grid(rows, [batch.samples.names[0] for batch in predicted], class_patches(classes, masks))
-    for axes, mask in zip(figure.axes[1::3], masks, strict=True):
-        write_names(axes, mask, classes)
+    names = [batch.samples.names[0] for batch in predicted]
+    figure = plots.plot_grid(rows, names, plots.class_patches(classes, masks), shades, CONFIDENCE)
+    for axes, mask in zip(figure.axes[1::3], masks, strict=False):
+        plots.write_names(axes, mask, classes)
     return figure
 
 
-def describe_images(table: pd.DataFrame) -> str:
-    """In Markdown, what `predict_images` found."""
-    shares, sure = table.drop(columns=CONFIDENCE).mean().sort_values(ascending=False), table[CONFIDENCE]
-    named = ", ".join(f"{name} ({share:.0%})" for name, share in shares[shares > 0][:3].items())
+def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
+    """In Markdown, what `predict_images` found, how long it took, and where the masks are."""
+    shares = table["share"].mean().sort_values(ascending=False)
+    named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
+    sure, took = table[CONFIDENT], table[MILLISECONDS].mean()
+    speed = "" if np.isnan(took) else f" An image took {took:.0f} ms."
+    where = (
+        f"The masks are in `{save_to}`."
+        if save_to
+        else "No masks were written; `-p save_to FOLDER` writes them."
+    )
     return (
-        f"In {len(table)} pictures the network sees mostly **{named}**; classes that it never names: {never}. Its mean "
-        f"confidence is **{sure.mean():.2f}**, and lowest in `{sure.idxmin()}` ({sure.min():.2f})."
+        f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. Its mean "
+        f"confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` ({sure.min():.2f}).{speed} {where}"
     )

@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -45,60 +45,74 @@ def test_what_was_made_is_mapped_from_then_on(root, tmp_path):
     assert not isinstance(chosen, np.memmap)
 
 
+def made(root):
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
 def test_another_state_of_the_source_replaces_it_and_another_size_does_not(root, tmp_path):
     first = map_arrays(tmp_path, KEY, LAYOUT, blocks)
     map_arrays(tmp_path, KEY | {"version": 2}, LAYOUT, blocks)
-    assert len(list(root.iterdir())) == 1
+    assert len(made(root)) == 1
     np.testing.assert_array_equal(first["image"], ARRAYS["image"])  # mapped still
     map_arrays(tmp_path, KEY | {"size": [4, 6]}, LAYOUT, blocks)
     map_arrays(tmp_path / "other", KEY, LAYOUT, blocks)
-    assert len(list(root.iterdir())) == 3
+    assert len(made(root)) == 3
 
 
-def test_two_at_once_end_with_one(root, tmp_path):
-    """The second begins and ends while the first is half done; neither knows a process by its id."""
-    inner = []
+def test_another_spelling_of_the_source_finds_it(root, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    map_arrays(tmp_path / "data", KEY, LAYOUT, blocks)
+    monkeypatch.chdir(tmp_path)
+    for spelt in (tmp_path / "link", Path("data"), Path("link/../data"), tmp_path / "data"):
+        map_arrays(spelt, KEY, LAYOUT, never)
+    assert len(made(root)) == 1
+
+
+def test_what_was_cut_short_is_made_again(root, tmp_path):
+    map_arrays(tmp_path, KEY, LAYOUT, blocks)
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    for damage in (lambda: (folder / "key.json").unlink(), lambda: os.truncate(folder / "image.npy", 130)):
+        damage()
+        np.testing.assert_array_equal(map_arrays(tmp_path, KEY, LAYOUT, blocks)["image"], ARRAYS["image"])
+    map_arrays(tmp_path, KEY, LAYOUT, never)
+
+
+def test_one_waits_while_another_makes_them(root, tmp_path):
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(map_arrays(tmp_path, KEY, LAYOUT, never)))
 
     def meanwhile():
+        waiting.start()
         yield from blocks()
-        inner.append(map_arrays(tmp_path, KEY, LAYOUT, blocks))
+        assert not found
 
-    outer = map_arrays(tmp_path, KEY, LAYOUT, meanwhile)
-    for arrays in (outer, inner[0], map_arrays(tmp_path, KEY, LAYOUT, never)):
-        np.testing.assert_array_equal(arrays["depth"], ARRAYS["depth"])
-    assert len(list(root.iterdir())) == 1
+    map_arrays(tmp_path, KEY, LAYOUT, meanwhile)
+    waiting.join()
+    np.testing.assert_array_equal(found[0]["depth"], ARRAYS["depth"])
 
 
 def test_processes_at_once_read_the_same(folder, scenes):
     """With equal process ids, as two containers can have."""
     many = resize_samples(scenes, (12, 16))[np.arange(12).repeat(11)]
     names = np.array([f"{number:06d}" for number in range(132)])
-    write_folder(folder / "many", type(scenes)(names, many.image, many.depth, many.label))
+    write_folder(
+        folder / "many", type(scenes)(names, many.image, many.depth, many.label, classes=scenes.classes)
+    )
     code = """
 import os, sys, lib
 os.getpid = lambda: 7
 from lib.data import load_samples
-print(int(load_samples(sys.argv[1], "train", "official", (6, 8)).image.astype(int).sum()))
+print(int(load_samples(sys.argv[1], "train", "none", (6, 8)).image.astype(int).sum()))
 """
     command = [sys.executable, "-c", code, str(folder / "many")]
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
+        for _ in range(2)
     ]
     first, second = (process.communicate()[0] for process in started)
     assert [process.returncode for process in started] == [0, 0]
     assert first == second != ""
-
-
-def test_what_was_abandoned_is_cleared_away(root, tmp_path):
-    map_arrays(tmp_path, KEY, LAYOUT, blocks)
-    (made,) = root.iterdir()
-    old, fresh = (made.with_name(f"{made.name}.{name}.unfinished") for name in ("a", "b"))
-    for path in (old, fresh):
-        path.mkdir()
-    os.utime(old, (time.time() - 10**6,) * 2)
-    map_arrays(tmp_path, KEY | {"version": 2}, LAYOUT, blocks)
-    assert not old.exists()
-    assert fresh.exists()
 
 
 def test_a_full_disk_is_named(root, tmp_path):
@@ -108,10 +122,11 @@ def test_a_full_disk_is_named(root, tmp_path):
 
     with pytest.raises(DataError) as error:
         map_arrays(tmp_path, KEY, LAYOUT, fail)
-    assert f"the cache of {tmp_path} could not be made ([Errno 28] No space left on device); it needs 0.0 GB" in str(
-        error.value
+    assert (
+        f"the cache of {tmp_path} could not be made ([Errno 28] No space left on device); it needs 0.0 GB"
+        in str(error.value)
     )
-    assert not list(root.iterdir())
+    assert not made(root)
 
 
 def test_where_it_is(root, monkeypatch, tmp_path):
@@ -126,20 +141,45 @@ def test_where_it_is(root, monkeypatch, tmp_path):
 
 def test_a_folder_is_read_once(folder, scenes, root, monkeypatch):
     monkeypatch.setattr("lib.data.folder.CACHED_FROM", 5)
-    whole = load_samples(folder, "train", "official", (48, 64))
+    whole = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(whole.image, resize_samples(scenes, (48, 64)).image)
     with monkeypatch.context() as patched:
         patched.setattr("lib.data.folder.decode_image", None)
-        again, train = (load_samples(folder, "train", split, (48, 64)) for split in ("official", "random"))
+        again, train = (
+            load_samples(folder, "train", validation, (48, 64)) for validation in ("none", "random")
+        )
         assert isinstance(again.image, np.memmap)
         by_name = dict(zip(whole.names, whole.label, strict=True))
         np.testing.assert_array_equal(train.label, [by_name[name] for name in train.names])
     (folder / "dataset.yaml").write_text("depth_range_m: [1, 5]\ndepth_unit_mm: 2")
-    doubled = load_samples(folder, "train", "official", (48, 64))
+    doubled = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(doubled.depth, 2 * whole.depth)
     assert doubled.depth_range_m == (1.0, 5.0)
     path = folder / "train" / "depth" / "000001.png"
     path.write_bytes((folder / "train" / "depth" / "000000.png").read_bytes())
-    changed = load_samples(folder, "train", "official", (48, 64))
+    changed = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(changed.depth[1], changed.depth[0])
-    assert len(list(root.iterdir())) == 1
+    assert len(made(root)) == 1
+
+
+def test_reading_a_folder_imports_no_notebook_libraries(folder):
+    code = """
+import sys
+from lib.data import load_samples
+assert len(load_samples(sys.argv[1], "train", "none", (24, 32))) == 12
+print([name for name in ("IPython", "matplotlib", "ipywidgets") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code, str(folder)]
+    root = Path(__file__).parents[2]
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this platform can't reserve space")
+def test_a_full_disk_is_an_error_before_anything_is_written(root, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(DataError, match="the cache of .* could not be made .* it needs 0.0 GB there"):
+        map_arrays(tmp_path, KEY, LAYOUT, never)
+    assert not made(root)

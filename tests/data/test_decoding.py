@@ -46,7 +46,8 @@ def png(bits, rows, path, palette=None):
     entries = [] if palette is None else [(b"PLTE", bytes(palette))]
     chunks = [(b"IHDR", head), *entries, (b"IDAT", zlib.compress(bytes_)), (b"IEND", b"")]
     parts = [
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
     ]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     return path
@@ -62,7 +63,9 @@ def test_rgb_as_it_is(tmp_path, suffix):
 @pytest.mark.parametrize("mode", ["L", "1", "RGBA", "LA", "P", "CMYK", "YCbCr"])
 def test_what_a_file_shows_becomes_rgb(tmp_path, mode):
     path = save(RGB, tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"), mode)
-    np.testing.assert_array_equal(decode_image(path), np.asarray(Image.fromarray(RGB).convert(mode).convert("RGB")))
+    np.testing.assert_array_equal(
+        decode_image(path), np.asarray(Image.fromarray(RGB).convert(mode).convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
@@ -99,14 +102,19 @@ REFUSED_IMAGES = {
         lambda path: path.write_bytes(cv2.imencode(".png", RGB.astype(np.uint16))[1]),
         "found RGB of 16 bits",
     ),
-    "see-through": (lambda path: with_alpha(RGB, 254, path), "found transparent pixels, expected an opaque picture"),
+    "see-through": (
+        lambda path: with_alpha(RGB, 254, path),
+        "found transparent pixels, expected an opaque picture",
+    ),
     "a colour that is": (lambda path: save(RGB, path, transparency=(0, 3, 6)), "found transparent pixels"),
     "in a palette": (
         lambda path: save_palette(VALUES % 4, [0, 0, 0, 9, 9, 9, 8, 0, 0, 7, 7, 7], path, transparency=1),
         "found transparent pixels",
     ),
     "two pictures": (
-        lambda path: Image.fromarray(RGB).save(path, save_all=True, append_images=[Image.fromarray(RGB[::-1])]),
+        lambda path: Image.fromarray(RGB).save(
+            path, save_all=True, append_images=[Image.fromarray(RGB[::-1])]
+        ),
         "can't be decoded (it holds 2 pictures, expected one)",
     ),
     "nothing": (lambda path: path.touch(), "can't be decoded ("),
@@ -153,15 +161,17 @@ def test_labels_of_few_bits_are_refused(tmp_path, bits):
     with pytest.raises(DataError) as error:
         decode_label(path)
     assert str(error.value) == (
-        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits that holds class values; map colours "
-        "to values, each its own class; Image.open(path).convert('L') gives the greys"
+        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits that holds class values; where "
+        "colours mean classes, list them under `colours` in dataset.yaml; Image.open(path).convert('L') gives the greys"
     )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
 def test_labels_that_are_no_values_are_refused(tmp_path, mode):
     path = save(RGB, tmp_path / ("a.tif" if mode == "F" else "a.png"), mode)
-    with pytest.raises(DataError, match=f"a.*: found mode {mode} of Pillow, expected one channel of 8 or 16 bits"):
+    with pytest.raises(
+        DataError, match=f"a.*: found mode {mode} of Pillow, expected one channel of 8 or 16 bits"
+    ):
         decode_label(path)
 
 
@@ -183,7 +193,9 @@ def test_depth_as_it_is_stored(tmp_path, suffix, dtype):
 
 def test_big_endian_depth(tmp_path):
     np.save(tmp_path / "a.npy", DEPTH.astype(">u2"))
-    np.testing.assert_array_equal(decode_depth(tmp_path / "a.npy", "sun"), decode_depth_of(DEPTH, tmp_path, "sun"))
+    np.testing.assert_array_equal(
+        decode_depth(tmp_path / "a.npy", "sun"), decode_depth_of(DEPTH, tmp_path, "sun")
+    )
 
 
 def decode_depth_of(depth, folder, bits):
@@ -214,10 +226,26 @@ def test_depth_in_millimetres(depth, unit_mm, missing, expected):
 
 
 REFUSED_DEPTH = {
-    "8 bits": (DEPTH.astype(np.uint8), "a.png", "found 8 bits, expected 16: depth of 8 bits has lost its scale"),
-    "RGB": (RGB, "a.png", "found mode RGB of Pillow, expected one channel of depth of 16 bits; export it again"),
-    "three axes": (DEPTH[None], "a.npy", "found uint16 of shape (1, 1, 4), expected numbers of shape (height, width)"),
-    "no numbers": (DEPTH > 0, "a.npy", "found bool of shape (1, 4), expected numbers of shape (height, width)"),
+    "8 bits": (
+        DEPTH.astype(np.uint8),
+        "a.png",
+        "found 8 bits, expected 16: depth of 8 bits has lost its scale",
+    ),
+    "RGB": (
+        RGB,
+        "a.png",
+        "found mode RGB of Pillow, expected one channel of depth of 16 bits; export it again",
+    ),
+    "three axes": (
+        DEPTH[None],
+        "a.npy",
+        "found uint16 of shape (1, 1, 4), expected numbers of shape (height, width)",
+    ),
+    "no numbers": (
+        DEPTH > 0,
+        "a.npy",
+        "found bool of shape (1, 4), expected numbers of shape (height, width)",
+    ),
     "objects": (np.array([{}]), "a.npy", "can't be decoded (Object arrays cannot be loaded"),
     "negative": (
         -DEPTH.astype(float),

@@ -15,11 +15,23 @@ def describe(root, text):
 
 def test_without_a_file_all_is_default(tmp_path):
     description = read_description(tmp_path)
-    assert (description.classes, description.values, description.ignore) == (NYUV2_13, tuple(range(13)), (255,))
-    assert (description.depth_unit_mm, description.depth_missing, description.depth_bits) == (1, (0,), "plain")
-    assert (description.depth_range_m, description.scene, description.stated) == ((0.71, 10.0), None, frozenset())
+    assert (description.class_names, list(description.by_value), description.unlabelled) == (
+        NYUV2_13,
+        list(range(13)),
+        [255],
+    )
+    assert (description.depth_unit_mm, description.depth_missing, description.depth_bits) == (
+        1,
+        [0],
+        "plain",
+    )
+    assert (description.depth_range_m, description.scene, description.stated) == (
+        [0.71, 10.0],
+        None,
+        set(),
+    )
     assert dict(description.folders) == {"image": "image", "depth": "depth", "label": "label"}
-    assert dict(description.parts) == {"train": "train", "test": "test"}
+    assert dict(description.splits) == {"train": "train", "test": "test"}
     assert describe(tmp_path, "{}") == description
 
 
@@ -34,19 +46,23 @@ def test_every_key(tmp_path):
         depth_bits: sun
         depth_range_m: [1, 5]
         folders: {image: "color/{name}_rgb.png", label: labels, depth: null}
-        parts: {train: train.txt, valid: lists/valid.txt, test: null}
+        splits: {train: train.txt, valid: lists/valid.txt, test: null}
         scene: ^([^/]+)/
         """,
     )
-    assert description.classes == ("wall", "sofa", "bed")  # by value
-    assert description.values == (0, 7, 1000)
-    assert (description.ignore, description.depth_missing) == ((255, 65535), (0, 65535))
-    assert (description.depth_unit_mm, description.depth_bits, description.depth_range_m) == (0.2, "sun", (1.0, 5.0))
+    assert description.class_names == ("wall", "sofa", "bed")  # by value
+    assert list(description.by_value) == [0, 7, 1000]
+    assert (description.ignore, description.depth_missing) == ([255, 65535], [0, 65535])
+    assert (description.depth_unit_mm, description.depth_bits, description.depth_range_m) == (
+        0.2,
+        "sun",
+        [1.0, 5.0],
+    )
     assert dict(description.folders) == {"image": "color/{name}_rgb.png", "label": "labels"}
-    assert dict(description.parts) == {"train": "train.txt", "valid": "lists/valid.txt"}
+    assert dict(description.splits) == {"train": "train.txt", "valid": "lists/valid.txt"}
     assert description.scene == "^([^/]+)/"
     assert description.stated == {
-        "classes", "ignore", "depth_unit_mm", "depth_missing", "depth_bits", "depth_range_m", "folders", "parts", "scene",
+        "classes", "ignore", "depth_unit_mm", "depth_missing", "depth_bits", "depth_range_m", "folders", "splits", "scene",
     }  # fmt: skip
 
 
@@ -82,8 +98,9 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
     description, yaml = describe(tmp_path, text), tmp_path / "dataset.yaml"
     name = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
     with pytest.raises(DataError) as error:
-        description.to_indices(tmp_path / "a.png", np.array([[value, min(description.values)]], np.int32))
-    assert str(error.value) == f"{tmp_path / 'a.png'}: " + message.format(yaml=yaml, name=name)
+        description.to_indices(tmp_path / "a.png", np.array([[value, min(description.by_value)]], np.int32))
+    share = f". Shares of the pixels in 1 files: {value}: 50.00%"
+    assert str(error.value) == f"{tmp_path / 'a.png'}: " + message.format(yaml=yaml, name=name) + share
 
 
 @pytest.mark.parametrize(
@@ -96,7 +113,7 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
         ("classes: {0: a, 70000: b}", "classes is {0: 'a', 70000: 'b'}, expected a list of 2 to 255 names"),
         ("classes: {a: 0, b: 1}", "classes is {'a': 0, 'b': 1}, expected a list of 2 to 255 names"),
         ("classes: {0: a, 1: a}", "classes names a twice; every class needs a name of its own"),
-        ("ignore: 255", "ignore is 255, expected a list of label values, whole numbers from 0 to 65535, such as [0, 255]"),
+        ("ignore: 255", "ignore is 255, expected a list of label values, whole numbers from 0 to 65535, such as [0, 255], or others"),
         ("ignore: [3]", "ignore is [3], expected no value of a class, but 3 is 'chair'"),
         ("depth_unit_mm: 1e-1", "depth_unit_mm is '1e-1', expected millimetres of one unit, a number such as 0.2 or 10"),
         ("depth_unit_mm: 0", "depth_unit_mm is 0, expected millimetres"),
@@ -108,13 +125,17 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
         ("folders: {depth: depth}", "folders is {'depth': 'depth'}, expected the folder of image and, where there are, of"),
         ("folders: {image: rgb, mask: m}", "folders is {'image': 'rgb', 'mask': 'm'}, expected the folder of image"),
         ("folders: {image: 3}", "folders is {'image': 3}, expected the folder of image"),
-        ("parts: {training: t}", "parts is {'training': 't'}, expected folders or lists of names of train, valid or test"),
-        ("parts: {}", "parts is {}, expected folders or lists"),
+        ("splits: {training: t}", "splits is {'training': 't'}, expected folders or lists of names of train, valid or test"),
+        ("splits: {}", "splits is {}, expected folders or lists"),
+        ("parts: {train: t, valid: v}", "parts: is called splits now"),
+        ("classes: [a, b]\nparts: {train: t}", "parts: is called splits now"),
         ("scene: 7", "scene is 7, expected a regular expression, the name of a .csv file, or null"),
-        ("depth_unit: 2", "found depth_unit, expected keys of: classes, first_label, ignore, depth_unit_mm, depth_missing, "
-         "depth_bits, depth_range_m, folders, parts, scene"),
+        ("depth_unit: 2", "found depth_unit, expected keys of: classes, colours, first_label, ignore, depth_unit_mm, depth_missing, "
+         "depth_bits, depth_range_m, folders, splits, scene"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_meant_is_named(tmp_path, text, message):
-    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / 'dataset.yaml'))}: {re.escape(message)}"):
+def test_what_can_not_be_meant_is_reported(tmp_path, text, message):
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(tmp_path / 'dataset.yaml'))}: {re.escape(message)}"
+    ):
         describe(tmp_path, text)

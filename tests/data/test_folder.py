@@ -11,7 +11,7 @@ from lib.data.samples import resize_samples
 
 
 def test_folder_gives_back_what_was_written(folder, scenes):
-    assert_equal_samples(load_samples(folder, "train", "official"), scenes)
+    assert_equal_samples(load_samples(folder, "train", "none"), scenes)
     test = load_samples(folder, "test")
     assert test.label is None
     np.testing.assert_array_equal(test.depth, scenes.depth[:3])
@@ -21,17 +21,17 @@ def test_folder_reads_jpg_images(folder, scenes):
     for path in (folder / "train" / "image").glob("*.png"):
         Image.open(path).save(path.with_suffix(".jpg"), quality=95)
         path.unlink()
-    samples = load_samples(folder, "train", "official")
+    samples = load_samples(folder, "train", "none")
     assert np.abs(samples.image.astype(int) - scenes.image).mean() < 12
 
 
 def test_size_resizes_once_like_resize_samples(folder, scenes):
-    assert_equal_samples(load_samples(folder, "train", "official", (48, 64)), resize_samples(scenes, (48, 64)))
+    assert_equal_samples(load_samples(folder, "train", "none", (48, 64)), resize_samples(scenes, (48, 64)))
 
 
-def test_official_split_trains_on_everything(folder):
-    assert len(load_samples(folder, "train", "official")) == 12
-    valid = load_samples(folder, "valid", "official", (48, 64))
+def test_validation_none_trains_on_everything(folder):
+    assert len(load_samples(folder, "train", "none")) == 12
+    valid = load_samples(folder, "valid", "none", (48, 64))
     assert len(valid) == 0
     assert valid.image.shape == (0, 48, 64, 3)
 
@@ -40,7 +40,7 @@ def test_blocks_need_numbers(tmp_path, scenes):
     names = np.array([f"room_{i}" for i in range(12)])
     write_folder(tmp_path, change(scenes, names=names))
     with pytest.raises(
-        ValueError, match="split: 'blocks' needs numbers as file names .*, found room_0, room_1, room_10"
+        ValueError, match="validation: 'blocks' needs numbers as file names .*, found room_0, room_1, room_10"
     ):
         load_samples(tmp_path, "train", "blocks")
     assert len(load_samples(tmp_path, "valid", "auto")) == 3  # random: a fifth, rounded up
@@ -61,16 +61,20 @@ def replace(array=None, data=None, remove=False):
 
 SIZE = (96, 128)
 IMAGE_REMEDY = "expected 8 bits a channel; convert the file"
-DEPTH_REMEDY = "expected 16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
-LABEL_REMEDY = "expected one channel of 8 or 16 bits that holds class values; map colours to values, each its own class"
-PARTNER = (
-    "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
+DEPTH_REMEDY = (
+    "expected 16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
 )
+LABEL_REMEDY = "expected one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under `colours` in dataset.yaml"
+PARTNER = "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
 BAD_FILES = {
     "missing partner": ("depth", replace(remove=True), PARTNER),
     "missing label": ("label", replace(remove=True), PARTNER),
     "no image for a depth": ("image", replace(remove=True), PARTNER),
-    "16-bit image": ("image", replace(np.zeros(SIZE, np.uint16)), f"found I;16 of 16 bits or more, {IMAGE_REMEDY}"),
+    "16-bit image": (
+        "image",
+        replace(np.zeros(SIZE, np.uint16)),
+        f"found I;16 of 16 bits or more, {IMAGE_REMEDY}",
+    ),
     "transparent": (
         "image",
         replace(np.full((*SIZE, 4), 200, np.uint8)),
@@ -81,21 +85,25 @@ BAD_FILES = {
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
         "label values [20], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml",
+        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33%",
     ),
     "label of 16 bits": (
         "label",
         replace(np.full(SIZE, 300, np.uint16)),
         "label values [300], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml",
+        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33%",
     ),
     "label after the last": (
         "label",
         replace(np.full(SIZE, 13, np.uint8)),
         "label values [13], expected 0..12 and 255 = unlabelled; where 0 means unlabelled, write `first_label: 1` into "
-        "{root}/dataset.yaml",
+        "{root}/dataset.yaml. Shares of the pixels in 12 files: 13: 8.33%",
     ),
-    "colour label": ("label", replace(np.zeros((*SIZE, 3), np.uint8)), f"found mode RGB of Pillow, {LABEL_REMEDY}"),
+    "colour label": (
+        "label",
+        replace(np.zeros((*SIZE, 3), np.uint8)),
+        f"found mode RGB of Pillow, {LABEL_REMEDY}",
+    ),
     "other size": (
         "depth",
         replace(np.full((48, 64), 900, np.uint16)),
@@ -115,13 +123,13 @@ def test_bad_file_is_named(folder, case):
     path = folder / "train" / kind / "000001.png"
     damage(path)
     with pytest.raises(DataError) as error:
-        load_samples(folder, "train", "official", (48, 64))
+        load_samples(folder, "train", "none", (48, 64))
     named = path.parent if message == PARTNER else path
     assert str(error.value) == f"{named}: {message.format(path=path, root=folder)}"
 
 
 def test_a_file_that_disappears_while_reading(folder):
-    path, pieces = folder / "train" / "depth" / "000004.png", iterate_samples(folder, "train", "official")
+    path, pieces = folder / "train" / "depth" / "000004.png", iterate_samples(folder, "train", "none")
     path.unlink()
     with pytest.raises(DataError) as error:
         list(pieces)
@@ -139,7 +147,7 @@ def test_truncated_image_is_an_error(folder, suffix):
         path.unlink()
     whole.write_bytes(whole.read_bytes()[:-900])
     with pytest.raises(DataError, match="can't be decoded"):
-        load_samples(folder, "train", "official")
+        load_samples(folder, "train", "none")
 
 
 def test_missing_folders(tmp_path, folder):
@@ -154,24 +162,26 @@ def test_missing_folders(tmp_path, folder):
 def test_two_files_of_one_name(folder, scenes):
     Image.fromarray(scenes.image[0]).save(folder / "train" / "image" / "000000.jpg")
     with pytest.raises(DataError, match="a second file named '000000' beside 000000.jpg; keep one"):
-        load_samples(folder, "train", "official")
+        load_samples(folder, "train", "none")
 
 
 def test_native_sizes_must_agree_in_one_array(folder, scenes):
     write_folder(folder, change(resize_samples(scenes[:1], (120, 160)), names=np.array(["000099"])))
     with pytest.raises(DataError) as error:
-        load_samples(folder, "train", "official")
+        load_samples(folder, "train", "none")
     assert str(error.value) == (
         f"{folder}: 000016 is 96x128, 000099 is 120x160; images of different sizes can't be read at their native size "
         "into one array: give a size, or read them with iterate_samples"
     )
-    assert len(load_samples(folder, "train", "official", (48, 64))) == 13
+    assert len(load_samples(folder, "train", "none", (48, 64))) == 13
 
 
 def test_runs_of_ids_are_scenes(folder, scenes):
-    """Of the whole folder, before it is split: the part that validates keeps the scenes it has."""
-    whole = load_samples(folder, "train", "official")
-    assert [(whole.scene == name).sum() for name in np.unique(whole.scene)] == [2] * 6  # two views of each room
+    """Of the whole folder, before it is split: the split that validates keeps the scenes it has."""
+    whole = load_samples(folder, "train", "none")
+    assert [(whole.scene == name).sum() for name in np.unique(whole.scene)] == [
+        2
+    ] * 6  # two views of each room
     by_name = dict(zip(whole.names, whole.scene, strict=True))
     valid = load_samples(folder, "valid", "random")
     assert list(valid.scene) == [by_name[name] for name in valid.names]
@@ -182,9 +192,10 @@ def test_a_folder_names_its_classes(folder, scenes, count):
     names = [f"class {index}" for index in range(count)]
     (folder / "dataset.yaml").write_text(f"classes: {names}\n")
     write_folder(
-        folder, change(scenes, label=np.where(scenes.label == 255, 255, scenes.label % count).astype(np.uint8))
+        folder,
+        change(scenes, label=np.where(scenes.label == 255, 255, scenes.label % count).astype(np.uint8)),
     )
-    train, test = load_samples(folder, "train", "official"), load_samples(folder, "test")
+    train, test = load_samples(folder, "train", "none"), load_samples(folder, "test")
     assert train.classes == test.classes == tuple(names)
     assert set(np.unique(train.label)) == {*range(min(13, count)), 255}
     assert next(iter(iterate_samples(folder, "train"))).classes == tuple(names)
@@ -209,12 +220,10 @@ def test_labels_outside_of_the_named_classes(folder):
     with pytest.raises(
         DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = unlabelled; name"
     ):
-        load_samples(folder, "train", "official")
+        load_samples(folder, "train", "none")
 
 
-LIST = (
-    "expected a list of 2 to 255 names in the order of their indices, such as [bed, books, ceiling], or {value: name}"
-)
+LIST = "expected a list of 2 to 255 names in the order of their indices, such as [bed, books, ceiling], or {value: name}"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +239,10 @@ LIST = (
         ("classes: [bed, 7]", f"classes is ['bed', 7], {LIST}"),
         ("classes:", f"classes is None, {LIST}"),
         (f"classes: {[f'c{index}' for index in range(256)]}", LIST),
-        ("classes: [bed, sofa, bed, sofa, tv]", "classes names bed, sofa twice; every class needs a name of its own"),
+        (
+            "classes: [bed, sofa, bed, sofa, tv]",
+            "classes names bed, sofa twice; every class needs a name of its own",
+        ),
     ],
 )
 def test_bad_descriptions(folder, text, message):

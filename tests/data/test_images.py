@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from lib.data import DataError
-from lib.data.images import open_pictures
+from lib.data.images import open_images
 
 CLASSES = ("wall", "floor")
 ORIENTATION = 0x0112
@@ -17,7 +17,7 @@ def picture():
 
 
 def read(images, depths=None, depth_unit_mm=None):
-    return list(open_pictures(str(images), depths and str(depths), depth_unit_mm, bool(depths), CLASSES))
+    return list(open_images(str(images), depths and str(depths), depth_unit_mm, bool(depths), CLASSES))
 
 
 def test_one_file_and_a_folder_of_files_of_any_sizes(tmp_path, picture):
@@ -67,7 +67,11 @@ def spoil(path, picture):
         ("cut.png", spoil, "can't be decoded"),
         ("phone.HEIC", lambda path, picture: path.write_bytes(b"heic"), "convert them to jpg"),
         ("text.jpg", lambda path, picture: path.write_text("no picture"), "can't be decoded"),
-        ("deep.png", lambda path, picture: Image.fromarray(picture[..., 0].astype(np.uint16)).save(path), "8 bits"),
+        (
+            "deep.png",
+            lambda path, picture: Image.fromarray(picture[..., 0].astype(np.uint16)).save(path),
+            "8 bits",
+        ),
     ],
 )
 def test_what_is_no_picture_is_refused_by_name(tmp_path, picture, name, write, message):
@@ -102,12 +106,14 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
     with pytest.raises(DataError) as error:
         read(tmp_path, folder)
     assert str(error.value) == (
-        f"depths: {folder} has the median 9060 in 1 files, expected 500 to 5000 mm. It looks like 5000 units a metre: "
-        "give depth_unit_mm 0.2, or 1 if these are mm"
+        f"depths: {folder} has the median 9060 in 1 files, expected 1250 to 5000 mm: give "
+        "depth_unit_mm 0.25 for 4000 units a metre or 0.2 for 5000 units a metre or 0.1 for tenths of mm or 1 if these are mm"
     )
     assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # what is stated is believed
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)
-    with pytest.raises(DataError, match="room.png: 20x30, but its picture room.jpg is 40x60; both must have one size"):
+    with pytest.raises(
+        DataError, match="room.png: 20x30, but its picture room.jpg is 40x60; both must have one size"
+    ):
         read(tmp_path, folder)
     Image.fromarray(picture).save(tmp_path / "other.jpg")
     with pytest.raises(
@@ -119,9 +125,9 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
 def test_a_network_gets_what_it_takes_and_no_more(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     with pytest.raises(ValueError, match="depths: found None, but this network takes depth"):
-        open_pictures(str(tmp_path), None, 1.0, True, CLASSES)
+        open_images(str(tmp_path), None, 1.0, True, CLASSES)
     with pytest.raises(ValueError, match="depths: found '.*', but this network takes RGB alone"):
-        open_pictures(str(tmp_path), str(tmp_path), 1.0, False, CLASSES)
+        open_images(str(tmp_path), str(tmp_path), 1.0, False, CLASSES)
 
 
 def test_what_is_not_there_or_there_twice(tmp_path, picture):
@@ -133,8 +139,8 @@ def test_what_is_not_there_or_there_twice(tmp_path, picture):
         read(tmp_path)
 
 
-def test_embedded_scenes_have_depth_and_any_network_s_classes():
-    piece = next(iter(open_pictures("synthetic", None, 1.0, True, CLASSES)))
+def test_built_in_scenes_have_depth_and_any_network_s_classes():
+    piece = next(iter(open_images("synthetic", None, 1.0, True, CLASSES)))
     assert len(piece) == 1
     assert piece.depth is not None
     assert piece.classes == CLASSES

@@ -1,4 +1,4 @@
-"""The layouts of lib/data/README.md: the embedded scenes, written as people have their data on disk."""
+"""The layouts of lib/data/README.md: the built-in synthetic scenes, written as people have their data on disk."""
 
 import re
 from dataclasses import replace
@@ -37,16 +37,20 @@ def test_sibling_folders_with_lists(tmp_path, scenes):
     save(tmp_path, "color/{name}_rgb.png", names, scenes.image)
     save(tmp_path, "depth/{name}.png", names, scenes.depth)
     save(tmp_path, "label/{name}.png", names[:9], scenes.label[:9])
-    Path(tmp_path, "train.txt").write_text("".join(f"color/{name}_rgb.png\r\n" for name in reversed(names[:9])))
-    Path(tmp_path, "test.txt").write_text("\ufeff" + "\n".join([names[9], f"./{names[10]}.png", f"depth/{names[11]}"]))
-    train, test = load_samples(tmp_path, "train", "official"), load_samples(tmp_path, "test")
+    Path(tmp_path, "train.txt").write_text(
+        "".join(f"color/{name}_rgb.png\r\n" for name in reversed(names[:9]))
+    )
+    Path(tmp_path, "test.txt").write_text(
+        "\ufeff" + "\n".join([names[9], f"./{names[10]}.png", f"depth/{names[11]}"])
+    )
+    train, test = load_samples(tmp_path, "train", "none"), load_samples(tmp_path, "test")
     order = np.argsort(names[:9])
     assert_equal_samples(replace(train, names=scenes.names[:9][order]), scenes[:9][order])
     assert list(train.names) == sorted(names[:9])
     assert list(train.scene) == sorted(scenes.scene[:9])
     assert sorted(test.names) == sorted(names[9:])
     assert test.label is None
-    assert load_samples(tmp_path, "valid").made_with["chosen_split"] == "scenes"
+    assert load_samples(tmp_path, "valid").loaded_with["chosen_validation"] == "scenes"
 
 
 def test_0_is_unlabelled_and_classes_begin_with_1(tmp_path, scenes):
@@ -57,42 +61,48 @@ def test_0_is_unlabelled_and_classes_begin_with_1(tmp_path, scenes):
         classes=("bed", "books", "ceiling"),
     )
     write_folder(tmp_path, replace(scenes, label=scenes.label + np.uint8(1)))  # 255 becomes 0
-    assert_equal_samples(load_samples(tmp_path, "train", "official"), scenes)
+    assert_equal_samples(load_samples(tmp_path, "train", "none"), scenes)
 
 
 def test_5000_units_a_metre_and_65535_where_nothing_was_measured(tmp_path, scenes):
     write_example(tmp_path, 2)
-    stored = np.where(scenes.depth == 0, 65535, np.minimum(5 * scenes.depth.astype(int), 65000)).astype(np.uint16)
+    stored = np.where(scenes.depth == 0, 65535, np.minimum(5 * scenes.depth.astype(int), 65000)).astype(
+        np.uint16
+    )
     write_folder(tmp_path, replace(scenes, depth=stored))
-    samples = load_samples(tmp_path, "train", "official")
+    samples = load_samples(tmp_path, "train", "none")
     assert_equal_samples(samples, replace(scenes, depth=scenes.depth.clip(0, 13000)))
     assert samples.depth_range_m == (0.4, 8.0)
 
 
-def test_a_valid_part_of_its_own(tmp_path, scenes):
+def test_a_valid_split_of_its_own(tmp_path, scenes):
     write_example(tmp_path, 3)
-    for part, samples in (("training", scenes[:7]), ("validation", scenes[7:])):
-        write_folder(tmp_path, samples, part)
-    train, valid = (load_samples(tmp_path, part) for part in ("train", "valid"))
+    for split, samples in (("training", scenes[:7]), ("validation", scenes[7:])):
+        write_folder(tmp_path, samples, split)
+    train, valid = (load_samples(tmp_path, split) for split in ("train", "valid"))
     assert_equal_samples(train, scenes[:7])
     assert_equal_samples(valid, scenes[7:])
-    assert valid.made_with["chosen_split"] == iterate_samples(tmp_path, "train").split == "given"
-    assert list(load_samples(tmp_path, "valid", "given", limit=2).names) == list(scenes.names[7:9])
+    assert (
+        valid.loaded_with["chosen_validation"]
+        == iterate_samples(tmp_path, "train").validation
+        == "predefined"
+    )
+    assert list(load_samples(tmp_path, "valid", "predefined", limit=2).names) == list(scenes.names[7:9])
     assert set(load_samples(tmp_path, "valid", "random").names) < set(scenes.names[:7])  # as it is asked for
     with pytest.raises(DataError) as error:
         load_samples(tmp_path, "test")
     assert str(error.value) == (
-        f"{tmp_path}: has no part 'test', expected one of: train, valid; name it in {tmp_path / 'dataset.yaml'}"
+        f"{tmp_path}: has no split 'test', expected one of: train, valid; name it in {tmp_path / 'dataset.yaml'}"
     )
 
 
-def test_given_without_a_part_that_validates(folder):
+def test_predefined_without_a_valid_split(folder):
     for source in (folder, "synthetic"):
         with pytest.raises(ValueError) as error:
-            load_samples(source, "valid", "given")
+            load_samples(source, "valid", "predefined")
         assert str(error.value) == (
-            "split: 'given' needs data with a part of their own that validates; name it in DATA/dataset.yaml, such as "
-            "`parts: {train: train, valid: valid, test: test}`, or use split 'auto'"
+            "validation: 'predefined' needs a data set with its own valid split; name it in DATA/dataset.yaml, such as "
+            "`splits: {train: train, valid: valid, test: test}`, or use validation 'auto'"
         )
 
 
@@ -100,9 +110,9 @@ def test_a_table_of_scenes(folder, scenes):
     (folder / "dataset.yaml").write_text("scene: rooms.csv")
     lines = [f"{name},{scene}" for name, scene in zip(scenes.names, scenes.scene, strict=True)]
     (folder / "rooms.csv").write_text("\n".join(["name,scene", *lines]))
-    samples = load_samples(folder, "train", "official")
+    samples = load_samples(folder, "train", "none")
     assert list(samples.scene) == list(scenes.scene)
-    assert load_samples(folder, "train").made_with["chosen_split"] == "scenes"
+    assert load_samples(folder, "train").loaded_with["chosen_validation"] == "scenes"
     (folder / "rooms.csv").write_text("\n".join(["name,scene", *lines[1:]]))
     with pytest.raises(DataError) as error:
         load_samples(folder, "train")
@@ -119,9 +129,9 @@ def test_a_table_of_scenes(folder, scenes):
         ("scene: '(x)'", "{yaml}: gives 12 of 12 images no scene, the first is '000000'; every image needs one"),
         ("scene: none.csv", "{root}/none.csv: can't be read ([Errno 2] No such file or directory: '{root}/none.csv'); expected "
          "a table with the columns name,scene"),
-        ("parts: {train: train.txt}", "{root}/train.txt/image: no such folder; expected DATA/train/{{image,depth,label}} and "
+        ("splits: {train: train.txt}", "{root}/train.txt/image: no such folder; expected DATA/train/{{image,depth,label}} and "
          "DATA/test/{{image,depth}}, or what DATA/dataset.yaml says. Check the parameter data"),
-        ("parts: {train: dataset.yaml}\nfolders: {image: train/image}", "{yaml}: 2 of 2 lines name no image, the first is 'parts: "
+        ("splits: {train: dataset.yaml}\nfolders: {image: train/image}", "{yaml}: 2 of 2 lines name no image, the first is 'splits: "
          "{{train: dataset.yaml}}'; expected a name a line, such as '000000', of images in {root}/train/image"),
         ("folders: {image: 'image/{name}.jpg', label: label}", "{root}/train/image: found nothing, expected files of: "
          "{{name}}.jpg"),
@@ -138,7 +148,7 @@ def test_descriptions_that_do_not_fit_the_folder(folder, text, message):
 
 def test_lists_that_can_not_be_meant(folder, scenes):
     (folder / "dataset.yaml").write_text(
-        "parts: {train: a.txt, test: b.txt}\nfolders: {image: train/image, label: train/label}"
+        "splits: {train: a.txt, test: b.txt}\nfolders: {image: train/image, label: train/label}"
     )
     for content, message in (
         (
@@ -150,13 +160,14 @@ def test_lists_that_can_not_be_meant(folder, scenes):
     ):
         (folder / "a.txt").write_text(content)
         with pytest.raises(DataError, match=f"{folder}/a.txt: {message}"):
-            load_samples(folder, "train", "official")
+            load_samples(folder, "train", "none")
     (folder / "a.txt").write_text("000000\n000001")
     (folder / "b.txt").write_text("000001")
     with pytest.raises(DataError) as error:
         load_samples(folder, "test")
     assert str(error.value) == (
-        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; what was trained on is no test"
+        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; what is trained on can't "
+        "validate or test: give split 'test' other images, or leave it out of `splits`"
     )
 
 
@@ -172,6 +183,6 @@ def test_files_of_another_kind_are_named(folder):
 
 def test_without_a_depth_folder_there_is_none(folder, scenes):
     (folder / "train" / "depth").rename(folder / "depths")
-    assert load_samples(folder, "train", "official", (48, 64)).depth is None
+    assert load_samples(folder, "train", "none", (48, 64)).depth is None
     assert next(iter(iterate_samples(folder, "valid"))).depth is None
     assert load_samples(folder, "test").depth is not None

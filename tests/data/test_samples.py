@@ -7,13 +7,16 @@ from conftest import assert_equal_samples, write_folder
 
 from lib.classes import NYUV2_13
 from lib.data import Samples, iterate_samples, load_samples
-from lib.data.samples import Source, resize_image, resize_nearest, resize_samples
+from lib.data.samples import Split, resize_image, resize_nearest, resize_samples
 
 
 def join(pieces):
-    """The pieces of a part as one."""
+    """The pieces of a split as one."""
     pieces = list(pieces)
-    stacks = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("image", "depth", "label")}
+    stacks = {
+        name: np.concatenate([getattr(piece, name) for piece in pieces])
+        for name in ("image", "depth", "label")
+    }
     names, scene = (np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("names", "scene"))
     return Samples(names, **stacks, scene=scene, classes=pieces[0].classes)
 
@@ -30,11 +33,13 @@ def test_nearest_resizing_stays_aligned_with_rgb():
 
 
 def test_resizing_keeps_what_is_no_picture(scenes):
-    named = replace(scenes, classes=("a", *NYUV2_13[1:]), measured=scenes.depth > 0, made_with={"data": "here"})
+    named = replace(
+        scenes, classes=("a", *NYUV2_13[1:]), measured=scenes.depth > 0, loaded_with={"data": "here"}
+    )
     half = resize_samples(named, (48, 64))
     assert half.size == (48, 64)
     assert half.measured.shape == half.label.shape == half.depth.shape == (12, 48, 64)
-    assert (half.classes, half.made_with) == (named.classes, named.made_with)
+    assert (half.classes, half.loaded_with) == (named.classes, named.loaded_with)
     assert list(half.scene) == list(scenes.scene)
     assert resize_samples(named, named.size) is named
     nothing = resize_samples(replace(named, depth=None)[:0], (48, 64))
@@ -49,15 +54,20 @@ def test_slices_and_positions(scenes):
         for kind in ("image", "depth", "label"):
             np.testing.assert_array_equal(getattr(chosen, kind), getattr(scenes, kind)[positions])
         assert chosen.measured is None
-        assert chosen.made_with == scenes.made_with
+        assert chosen.loaded_with == scenes.loaded_with
 
 
 def test_what_is_not_there_is_ignored_or_missing(scenes):
-    bare = Samples(scenes.names, scenes.image)
+    bare = Samples(scenes.names, scenes.image, classes=scenes.classes)
     assert (bare.labels_or_ignored == 255).all()
     assert not bare.depth_or_missing.any()
     assert not bare.measured_depth.any()
-    assert bare.labels_or_ignored.shape == bare.depth_or_missing.shape == bare.measured_depth.shape == (12, 96, 128)
+    assert (
+        bare.labels_or_ignored.shape
+        == bare.depth_or_missing.shape
+        == bare.measured_depth.shape
+        == (12, 96, 128)
+    )
     assert (bare.labels_or_ignored.dtype, bare.depth_or_missing.dtype) == (np.uint8, np.uint16)
     assert scenes.labels_or_ignored is scenes.label
     assert scenes.depth_or_missing is scenes.depth
@@ -65,17 +75,17 @@ def test_what_is_not_there_is_ignored_or_missing(scenes):
 
 def test_measured_depth_by_hand():
     depth, measured = np.array([[[0, 900, 900, 0]]], np.uint16), np.array([[[True, True, False, False]]])
-    samples = Samples(np.array(["a"]), np.zeros((1, 1, 4, 3), np.uint8), depth)
+    samples = Samples(np.array(["a"]), np.zeros((1, 1, 4, 3), np.uint8), depth, classes=("x", "y"))
     assert samples.measured_depth.tolist() == [[[False, True, True, False]]]
     assert replace(samples, measured=measured).measured_depth.tolist() == [[[False, True, False, False]]]
 
 
 @pytest.mark.parametrize("size", [None, (24, 32)])
-@pytest.mark.parametrize("part", ["train", "valid"])
-def test_pieces_equal_the_whole(folder, part, size):
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_pieces_equal_the_whole(folder, split, size):
     for source in ("synthetic", folder):
-        whole = load_samples(source, part, "random", size, 11)
-        pieces = iterate_samples(source, part, "random", size, 11, batch_size=4)
+        whole = load_samples(source, split, "random", size, 11)
+        pieces = iterate_samples(source, split, "random", size, 11, batch_size=4)
         assert len(pieces) == len(whole)
         assert max(map(len, pieces)) <= 4
         joined = join(pieces)
@@ -87,7 +97,7 @@ def test_pieces_equal_the_whole(folder, part, size):
 def test_images_of_different_sizes_come_in_pieces_of_one_size(folder, scenes):
     larger = replace(resize_samples(scenes[:3], (120, 160)), names=np.array(["000004a", "000004b", "000099"]))
     write_folder(folder, larger)
-    pieces = list(iterate_samples(folder, "train", "official", batch_size=8))
+    pieces = list(iterate_samples(folder, "train", "none", batch_size=8))
     assert [(len(piece), piece.size) for piece in pieces] == [
         (4, (96, 128)), (2, (120, 160)), (2, (96, 128)), (6, (96, 128)), (1, (120, 160)),
     ]  # fmt: skip
@@ -102,31 +112,43 @@ def test_a_selection_of_a_selection():
     names = np.array(list("abcdef"))
 
     def read(positions, size):
-        return [Samples(names[positions], np.zeros((len(positions), 2, 2, 3), np.uint8))]
+        return [{"image": np.broadcast_to(positions[:, None, None, None], (len(positions), 2, 2, 3))}]
 
-    source = Source(names, np.array(list("uuvvww")), ("x", "y"), read, "random")
-    chosen = source.select(np.array([5, 3, 1])).select(np.array([2, 0]))
+    split = Split(names, ("x", "y"), read, np.array(list("uuvvww")), depth_range_m=(1, 2))
+    chosen = split.select(np.array([5, 3, 1])).select(np.array([2, 0]))
+    assert len(chosen) == 2
     assert list(chosen.names) == ["b", "f"]
     assert list(chosen.scene) == ["u", "w"]
-    (samples,) = chosen.read(np.array([0, 1]), None)
-    assert list(samples.names) == ["b", "f"]
+    for samples in (chosen[[0, 1]][0], next(iter(chosen)), chosen.load()):
+        assert (list(samples.names), list(samples.scene)) == (["b", "f"], ["u", "w"])
+        assert samples.image[:, 0, 0, 0].tolist() == [1, 5]
+        assert (samples.classes, samples.depth_range_m) == (("x", "y"), (1, 2))
+
+
+def test_samples_without_classes_are_refused(scenes):
+    """No class set is assumed where a data set does not name its own."""
+    with pytest.raises(TypeError, match="classes"):
+        Samples(scenes.names, scenes.image)
 
 
 def test_what_samples_were_loaded_with(folder):
-    assert load_samples("synthetic", "train", limit=10, size=(24, 32), fold=2).made_with == {
-        "data": "synthetic", "split": "auto", "limit": 10, "classes": None, "fold": 2, "chosen_split": "blocks",
+    assert load_samples("synthetic", "train", limit=10, size=(24, 32), fold=2).loaded_with == {
+        "data": "synthetic", "validation": "auto", "limit": 10, "classes": None, "fold": 2, "chosen_validation": "blocks",
         "image_height": 24, "image_width": 32,
     }  # fmt: skip
-    assert load_samples(folder, "test").made_with == {
-        "data": str(folder), "split": "auto", "limit": None, "classes": None, "fold": 4, "chosen_split": "random",
+    assert load_samples(folder, "test").loaded_with == {
+        "data": str(folder), "validation": "auto", "limit": None, "classes": None, "fold": 4, "chosen_validation": "random",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"part": "valdi"}, "part: found 'valdi', expected one of train, valid, test"),
-        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, given, scenes, blocks, random, official"),
+        ({"split": "valdi"}, "split: found 'valdi', expected one of train, valid, test"),
+        (
+            {"validation": "rnd"},
+            "validation: found 'rnd', expected one of auto, predefined, scenes, blocks, random, none",
+        ),
         ({"size": (0, 64)}, "size: found (0, 64), expected a height and a width of at least 1 pixel"),
         ({"limit": 0}, "limit: found 0, expected a number of images of at least 1"),
         ({"batch_size": 0}, "batch_size: found 0, expected a number of images of at least 1"),
@@ -139,22 +161,31 @@ def test_what_samples_were_loaded_with(folder):
     ],
 )
 def test_bad_arguments(arguments, message):
-    good = {"source": "synthetic", "part": "train", "split": "random", "size": (24, 32), "limit": 4, "batch_size": 2}
+    good = {
+        "source": "synthetic",
+        "split": "train",
+        "validation": "random",
+        "size": (24, 32),
+        "limit": 4,
+        "batch_size": 2,
+    }
     assert sum(map(len, iterate_samples(**good))) == 3
     with pytest.raises(ValueError) as error:
         iterate_samples(**good | arguments)
     assert str(error.value) == message
 
 
-def test_parts_do_not_overlap_and_limit_comes_first(folder):
-    for split in ("random", "blocks", "auto"):
-        train, valid = (set(load_samples(folder, part, split, limit=10).names) for part in ("train", "valid"))
+def test_splits_do_not_overlap_and_limit_comes_first(folder):
+    for validation in ("random", "blocks", "auto"):
+        train, valid = (
+            set(load_samples(folder, split, validation, limit=10).names) for split in ("train", "valid")
+        )
         assert train
         assert valid
         assert not train & valid
-        assert train | valid == set(load_samples(folder, "train", "official").names[:10])
+        assert train | valid == set(load_samples(folder, "train", "none").names[:10])
 
 
 def test_folds_validate_every_image_once(folder):
     valid = [load_samples(folder, "valid", "blocks", fold=fold).names for fold in range(5)]
-    assert sorted(np.concatenate(valid)) == sorted(load_samples(folder, "train", "official").names)
+    assert sorted(np.concatenate(valid)) == sorted(load_samples(folder, "train", "none").names)

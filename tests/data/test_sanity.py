@@ -23,55 +23,81 @@ def rewrite(folder, kind, change):
 def refusal(folder):
     """What streaming at native size says, too."""
     with pytest.raises(DataError) as error:
-        load_samples(folder, "train", "official", (24, 32))
+        load_samples(folder, "train", "none", (24, 32))
     with pytest.raises(DataError, match=re.escape(str(error.value))):
-        next(iter(iterate_samples(folder, "train", "official")))
+        next(iter(iterate_samples(folder, "train", "none")))
     return str(error.value)
 
 
+METRES, CENTIMETRES, TENTHS = (1000, "metres"), (10, "centimetres"), (0.1, "tenths of mm")
+QUARTERS, FIFTHS = (0.25, "4000 units a metre"), (0.2, "5000 units a metre")
+
+
 @pytest.mark.parametrize(
-    ("change", "median", "name", "unit"),
+    ("change", "median", "units"),
     [
-        (lambda depth: depth // 10, "310", "centimetres", 10),  # each frame of which could be a close-up
-        (lambda depth: (depth / 1000).astype(np.float32), "3.107", "metres", 1000),
-        (lambda depth: 5 * depth, "15535", "5000 units a metre", 0.2),
-        (lambda depth: np.minimum(10 * depth.astype(int), 60000).astype(np.uint16), "31070", "tenths of mm", 0.1),
+        (lambda depth: depth // 10, "310", [CENTIMETRES]),  # each frame of which could be a close-up
+        (lambda depth: (depth / 1000).astype(np.float32), "3.107", [METRES]),
+        (lambda depth: (depth / 1000).astype(np.float16), "3.10742", [METRES]),
+        (lambda depth: 4 * depth, "12428", [QUARTERS, FIFTHS, TENTHS]),  # RealSense L515, Matterport3D
+        (lambda depth: 5 * depth, "15535", [QUARTERS, FIFTHS, TENTHS]),
+        (lambda depth: np.minimum(10 * depth.astype(int), 60000).astype(np.uint16), "31070", [TENTHS]),
+        (lambda depth: depth // 3, "1035", []),  # near scenes, or something else
+        (lambda depth: depth / depth.max() / 100, "0.00", []),  # normalised
     ],
 )
-def test_depth_in_another_unit_is_named_and_its_line_mends_it(folder, scenes, change, median, name, unit):
+def test_depth_in_another_unit_is_refused_with_the_units_it_may_have(folder, scenes, change, median, units):
     rewrite(folder, "depth", change)
     yaml = folder / "dataset.yaml"
-    assert refusal(folder) == (
-        f"{folder}: the depth of part 'train' has the median {median} in 12 files, expected 500 to 5000 mm. It looks like "
-        f"{name}: write `depth_unit_mm: {unit}` into {yaml}, or `depth_unit_mm: 1` if these are mm"
+    lines = [f"`depth_unit_mm: {unit}` for {name}" for unit, name in units] + [
+        "`depth_unit_mm: 1` if these are mm"
+    ]
+    found = refusal(folder)
+    assert found.startswith(f"{folder}: the depth of split 'train' has the median {median}")
+    assert found.endswith(
+        f" in 12 files, expected 1250 to 5000 mm: write into {yaml} {' or '.join(lines)}. Depth that is not metric "
+        "(disparity, relative, normalised) can't be used: leave it out with `folders: {image: image, label: label}`"
     )
-    yaml.write_text(f"depth_unit_mm: {unit}")
-    depth = load_samples(folder, "train", "official").depth.astype(int)
-    assert np.abs(depth - scenes.depth)[scenes.depth < 6000].max() <= (9 if unit == 10 else 0)
-    yaml.write_text("depth_unit_mm: 1")  # what is stated is believed
-    assert len(load_samples(folder, "train", "official")) == 12
+    for unit, _ in units:
+        yaml.write_text(f"depth_unit_mm: {unit}")
+        assert len(load_samples(folder, "train", "none")) == 12  # what is stated is believed
+    yaml.write_text("depth_unit_mm: 1")
+    assert len(load_samples(folder, "train", "none")) == 12
+    yaml.write_text("folders: {image: image, label: label}")
+    assert load_samples(folder, "train", "none").depth is None
+
+
+@pytest.mark.parametrize(
+    ("factor", "unit", "within"), [(5, 0.2, 0), (4, 0.25, 0), (0.1, 10, 9), (0.001, 1000, 0)]
+)
+def test_the_stated_unit_gives_millimetres(folder, scenes, factor, unit, within):
+    dtype = np.uint16 if factor > 0.01 else np.float32
+    rewrite(folder, "depth", lambda depth: (depth * factor).astype(dtype))
+    (folder / "dataset.yaml").write_text(f"depth_unit_mm: {unit}")
+    depth = load_samples(folder, "train", "none").depth.astype(int)
+    assert np.abs(depth - scenes.depth)[scenes.depth < 6000].max() <= within
 
 
 def test_depth_that_is_missing_everywhere(folder):
     rewrite(folder, "depth", np.zeros_like)
     assert refusal(folder) == (
-        f"{folder}: the depth of part 'train' is missing everywhere in 12 files; export it again, or leave it out: write "
+        f"{folder}: the depth of split 'train' is missing everywhere in 12 files; export it again, or leave it out: write "
         f"`folders: {{image: image, label: label}}` into {folder / 'dataset.yaml'}"
     )
     (folder / "dataset.yaml").write_text("folders: {image: image, label: label}")
-    assert load_samples(folder, "train", "official").depth is None
+    assert load_samples(folder, "train", "none").depth is None
 
 
 def test_the_largest_number_may_mean_missing(folder, scenes):
     rewrite(folder, "depth", lambda depth: np.where(depth == 0, 65535, depth).astype(np.uint16))
     share = f"{(scenes.depth[:, ::4, ::4] == 0).mean():.0%}"
     assert refusal(folder) == (
-        f"{folder}: the depth of part 'train' is 65535 in {share} of the pixels, the largest of 16 bits. If it "
+        f"{folder}: the depth of split 'train' is 65535 in {share} of the pixels, the largest of 16 bits. If it "
         f"means not measured, write `depth_missing: [0, 65535]` into {folder / 'dataset.yaml'}, else "
         "`depth_missing: [0]`"
     )
     (folder / "dataset.yaml").write_text("depth_missing: [0, 65535]")
-    np.testing.assert_array_equal(load_samples(folder, "train", "official").depth, scenes.depth)
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").depth, scenes.depth)
 
 
 def test_labels_shifted_by_one(folder, scenes):
@@ -80,33 +106,35 @@ def test_labels_shifted_by_one(folder, scenes):
     write_folder(folder, replace(scenes, label=label + np.uint8(1)))  # 255 becomes 0
     yaml = folder / "dataset.yaml"
     assert refusal(folder) == (
-        f"{folder}: in the labels of part 'train' 0 lies between nearly all others, and 255 is never there, as if 0 meant "
+        f"{folder}: in the labels of split 'train' 0 lies between nearly all others, and 255 is never there, as if 0 meant "
         f"unlabelled and classes began with 1. If so, write `first_label: 1` into {yaml}; if 0 is 'bed', `first_label: 0`"
     )
     yaml.write_text("first_label: 1")
-    np.testing.assert_array_equal(load_samples(folder, "train", "official").label, label)
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
     yaml.write_text("first_label: 0")
-    assert (load_samples(folder, "train", "official").label == label + np.uint8(1)).all()
+    assert (load_samples(folder, "train", "none").label == label + np.uint8(1)).all()
 
 
 @pytest.mark.parametrize("first", ["wall", "Background"])
-def test_labels_that_are_complete_are_no_matter_of_doubt(folder, scenes, first):
+def test_complete_labels_raise_no_error(folder, scenes, first):
     """0 may be the wall behind most things, or what is named as the background."""
     label = np.stack([fill_unlabelled(label) for label in scenes.label])
     label = np.where(label == 11, 0, label % 11 + 1) if first == "wall" else label % 2 * (scenes.label != 255)
-    (folder / "dataset.yaml").write_text(f"classes: [{first}, {', '.join(f'c{index}' for index in range(12))}]")
+    (folder / "dataset.yaml").write_text(
+        f"classes: [{first}, {', '.join(f'c{index}' for index in range(12))}]"
+    )
     write_folder(folder, replace(scenes, label=label.astype(np.uint8)))
-    np.testing.assert_array_equal(load_samples(folder, "train", "official").label, label)
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
 
 
-def test_a_part_in_which_nothing_is_labelled(folder, scenes):
+def test_a_split_in_which_nothing_is_labelled(folder, scenes):
     nothing = np.full_like(scenes.label, 255)
-    nothing[1] = scenes.label[1]  # which trains in split random
+    nothing[1] = scenes.label[1]  # which trains in validation random
     write_folder(folder, replace(scenes, label=nothing))
     assert len(load_samples(folder, "train", "random")) == 9
     with pytest.raises(DataError) as error:
         load_samples(folder, "valid", "random")
     assert str(error.value) == (
-        f"{folder}: nothing is labelled in the 3 images of part 'valid' (split random); look at the labels, at `ignore` in "
+        f"{folder}: nothing is labelled in the 3 images of split 'valid' (validation random); look at the labels, at `ignore` in "
         "DATA/dataset.yaml and at limit"
     )

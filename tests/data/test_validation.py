@@ -7,8 +7,8 @@ from sklearn.model_selection import train_test_split
 
 from lib.classes import NYUV2_13
 from lib.data.nyuv2 import TABLES
-from lib.data.samples import Source
-from lib.data.validation import FOLDS, choose_split, number_runs, select_part, split_names
+from lib.data.samples import Split
+from lib.data.validation import FOLDS, choose_validation, number_runs, select_split, split_names
 
 
 def numbered(*ids):
@@ -26,8 +26,8 @@ def test_random_split_is_that_of_exp061():
     assert (len(train), len(valid)) == (636, 159)
 
 
-def test_official_trains_on_everything():
-    train, valid = split_names(ROOMS, "official")
+def test_none_trains_on_everything():
+    train, valid = split_names(ROOMS, "none")
     assert list(train) == list(range(12))
     assert len(valid) == 0
 
@@ -56,7 +56,7 @@ def test_the_usual_gap_is_the_step():
 def test_blocks_have_no_neighbours_on_both_sides(step):
     """Ids 0, 5, 10, ...: seven scenes of six frames that are further apart than their frames."""
     ids = np.concatenate([step * (100 * scene + np.arange(6)) for scene in range(7)])
-    train, valid = (ids[part] for part in split_names(numbered(*ids), "blocks"))
+    train, valid = (ids[split] for split in split_names(numbered(*ids), "blocks"))
     assert valid.tolist() == [step * (400 + frame) for frame in range(6)]
     assert np.abs(train[:, None] - valid).min() > step
 
@@ -76,19 +76,19 @@ def test_scenes_keep_scenes_whole(count):
     names = numbered(*range(len(scene)))
     train, valid = split_names(names, "scenes", scene)
     assert not set(scene[train]) & set(scene[valid])
-    # the split of the versions before there were folds
+    # the validation of the versions before there were folds
     shuffled = np.random.RandomState(42).permutation(np.unique(scene))
     assert set(scene[valid]) == set(shuffled[: math.ceil(0.2 * count)])
 
 
-@pytest.mark.parametrize("split", ["blocks", "scenes"])
-def test_the_five_folds_partition_the_images(split):
+@pytest.mark.parametrize("validation", ["blocks", "scenes"])
+def test_the_five_folds_partition_the_images(validation):
     rng = np.random.default_rng(1)
     ids = np.flatnonzero(rng.random(200) < 0.8)
     names, scene = numbered(*ids), np.array([f"room_{number // 9}" for number in ids])
     validate = []
     for fold in range(FOLDS):
-        train, valid = split_names(names, split, scene, fold)
+        train, valid = split_names(names, validation, scene, fold)
         np.testing.assert_array_equal(np.sort(np.append(train, valid)), np.arange(len(names)))
         assert len(valid) > 0
         validate.extend(valid)
@@ -106,39 +106,43 @@ def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
     np.testing.assert_array_equal(ids[train], np.setdiff1d(ids, np.concatenate(runs[4::5])))
 
 
-def source(names, usual_split, scene=None):
-    return Source(names, scene, NYUV2_13, None, usual_split)
+def source(names, usual_validation, scene=None):
+    return Split(names, NYUV2_13, None, scene, validation=usual_validation)
 
 
 def test_what_auto_means():
     scene = np.array([f"room_{position // 2}" for position in range(12)])
     words = np.array([f"room_{position}" for position in range(12)])
-    assert choose_split("auto", source(ROOMS, "blocks"), 4) == "blocks"
-    assert choose_split("auto", source(words, "scenes", scene), 4) == "scenes"
-    assert choose_split("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
-    assert choose_split("auto", source(ROOMS, "scenes"), 4) == "blocks"
-    assert choose_split("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
-    assert choose_split("auto", source(words, "given", scene), 4) == "given"
-    assert choose_split("scenes", source(words, "given", scene), 4) == "scenes"
-    assert choose_split("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
-    assert choose_split("auto", source(ROOMS[:6], "blocks"), 4) == "random"  # three runs leave nothing to validate
-    assert choose_split("auto", source(ROOMS[:1], "blocks"), 4) == "random"
-    assert choose_split("official", source(ROOMS, "blocks"), 4) == "official"
+    assert choose_validation("auto", source(ROOMS, "blocks"), 4) == "blocks"
+    assert choose_validation("auto", source(words, "scenes", scene), 4) == "scenes"
+    assert choose_validation("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_validation("auto", source(ROOMS, "scenes"), 4) == "blocks"
+    assert choose_validation("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
+    assert choose_validation("auto", source(words, "predefined", scene), 4) == "predefined"
+    assert choose_validation("scenes", source(words, "predefined", scene), 4) == "scenes"
+    assert choose_validation("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
+    assert (
+        choose_validation("auto", source(ROOMS[:6], "blocks"), 4) == "random"
+    )  # three runs leave nothing to validate
+    assert choose_validation("auto", source(ROOMS[:1], "blocks"), 4) == "random"
+    assert choose_validation("none", source(ROOMS, "blocks"), 4) == "none"
 
 
 def test_splits_that_can_not_be():
-    with pytest.raises(ValueError, match="split: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"):
+    with pytest.raises(
+        ValueError, match="validation: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"
+    ):
         split_names(ROOMS, "scenes")
     with pytest.raises(
         ValueError,
-        match="split: 'blocks' needs numbers as file names that run on within a scene, found a, b, c, ...; use",
+        match="validation: 'blocks' needs numbers as file names that run on within a scene, found a, b, c, ...; use",
     ):
         split_names(np.array(["a", "b", "c", "d"]), "blocks")
     with pytest.raises(ValueError) as error:
         split_names(numbered(0, 1, 10, 30, 70, 80), "blocks")
     assert str(error.value) == (
-        "split: 'blocks' needs numbers as file names that run on within a scene, found 0000, 0001, 0010, ..., most of "
-        "them alone; use split 'random' or 'official'"
+        "validation: 'blocks' needs numbers as file names that run on within a scene, found 0000, 0001, 0010, ..., most of "
+        "them alone; use validation 'random' or 'none'"
     )
     for fold in (5, -1):
         with pytest.raises(ValueError, match=f"fold: found {fold}, expected one of 0, 1, 2, 3, 4"):
@@ -146,13 +150,14 @@ def test_splits_that_can_not_be():
 
 
 @pytest.mark.parametrize(
-    ("split", "count", "left"), [("blocks", 4, "4 images to train and 0"), ("random", 1, "0 images to train and 1")]
+    ("validation", "count", "left"),
+    [("blocks", 4, "4 images to train and 0"), ("random", 1, "0 images to train and 1")],
 )
-def test_splits_that_leave_a_part_empty(split, count, left):
+def test_validations_that_leave_a_split_empty(validation, count, left):
     with pytest.raises(ValueError) as error:
-        select_part(source(numbered(*range(count)), "blocks"), "train", split, 4)
+        select_split(source(numbered(*range(count)), "blocks"), "train", validation, 4)
     assert str(error.value) == (
-        f"split: {split!r} leaves {left} to validate out of {count}; raise limit, or use split 'random' "
-        "(2 images or more) or 'official'"
+        f"validation: {validation!r} leaves {left} to validate out of {count}; raise limit, or use validation 'random' "
+        "(2 images or more) or 'none'"
     )
-    assert list(select_part(source(numbered(*range(count)), "blocks"), "valid", "official", 4)) == []
+    assert list(select_split(source(numbered(*range(count)), "blocks"), "valid", "none", 4)) == []

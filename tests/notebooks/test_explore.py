@@ -1,31 +1,34 @@
 import csv
+import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import write_folder
-from test_plots import SETS, draw, relabel
 
+from figures import SETS, draw, relabel
 from lib.batches import training_loader
 from lib.classes import NYUV2_13
-from lib.data import Pieces, Samples, iterate_samples, load_samples
+from lib.data import DataError, Samples, Split, iterate_samples, load_samples
 from lib.data.nyuv2 import TABLES
-from lib.data.samples import Source
 from lib.data.validation import number_runs
 from lib.notebooks.explore import (
     CHANCE,
     Leakage,
     class_shares,
     count_data,
+    count_test_images,
     depth_quantiles,
     describe_data,
     describe_leakage,
     find_leakage,
+    find_nearest_in_training,
+    plot_adjacency,
     plot_batch,
     plot_class_shares,
     plot_depth,
     plot_leaks,
-    plot_meetings,
     plot_samples,
 )
 
@@ -35,7 +38,8 @@ FLOOR, WALL = NYUV2_13.index("floor"), NYUV2_13.index("wall")
 def small_samples(label, depth=2000, measured=None):
     label = np.asarray(label, np.uint8)[None]
     depth = np.broadcast_to(np.uint16(depth), label.shape)
-    return Samples(np.array(["000007"]), np.zeros((*label.shape, 3), np.uint8), depth, label, measured)
+    image = np.zeros((*label.shape, 3), np.uint8)
+    return Samples(np.array(["000007"]), image, depth, label, measured, classes=NYUV2_13)
 
 
 def test_counts_of_a_small_room():
@@ -49,8 +53,8 @@ def test_counts_of_a_small_room():
     assert counts.pixels.sum() == counts.depth.sum() == label.size
     assert counts.depth[WALL, 0] == 31
     assert counts.depth[FLOOR, 13] == 12 * 31  # 1.2 to 1.3 m
-    assert counts.meetings[WALL, FLOOR] == counts.meetings[FLOOR, WALL] == 31  # reach 1, down only
-    assert counts.meetings.sum() == 62
+    assert counts.adjacency[WALL, FLOOR] == counts.adjacency[FLOOR, WALL] == 31  # reach 1, down only
+    assert counts.adjacency.sum() == 62
     assert class_shares(counts).pixels[["floor", "wall"]].tolist() == [0.5, 0.5]
     assert class_shares(counts)["without depth"]["wall"] == pytest.approx(1 / 12)
     assert np.isnan(class_shares(counts)["without depth"]["tv"])
@@ -71,7 +75,9 @@ def test_depth_beyond_the_scale_stays_in_the_last_step():
 def test_quantiles_of_depth():
     histogram = np.zeros(101, int)
     histogram[0], histogram[11:21] = 1000, 5  # missing depth changes nothing; the rest is even from 1 to 2 m
-    np.testing.assert_allclose(depth_quantiles(histogram, (0.1, 0.5, 0.9), np.linspace(0, 10, 101)), (1.1, 1.5, 1.9))
+    np.testing.assert_allclose(
+        depth_quantiles(histogram, (0.1, 0.5, 0.9), np.linspace(0, 10, 101)), (1.1, 1.5, 1.9)
+    )
 
 
 def test_steps_of_depth_follow_the_range_of_the_data():
@@ -81,20 +87,23 @@ def test_steps_of_depth_follow_the_range_of_the_data():
     assert "All pixels: nine in ten from 0.2 to 0.3 m" in draw(plot_depth(counts))
 
 
-def test_most_validation_frames_of_split_random_have_their_scene_in_training():
+def test_most_validation_frames_of_random_have_their_scene_in_training():
     with open(TABLES / "nyuv2_split.csv") as file:
         ids = [row["id"] for row in csv.DictReader(file) if row["part"] == "train"]
     names = np.array(sorted(f"{int(number):06d}" for number in ids))
     image = np.zeros((len(names), 1, 1, 3), np.uint8)
-    leakage = find_leakage(Samples(names, image, scene=number_runs(names)))
-    shared = {split: (int(leak.same_scene.sum()), len(leak.valid)) for split, leak in leakage.items()}
+    leakage = find_leakage(Samples(names, image, scene=number_runs(names), classes=NYUV2_13))
+    shared = {
+        validation: (int(leak.same_scene.sum()), len(leak.valid)) for validation, leak in leakage.items()
+    }
     assert shared["random"] == (154, 159)
     assert shared["blocks"] == (0, 197)
     assert shared["scenes"][0] == 0
 
 
 def test_leakage_finds_copies(scenes):
-    twice = Samples(np.array([f"room {index:02d}" for index in range(24)]), np.concatenate([scenes.image] * 2))
+    names = np.array([f"room {index:02d}" for index in range(24)])
+    twice = Samples(names, np.concatenate([scenes.image] * 2), classes=scenes.classes)
     leakage = find_leakage(twice)
     assert set(leakage) == {"random"}  # names are no numbers, and scenes are unknown
     leak = leakage["random"]
@@ -103,6 +112,8 @@ def test_leakage_finds_copies(scenes):
     twin_trains = ~np.isin((leak.valid + 12) % 24, leak.valid)
     assert twin_trains.any()
     np.testing.assert_array_equal(leak.match[twin_trains], (leak.valid[twin_trains] + 12) % 24)
+    assert leak.copies == twin_trains.sum()
+    assert f", {leak.copies} equal a training image in every pixel." in describe_leakage(leakage)
 
 
 def test_the_other_view_of_a_room_is_its_match(scenes):
@@ -112,16 +123,18 @@ def test_the_other_view_of_a_room_is_its_match(scenes):
         assert shared == (abs(valid - match) == 1 and valid // 2 == match // 2)
     assert find_leakage(scenes)["blocks"].same_scene.sum() == 0
     titles = {
-        f"{scenes.names[v]}, {scenes.names[m]}" for v, m in zip(leak.valid, leak.match, strict=True) if v // 2 == m // 2
+        f"{scenes.names[v]}, {scenes.names[m]}"
+        for v, m in zip(leak.valid, leak.match, strict=True)
+        if v // 2 == m // 2
     }
     assert {"validation", "training"} | titles <= set(draw(plot_leaks(scenes, leak)))
 
 
-def test_chance_alone_gives_near_copies():
+def test_chance_alone_gives_near_duplicates():
     leak = Leakage(5000, np.arange(10), np.arange(10), None, None, 4)
     assert leak.by_chance == pytest.approx(10 * (1 - (1 - CHANCE) ** 5000))
     assert describe_leakage({"random": leak}) == (
-        "Split `random`: 10 validation images; near copies in training: 4 (3.9 by chance)."
+        "Validation `random`: 10 validation images; near-duplicates in training: 4 (3.9 by chance)."
     )
     assert describe_leakage({}) == "Too few images to split."
 
@@ -132,8 +145,10 @@ def test_every_step_between_ids_leaks_alike(scenes, step, gaps):
     ids = np.cumsum([0, *np.resize(gaps, 11)])
     names = np.array([f"{number:06d}" for number in ids])
     leakage = find_leakage(replace(scenes, names=names, scene=number_runs(names)))
-    assert set(leakage) == {"random"}  # one run can't be parted
-    assert describe_leakage(leakage).startswith("Split `random`: 3 of 3 validation images share a scene with training")
+    assert set(leakage) == {"random"}  # one run can't be split
+    assert describe_leakage(leakage).startswith(
+        "Validation `random`: 3 of 3 validation images share a scene with training"
+    )
 
 
 def test_ids_without_a_step_are_held_against_the_nearest(scenes):
@@ -143,16 +158,17 @@ def test_ids_without_a_step_are_held_against_the_nearest(scenes):
     nearest = np.array([1, 2, 1, 2, 5, 4, 5, 8, 7, 8, 9, 10])
     expected = [at not in leak.valid for at in nearest[leak.valid]]
     assert leak.nearest.tolist() == expected
-    assert f"{sum(expected)} of 3 validation images have the image with the nearest id in training" in describe_leakage(
-        {"random": leak}
+    assert (
+        f"{sum(expected)} of 3 validation images have the image with the nearest id in training"
+        in describe_leakage({"random": leak})
     )
 
 
-def judge(samples, split="random", folds=3):
-    """The verdict where every `folds`-th image validates."""
+def describe(samples, validation="random", folds=3):
+    """What is said where every `folds`-th image validates."""
     valid = np.arange(len(samples)) % folds == 0
     train, valid = (
-        Pieces(Source(samples.names, samples.scene, samples.classes, None, "random").select(where), None, 8, split, "a")
+        Split(samples.names, samples.classes, None, samples.scene, validation=validation).select(where)
         for where in (np.flatnonzero(~valid), np.flatnonzero(valid))
     )
     return describe_data(count_data(samples), train, valid)
@@ -169,27 +185,29 @@ def made_up_samples(depth=2750):
     return Samples(names, np.zeros((4, 4, 4, 3), np.uint8), depth, label, classes=("wall", "floor", "tv"))
 
 
-def test_the_verdict_on_odd_data():
+def test_warnings_about_the_data():
     samples = made_up_samples()
-    assert judge(samples) == (
+    assert describe(samples) == (
         "**4 images, 3 classes, 2 of them in fewer than 10 images, median depth 2.8 m, depth missing in 6.2%, "
-        "12.5% unlabelled; validation (2 images, split random) may share scenes with training, because they are "
-        "unknown.**\n- These classes are in no image: tv."
+        "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because they are "
+        "unknown.**\n- These classes are in no image: tv. If label values that are read as unlabelled mean one of them, such as "
+        "255, say so under `classes` and `ignore`."
     )
-    assert "validation (2 images, split scenes) shares no scene with training.**" in judge(
+    assert "validation (2 images, by scenes) shares no scene with training.**" in describe(
         replace(samples, scene=np.array(["u", "v", "v", "u"])), "scenes"
     )
-    assert "validation (2 images, split random) shares scenes with training in 1 of them.**" in judge(
+    assert "validation (2 images, by random) shares scenes with training in 1 of them.**" in describe(
         replace(samples, scene=np.array(["u", "u", "v", "w"]))
     )
-    no_depth = judge(replace(samples, depth=None))
+    no_depth = describe(replace(samples, depth=None))
     assert "in fewer than 10 images, no depth, 12.5% unlabelled; validation" in no_depth
     assert no_depth.count("depth") == 1
     label = np.full_like(samples.label, 255)
     label[1] = 0
-    warnings = judge(replace(samples, label=label)).splitlines()[1:]
+    warnings = describe(replace(samples, label=label)).splitlines()[1:]
     assert warnings == [
-        "- These classes are in no image: floor, tv.",
+        "- These classes are in no image: floor, tv. If label values that are read as unlabelled mean one of them, such as "
+        "255, say so under `classes` and `ignore`.",
         "- 3 images have no labelled pixel.",
         "- 75.0% of the pixels are unlabelled.",
     ]
@@ -197,35 +215,121 @@ def test_the_verdict_on_odd_data():
 
 def test_a_median_beyond_the_range_is_said_to_be():
     samples = made_up_samples()
-    assert "median depth over 9.9 m" in judge(replace(samples, depth=np.full_like(samples.depth, 60_000)))
+    assert "median depth over 9.9 m" in describe(replace(samples, depth=np.full_like(samples.depth, 60_000)))
 
 
 @pytest.mark.parametrize("depth", [275, 13_750])
-def test_the_verdict_doubts_depth_in_another_unit(depth):
+def test_a_warning_about_depth_in_another_unit(depth):
     """Centimetres, and 5000 units a metre, read as millimetres."""
-    assert judge(made_up_samples(depth)).endswith(
+    assert describe(made_up_samples(depth)).endswith(
         "\n- 100.0% of the depths lie beyond 0.71 to 10 m, to which networks clip them: check `depth_unit_mm` and "
         "`depth_range_m` in `dataset.yaml`."
     )
     mostly_missing = made_up_samples()
     mostly_missing.depth[:, :3] = 0
-    assert judge(mostly_missing).endswith("\n- 75.0% of the pixels have no depth.")
+    assert describe(mostly_missing).endswith("\n- 75.0% of the pixels have no depth.")
 
 
-def test_runs_of_a_part_that_validates_are_its_own(tmp_path, scenes):
-    for part, samples in (("train", scenes[:6]), ("valid", scenes[6:9])):
-        write_folder(tmp_path, samples, part)
-    (tmp_path / "dataset.yaml").write_text("parts: {train: train, valid: valid}")
-    train, valid = (iterate_samples(tmp_path, part) for part in ("train", "valid"))
-    assert describe_data(count_data(scenes), train, valid).endswith(
-        "; validation (3 images, split given) shares no scene with training.**"
+def own_valid(root, scenes, train, valid):
+    """A data set with a valid split of its own: positions of its images, and their names."""
+    for split, (positions, names) in (("train", train), ("valid", valid)):
+        write_folder(root, replace(scenes[positions], names=np.array(names)), split)
+    (root / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
+    return [iterate_samples(root, split) for split in ("train", "valid")]
+
+
+FRAMES = [f"{frame:06d}" for frame in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "said"),
+    [
+        ((range(6), FRAMES[:6]), (range(6), FRAMES[:6]), "shares scenes with training in 6 of them"),  # copies
+        (([0, 1, 2, 3, 5, 6, 7, 8], [FRAMES[at] for at in (0, 1, 2, 3, 5, 6, 7, 8)]), ([4, 9], [FRAMES[4], FRAMES[9]]),
+         "shares scenes with training in 2 of them"),  # every fifth frame
+        ((range(6), FRAMES[:6]), (range(6, 9), ["000100", "000101", "000102"]), "shares no scene with training"),
+        ((range(6), FRAMES[:6]), (range(6, 9), ["a", "b", "c"]), "may share scenes with training"),
+        ((range(6), list("uvwxyz")), (range(6), list("uvwxyz")), "may share scenes with training"),
+    ],
+)  # fmt: skip
+def test_scenes_of_a_valid_split_are_counted_together_with_training(tmp_path, scenes, train, valid, said):
+    splits = own_valid(tmp_path, scenes, *((list(at), names) for at, names in (train, valid)))
+    assert f"by predefined) {said}" in describe_data(count_data(scenes), *splits)
+
+
+def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
+    """Under other names too; a pixel more or less makes it a near-duplicate."""
+    train, valid = own_valid(tmp_path, scenes, (list(range(8)), list("abcdefgh")), ([3, 9, 10], list("xyz")))
+    leak = find_leakage(train.load(), valid)["predefined"]
+    assert (leak.train_count, leak.valid.tolist(), leak.copies) == (8, [8, 9, 10], 1)
+    assert leak.match[0] == 3
+    assert "Validation `predefined`: 3 validation images; near-duplicates in training: " in describe_leakage(
+        {"predefined": leak}
     )
+    assert set(find_leakage(train.load(), replace(valid, validation="random"))) == {"random"}
 
 
-def test_nothing_is_odd_about_the_embedded_scenes():
-    parts = [load_samples("synthetic", "train", "official")]
-    parts += [iterate_samples("synthetic", part) for part in ("train", "valid")]
-    text = describe_data(count_data(parts[0]), *parts[1:])
+@pytest.mark.parametrize(
+    ("scene", "warned"),
+    [
+        (["run_0000"] * 60, True),
+        (["a"] * 57 + ["b"] * 3, True),
+        (["a"] * 30 + ["b"] * 30, False),
+        (["a"] * 5, False),
+    ],
+)
+def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warned):
+    """Photographs that are numbered 0001, 0002, ... are read as a video."""
+    label = np.zeros((len(scene), 4, 4), np.uint8)
+    label[:, 2:] = 1
+    image = np.zeros((*label.shape, 3), np.uint8)
+    names = np.array([f"{number:04d}" for number in range(len(scene))])
+    samples = Samples(names, image, label=label, scene=np.array(scene), classes=("wall", "floor"))
+    text = describe(samples)
+    assert ("write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with" in text) == warned
+
+
+def test_memory_for_leakage_grows_with_images_and_not_with_pairs():
+    peaks = []
+    for count in (500, 5000):
+        names = np.array([f"{number:06d}" for number in range(count)])
+        image = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), np.uint8)
+        samples = Samples(names, image, scene=number_runs(names), classes=("a", "b"))
+        tracemalloc.start()
+        find_leakage(samples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 15 * peaks[0]  # ten times as many images; a hundred times as many pairs
+
+
+def test_the_nearest_id_equals_that_of_all_pairs():
+    rng = np.random.default_rng(0)
+    ids = rng.choice(300, 60, replace=False)
+    names = np.array([f"{number:06d}" for number in ids])
+    train, valid = np.split(rng.permutation(60), [40])
+    apart = np.abs(ids[:, None] - ids) + 1000 * np.eye(60, dtype=int)
+    expected = apart[np.ix_(valid, train)].min(1) == apart[valid].min(1)
+    assert 0 < expected.sum() < len(expected)
+    np.testing.assert_array_equal(find_nearest_in_training(names, train, valid), expected)
+    assert find_nearest_in_training(np.array(list("abc")), np.array([0, 1]), np.array([2])) is None
+
+
+def test_a_split_that_is_missing_is_no_error_and_a_damaged_one_is(folder):
+    assert count_test_images(str(folder), None, None) == 3
+    (folder / "dataset.yaml").write_text("splits: {train: train}")
+    assert count_test_images(str(folder), None, None) is None
+    (folder / "dataset.yaml").unlink()
+    (folder / "test" / "depth" / "000000.png").unlink()
+    with pytest.raises(DataError, match="1 of 3 files missing"):
+        count_test_images(str(folder), None, None)
+    shutil.rmtree(folder / "test")
+    assert count_test_images(str(folder), None, None) is None
+
+
+def test_there_is_no_warning_about_the_built_in_scenes():
+    splits = [load_samples("synthetic", "train", "none")]
+    splits += [iterate_samples("synthetic", split) for split in ("train", "valid")]
+    text = describe_data(count_data(splits[0]), *splits[1:])
     assert "shares no scene with training.**" in text
     assert "\n" not in text
 
@@ -250,4 +354,4 @@ def test_figures_have_room_for_any_class_set(scenes, count):
     draw(plot_batch(samples, next(iter(training_loader(samples, "exp061", 2, 0, 42)))))
     assert any("times as many pixels as" in text for text in draw(plot_class_shares(counts)))
     assert any(text.startswith("All pixels: nine in ten from ") for text in draw(plot_depth(counts)))
-    assert "meets" in draw(plot_meetings(counts))
+    assert "adjacent to" in draw(plot_adjacency(counts))

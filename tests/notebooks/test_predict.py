@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -6,13 +7,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from test_plots import draw
 
-from lib.data.images import open_pictures
+from figures import draw
+from lib.data.images import open_images
 from lib.evaluation import evaluate, predict
 from lib.model import build_model
 from lib.notebooks.plots import write_names
-from lib.notebooks.predict import plot_pictures, predict_pictures
+from lib.notebooks.predict import plot_images, predict_images
 from lib.runs.scoring import read_masks
 
 CLASSES = ("wall", "floor", "a desk of which the name is long")
@@ -41,23 +42,23 @@ def pictures(tmp_path):
 
 
 def open_all(pictures):
-    return open_pictures(str(pictures), None, 1.0, False, CLASSES)
+    return open_images(str(pictures), None, 1.0, False, CLASSES)
 
 
 def test_shares_and_confidence_are_those_of_the_predictions(model, pictures):
-    table = predict_pictures(model, open_all(pictures))
+    table = predict_images(model, open_all(pictures))
     assert table.index.tolist() == ["a", "b", "c"]
-    assert table.columns.tolist() == ["confidence", *CLASSES]
+    assert table.columns.tolist() == [("", "confidence"), *(("share", name) for name in CLASSES)]
     for name, labels in zip(table.index, evaluate(model, open_all(pictures)).predicted, strict=True):
         np.testing.assert_allclose(
-            table.loc[name, list(CLASSES)], np.bincount(labels.ravel(), minlength=3) / labels.size
+            table.loc[name, "share"], np.bincount(labels.ravel(), minlength=3) / labels.size
         )
-    assert table.confidence.between(1 / 3, 1).all()
+    assert table["", "confidence"].between(1 / 3, 1).all()
 
 
 def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_path, monkeypatch):
     masks = tmp_path / "masks"
-    table = predict_pictures(model, open_all(pictures), str(masks))
+    table = predict_images(model, open_all(pictures), str(masks))
     expected = evaluate(model, open_all(pictures)).predicted
     for mask, labels in zip(read_masks(masks, "abc"), expected, strict=True):
         np.testing.assert_array_equal(mask, labels)
@@ -66,39 +67,79 @@ def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_p
     predicted = []
     monkeypatch.setattr(
         "lib.notebooks.predict.predict",
-        lambda model, pieces, **options: (
-            predicted.append(batch.samples.names[0]) or batch for batch in predict(model, pieces, **options)
-        ),
+        lambda model, image, **options: predicted.append(image.names[0]) or predict(model, image, **options),
     )
-    again = predict_pictures(model, open_all(pictures), str(masks))
+    again = predict_images(model, open_all(pictures), str(masks))
     assert predicted == ["b"]
     assert again.equals(table)
+
+
+def test_a_picture_that_was_replaced_gets_a_mask_of_its_own(model, pictures, tmp_path):
+    """Under its name, of its size, with its time: what counts is what the picture shows."""
+    masks, path = tmp_path / "masks", pictures / "b.png"
+    before = predict_images(model, open_all(pictures), str(masks))
+    times = path.stat()
+    Image.fromarray(np.full((64, 48, 3), 200, np.uint8)).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = predict_images(model, open_all(pictures), str(masks))
+    expected = evaluate(model, open_all(pictures)).predicted[1]
+    np.testing.assert_array_equal(read_masks(masks, "b")[0], expected)
+    assert not after.loc["b"].equals(before.loc["b"])
+    assert after.loc[["a", "c"]].equals(before.loc[["a", "c"]])
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(path)  # of another size, too
+    predict_images(model, open_all(pictures), str(masks))
+    assert read_masks(masks, "b")[0].shape == (20, 30)
+
+
+def test_a_mask_that_was_edited_is_named_and_left_alone(model, pictures, tmp_path):
+    masks = tmp_path / "masks"
+    predict_images(model, open_all(pictures), str(masks))
+    edited = np.zeros((64, 48), np.uint8)
+    Image.fromarray(edited).save(masks / "b.png")
+    with pytest.raises(
+        ValueError, match="save_to: .*b.png was not written by predict.ipynb, or was edited since"
+    ):
+        predict_images(model, open_all(pictures), str(masks))
+    np.testing.assert_array_equal(np.asarray(Image.open(masks / "b.png")), edited)
+
+
+@pytest.mark.parametrize("name", ["confidence", "share", ""])
+def test_names_of_classes_and_of_columns_never_meet(pictures, name):
+    classes = (name or "all 3", "floor", "x")
+    torch.manual_seed(0)
+    network = build_model(
+        architecture="fpn", encoder="tu-test_efficientnet", classes=classes, inputs="rgb", size=(32, 32)
+    ).eval()
+    table = predict_images(network, open_images(str(pictures), None, 1.0, False, classes))
+    assert table["share"].columns.tolist() == list(classes)
+    np.testing.assert_allclose(table["share"].sum(axis=1), 1)
+    assert table["", "confidence"].between(1 / 3, 1).all()
 
 
 def test_masks_stay_where_the_way_is_cut_short(model, pictures, tmp_path):
     (pictures / "c.png").write_text("no picture")
     with pytest.raises(ValueError, match="c.png: can't be decoded"):
-        predict_pictures(model, open_all(pictures), str(tmp_path / "masks"))
+        predict_images(model, open_all(pictures), str(tmp_path / "masks"))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "b.png", "predict.json"]
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(model, pictures, tmp_path):
     masks = tmp_path / "masks"
-    predict_pictures(model, open_all(pictures), str(masks))
+    predict_images(model, open_all(pictures), str(masks))
     with pytest.raises(ValueError, match="save_to: .*masks has network"):
-        predict_pictures(build_network(), open_all(pictures), str(masks))
+        predict_images(build_network(), open_all(pictures), str(masks))
     elsewhere = shutil.copytree(pictures, tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="save_to: .*masks has pictures .*elsewhere"):
-        predict_pictures(model, open_all(elsewhere), str(masks))
+        predict_images(model, open_all(elsewhere), str(masks))
     before = (pictures / "a.png").read_bytes()
     with pytest.raises(ValueError, match="save_to: .*pictures has network None"):
-        predict_pictures(model, open_all(pictures), str(pictures))
+        predict_images(model, open_all(pictures), str(pictures))
     assert (pictures / "a.png").read_bytes() == before
 
 
 def test_pictures_of_any_sizes_are_drawn(model, pictures):
     predicted = list(predict(model, open_all(pictures), confidence=True))
-    texts = draw(plot_pictures(predicted))
+    texts = draw(plot_images(predicted))
     assert {"a", "b", "c", "picture", "classes"} <= set(texts)
 
 

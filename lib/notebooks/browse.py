@@ -347,7 +347,7 @@ def view_sample(
         )
         panels[last] = draw(image, *masks.values())
         shown = [*panels][-3:]
-    panels |= {"RGB": plots.reduce_colours(image)}
+    panels |= {"RGB": image}
     if shades is not None:
         panels |= {plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
     for title in panels if chosen else ():

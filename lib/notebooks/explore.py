@@ -279,12 +279,12 @@ def count_test_images(data: str, limit: int | None, classes: str | None) -> int 
 
 
 def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
-    """A row for each sample: RGB, depth, labels over RGB."""
+    """A row for each sample: RGB, depth, labels."""
     label, rows = samples.labels_or_ignored, []
     for at, image in enumerate(samples.image):
-        labels = plots.blend_labels(image, label[at], samples.classes, 0.65)
+        labels = plots.colour_labels(label[at], samples.classes)
         depth = plots.colour_depth(samples.depth_or_missing[at], shades)
-        rows.append({"RGB": plots.reduce_colours(image), plots.DEPTH: depth, "labels": labels})
+        rows.append({"RGB": image, plots.DEPTH: depth, "labels": labels})
     return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
@@ -295,7 +295,6 @@ def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | Non
     rows = []
     for at in range(len(stored)):
         row = {"stored": stored.image[at], "as it trains": image[at]}
-        row = {title: plots.reduce_colours(picture) for title, picture in row.items()}
         row |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
         rows.append(row | {"labels": plots.colour_labels(label[at], samples.classes)})
     return plots.plot_grid(rows, stored.names.tolist(), plots.class_patches(samples.classes, label), shades)
@@ -387,8 +386,7 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     order = np.argsort(-(alike[0] * alike[1]).sum(1), kind="stable")[:count]
     pairs, captions = [], []
     for valid, train in zip(leak.valid[order], leak.match[order], strict=True):
-        sides = {"validation": samples.image[valid], "most similar in training": samples.image[train]}
-        pairs.append({side: plots.reduce_colours(image) for side, image in sides.items()})
+        pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
         captions.append(
             f"{samples.names[valid]} and {samples.names[train]}{_relation(samples, valid, train)}"
         )

@@ -126,5 +126,5 @@ def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:
         inside[row.top : row.bottom, row.left : row.right] = True
         inside &= sample.label[0] == sample.classes.index(row.labelled)
         title = f"{number + 1}: {row.labelled}, predicted {row.predicted}"
-        tiles[title] = plots.outline(plots.reduce_colours(sample.image[0]), inside)
+        tiles[title] = plots.outline(sample.image[0], inside)
     return plots.plot_grid([tiles]) if tiles else None

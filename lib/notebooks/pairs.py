@@ -112,7 +112,7 @@ def plot_pair_images(pair: Pair) -> Figure | str:
 def _draw_row(sample: Samples, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     image, label, classes = sample.image[0], sample.labels_or_ignored[0], sample.classes
     return {
-        "RGB": plots.reduce_colours(image),
+        "RGB": image,
         "ground truth": plots.colour_labels(label, classes),
         plots.CHANGED: plots.colour_changes(image, label, a, b),
         "A": plots.colour_labels(a, classes),

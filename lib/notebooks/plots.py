@@ -1,6 +1,7 @@
 """Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows it."""
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -18,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples, choose_evenly
@@ -26,16 +26,16 @@ from lib.files import ROOT
 
 FIGURES = ROOT / "figures"  # where notebooks save what the README shows
 
-# One colour for each class in every figure, at least 12.5 apart (CIEDE2000) to normal, protanope and
+# One colour for each class in every figure, at least 12 apart (CIEDE2000) to normal, protanope and
 # deuteranope eyes, and as far from the faded pictures that errors are drawn on.
 CLASS_COLOURS = {
-    "bed": "#893059", "books": "#eef03c", "ceiling": "#c8e8a0", "chair": "#dca01c", "floor": "#866e3c",
-    "furniture": "#349585", "objects": "#e6557f", "picture": "#9e3ea8", "sofa": "#320c6a", "table": "#244b1d",
-    "tv": "#1f1b1a", "wall": "#9aaac0", "window": "#1aa2f4",
+    "bed": "#883355", "books": "#eeee44", "ceiling": "#ddddaa", "chair": "#dd9922", "floor": "#886644",
+    "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
+    "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
 FADED = 204  # darkest grey of images under class colours
 DIMMED = 130  # darkest grey of images under colours that are no class's
-HATCH = (178, 255)  # greys of the stripes on unlabelled pixels
+HATCH = (187, 255)  # greys of the stripes on unlabelled pixels
 TRAIN_COLOUR = "#999999"
 VALID_COLOUR = "#0072b2"
 WRONG_COLOUR = "#d55e00"
@@ -47,6 +47,7 @@ TILE = 200  # pixels that an image in a figure is wide, at least
 WIDE_TILE = 256  # where there are at most three in a line
 DPI = 100  # of figures of images, in which these are whole pixels
 GAP = 8  # pixels between images
+LEVELS = 16  # of red, green and blue in a saved figure; class colours are among them
 LINE = 20  # pixels of a line of text
 DEPTH = "depth (m)"  # title of a column of pictures
 WRONG = "wrong pixels"
@@ -63,6 +64,22 @@ styled = matplotlib.rc_context({  # a decorator
 })  # fmt: skip
 
 
+class _Line(NamedTuple):
+    """Tiles side by side in a figure, by title."""
+
+    tiles: list[tuple[str, np.ndarray]]
+    titled: bool
+    caption: str
+
+    @property
+    def width(self) -> int:
+        return sum(tile.shape[1] + GAP for _, tile in self.tiles) - GAP
+
+    @property
+    def height(self) -> int:
+        return max(len(tile) for _, tile in self.tiles) + GAP + LINE * (self.titled + bool(self.caption))
+
+
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
     """A colour for each name: NYUv2's 13 have theirs in every set, others get what is farthest from all before."""
     others = [name for name in classes if name not in CLASS_COLOURS]
@@ -70,7 +87,7 @@ def class_colours(classes: Sequence[str]) -> dict[str, str]:
 
 
 def _spread_colours(count: int) -> list[str]:
-    steps = np.linspace(0.05, 0.95, 11)
+    steps = np.arange(1, 15) / (LEVELS - 1)
     candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     places = _perceived(candidates)
     taken = _perceived(np.array([to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]))
@@ -105,11 +122,6 @@ def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     stripe = max(1, label.shape[1] // 60)
     coloured[row, column] = np.take(HATCH, (row + column) // stripe % 2)[:, None]
     return coloured
-
-
-def blend_labels(image: np.ndarray, label: np.ndarray, classes: Sequence[str], opacity: float) -> np.ndarray:
-    """Class colours over RGB, `(H, W, 3)` uint8."""
-    return cv2.addWeighted(colour_labels(label, classes), opacity, reduce_colours(image), 1 - opacity, 0)
 
 
 def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -148,11 +160,6 @@ def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
     grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) // 15
     levels = np.linspace(darkest, 255, 18).astype(np.uint8)
     return np.repeat(levels[grey][..., None], 3, axis=-1)
-
-
-def reduce_colours(image: np.ndarray) -> np.ndarray:
-    """RGB in 32 levels a channel, which half as many bytes of a PNG hold; the eye hardly sees it."""
-    return image & 0xF8 | image >> 5
 
 
 def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
@@ -221,39 +228,27 @@ def new_figure(
     return figure, figure.subplots(*grid, **options)
 
 
-class _Tile(NamedTuple):
-    """A picture and its place in a figure, in pixels from the upper left corner."""
-
-    picture: np.ndarray
-    title: str
-    left: int
-    top: int
-    width: int
-    height: int
+def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
+    """An array `(H, W, ...)` scaled by a whole factor to at least that many pixels of width; its values stay."""
+    step = max(1, picture.shape[1] // least)
+    zoom = -(-least // picture.shape[1])
+    return picture[::step, ::step].repeat(zoom, 0).repeat(zoom, 1)
 
 
-def _place_tiles(rows: list[dict[str, np.ndarray]], captioned: bool) -> tuple[list[_Tile], list[int]]:
-    """Pictures scaled by whole factors, up to four in a line, else three; and where each row ends."""
-    count = len(rows[0])
-    columns = count if count <= 4 else 3
-    least = TILE if columns == 4 else WIDE_TILE
-    tiles, ends, top = [], [], 0
-    for row in rows:
-        for first in range(0, count, columns):
-            titled = not tiles or count > columns
-            top += LINE * titled
-            left = bottom = 0
-            for title, picture in list(row.items())[first : first + columns]:
-                step = max(1, picture.shape[1] // least)
-                thinned = picture[::step, ::step]
-                height, width = (-(-least // picture.shape[1]) * length for length in thinned.shape[:2])
-                tiles.append(_Tile(thinned, title if titled else "", left, top, width, height))
-                left += width + GAP
-                bottom = max(bottom, top + height)
-            top = bottom + GAP
-        top += LINE * captioned
-        ends.append(top)
-    return tiles, ends
+def _split_lines(rows: Sequence[dict[str, np.ndarray | None]], captions: Sequence[str]) -> list[_Line]:
+    """Up to four tiles in a line, of more than four in a row three; the caption below the last line of its row."""
+    lines = []
+    for row, caption in itertools.zip_longest(rows, captions, fillvalue=""):
+        pictures = [(title, picture) for title, picture in row.items() if picture is not None]
+        columns = len(pictures) if len(pictures) <= 4 else 3
+        tiles = [
+            (title, fit_tile(picture, TILE if columns == 4 else WIDE_TILE)) for title, picture in pictures
+        ]
+        for first in range(0, len(tiles), columns):
+            is_last = first + columns >= len(tiles)
+            titled = not lines or len(tiles) > columns
+            lines.append(_Line(tiles[first : first + columns], titled, caption if is_last else ""))
+    return lines
 
 
 @styled
@@ -264,7 +259,7 @@ def plot_grid(
     shades: ScalarMappable | None = None,
     shades_label: str = DEPTH,
 ) -> Figure:
-    """Coloured pictures, of which sizes may differ, pixel by pixel: class colours stay exact.
+    """Coloured pictures, of which sizes may differ, in whole pixels, so that class colours stay exact.
 
     Args:
         rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows; None leaves one out.
@@ -273,37 +268,32 @@ def plot_grid(
         shades: of depth, for its colour bar.
         shades_label: beside the colour bar.
     """
-    rows = [{title: picture for title, picture in row.items() if picture is not None} for row in rows]
-    tiles, ends = _place_tiles(rows, bool(captions))
-    width = max(tile.left + tile.width for tile in tiles)
-    lines, columns = _legend_lines(legend, width / DPI)
-    bar = 0 if shades is None else 2 * LINE + GAP
-    height = ends[-1] + bar + LINE * lines
+    lines = _split_lines(rows, captions)
+    width = max(line.width for line in lines)
+    legend_lines, columns = _legend_lines(legend, width / DPI)
+    below = LINE * (legend_lines + 2 * (shades is not None)) + GAP
+    height = below + sum(line.height for line in lines)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    for tile in tiles:
-        bottom = height - tile.top - tile.height
-        axes = figure.add_axes(_place(figure, tile.left, bottom, tile.width, tile.height))
-        axes.imshow(tile.picture, aspect="auto")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
-        axes.set_title(shorten(tile.title, tile.width // 8), pad=4)
-    for caption, end in zip(captions, ends, strict=False):
-        figure.text(
-            0, 1 - (end - GAP - 2) / height, shorten(caption, width // 7), fontsize="small", va="bottom"
-        )
+    top = height
+    for line in lines:
+        left = 0
+        for title, tile in line.tiles:
+            bottom = top - LINE * line.titled - tile.shape[0]
+            place = (left / width, bottom / height, tile.shape[1] / width, tile.shape[0] / height)
+            axes = figure.add_axes(place, xticks=[], yticks=[])
+            axes.imshow(tile, aspect="auto")
+            axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
+            axes.set_title(shorten(title, tile.shape[1] // 8) if line.titled else "", pad=4)
+            left += tile.shape[1] + GAP
+        top -= line.height
+        figure.text(0, (top + GAP) / height, shorten(line.caption, width // 7), fontsize="small")
     if shades is not None:
-        beside = figure.add_axes(_place(figure, 0, LINE * (lines + 1) + GAP, min(width, 256), LINE // 2))
-        figure.colorbar(shades, cax=beside, orientation="horizontal").ax.tick_params(labelsize="small")
-        beside.text(1.05, 0.5, shades_label, transform=beside.transAxes, va="center", fontsize="small")
+        bar = figure.add_axes((0, LINE * (legend_lines + 1) / height, 256 / width, 0.5 * LINE / height))
+        figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
+        bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
     if legend:
         figure.legend(handles=legend, loc="lower left", ncols=columns, fontsize="small", borderaxespad=0)
     return figure
-
-
-def _place(figure: Figure, left: float, bottom: float, width: float, height: float) -> list[float]:
-    """Pixels as shares of the figure."""
-    across, down = figure.get_size_inches() * DPI
-    return [left / across, bottom / down, width / across, height / down]
 
 
 def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
@@ -327,7 +317,7 @@ def plot_predictions(
     classes = pieces[0].classes
     rows, shown = [], list(predicted)
     for (piece, at), mask in zip(images, predicted, strict=True):
-        row = {"RGB": reduce_colours(piece.image[at]), "ground truth": None}
+        row = {"RGB": piece.image[at], "ground truth": None}
         row["prediction"] = colour_labels(mask, classes)
         if piece.label is not None:
             shown.append(piece.label[at])
@@ -501,8 +491,14 @@ def show_small_figures() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG without transparency, pixel by pixel as it is drawn: IPython's own would cut and so shift it."""
-    drawn, saved = io.BytesIO(), io.BytesIO()
+    """A PNG with 16 levels a channel, half as large: class colours are exact, the smoothed rims of letters are not.
+
+    It is saved as it is laid out: IPython would cut the margins, and so shift images by parts of a pixel.
+    """
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").save(saved, "PNG", optimize=True)
-    return saved.getvalue()
+    pixels = cv2.imdecode(np.frombuffer(drawn.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
+    step = 255 // (LEVELS - 1)
+    rounded = np.round(pixels / step).astype(np.uint8) * step
+    no_filter = [cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    return cv2.imencode(".png", rounded, no_filter)[1].tobytes()

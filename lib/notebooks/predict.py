@@ -111,18 +111,14 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
     classes = predicted[0].samples.classes
     shades = ScalarMappable(Normalize(0, 1), "gray")
     for batch in predicted:
-        step = max(1, batch.samples.size[1] // plots.WIDE_TILE)
-        image, mask, confidence = (
-            array[0, ::step, ::step] for array in (batch.samples.image, batch.labels, batch.confidence)
-        )
-        grey = shades.to_rgba(confidence // 0.05 * 0.05, bytes=True)[..., :3]
-        overlay = plots.blend_labels(image, mask, classes, 0.6)
-        rows.append({"RGB": plots.reduce_colours(image), "classes": overlay, CONFIDENCE: grey})
-        masks.append(mask)
+        grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
+        coloured = plots.colour_labels(batch.labels[0], classes)
+        rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
+        masks.append(batch.labels[0])
     names = [batch.samples.names[0] for batch in predicted]
     figure = plots.plot_grid(rows, names, plots.class_patches(classes, masks), shades, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):
-        plots.write_names(axes, mask, classes)
+        plots.write_names(axes, plots.fit_tile(mask), classes)
     return figure
 
 

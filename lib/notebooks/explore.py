@@ -381,9 +381,10 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
-    """The validation images that are most like a training image, each beside it."""
+    """Validation images beside the training image most like them: those of one scene first, then the most alike."""
     alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
-    order = np.argsort(-(alike[0] * alike[1]).sum(1), kind="stable")[:count]
+    shared = np.zeros(len(leak.valid)) if leak.same_scene is None else leak.same_scene
+    order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]
     pairs, captions = [], []
     for valid, train in zip(leak.valid[order], leak.match[order], strict=True):
         pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})

@@ -38,7 +38,7 @@ DIMMED = 130  # darkest grey of images under colours that are no class's
 HATCH = (187, 255)  # greys of the stripes on unlabelled pixels
 TRAIN_COLOUR = "#999999"
 VALID_COLOUR = "#0072b2"
-WRONG_COLOUR = "#d55e00"
+WRONG_COLOUR = "#cc0000"
 BAR_COLOUR = "#c8c8c8"  # where names stand beside the bars
 GREY = "#666666"
 EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
@@ -51,7 +51,7 @@ LEVELS = 16  # of red, green and blue in a saved figure; class colours are among
 LINE = 20  # pixels of a line of text
 DEPTH = "depth (m)"  # title of a column of pictures
 WRONG = "wrong pixels"
-CHANGED = "B fixes (blue), breaks (orange)"
+CHANGED = "B fixes (blue), breaks (red)"
 TERMS = {  # of the loss, as they are drawn
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
 }  # fmt: skip
@@ -365,7 +365,7 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
     across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
     figure, axes = new_figure(rows_height(len(shares)) + 1.5)
     seaborn.heatmap(
-        shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=across, yticklabels=down,
+        shares, vmin=0, vmax=1, cmap="Greys", ax=axes, xticklabels=across, yticklabels=down,
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
         cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
     )  # fmt: skip
@@ -457,12 +457,11 @@ def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
     rows = np.arange(len(low))
     known = "95 % interval" if low.notna().any() else None
     axes.hlines(rows, low, high, color="black", linewidth=1.2, label=known)
-    cut = {"color": "black", "clip_on": False, "markersize": 5, "linestyle": "none"}
     for marker, ends, limit in (("<", low, 0), (">", high, 1)):
-        at_limit = rows[ends == limit]
-        axes.plot(np.full(len(at_limit), limit), at_limit, marker, **cut)
-    if ((low == 0) | (high == 1)).any():
-        axes.plot([], [], ">", label="interval cut at 0 or 1", **cut)
+        cut = rows[ends == limit]
+        if len(cut):
+            style = {"color": "black", "clip_on": False, "markersize": 5, "linestyle": "none"}
+            axes.plot(np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}", **style)
 
 
 @styled

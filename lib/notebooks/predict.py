@@ -21,13 +21,13 @@ from lib.notebooks import plots
 from lib.progress import progress_bar
 
 CONFIDENCE, PIXELS = "confidence", "pixels"  # texts in a mask's file: of its image, of the checksum of that
-MILLISECONDS = ("", "milliseconds")  # column of the table, NaN where a mask was found
+MILLISECONDS = "milliseconds"  # attribute of the table: mean of an image that was predicted, NaN without one
 CONFIDENT = ("", CONFIDENCE)  # column of the table; no class has this name, because classes lie below `share`
 SEEN_FILE = "predict.json"  # in a folder of masks
 
 
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
-    """By name of the image, its mean confidence, the milliseconds it took, and below `share` that of each class.
+    """By name of the image, its mean confidence and below `share` that of each class.
 
     With `save_to` the class indices of each image are written to `NAME.png` in that folder as soon as they are
     predicted. What the same network wrote there for the same pixels is not predicted again.
@@ -38,18 +38,22 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
     folder = None if save_to is None else Path(save_to).expanduser()
     if folder is not None:
         _check_masks(folder, model, pieces)
-    rows, classes = {}, model.config.classes
+    rows, took = {}, []
+    classes = model.config.classes
     with progress_bar("predicting", len(pieces)) as bar:
         for image in pieces:
             start = time.perf_counter()
             found = _find_mask(folder, image)
             mask, sure = found or _predict_mask(folder, model, image)
-            took = np.nan if found else 1000 * (time.perf_counter() - start)
+            if not found:
+                took.append(1000 * (time.perf_counter() - start))
             shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-            rows[image.names[0]] = [sure, took, *shares.tolist()]
+            rows[image.names[0]] = [sure, *shares.tolist()]
             bar.update()
-    columns = pd.MultiIndex.from_tuples([CONFIDENT, MILLISECONDS, *(("share", name) for name in classes)])
-    return pd.DataFrame.from_dict(rows, "index", columns=columns)
+    columns = pd.MultiIndex.from_tuples([CONFIDENT, *(("share", name) for name in classes)])
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns)
+    table.attrs[MILLISECONDS] = np.mean(took) if took else np.nan
+    return table
 
 
 def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
@@ -127,7 +131,8 @@ def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
     shares = table["share"].mean().sort_values(ascending=False)
     named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
-    sure, took = table[CONFIDENT], table[MILLISECONDS].mean()
+    sure = table[CONFIDENT]
+    took = table.attrs[MILLISECONDS]
     speed = "" if np.isnan(took) else f" An image took {took:.0f} ms."
     where = (
         f"The masks are in `{save_to}`."

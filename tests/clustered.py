@@ -1,9 +1,9 @@
-"""Counts of runs on images that are clustered in scenes, for the tests and the benchmark of the verdicts."""
+"""Counts of runs on images that are clustered in scenes, for the tests and the simulation of the three tests."""
 
 import numpy as np
 
-# images of each scene, as runs of neighbouring ids: of NYUv2's validation part (split blocks, 14.5 effective), and of
-# its whole training part (69.1 effective)
+# images of each scene, as runs of neighbouring ids: of NYUv2's validation images (validation blocks, 14.5 effective),
+# and of all of its training images (69.1 effective)
 VALID_SIZES = (2, 25, 11, 27, 7, 19, 13, 3, 8, 4, 4, 5, 5, 6, 9, 5, 8, 1, 7, 7, 11, 2, 3, 5)
 TRAIN_SIZES = (
     6, 4, 2, 6, 2, 8, 1, 12, 4, 25, 5, 1, 2, 15, 11, 1, 3, 4, 7, 27, 13, 6, 5, 10, 7, 2, 7, 15, 2, 19, 4, 13, 15, 5,
@@ -34,7 +34,7 @@ def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RU
     """Pixels of each class `(N, C)` and, for two equal recipes, the shares found `(2, S, N, C)`, before clipping.
 
     With more than one fold each run was trained once for each, and the fold of a scene says by which it is scored.
-    Two given checkpoints differ by what their training was: they are equal only with a `run_sd` of 0.
+    Two single checkpoints differ by what their training was: they are equal only with a `run_sd` of 0.
     """
     weights = np.array(FREQUENCIES) * np.exp(clustered_normal(rng, scene, (), correlation))
     truth = np.rint(PIXELS * weights / weights.sum(1, keepdims=True)).astype(np.int64)
@@ -45,7 +45,7 @@ def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RU
 
 
 def confuse(truth, rates):
-    """Counts `(..., N, C, C)`: missed pixels are taken for the next class."""
+    """Counts `(..., N, C, C)`: missed pixels are confused with the next class."""
     hits = np.rint(truth * np.clip(rates, 0, 1)).astype(np.int64)
     counts = np.zeros((*hits.shape, hits.shape[-1]), np.int64)
     classes = np.arange(hits.shape[-1])

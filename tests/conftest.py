@@ -33,24 +33,24 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def scenes() -> Samples:
-    """A dozen embedded scenes at their native size."""
-    return load_samples("synthetic", "train", "official", limit=12)
+    """A dozen built-in synthetic scenes at their native size."""
+    return load_samples("synthetic", "train", "none", limit=12)
 
 
-def write_folder(root, samples: Samples, part: str = "train", labels: bool = True) -> None:
+def write_folder(root, samples: Samples, split: str = "train", labels: bool = True) -> None:
     """Write samples in the folder layout."""
     arrays = {"image": samples.image, "depth": samples.depth} | ({"label": samples.label} if labels else {})
     for kind, stack in arrays.items():
-        (root / part / kind).mkdir(parents=True, exist_ok=True)
+        (root / split / kind).mkdir(parents=True, exist_ok=True)
         for name, array in zip(samples.names, stack, strict=True):
-            path = root / part / kind / f"{name}.png"
+            path = root / split / kind / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)  # a name may have folders
             Image.fromarray(array).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path, scenes):
-    """The scenes as a folder of PNGs, with a test part without labels."""
+    """The scenes as a folder of PNGs, with a test split without labels."""
     write_folder(tmp_path, scenes)
     write_folder(tmp_path, scenes[:3], "test", labels=False)
     return tmp_path
@@ -66,7 +66,13 @@ def assert_equal_samples(first: Samples, second: Samples) -> None:
 
 def history(count):
     return [
-        {"epoch": epoch, "train_loss": 2 / epoch, "valid_loss": 3 / epoch, "valid_miou": 0.1, "valid_pixel_acc": 0.5}
+        {
+            "epoch": epoch,
+            "train_loss": 2 / epoch,
+            "valid_loss": 3 / epoch,
+            "valid_miou": 0.1,
+            "valid_pixel_acc": 0.5,
+        }
         for epoch in range(1, count + 1)
     ]
 
@@ -74,7 +80,7 @@ def history(count):
 def counts():
     each = np.zeros((2, 13, 13), np.int64)
     each[:, np.arange(12), np.arange(12)] = 6
-    each[:, 0, 1] = 2  # bed taken for books; window never occurs
+    each[:, 0, 1] = 2  # bed confused with books; window never occurs
     return each
 
 
@@ -82,7 +88,9 @@ def evaluation(counts, names=("a", "b"), scene=None, classes=NYUV2_13) -> Evalua
     """These counts, with outlines that are all right and four pixels of depth."""
     boundary = np.ones((len(counts), len(classes), 3), np.int64)
     scene = None if scene is None else np.array(scene)
-    return Evaluation(np.array(names), scene, tuple(classes), counts, None, boundary, np.array([4.0, 1, 1, 3]), None)
+    return Evaluation(
+        np.array(names), scene, tuple(classes), counts, None, boundary, np.array([4.0, 1, 1, 3]), None
+    )
 
 
 @pytest.fixture
@@ -107,7 +115,13 @@ def trained(monkeypatch, tmp_path):
             write_scores(run, history(3)[2], evaluation(counts()))
             if evaluated:
                 tested = evaluation(counts() if matrices is None else matrices, names, scene, classes)
-                facts = {"data": data, "images": len(names), "labelled": True, "tta": "flip", "working_size": [2, 3]}
+                facts = {
+                    "data": data,
+                    "images": len(names),
+                    "labelled": True,
+                    "tta": "flip",
+                    "working_size": [2, 3],
+                }
                 write_evaluation(run, "test", facts, {"plain": tested, "augmented": tested})
         return run
 

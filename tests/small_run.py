@@ -1,4 +1,4 @@
-"""Runs of a second on embedded scenes, also such that kill themselves: `python small_run.py NAME WRITE MOMENT ...`."""
+"""Runs of a second on built-in synthetic scenes, also such that kill themselves: `python small_run.py NAME WRITE MOMENT ...`."""
 
 import os
 import signal
@@ -20,31 +20,47 @@ from lib.training import build_network, fit, total_loss
 ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights
 PARAMETERS = {
     "seed": 0, "image_height": 48, "image_width": 64, "inputs": "rgbd", "depth_encoding": "inverse",
-    "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None, "start_from": None, "soft_iou_weight": 0.5,
+    "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None, "soft_iou_weight": 0.5,
     "soft_iou_pooling": "batch", "depth_weight": 0.1, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3,
-    "weight_decay": 1e-4, "schedule": "one_cycle", "ema_decay": 0.0, "keep": "best", "augment": "crops",
-    "workers": 0, "precision": "fp32", "device": "cpu",
+    "weight_decay": 1e-4, "schedule": "one_cycle", "ema_decay": 0.0, "checkpoint": "best", "augment": "crops",
+    "num_workers": 0, "precision": "fp32", "device": "cpu",
 }  # fmt: skip
-FOR_FIT = ("epochs", "learning_rate", "weight_decay", "schedule", "ema_decay", "keep", "precision", "device")
+FOR_FIT = (
+    "epochs",
+    "learning_rate",
+    "weight_decay",
+    "schedule",
+    "ema_decay",
+    "checkpoint",
+    "precision",
+    "device",
+)
 MOMENTS = ("half", "whole", "after")  # of a file: half written, whole beside the earlier one, in its place
 
 
 def small_samples() -> Samples:
     """A dozen scenes at half their size to train on, and three to validate."""
-    scenes = load_samples("synthetic", "train", "official", limit=16)
+    scenes = load_samples("synthetic", "train", "none", limit=16)
     return scenes.map(lambda array: array[:, ::2, ::2] if array.ndim >= 3 else array)
 
 
 def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list[dict]:
     """What the training cell does; the history without the times."""
-    loader = training_loader(train, *(parameters[name] for name in ("augment", "batch_size", "workers", "seed")))
+    loader = training_loader(
+        train, *(parameters[name] for name in ("augment", "batch_size", "num_workers", "seed"))
+    )
     weights = {name: parameters[name] for name in ("soft_iou_weight", "soft_iou_pooling", "depth_weight")}
-    build, loss = partial(build_network, parameters, train.classes, train.depth_range_m), partial(total_loss, **weights)
+    build, loss = (
+        partial(build_network, parameters, train.classes, train.depth_range_m),
+        partial(total_loss, **weights),
+    )
     rows = fit(build, loader, valid, run, loss=loss, **{name: parameters[name] for name in FOR_FIT})
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def train(run_name: str, samples: Samples, resume: bool = False, held_out: int = 3, **parameters) -> list[dict]:
+def train(
+    run_name: str, samples: Samples, resume: bool = False, held_out: int = 3, **parameters
+) -> list[dict]:
     """The history of a run of that name; the last `held_out` samples validate."""
     parameters = PARAMETERS | {"run_name": run_name} | parameters
     first_valid = len(samples) - held_out

@@ -41,7 +41,9 @@ def millimetres(*values):
 def test_depth_encodings_by_hand(encoding, two_metres):
     near, far = (1, 0) if encoding == "inverse" else (0, 1)
     encoded = encode_depth(millimetres(0, 300, 710, 2000, 10_000, 12_000), encoding, DEPTH_RANGE_M)
-    torch.testing.assert_close(encoded, torch.tensor([0, near, near, two_metres, far, far], dtype=torch.float32))
+    torch.testing.assert_close(
+        encoded, torch.tensor([0, near, near, two_metres, far, far], dtype=torch.float32)
+    )
 
 
 @pytest.mark.parametrize("depth_range_m", [(0.71, 10.0), (0.2, 3.0), (5, 80)])
@@ -51,23 +53,29 @@ def test_linear_depth_is_decoded_to_metres(depth_range_m):
     decoded = decode_depth(encode_depth(depth_mm, "linear", depth_range_m), depth_range_m)
     torch.testing.assert_close(decoded, depth_mm / 1000)
     beyond = encode_depth(millimetres(1, 10**6), "linear", depth_range_m)
-    torch.testing.assert_close(decode_depth(beyond, depth_range_m), torch.tensor([float(nearest), float(farthest)]))
+    torch.testing.assert_close(
+        decode_depth(beyond, depth_range_m), torch.tensor([float(nearest), float(farthest)])
+    )
 
 
 def test_inputs_by_hand():
     image = torch.full((1, 2, 3, 3), 255, dtype=torch.uint8)
     encoded = encode_inputs(image, torch.full((1, 2, 3), 2000.0), ModelConfig(inputs="rgbd_xy"))
     assert encoded.shape == (1, 6, 2, 3)
-    np.testing.assert_allclose(encoded[0, :3, 0, 0], (1 - np.array([0.525, 0.443, 0.4])) / [0.281, 0.281, 0.293], 1e-5)
+    np.testing.assert_allclose(
+        encoded[0, :3, 0, 0], (1 - np.array([0.525, 0.443, 0.4])) / [0.281, 0.281, 0.293], 1e-5
+    )
     np.testing.assert_allclose(encoded[0, 3], (1 / 2 - 1 / 10) / (1 / 0.71 - 1 / 10), 1e-6)
     np.testing.assert_allclose(encoded[0, 4], [[0, 0.5, 1], [0, 0.5, 1]])  # left to right
     np.testing.assert_allclose(encoded[0, 5], [[0, 0, 0], [1, 1, 1]])  # top to bottom
 
 
-def test_fewer_inputs_are_parts_of_all():
+def test_fewer_inputs_are_channels_of_all():
     image, depth_mm = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8), 3000 * torch.rand(2, 4, 5)
     encoded = {
-        inputs: encode_inputs(image, depth_mm, ModelConfig(inputs=inputs, depth_encoding="log", depth_range_m=(0.5, 4)))
+        inputs: encode_inputs(
+            image, depth_mm, ModelConfig(inputs=inputs, depth_encoding="log", depth_range_m=(0.5, 4))
+        )
         for inputs in INPUT_CHANNELS
     }
     assert {inputs: tensor.shape[1] for inputs, tensor in encoded.items()} == INPUT_CHANNELS
@@ -77,9 +85,13 @@ def test_fewer_inputs_are_parts_of_all():
 
 
 def test_unknown_choices():
-    with pytest.raises(ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"):
+    with pytest.raises(
+        ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"
+    ):
         encode_depth(millimetres(1), "reverse", DEPTH_RANGE_M)
-    with pytest.raises(ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"):
+    with pytest.raises(
+        ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"
+    ):
         ModelConfig(depth_encoding="reverse")
     with pytest.raises(ValueError, match="inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"):
         ModelConfig(inputs="rgba")
@@ -92,7 +104,11 @@ def test_only_measured_depth_is_a_target(scenes):
     measured[:, ::2] = True
     config = ModelConfig(depth_range_m=(0.5, 5.0))
     filled, without = replace(scenes, measured=measured), replace(scenes, depth=None)
-    for samples, where in ((scenes, scenes.depth > 0), (filled, (scenes.depth > 0) & measured), (without, False)):
+    for samples, where in (
+        (scenes, scenes.depth > 0),
+        (filled, (scenes.depth > 0) & measured),
+        (without, False),
+    ):
         raw = plain_batch(samples)
         batch = encode_batch(raw, config, torch.device("cpu"))
         np.testing.assert_array_equal(batch.valid_depth[:, 0], np.broadcast_to(where, scenes.depth.shape))
@@ -141,7 +157,9 @@ def test_zoom_brings_things_nearer(augment):
     row, column = np.mgrid[:240, :320]
     disc = (np.hypot(row - 120, column - 160) < 40).astype(np.uint8)[None]
     depth = np.full((1, 240, 320), 4000, np.uint16)
-    training = TrainingSet(Samples(np.array(["0"]), np.zeros((1, 240, 320, 3), np.uint8), depth, disc), augment, seed=1)
+    training = TrainingSet(
+        Samples(np.array(["0"]), np.zeros((1, 240, 320, 3), np.uint8), depth, disc), augment, seed=1
+    )
     checked = 0
     for epoch in range(40):
         _, depth_mm, label, _, _ = training[epoch, 0]
@@ -167,7 +185,9 @@ def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
         for epoch in range(60):
             transformed, depth, label, _, _ = training[epoch, 0]
             inside = cv2.erode((label == 0).astype(np.uint8), np.ones((9, 9), np.uint8)) == 1
-            offsets.append(((depth[inside].astype(float) - 1000) / 10 - transformed[..., channel][inside]).mean())
+            offsets.append(
+                ((depth[inside].astype(float) - 1000) / 10 - transformed[..., channel][inside]).mean()
+            )
         assert abs(np.mean(offsets)) < 0.15  # source pixels; INTER_NEAREST would make it 0.35 in a crop
 
 
@@ -287,7 +307,7 @@ def test_training_without_depth(scenes):
 
 
 def test_negative_workers_are_refused(scenes):
-    with pytest.raises(ValueError, match="workers: found -1, expected 0"):
+    with pytest.raises(ValueError, match="num_workers: found -1, expected 0"):
         training_loader(scenes, "none", 4, -1, seed=0)
 
 
@@ -301,7 +321,7 @@ def test_little_shared_memory_is_refused(scenes, monkeypatch):
     with pytest.raises(ValueError) as error:
         training_loader(scenes, "none", 2, 1, seed=0)
     assert str(error.value) == (
-        "workers: 1 need 2 MB of shared memory for batches, /dev/shm has 1 MB free; use workers 0, or start the "
+        "num_workers: 1 need 2 MB of shared memory for batches, /dev/shm has 1 MB free; use num_workers 0, or start the "
         "container with `docker run --shm-size=1g`"
     )
 
@@ -312,13 +332,19 @@ def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         next(iter(training_loader(scenes, "none", 4, 1, seed=0)))
     assert str(error.value) == (
-        "workers: 1 processes left no batch (DataLoader timed out after 0.5 seconds); use workers 0"
+        "num_workers: 1 processes left no batch (DataLoader timed out after 0.5 seconds); use num_workers 0"
     )
 
 
 def test_stacking_keeps_types(scenes):
     raw = stack_items([TrainingSet(scenes, "none", seed=0)[0, position] for position in range(3)])
-    assert [tensor.dtype for tensor in raw] == [torch.uint8, torch.uint16, torch.uint8, torch.bool, torch.int64]
+    assert [tensor.dtype for tensor in raw] == [
+        torch.uint8,
+        torch.uint16,
+        torch.uint8,
+        torch.bool,
+        torch.int64,
+    ]
 
 
 def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):

@@ -20,8 +20,8 @@ import nbformat
 import numpy as np
 import pytest
 from small_run import PARAMETERS, fit_run, small_samples
-from test_plots import SETS, draw, relabel
 
+from figures import SETS, draw, relabel
 from lib.data import iterate_samples, load_samples
 from lib.metrics import confusion_counts
 from lib.notebooks.browse import browse_results, browse_samples, plot_sample
@@ -99,8 +99,8 @@ def test_what_is_saved_of_widgets_keeps_the_picture(scenes):
 
 
 def test_results_are_browsed_from_the_worst_on_and_by_confusion(scenes):
-    """In image 7 half is wrong, in image 2 a bit; walls are taken for beds."""
-    pieces = iterate_samples("synthetic", "train", "official", limit=12)
+    """In image 7 half is wrong, in image 2 a bit; walls are confused with beds."""
+    pieces = iterate_samples("synthetic", "train", "none", limit=12)
     masks = np.where(scenes.label == 255, 0, scenes.label)
     wall, wrong = scenes.classes.index("wall"), np.zeros(masks.shape, bool)
     wrong[7], wrong[2, :20] = True, True
@@ -109,20 +109,20 @@ def test_results_are_browsed_from_the_worst_on_and_by_confusion(scenes):
     look = {"run": lambda samples: masks[np.isin(scenes.names, samples.names)]}
     slider, _, following, name, group, count, picture = controls(browse_results(pieces, counts, look, True))
     assert [slider.value, name.value[:6], slider.options[1][1]] == [7, scenes.names[7], 2]
-    group.value = "wall taken for bed"
+    group.value = "wall confused with bed"
     assert [at for _, at in slider.options] == [7, 2]
-    assert count.value == "2 of 12 images with wall taken for bed"
+    assert count.value == "2 of 12 images with wall confused with bed"
     first = picture.value
     following.click()
     assert picture.value != first
     texts = draw(browse_results(pieces, counts, look))
-    assert {"RGB", "truth", "run", "errors, run"} <= set(texts)
+    assert {"RGB", "ground truth", "run", "errors, run"} <= set(texts)
 
 
 def test_a_confusion_is_outlined_and_all_else_faded(scenes):
     mask, bed = np.where(scenes.label[3] == 255, 0, scenes.label[3]), scenes.classes.index("bed")
     mask[:, :40] = bed
-    figure = plot_sample(scenes[[3]], {"run": mask}, "wall taken for bed")
+    figure = plot_sample(scenes[[3]], {"run": mask}, "wall confused with bed")
     confused = (scenes.label[3] == scenes.classes.index("wall")) & (mask == bed)
     assert 0 < confused.sum() < confused.size
     for axes in figure.axes[2:5]:
@@ -141,7 +141,9 @@ def test_a_result_has_room_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     mask = samples.label[0] % count
     texts = draw(plot_sample(samples[[0]], {"the long name of a run that a sweep has made": mask}))
-    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(texts)
+    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(
+        texts
+    )
     draw(plot_sample(replace(samples[[0]], depth=None), {"a": mask, "b": mask}, samples.classes[-1]))
 
 
@@ -156,8 +158,17 @@ def jupyter_lab(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", "--expose-app-in-browser"]
-    environment = {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
+    options = [
+        f"--port={port}",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        "--expose-app-in-browser",
+    ]
+    environment = {
+        "JUPYTERLAB_SETTINGS_DIR": str(settings),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+    }
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *options],
@@ -273,18 +284,26 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
 @pytest.mark.browser
 @pytest.mark.parametrize("notebook", ["evaluate", "error_analysis"])
 def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
-    parameters = PARAMETERS | {"run_name": f"seen_{notebook}", "data": "synthetic", "split": "official", "fold": 4}
+    parameters = PARAMETERS | {
+        "run_name": f"seen_{notebook}",
+        "data": "synthetic",
+        "validation": "none",
+        "fold": 4,
+    }
     with open_run(parameters) as run:
-        fit_run(run, parameters, load_samples("synthetic", "train", "official", limit=40), small_samples()[:0])
-    copy_project(tmp_path, notebook, run=run.name, part="test")
+        fit_run(run, parameters, load_samples("synthetic", "train", "none", limit=40), small_samples()[:0])
+    copy_project(tmp_path, notebook, run=run.name, split="test")
     with browser_page() as page, jupyter_lab(tmp_path) as address:
         assert run_all(page, address, notebook, 120) == []
-        picture, count = page.locator("img.widget-image"), page.locator(".widget-label", has_text=" of 100 images")
+        picture, count = (
+            page.locator("img.widget-image"),
+            page.locator(".widget-label", has_text=" of 100 images"),
+        )
         picture.scroll_into_view_if_needed()
         change, group = changing(page, picture), page.locator(".widget-dropdown select")
         change(page.locator("button", has_text="Next").click)
         options = [text.replace("\xa0", " ") for text in group.locator("option").all_text_contents()]
-        confused = next(text for text in options if " taken for " in text)
+        confused = next(text for text in options if " confused with " in text)
         change(group.select_option, confused)
         assert count.inner_text().replace("\xa0", " ").endswith(f"images with {confused}")
         change(group.select_option, "ceiling")

@@ -14,7 +14,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = """
 limit, epochs, image_height, image_width, batch_size = 24, 2, 32, 48, 4
 encoder, augment, device, precision = "tu-test_resnet.r160_in1k", "none", "cpu", "fp32"
-split = "random"
+validation = "random"
 """
 STOP = """
 import lib.training
@@ -40,7 +40,9 @@ def run_cells(tmp_path, monkeypatch):
             *(named.get(cell) or nbformat.v4.new_code_cell(cell) for cell in (SMALL, *cells)),
         ]
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.source) for cell in chosen])
-        NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": NOTEBOOKS}}).execute()
+        NotebookClient(
+            notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": NOTEBOOKS}}
+        ).execute()
         return [_outputs(cell) for cell in notebook.cells[starts + 2 :]]
 
     return run
@@ -49,7 +51,9 @@ def run_cells(tmp_path, monkeypatch):
 def _outputs(cell):
     """What a cell printed, without times, and its error."""
     printed = "".join(output.get("text", "") for output in cell.outputs)
-    error = "".join(f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error")
+    error = "".join(
+        f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error"
+    )
     return re.findall(r"epoch +\d+: .*(?=, \d+ s)", printed), error
 
 
@@ -64,7 +68,7 @@ def test_training_anew_and_going_on_give_the_history_of_one_run(run_cells):
 
 
 def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
-    edits = ["split = 'official'", "split, image_height = 'random', 64", "image_height, limit = 32, 12"]
+    edits = ["validation = 'none'", "validation, image_height = 'random', 64", "image_height, limit = 32, 12"]
     edits += ["limit, learning_rate = 24, '0.1'", "learning_rate = 10.0"]
     refused = [cell for edit in edits for cell in (edit, "train")]
     last = ("learning_rate, soft_iou_weight, depth_weight, seed = 0.01, 0.25, 0.0, 7", "train")
@@ -73,22 +77,24 @@ def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
         "data",
         "network",
         *refused,
-        "split, learning_rate = 'official', 0.01",
+        "validation, learning_rate = 'none', 0.01",
         "check",
         "train",
-        "split = 'random'",
+        "validation = 'random'",
         *last,
     )
     errors = [error for _, error in outputs if error]
     assert len(errors) == 6
-    for name, error in zip(("split", "image_height", "limit"), errors, strict=False):
+    for name, error in zip(("validation", "image_height", "limit"), errors, strict=False):
         assert f"ValueError: {name}: is " in error
         assert "run the cell that loads the data again" in error
     assert "learning_rate: found '0.1', expected float" in errors[3]
     assert "learning_rate: found 10.0, expected a number between 0 and 1" in errors[4]
-    assert "ValueError: split: is 'official' now" in errors[5]  # checked, but not loaded again
-    saved = json.loads((tmp_path / "first" / "parameters.json").read_text())
+    assert "ValueError: validation: is 'none' now" in errors[5]  # checked, but not loaded again
+    saved = json.loads((tmp_path / "demo" / "parameters.json").read_text())
     assert (saved["soft_iou_weight"], saved["depth_weight"], saved["seed"]) == (0.25, 0.0, 7)
-    history = pd.read_csv(tmp_path / "first" / "history.csv")
+    history = pd.read_csv(tmp_path / "demo" / "history.csv")
     assert (history.train_depth_l1 == 0).all()  # no head was built
-    np.testing.assert_allclose(history.train_loss, history.train_cross_entropy + 0.25 * history.train_soft_iou)
+    np.testing.assert_allclose(
+        history.train_loss, history.train_cross_entropy + 0.25 * history.train_soft_iou
+    )

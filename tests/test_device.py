@@ -1,4 +1,5 @@
 import gc
+import re
 import sys
 import weakref
 
@@ -6,7 +7,14 @@ import pytest
 import torch
 
 from lib import device as lib_device
-from lib.device import autocast, choose_device, choose_precision, describe_device, explain_out_of_memory
+from lib.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    describe_device,
+    describe_processor,
+    explain_out_of_memory,
+)
 
 BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 NAMES = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 6): "NVIDIA A10", (9, 0): "NVIDIA H100"}
@@ -95,7 +103,9 @@ def test_a_gpu_without_kernels_is_told(machine):
     assert describe_device("auto", "fp32") == f"{describe_device('cpu', 'fp32')}{TOO_OLD}"
     with pytest.raises(ValueError) as error:
         choose_device("cuda:0")
-    assert str(error.value) == f"device: found 'cuda:0', torch {torch.__version__} has auto, cpu here{TOO_OLD}"
+    assert (
+        str(error.value) == f"device: found 'cuda:0', torch {torch.__version__} has auto, cpu here{TOO_OLD}"
+    )
 
 
 def test_auto_leaves_a_mac_on_the_cpu_and_says_so(machine):
@@ -131,7 +141,8 @@ def test_a_gpu_that_is_hidden_is_not_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"), [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")]
+    ("capabilities", "expected"),
+    [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
 )
 def test_precisions(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -150,7 +161,17 @@ def test_mixed_precision_only_where_it_is_asked_for():
             assert (weights @ weights).dtype == dtype
 
 
-CUDA_SAYS = "CUDA out of memory. Tried to allocate 320.00 MiB. GPU 0 has a total capacity of 11.77 GiB of which ..."
+def test_the_processor_has_its_name_and_its_instructions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    assert re.fullmatch(r".+ \(AVX512, avx512_bf16, amx_bf16\)", describe_processor())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert re.fullmatch(r".+ \(AVX512\)", describe_processor())
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 320.00 MiB. GPU 0 has a total capacity of 11.77 GiB of which ..."
+)
 
 
 @pytest.mark.parametrize(

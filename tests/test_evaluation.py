@@ -93,12 +93,19 @@ def test_scores_grow_before_the_decision(scenes):
 
     predicted = evaluate(Stub(answer, size=(48, 64)), scenes[:1]).predicted[0]
     (columns,) = np.nonzero((predicted == 1).all(0))
-    assert list(columns) == [19, 20, 21, 22]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
+    assert list(columns) == [
+        19,
+        20,
+        21,
+        22,
+    ]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
 
 
 def test_the_depth_range_of_the_network_counts(model, scenes):
     """It eats metres: what another data set would clip to changes nothing."""
-    one, other = (evaluate(model, replace(scenes[:3], depth_range_m=limits)) for limits in ((0.71, 10.0), (1.0, 2.0)))
+    one, other = (
+        evaluate(model, replace(scenes[:3], depth_range_m=limits)) for limits in ((0.71, 10.0), (1.0, 2.0))
+    )
     np.testing.assert_array_equal(one.counts, other.counts)
 
 
@@ -108,12 +115,14 @@ def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
     np.testing.assert_array_equal(together.counts, np.concatenate([result.counts for result in alone]))
     assert list(together.names) == list(scenes.names)
     assert isinstance(together.predicted, list)
-    for mask, expected in zip(together.predicted, [mask for result in alone for mask in result.predicted], strict=True):
+    for mask, expected in zip(
+        together.predicted, [mask for result in alone for mask in result.predicted], strict=True
+    ):
         np.testing.assert_array_equal(mask, expected)
 
 
 def test_iterated_samples_equal_loaded_ones(model, scenes):
-    result = evaluate(model, iterate_samples("synthetic", "train", "official", limit=12, batch_size=5))
+    result = evaluate(model, iterate_samples("synthetic", "train", "none", limit=12, batch_size=5))
     expected = evaluate(model, scenes)
     np.testing.assert_array_equal(result.counts, expected.counts)
     np.testing.assert_array_equal(result.predicted, expected.predicted)
@@ -162,9 +171,13 @@ def test_confidence_is_the_probability_of_the_decision(model, scenes):
     samples = Samples(np.array(["a"]), image, classes=("a", "b"))
     stub = Stub(answer, classes=("a", "b"), inputs="rgb")
     (batch,) = predict(stub, samples, confidence=True)
-    np.testing.assert_allclose(batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6
+    )
     (batch,) = predict(stub, samples, tta="flip", confidence=True)
-    np.testing.assert_allclose(batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        batch.confidence[0, :, [10, 100]], np.repeat([[0.5], [0.75]], 96, 1), rtol=1e-6
+    )
 
 
 def test_depth_is_in_metres_at_the_samples_size(scenes):
@@ -181,7 +194,9 @@ def test_depth_is_in_metres_at_the_samples_size(scenes):
 
 def test_flip_is_undone(scenes):
     """A model that is told where it looks: averaging over mirrored views keeps left on the left."""
-    sides = Stub(lambda inputs: Prediction(torch.cat((inputs[:, :1], -inputs[:, :1]), 1), None), classes=("a", "b"))
+    sides = Stub(
+        lambda inputs: Prediction(torch.cat((inputs[:, :1], -inputs[:, :1]), 1), None), classes=("a", "b")
+    )
     image = np.zeros((1, 96, 128, 3), np.uint8)
     image[:, :, :64] = 255
     samples = Samples(np.array(["a"]), image, scenes.depth[:1], classes=("a", "b"))
@@ -251,15 +266,21 @@ def test_samples_of_other_classes_are_refused(model, scenes):
 
 def test_40_classes(scenes):
     classes = tuple(f"class {index}" for index in range(40))
-    stub = Stub(lambda inputs: Prediction(logits_of(torch.full((len(inputs), 96, 128), 39), 40), None), classes=classes)
+    stub = Stub(
+        lambda inputs: Prediction(logits_of(torch.full((len(inputs), 96, 128), 39), 40), None),
+        classes=classes,
+    )
     result = evaluate(stub, replace(scenes[:2], classes=classes))
     assert result.counts.shape == (2, 40, 40)
     assert result.counts[..., 39].sum() == result.counts.sum() > 0
 
 
-def test_empty_parts_and_batches_of_nothing(model, scenes):
+def test_empty_splits_and_batches_of_nothing(model, scenes):
     for nothing in (scenes[:0], []):
-        with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
+        with pytest.raises(
+            ValueError,
+            match="split: found no image to evaluate; with validation none there are no validation images, use split test",
+        ):
             evaluate(model, nothing)
     with pytest.raises(ValueError, match="batch_size: found 0, expected 1 or more"):
         evaluate(model, scenes, batch_size=0)
@@ -271,7 +292,9 @@ def test_flipped_views_are_not_resized_again(model, scenes, monkeypatch):
     """Resizing, on the CPU, is what a GPU waits for: three zooms of each batch, and not six views."""
     sizes = []
     monkeypatch.setattr(
-        evaluation, "resize_samples", lambda samples, size: sizes.append(size) or resize_samples(samples, size)
+        evaluation,
+        "resize_samples",
+        lambda samples, size: sizes.append(size) or resize_samples(samples, size),
     )
     list(predict(model, scenes[:4], 2, "scales"))
     assert sizes == [(48, 64), (38, 51), (60, 80)] * 2

@@ -25,7 +25,8 @@ def network(inputs, classes, architecture, size=(64, 96)):
         inputs=inputs, classes=classes, architecture=architecture, encoder="tu-test_efficientnet", size=size
     )
     image, depth = (
-        torch.tensor(np.stack(arrays)) for arrays in zip(*(camera(size, seed) for seed in range(8)), strict=True)
+        torch.tensor(np.stack(arrays))
+        for arrays in zip(*(camera(size, seed) for seed in range(8)), strict=True)
     )
     encoded = encode_inputs(image, depth.float(), model.config)
     with torch.no_grad():
@@ -42,7 +43,9 @@ def network(inputs, classes, architecture, size=(64, 96)):
 def camera(size, seed=0):
     """What a camera might give: a smooth picture with noise, depth with holes."""
     rng = np.random.default_rng(seed)
-    image = resize_image(rng.integers(0, 200, (9, 11, 3), np.uint8), size) + rng.integers(0, 50, (*size, 3), np.uint8)
+    image = resize_image(rng.integers(0, 200, (9, 11, 3), np.uint8), size) + rng.integers(
+        0, 50, (*size, 3), np.uint8
+    )
     depth = resize_nearest(rng.integers(600, 12000, (9, 11), np.uint16), size)
     depth[rng.random(size) < 0.1] = 0
     return image, depth
@@ -59,7 +62,10 @@ def exported(tmp_path_factory):
 
     @cache
     def make(inputs, classes, architecture):
-        model, path = network(inputs, classes, architecture), tmp_path_factory.mktemp("exported") / "network.onnx"
+        model, path = (
+            network(inputs, classes, architecture),
+            tmp_path_factory.mktemp("exported") / "network.onnx",
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HOME", str(path.parent))
             assert export_onnx(model, "~/network.onnx") >= 0.999
@@ -76,7 +82,9 @@ COMBINATIONS = (
     ("rgbd_xy", NYUV2_13, "deeplabv3plus"),
     ("rgbd_xy", THREE, "fpn"),
 )
-OTHERS = set(product(("rgb", "rgbd", "rgbd_xy"), (NYUV2_13, THREE), ("deeplabv3plus", "fpn"))) - set(COMBINATIONS)
+OTHERS = set(product(("rgb", "rgbd", "rgbd_xy"), (NYUV2_13, THREE), ("deeplabv3plus", "fpn"))) - set(
+    COMBINATIONS
+)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +119,25 @@ def test_the_file_says_of_raw_arrays_what_evaluate_says(exported, inputs, classe
 )  # fmt: skip
 def test_resizing_is_that_of_opencv_to_the_pixel(size, to):
     image, depth = camera(size)
-    np.testing.assert_array_equal(export._resize_image(torch.tensor(image)[None], to)[0], resize_image(image, to))
-    np.testing.assert_array_equal(export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to))
+    np.testing.assert_array_equal(
+        export._resize_image(torch.tensor(image)[None], to)[0], resize_image(image, to)
+    )
+    np.testing.assert_array_equal(
+        export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to)
+    )
 
 
-@pytest.mark.parametrize(("size", "to"), [((97, 640), (96, 96)), ((1203, 1777), (96, 128)), ((480, 640), (64, 96))])
+@pytest.mark.parametrize(
+    ("size", "to"), [((97, 640), (96, 96)), ((1203, 1777), (96, 128)), ((480, 640), (64, 96))]
+)
 def test_means_that_end_in_a_half_may_be_rounded_otherwise(size, to):
     image, depth = camera(size)
     difference = export._resize_image(torch.tensor(image)[None], to)[0].numpy() - resize_image(image, to)
     assert np.abs(difference).max() <= 1
     assert (difference != 0).mean() < 0.002
-    np.testing.assert_array_equal(export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to))
+    np.testing.assert_array_equal(
+        export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to)
+    )
 
 
 def test_a_file_that_says_something_else_is_not_written(exported, tmp_path, monkeypatch):
@@ -129,6 +145,8 @@ def test_a_file_that_says_something_else_is_not_written(exported, tmp_path, monk
     monkeypatch.setattr(export, "_convert", lambda model: path.read_bytes())
     other = deepcopy(model)
     other.net.segmentation_head[0].bias.data[0] += 1
-    with pytest.raises(ValueError, match="network.onnx: not written; .* agree on .* of the pixels, expected 99.9%"):
+    with pytest.raises(
+        ValueError, match="network.onnx: not written; .* agree on .* of the pixels, expected 99.9%"
+    ):
         export_onnx(other, tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,9 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, error):
         file.write(b"half")
         raise error
 
-    with pytest.raises(OSError, match=r"last.pt: could not be written \(.*No space.*\); an earlier file .* is intact"):
+    with pytest.raises(
+        OSError, match=r"last.pt: could not be written \(.*No space.*\); an earlier file .* is intact"
+    ):
         write_atomically(path, fail)
     assert path.read_bytes() == b"earlier"
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
@@ -75,7 +77,9 @@ def test_damaged_json_is_named(tmp_path, text):
     path = tmp_path / "scores.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"scores.json: can't be read \(.*\); it is no complete run, train it again"):
+    with pytest.raises(
+        ValueError, match=r"scores.json: can't be read \(.*\); it is no complete run, train it again"
+    ):
         read_json(path)
 
 

@@ -53,7 +53,7 @@ def waiting_is_an_error(device):
 def test_two_epochs_with_workers_and_pinning(samples, device, precision):
     """As `train.ipynb` does it; with two workers, and on a GPU with pinned memory."""
     print(describe_device(str(device), precision))
-    history = train("gpu", samples, device=str(device), precision=precision, epochs=2, workers=2)
+    history = train("gpu", samples, device=str(device), precision=precision, epochs=2, num_workers=2)
     assert history[1]["train_loss"] < history[0]["train_loss"]
     assert (runs_folder() / "gpu" / "report.md").exists()
 
@@ -65,7 +65,9 @@ def test_a_step_never_waits(samples, device, precision):
     loader = training_loader(samples[:12], "crops", 4, 0, 0)
     loader.pin_memory = device.type == "cuda"
     for number, raw in enumerate(loader):
-        with waiting_is_an_error(device) if number else contextlib.nullcontext():  # the first one searches kernels
+        with (
+            waiting_is_an_error(device) if number else contextlib.nullcontext()
+        ):  # the first one searches kernels
             terms = training_step(model, encode_batch(raw, model.config, device), LOSS, optimizer, precision)
             follow(average, model, 0.9)
         assert terms.isfinite().all()
@@ -80,7 +82,9 @@ def test_loss_gradient_and_counts_are_those_of_the_cpu(samples, device):
             batch = encode_batch(plain_batch(samples[:8]), model.config, where)
             terms = LOSS(model(batch.inputs), batch)
             terms.total.backward()
-            gradients = [weights.grad.cpu().flatten() for weights in model.parameters() if weights.grad is not None]
+            gradients = [
+                weights.grad.cpu().flatten() for weights in model.parameters() if weights.grad is not None
+            ]
             counted = count_predictions(predict(model, samples[:8], 4))
             found[where] = torch.stack(terms).detach().cpu(), torch.cat(gradients), counted.counts
     (terms, gradient, counts), (others, other, their_counts) = found[torch.device("cpu")], found[device]
@@ -105,7 +109,9 @@ def test_resume_goes_on_where_it_stopped(samples, device, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train("parted-gpu", samples, device=str(device), epochs=2)
     parted = train("parted-gpu", samples, resume=True, device=str(device), epochs=2)
-    assert parted[-1]["train_loss"] == pytest.approx(whole[-1]["train_loss"], rel=0.02 if device.type == "cuda" else 0)
+    assert parted[-1]["train_loss"] == pytest.approx(
+        whole[-1]["train_loss"], rel=0.02 if device.type == "cuda" else 0
+    )
 
 
 def test_native_evaluation_with_scales(samples, device):
@@ -171,7 +177,9 @@ def test_too_large_a_batch_is_told_and_leaves_its_memory():
     """A batch of 1,000 in a hundredth of the card; then a small one on what the first one let go."""
     many = small_samples()[:12].map(lambda array: np.repeat(array, 100, 0))
     torch.cuda.set_per_process_memory_fraction(0.01)
-    with pytest.raises(MemoryError, match="out of memory: .* was asked for; .* GiB were free, this program held "):
+    with pytest.raises(
+        MemoryError, match="out of memory: .* was asked for; .* GiB were free, this program held "
+    ):
         train("large", many, device="cuda", batch_size=1000, held_out=2, epochs=1)
     torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.cuda.memory_allocated() < 2**28

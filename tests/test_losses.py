@@ -60,16 +60,22 @@ def test_segmentation_loss_is_cross_entropy_plus_weighted_soft_iou(batch, poolin
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_gradcheck(batch, pooling):
     logits, labels = (tensor[:, ..., :3, :3].detach() for tensor in batch)
-    assert torch.autograd.gradcheck(lambda z: segmentation_loss(z, labels, 0.5, pooling), logits.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: segmentation_loss(z, labels, 0.5, pooling), logits.requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_ignored_pixels_change_nothing(batch, pooling):
     logits, labels = batch
-    changed = torch.where((labels == 255)[:, None], 50 * torch.randn_like(logits), logits).detach().requires_grad_()
+    changed = (
+        torch.where((labels == 255)[:, None], 50 * torch.randn_like(logits), logits).detach().requires_grad_()
+    )
     losses = [segmentation_loss(z, labels, 0.5, pooling) for z in (logits, changed)]
     assert losses[0] == losses[1]
-    first, second = (torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, (logits, changed), strict=True))
+    first, second = (
+        torch.autograd.grad(loss, z)[0] for loss, z in zip(losses, (logits, changed), strict=True)
+    )
     assert torch.equal(first, second)
     assert not first.movedim(1, -1)[labels == 255].any()
 
@@ -87,7 +93,9 @@ def test_an_unlabelled_image_adds_nothing(batch, pooling):
     logits, labels = batch
     labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
     loss = segmentation_loss(logits[:2], labels, 0.5, pooling)
-    assert loss.item() == pytest.approx(segmentation_loss(logits[:1], labels[:1], 0.5, pooling).item(), abs=1e-12)
+    assert loss.item() == pytest.approx(
+        segmentation_loss(logits[:1], labels[:1], 0.5, pooling).item(), abs=1e-12
+    )
     assert not torch.autograd.grad(loss, logits)[0][1].any()
 
 
@@ -95,7 +103,9 @@ def test_an_unlabelled_image_adds_a_constant_to_exp061(batch):
     logits, labels = batch
     labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
     loss = soft_iou_loss(logits[:2], labels, "exp061")
-    assert loss.item() == pytest.approx((1 + soft_iou_loss(logits[:1], labels[:1], "exp061").item()) / 2, abs=1e-12)
+    assert loss.item() == pytest.approx(
+        (1 + soft_iou_loss(logits[:1], labels[:1], "exp061").item()) / 2, abs=1e-12
+    )
     assert not torch.autograd.grad(loss, logits)[0][1].any()
 
 
@@ -146,7 +156,11 @@ def test_memory_layout_does_not_matter(batch, pooling):
     loss = segmentation_loss(logits, labels, 0.5, pooling)
     expected = torch.autograd.grad(loss, logits)[0]
     apart = torch.zeros(3, 7, 9, 22, dtype=torch.float64)[..., ::2].copy_(logits.detach())
-    layouts = [logits.detach().contiguous(memory_format=torch.channels_last), apart, logits.detach().mT.contiguous().mT]
+    layouts = [
+        logits.detach().contiguous(memory_format=torch.channels_last),
+        apart,
+        logits.detach().mT.contiguous().mT,
+    ]
     for layout in layouts:
         assert not layout.is_contiguous()
         layout.requires_grad_()
@@ -173,9 +187,13 @@ def test_uint8_labels(batch):
 
 def test_bad_input(batch):
     logits, labels = batch
-    with pytest.raises(ValueError, match="soft_iou_pooling: found 'mean', expected one of batch, image, exp061"):
+    with pytest.raises(
+        ValueError, match="soft_iou_pooling: found 'mean', expected one of batch, image, exp061"
+    ):
         soft_iou_loss(logits, labels, "mean")
-    with pytest.raises(ValueError, match=r"labels: found shape \(2, 9, 11\) with logits \(3, 7, 9, 11\), expected"):
+    with pytest.raises(
+        ValueError, match=r"labels: found shape \(2, 9, 11\) with logits \(3, 7, 9, 11\), expected"
+    ):
         segmentation_loss(logits, labels[:2], 0.5)
     with pytest.raises(ValueError, match="labels: found the value 20, expected 0..6 or 255 = ignore"):
         segmentation_loss(logits, torch.where(labels == 3, 20, labels), 0.5)
@@ -230,7 +248,9 @@ def test_median_frequency_by_hand():
 
 def test_median_frequency_balances_the_mean_over_pixels():
     rng = np.random.default_rng(1)
-    labels = rng.choice(4, (5, 20, 20), p=(0.7, 0.2, 0.08, 0.02)).astype(np.uint8)  # every class in every image
+    labels = rng.choice(4, (5, 20, 20), p=(0.7, 0.2, 0.08, 0.02)).astype(
+        np.uint8
+    )  # every class in every image
     shares = np.bincount(labels.ravel()) / labels.size
     weighted = median_frequency_weights(labels, 4).numpy() * shares
     np.testing.assert_allclose(weighted, np.median(shares), rtol=1e-6)

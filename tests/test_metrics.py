@@ -28,7 +28,9 @@ from lib.metrics import (
 def random_labels():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 13, (5, 20, 30)).astype(np.uint8)
-    prediction = np.where(rng.random(labels.shape) < 0.6, labels, rng.integers(0, 13, labels.shape)).astype(np.uint8)
+    prediction = np.where(rng.random(labels.shape) < 0.6, labels, rng.integers(0, 13, labels.shape)).astype(
+        np.uint8
+    )
     labels[rng.random(labels.shape) < 0.2] = 255
     return prediction, labels
 
@@ -77,7 +79,9 @@ def test_perfect_is_one_and_ignored_pixels_change_nothing(random_labels):
     perfect = confusion_counts(np.where(labels == 255, 0, labels), labels, 13)
     assert mean_iou(perfect) == pixel_accuracy(perfect) == 1
     other = np.where(labels == 255, 7, prediction)
-    np.testing.assert_array_equal(confusion_counts(other, labels, 13), confusion_counts(prediction, labels, 13))
+    np.testing.assert_array_equal(
+        confusion_counts(other, labels, 13), confusion_counts(prediction, labels, 13)
+    )
 
 
 def test_nothing_labelled():
@@ -99,7 +103,11 @@ def test_nothing_labelled():
         ),
         (np.full((1, 2, 2), 13), np.zeros((1, 2, 2), int), "prediction: found the value 13, expected 0..12"),
         (np.full((1, 2, 2), -1), np.zeros((1, 2, 2), int), "prediction: found the value -1, expected 0..12"),
-        (np.zeros((1, 2, 3), int), np.zeros((1, 2, 2), int), r"prediction: found shape \(1, 2, 3\) with labels"),
+        (
+            np.zeros((1, 2, 3), int),
+            np.zeros((1, 2, 2), int),
+            r"prediction: found shape \(1, 2, 3\) with labels",
+        ),
     ],
 )
 def test_bad_input(prediction, labels, message):
@@ -116,11 +124,15 @@ def test_further_scores_equal_scikit_learn(random_labels):
     prediction, labels = random_labels
     counts, seen = confusion_counts(prediction, labels, 13), labels != 255
     scores = all_scores(counts)
-    assert scores["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels[seen], prediction[seen]))
+    assert scores["mean_class_accuracy"] == pytest.approx(
+        balanced_accuracy_score(labels[seen], prediction[seen])
+    )
     assert frequency_weighted_iou(counts) == pytest.approx(
         jaccard_score(labels[seen], prediction[seen], average="weighted")
     )
-    assert image_accuracy(counts)[2] == pytest.approx(accuracy_score(labels[2][seen[2]], prediction[2][seen[2]]))
+    assert image_accuracy(counts)[2] == pytest.approx(
+        accuracy_score(labels[2][seen[2]], prediction[2][seen[2]])
+    )
     assert np.isnan(class_accuracy(np.zeros((1, 3, 3)))).all()
 
 
@@ -171,7 +183,9 @@ def test_what_is_predicted_where_nothing_is_labelled_makes_outlines_but_no_pixel
     labels[:, :10] = 255
     prediction = np.zeros_like(labels)
     prediction[:, :5] = 1
-    reach_3, reach_6 = (boundary_counts(prediction, labels, 2, width / np.hypot(40, 40))[0] for width in (3, 6))
+    reach_3, reach_6 = (
+        boundary_counts(prediction, labels, 2, width / np.hypot(40, 40))[0] for width in (3, 6)
+    )
     assert not reach_3.any()  # rows 5 to 7 of class 0 are unlabelled
     np.testing.assert_array_equal(reach_6, [[0, 0, 40], [0, 0, 0]])  # row 10
 

@@ -10,7 +10,15 @@ from lib.batches import Batch, training_loader
 from lib.losses import lovasz_loss, masked_l1, soft_iou_loss
 from lib.model import Prediction, build_model
 from lib.runs import open_run, read_history
-from lib.training import Losses, build_network, build_optimizer, build_schedule, choose_class_weights, fit, total_loss
+from lib.training import (
+    Losses,
+    build_network,
+    build_optimizer,
+    build_schedule,
+    choose_class_weights,
+    fit,
+    total_loss,
+)
 
 
 @pytest.fixture
@@ -33,7 +41,9 @@ def batch_of(labels):
 
 
 def loss_of(logits, labels, depth=None, soft_iou_weight=0.0, depth_weight=0.1, **options):
-    return total_loss(Prediction(logits, depth), batch_of(labels), soft_iou_weight, "batch", depth_weight, **options)
+    return total_loss(
+        Prediction(logits, depth), batch_of(labels), soft_iou_weight, "batch", depth_weight, **options
+    )
 
 
 def test_every_term_stands_for_itself_and_the_total_weighs_them(logits, labels):
@@ -50,7 +60,9 @@ def test_every_term_stands_for_itself_and_the_total_weighs_them(logits, labels):
     for name in Losses._fields[1:]:
         torch.testing.assert_close(getattr(losses, name), getattr(expected, name))
         assert getattr(losses, name) > 0.05
-    weighted = expected.cross_entropy + 0.5 * expected.soft_iou + 0.25 * expected.lovasz + 0.1 * expected.depth_l1
+    weighted = (
+        expected.cross_entropy + 0.5 * expected.soft_iou + 0.25 * expected.lovasz + 0.1 * expected.depth_l1
+    )
     torch.testing.assert_close(losses.total, weighted)
 
 
@@ -66,8 +78,13 @@ def test_what_is_not_asked_for_changes_nothing(logits, labels):
 
 def test_class_weights_weigh_the_cross_entropy_alone(logits, labels):
     weights = torch.tensor([0.5, 2.0, 3.0, 1.0])
-    plain, weighted = loss_of(logits, labels, None, 0.5), loss_of(logits, labels, None, 0.5, class_weights=weights)
-    torch.testing.assert_close(weighted.cross_entropy, F.cross_entropy(logits, labels, weights, ignore_index=255))
+    plain, weighted = (
+        loss_of(logits, labels, None, 0.5),
+        loss_of(logits, labels, None, 0.5, class_weights=weights),
+    )
+    torch.testing.assert_close(
+        weighted.cross_entropy, F.cross_entropy(logits, labels, weights, ignore_index=255)
+    )
     assert weighted.cross_entropy != plain.cross_entropy
     assert weighted.soft_iou == plain.soft_iou
 
@@ -97,7 +114,7 @@ def test_a_batch_without_a_label_has_a_total_of_0_and_no_gradient(logits):
 def test_class_weights_come_from_the_training_labels():
     samples = small_samples()
     assert choose_class_weights("none", samples) is None
-    first, rest = (choose_class_weights("median", part) for part in (samples[:4], samples[4:]))
+    first, rest = (choose_class_weights("median", split) for split in (samples[:4], samples[4:]))
     assert first.shape == (13,)
     assert (first != rest).any()
     with pytest.raises(ValueError, match="class_weights: found 'mean', expected one of none, median"):
@@ -112,16 +129,31 @@ def test_the_history_has_each_term_by_itself():
         return total_loss(prediction, batch, 0.5, "batch", 0.1, lovasz_weight=0.25)
 
     with open_run(parameters) as run:
-        options = {"epochs": 2, "learning_rate": 1e-3, "weight_decay": 0.0, "device": "cpu", "precision": "fp32"}
+        options = {
+            "epochs": 2,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "device": "cpu",
+            "precision": "fp32",
+        }
         loader = training_loader(samples[:6], "none", 3, 0, 0)
-        list(fit(lambda: build_network(parameters, samples.classes), loader, samples[6:], run, loss=loss, **options))
+        list(
+            fit(
+                lambda: build_network(parameters, samples.classes),
+                loader,
+                samples[6:],
+                run,
+                loss=loss,
+                **options,
+            )
+        )
     history = read_history(run)
-    for part in ("train", "valid"):
-        names = [f"{part}_{term}" for term in ("cross_entropy", "soft_iou", "lovasz", "depth_l1")]
+    for split in ("train", "valid"):
+        names = [f"{split}_{term}" for term in ("cross_entropy", "soft_iou", "lovasz", "depth_l1")]
         terms = history[names]
         assert (terms > 0).all(axis=None)
         pd.testing.assert_series_equal(
-            (terms * [1, 0.5, 0.25, 0.1]).sum(axis=1), history[f"{part}_loss"], check_names=False, rtol=1e-5
+            (terms * [1, 0.5, 0.25, 0.1]).sum(axis=1), history[f"{split}_loss"], check_names=False, rtol=1e-5
         )
     assert np.all(np.diff(history.train_cross_entropy) < 0)
 

@@ -5,18 +5,17 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
-from test_predict import CLASSES, build_network
 
 from lib.classes import NYUV2_13
 from lib.data import load_samples
-from lib.data.images import open_pictures
+from lib.data.images import open_images
 from lib.files import CheckpointError
 from lib.model import build_model, load_model, save_model, weights_digest
-from lib.notebooks.predict import predict_pictures
-from lib.notebooks.sweep import plan_runs, scored_folders
+from lib.notebooks.predict import predict_images
+from lib.notebooks.sweep import Finished, plan_runs
 from lib.runs import find_run
 from lib.runs.results import read_runs
-from lib.runs.scoring import find_scored, iterate_part, score_run
+from lib.runs.scoring import find_scored, iterate_split, score_run
 
 
 @pytest.fixture
@@ -32,17 +31,24 @@ def home(tmp_path, monkeypatch, scenes):
 
 
 def test_data_images_and_depths(home):
-    assert len(load_samples("~", "train", "official")) == 3
-    (first, *_) = open_pictures("~/train/image", "~/train/depth", 1.0, True, NYUV2_13)
+    assert len(load_samples("~", "train", "none")) == 3
+    (first, *_) = open_images("~/train/image", "~/train/depth", 1.0, True, NYUV2_13)
     assert first.depth.any()
     assert plan_runs(None, {"data": "~/train"}, {}, [1]).popitem()[1]["data"] == str(home / "train")
 
 
-def test_a_network_is__writes_its_masks(home):
-    save_model(build_network(), home / "best.pt")
-    assert load_model("~/best.pt").config.classes == CLASSES
-    assert find_run("~") == home  # start_from, and run
-    predict_pictures(load_model("~/best.pt"), open_pictures("~/train/image", None, 1.0, False, CLASSES), "~/masks")
+def test_a_network_and_its_masks(home):
+    config = {
+        "classes": ("wall", "floor"),
+        "encoder": "tu-test_efficientnet",
+        "inputs": "rgb",
+        "size": (32, 32),
+    }
+    save_model(build_model(architecture="fpn", **config), home / "best.pt")
+    model = load_model("~/best.pt")
+    assert model.config.classes == ("wall", "floor")
+    assert find_run("~") == home  # `run` of the notebooks
+    predict_images(model, open_images("~/train/image", None, 1.0, False, model.config.classes), "~/masks")
     assert len(list((home / "masks").glob("*.png"))) == 3
     torch.save({"a": torch.zeros(1)}, home / "weights.pth")
     with pytest.raises(CheckpointError, match="such as"):  # read, but of another encoder
@@ -51,12 +57,13 @@ def test_a_network_is__writes_its_masks(home):
 
 
 def test_predictions_and_results(home, scenes):
-    parameters = {"data": "~", "split": "official", "limit": None, "classes": None, "fold": 4}
-    parameters |= {"run_name": "theirs", "recipe": "theirs", "seed": 0, "predictions": "~/train/label"}
+    parameters = {"data": "~", "validation": "none", "limit": None, "classes": None, "fold": 4}
+    parameters |= {"run_name": "external", "recipe": "external", "seed": 0, "predictions": "~/train/label"}
     for path, label in zip(sorted((home / "train" / "label").iterdir()), scenes.label, strict=False):
         Image.fromarray(np.where(label == 255, 0, label)).save(path)
-    (home / "dataset.yaml").write_text("first_label: 0")  # or 0 between all others would be doubted
+    (home / "dataset.yaml").write_text("first_label: 0")  # else 0 between all others is an error
     run = find_scored("latest", parameters["predictions"], parameters)
-    assert score_run(run, "train", iterate_part(run, "train"))["plain"]["pixel_accuracy"] == 1
-    assert scored_folders(["theirs"], "~/runs") == str(run)
-    assert [scored.name for scored in read_runs("all", "train", str(home))] == ["theirs"]
+    assert score_run(run, "train", iterate_split(parameters, "train"))["plain"]["pixel_accuracy"] == 1
+    assert [scored.name for scored in read_runs("~/runs/external", "train")] == ["external"]
+    assert [scored.name for scored in read_runs("all", "train", "~")] == ["external"]
+    assert Finished({}, "train", "~/results").folder == home / "results"

@@ -1,5 +1,8 @@
+from tqdm import tqdm
+
 import lib.notebooks
-from lib.progress import progress_bar
+from lib import progress
+from lib.progress import progress_bar, use_bar
 
 
 def test_bars_in_a_notebook_end_in_their_last_state(monkeypatch):
@@ -30,3 +33,22 @@ def test_bars_are_silent_where_there_is_no_terminal(monkeypatch, capfd):
     with progress_bar("reading", 3) as bar:
         bar.update(3)
     assert capfd.readouterr() == ("", "")
+
+
+def test_bars_are_made_by_the_function_that_is_installed(monkeypatch):
+    made = []
+    monkeypatch.setattr(progress, "_make_bar", progress._make_bar)  # put back in the end
+    use_bar(lambda **options: made.append(options) or tqdm(disable=True, **options))
+    progress_bar("reading", 3, initial=1).close()
+    progress_bar("reading", 3, disable=True).close()
+    (options,) = made
+    assert (options["desc"], options["total"], options["initial"]) == ("reading", 3, 1)
+
+
+def test_lib_itself_shows_the_bar_of_a_terminal(monkeypatch, capfd):
+    """A script that imports nothing of lib.notebooks."""
+    monkeypatch.setattr(progress, "_make_bar", progress.terminal_bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress_bar("reading", 3) as bar:
+        bar.update(3)
+    assert "reading: 100%" in capfd.readouterr().err

@@ -31,7 +31,9 @@ def imported(path: Path) -> set[str]:
             found |= {name if name.removeprefix("lib.") in MODULES else node.module for name in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name.removeprefix("lib.") if name.split(".")[0] == "lib" else name.split(".")[0] for name in found}
+    return {
+        name.removeprefix("lib.") if name.split(".")[0] == "lib" else name.split(".")[0] for name in found
+    }
 
 
 IMPORTS = {module: imported(path) for module, path in MODULES.items()}
@@ -87,8 +89,18 @@ def test_what_is_measured_by_hand_still_starts(script):
 
 
 def test_tests_leave_no_files_behind(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_files.py")]
-    result = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / "test_files.py"),
+    ]
+    result = subprocess.run(
+        command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, check=False
+    )
     assert result.returncode == 0, result.stdout
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
     assert not list(tmp_path.glob("*-of-tests-*"))

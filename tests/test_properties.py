@@ -24,7 +24,10 @@ from lib.notebooks.parameters import check_parameters
 from lib.training import check_options
 
 FEW = settings(
-    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 KINDS = st.sampled_from(["image", "depth", "label"])
 
@@ -39,7 +42,7 @@ def small_folder(tmp_path_factory, scenes):
 def loads_or_says_why(path, root) -> bool:
     """Whether it loads; an error names the file first and the remedy last."""
     try:
-        samples = load_samples(root, "train", "official", (24, 32))
+        samples = load_samples(root, "train", "none", (24, 32))
     except DataError as error:
         assert str(error).startswith(str(root / "train"))
         assert path.name in str(error)
@@ -51,7 +54,11 @@ def loads_or_says_why(path, root) -> bool:
 
 
 @FEW
-@given(kind=KINDS, cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4))
+@given(
+    kind=KINDS,
+    cut=st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
+)
 @example(kind="image", cut=1.0, flips=[])
 @example(kind="depth", cut=1.0, flips=[])
 @example(kind="label", cut=1.0, flips=[])
@@ -73,7 +80,7 @@ def test_damaged_files(small_folder, kind, cut, flips):
     kind=KINDS,
     mode=st.sampled_from(["L", "RGB", "RGBA", "I;16", "1", "LA"]),
     shape=st.just((96, 128)) | st.tuples(st.integers(1, 100), st.integers(1, 130)),
-    value=st.integers(0, 65534),  # 65535 everywhere is doubted of the whole part, see test_doubts
+    value=st.integers(0, 65534),  # 65535 everywhere is an error of the whole split, see test_sanity
 )
 @example(kind="image", mode="RGB", shape=(96, 128), value=0)
 @example(kind="depth", mode="I;16", shape=(96, 128), value=900)
@@ -94,7 +101,10 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
     try:
         picture.save(path)
         loads = loads_or_says_why(path, small_folder)
-        if (kind, mode) != ("label", "P"):  # Pillow renumbers colours as it saves them: such a file may hold any class
+        if (kind, mode) != (
+            "label",
+            "P",
+        ):  # Pillow renumbers colours as it saves them: such a file may hold any class
             assert loads == (good[kind] and shape == (96, 128))
     finally:
         path.write_bytes(whole)
@@ -124,7 +134,7 @@ def test_mat_files_of_any_layout(tmp_path_factory, broken, dtype, shape, value):
     values = {"labels": value <= 894, "depths": 1 <= value < 20, "images": True, "rawDepths": True}
     right = good[broken] == (dtype, tuple(shape)) and values[broken]
     try:
-        assert len(load_samples(path, "train", "official")) == 2  # of the frames 0..3, 2 and 3 train
+        assert len(load_samples(path, "train", "none")) == 2  # of the frames 0..3, 2 and 3 train
         assert right
     except DataError as error:
         assert str(error).startswith(f"{path}: ")
@@ -202,7 +212,9 @@ def test_any_injected_parameters(monkeypatch, injected):
     cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in injected.items())
     shell.user_ns |= defaults | injected | {"__annotations__": DECLARED, "In": ["", cell]}
     monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: shell)
-    wrong = {name for name, value in injected.items() if name not in DECLARED or not fits(value, DECLARED[name])}
+    wrong = {
+        name for name, value in injected.items() if name not in DECLARED or not fits(value, DECLARED[name])
+    }
     try:
         assert check_parameters() == defaults | injected
         assert not wrong
@@ -227,7 +239,9 @@ def fits(value, declared):
 )
 def test_any_numbers(**numbers):
     right = numbers["epochs"] >= 1 and 0 < numbers["learning_rate"] < 1
-    right = right and all(0 <= numbers[name] < math.inf for name in ("weight_decay", "soft_iou_weight", "seed"))
+    right = right and all(
+        0 <= numbers[name] < math.inf for name in ("weight_decay", "soft_iou_weight", "seed")
+    )
     try:
         check_options(**numbers)
         assert right

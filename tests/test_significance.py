@@ -49,12 +49,16 @@ def test_checkpoints_by_hand():
         return (hits / total + total / (total + total - hits)) / 2
 
     difference = score(33, 60) - score(30, 60)
-    left_out = np.array([score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(30, 50)])
+    left_out = np.array(
+        [score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(27, 50), score(30, 50)]
+    )
     left_out -= score(25, 50)
     error = np.sqrt(5 / 6 * ((left_out - left_out.mean()) ** 2).sum())
     result = compare_checkpoints(a, b, None)
     assert result.difference == pytest.approx(difference)
-    np.testing.assert_allclose(result.interval, difference + error * np.array([-1, 1]) * stats.t.ppf(0.975, 5))
+    np.testing.assert_allclose(
+        result.interval, difference + error * np.array([-1, 1]) * stats.t.ppf(0.975, 5)
+    )
     assert result.detectable == pytest.approx(error * (stats.t.ppf(0.975, 5) + stats.t.ppf(0.8, 5)))
     assert result.scene_count == 6
     few, many = result.scenes_needed
@@ -105,7 +109,12 @@ def test_a_constant_gain_is_certain(scene):
     assert result.p_value == 1e-4
     np.testing.assert_allclose(result.interval, result.difference)
     same = compare_checkpoints(a, a, scene)
-    assert (same.difference, same.interval, same.p_value, same.scenes_needed) == (0, (0, 0), 1, (np.inf, np.inf))
+    assert (same.difference, same.interval, same.p_value, same.scenes_needed) == (
+        0,
+        (0, 0),
+        1,
+        (np.inf, np.inf),
+    )
 
 
 def test_scores_are_those_of_the_metrics(pair, recipes, scene):
@@ -116,18 +125,18 @@ def test_scores_are_those_of_the_metrics(pair, recipes, scene):
     assert compare_recipes(*recipes, scene).difference == pytest.approx(means[1] - means[0])
 
 
-def test_both_average_the_classes_of_the_truth():
+def test_both_average_the_classes_of_the_ground_truth():
     a = np.zeros((8, 3, 3), np.int64)
     a[:, :2, :2] = two_classes([5] * 8)
     b = a.copy()
-    b[0, 0] = [5, 0, 5]  # b names a class that is not there
+    b[0, 0] = [5, 0, 5]  # b predicts a class that is not there
     result = compare_checkpoints(a, b, None)
     assert result.difference == pytest.approx(np.mean(iou(b)[:2]) - np.mean(iou(a)[:2]))
     for field in (result.class_difference, result.class_interval[0], result.class_p_value):
         np.testing.assert_array_equal(np.isnan(field), [False, False, True])
 
 
-def test_a_class_in_one_scene_has_no_verdict(scene):
+def test_a_class_in_one_scene_has_no_result(scene):
     counts = np.zeros((2, 2, 197, 5, 5), np.int64)
     counts[..., :4, :4] = make_runs(4, scene, runs=2)
     counts[..., scene == 3, 4, 4] = 9
@@ -139,7 +148,9 @@ def test_a_class_in_one_scene_has_no_verdict(scene):
         assert np.isfinite(result.class_p_value[:4]).all()
         assert np.isfinite((result.p_value, *result.interval)).all()
     without = np.delete(counts[:, 0], 4, axis=-1)[..., :4, :]
-    np.testing.assert_array_equal(checkpoints.class_p_value[:4], compare_checkpoints(*without, scene).class_p_value)
+    np.testing.assert_array_equal(
+        checkpoints.class_p_value[:4], compare_checkpoints(*without, scene).class_p_value
+    )
 
 
 def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
@@ -156,7 +167,7 @@ def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
     assert (np.diff(result.interval) / 2 / stats.t.ppf(0.975, 11)).item() < error
 
 
-def test_fewer_than_six_scenes_give_no_verdict(pair, recipes):
+def test_fewer_than_six_scenes_give_no_result(pair, recipes):
     scene = np.arange(197) % 5
     for result in (compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene)):
         assert np.isfinite(result.difference)
@@ -214,7 +225,10 @@ def test_crossed_t_equals_a_reference_on_a_linear_score():
     """Class 0 alone is in the truth and what is missed is no class of the truth: its IoU is a share of the pixels."""
     rng = np.random.default_rng(6)
     shares = (
-        500 + 40 * rng.normal(size=(1, 1, 30)) + 40 * rng.normal(size=(2, 1, 30)) + 40 * rng.normal(size=(2, 4, 30))
+        500
+        + 40 * rng.normal(size=(1, 1, 30))
+        + 40 * rng.normal(size=(2, 1, 30))
+        + 40 * rng.normal(size=(2, 4, 30))
     )
     shares = np.rint(shares + 30 * rng.normal(size=(2, 4, 1))).astype(np.int64)
     sizes = np.array([1, 2, 5] * 10)
@@ -276,7 +290,9 @@ def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
     a, b = two_classes([5] * 197), two_classes([6] * 197)
     same = compare_recipes(np.stack([a, a]), np.stack([a, a]), scene)
     assert (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
-    with pytest.raises(ValueError, match="counts: found a difference of 0.07381 between runs that do not vary"):
+    with pytest.raises(
+        ValueError, match="counts: found a difference of 0.07381 between runs that do not vary"
+    ):
         compare_recipes(np.stack([a, a]), np.stack([b, b]), scene)
 
 
@@ -304,7 +320,9 @@ def test_seeds_needed_are_a_range():
 
 def test_score_interval_by_jackknife(pair, scene):
     result = score_interval(pair[0], scene)
-    left_out = np.array([[mean_truth_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))])
+    left_out = np.array(
+        [[mean_truth_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))]
+    )
     half = stats.t.ppf(0.975, 13.4972) * np.sqrt(23 / 24 * ((left_out - left_out.mean(0)) ** 2).sum(0))
     assert result.score == pytest.approx(mean_truth_iou(pair[0]))
     np.testing.assert_allclose(result.interval, result.score + half[0] * np.array([-1, 1]), rtol=1e-5)
@@ -323,11 +341,23 @@ def test_holm_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, b: (a, b[:50]), r"counts: found shapes \(197, 4, 4\) and \(50, 4, 4\), expected the same images"),
-        (lambda a, b: (a, b[::-1]), "counts: the truth differs in 196 of 197 images, the first is number 0; compare"),
-        (lambda a, b: (a.sum(0), b.sum(0)), r"counts: found shapes \(4, 4\) and \(4, 4\), expected \(N, C, C\)"),
+        (
+            lambda a, b: (a, b[:50]),
+            r"counts: found shapes \(197, 4, 4\) and \(50, 4, 4\), expected the same images",
+        ),
+        (
+            lambda a, b: (a, b[::-1]),
+            "counts: the truth differs in 196 of 197 images, the first is number 0; compare",
+        ),
+        (
+            lambda a, b: (a.sum(0), b.sum(0)),
+            r"counts: found shapes \(4, 4\) and \(4, 4\), expected \(N, C, C\)",
+        ),
         (lambda a, b: (a[:0], b[:0]), r"counts: found shapes \(0, 4, 4\) and \(0, 4, 4\), .* one or more"),
-        (lambda a, b: (a[..., :3], b[..., :3]), r"counts: found shapes \(197, 4, 3\) .* expected \(N, C, C\)"),
+        (
+            lambda a, b: (a[..., :3], b[..., :3]),
+            r"counts: found shapes \(197, 4, 3\) .* expected \(N, C, C\)",
+        ),
         (lambda a, b: (0 * a, 0 * b), "counts: all zero; without a labelled pixel there is no score"),
     ],
 )
@@ -338,13 +368,17 @@ def test_what_cannot_be_compared(pair, change, message):
 
 def test_recipes_that_cannot_be_compared(recipes, scene):
     a, b = recipes
-    with pytest.raises(ValueError, match=r"counts: found 4 and 1 runs, expected 2 or more of each recipe; train"):
+    with pytest.raises(
+        ValueError, match=r"counts: found 4 and 1 runs, expected 2 or more of each recipe; train"
+    ):
         compare_recipes(a, b[:1], scene)
     with pytest.raises(ValueError, match=r"paired: found 4 and 3 runs, expected as many of both"):
         compare_recipes(a, b[:3], scene, paired=True)
     with pytest.raises(ValueError, match=r"counts: the truth differs in 196 of 197 images"):
         compare_recipes(a, b[:, ::-1], scene)
-    with pytest.raises(ValueError, match=r"scene: found shape \(4,\), expected \(197,\), the scene of each image"):
+    with pytest.raises(
+        ValueError, match=r"scene: found shape \(4,\), expected \(197,\), the scene of each image"
+    ):
         compare_recipes(a, b, scene[:4])
     with pytest.raises(ValueError, match=r"scores: found 1 and 2 runs, expected 2 or more"):
         compare_seeds([0.5], [0.6, 0.7])

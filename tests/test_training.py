@@ -79,7 +79,10 @@ def test_run_folder_holds_the_best_epoch(samples, usual):
 def test_equal_to_a_plain_loop(samples, schedule):
     """What is trained and written, as one writes it first."""
     rows = train("plain", samples, schedule=schedule, epochs=2)
-    model, loader = build_network(PARAMETERS, samples.classes), training_loader(samples[:13], "crops", 4, 0, seed=0)
+    model, loader = (
+        build_network(PARAMETERS, samples.classes),
+        training_loader(samples[:13], "crops", 4, 0, seed=0),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4, fused=True)
     if schedule == "one_cycle":
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=2 * 3)
@@ -112,8 +115,8 @@ def test_the_model_knows_what_it_was_trained_for(usual):
     assert config.depth_head
 
 
-def test_keep_last(samples, usual):
-    history = train("kept", samples, keep="last")
+def test_the_last_epoch_may_be_kept(samples, usual):
+    history = train("kept", samples, checkpoint="last")
     assert history == usual[1]  # what is kept changes nothing about training
     run = runs_folder() / "kept"
     scores = json.loads((run / "scores.json").read_text())
@@ -130,20 +133,26 @@ def test_best_and_last_differ_where_scores_fall(samples, monkeypatch):
     monkeypatch.setattr(
         training, "describe_validation", lambda scored: described(scored) | {"valid_miou": next(falling)}
     )
-    for keep, epoch in (("best", 1), ("last", 3)):
-        train(f"falling-{keep}", samples, keep=keep)
-        assert json.loads((runs_folder() / f"falling-{keep}" / "scores.json").read_text())["best_epoch"] == epoch
+    for checkpoint, epoch in (("best", 1), ("last", 3)):
+        train(f"falling-{checkpoint}", samples, checkpoint=checkpoint)
+        assert (
+            json.loads((runs_folder() / f"falling-{checkpoint}" / "scores.json").read_text())["best_epoch"]
+            == epoch
+        )
 
 
 def test_same_seed_same_history_for_any_workers(samples, usual):
-    assert train("workers", samples, workers=2) == usual[1]
+    assert train("workers", samples, num_workers=2) == usual[1]
     assert train("seeded", samples, seed=1) != usual[1]
 
 
 def test_the_training_cell_can_run_twice(samples, usual):
     """One recipe of a network and one loader, as a notebook keeps them: the second run is that of a fresh kernel."""
     loader = training_loader(samples[:13], "crops", 4, 0, seed=0)
-    build, options = partial(build_network, PARAMETERS, samples.classes), {name: PARAMETERS[name] for name in FOR_FIT}
+    build, options = (
+        partial(build_network, PARAMETERS, samples.classes),
+        {name: PARAMETERS[name] for name in FOR_FIT},
+    )
     for _ in range(2):
         with open_run(PARAMETERS | {"run_name": "twice"}) as run:
             rows = list(fit(build, loader, samples[13:], run, loss=LOSS, **options))
@@ -158,17 +167,9 @@ def test_the_seed_gives_the_weights(samples):
     assert not torch.equal(one.state_dict()[name], other.state_dict()[name])
 
 
-def test_starting_from_another_run(samples, usual):
-    started = build_network(PARAMETERS | {"start_from": "usual", "image_height": 96}, samples.classes)
-    torch.testing.assert_close(started.state_dict(), load_model(usual[0] / "best.pt").state_dict(), rtol=0, atol=0)
-    assert started.config.size == (96, 64)
-    assert build_network(PARAMETERS, samples.classes, (0.4, 8.0)).config.depth_range_m == (0.4, 8.0)
-    with pytest.raises(ValueError) as error:
-        build_network(PARAMETERS | {"start_from": "usual"}, ("bed", "book", *samples.classes[2:]))
-    assert str(error.value) == (
-        f"classes: start_from: {usual[0] / 'best.pt'} has 'books' as class 1, the data has 'book' as class 1; "
-        "use what has the same classes"
-    )
+def test_the_network_is_made_for_the_data(samples):
+    config = build_network(PARAMETERS | {"image_height": 96}, ("a", "b"), (0.4, 8.0)).config
+    assert (config.classes, config.depth_range_m, config.size) == (("a", "b"), (0.4, 8.0), (96, 64))
 
 
 @pytest.mark.parametrize("inputs", ["depth", "rgb", "rgbd_xy"])
@@ -193,7 +194,9 @@ def test_samples_without_depth_train_on_rgb(samples):
 def test_other_classes_travel_into_the_run(samples):
     classes = ("floor", "wall", "else")
     three = replace(
-        samples, label=np.where(samples.label == 255, 255, samples.label % 3).astype(np.uint8), classes=classes
+        samples,
+        label=np.where(samples.label == 255, 255, samples.label % 3).astype(np.uint8),
+        classes=classes,
     )
     train("three", three, epochs=1)
     run = runs_folder() / "three"
@@ -202,16 +205,20 @@ def test_other_classes_travel_into_the_run(samples):
     assert saved.counts.shape == (3, 3, 3)
     assert list(json.loads((run / "scores.json").read_text())["class_iou"]) == list(classes)
     np.testing.assert_allclose(
-        list(json.loads((run / "scores.json").read_text())["class_iou"].values()), iou(saved.counts), atol=1e-6
+        list(json.loads((run / "scores.json").read_text())["class_iou"].values()),
+        iou(saved.counts),
+        atol=1e-6,
     )
-    with pytest.raises(ValueError, match=r"classes: the network has 3 \(the last is 'else'\), the data has 13 \(the"):
+    with pytest.raises(
+        ValueError, match=r"classes: the network has 3 \(the last is 'else'\), the data has 13 \(the"
+    ):
         evaluate(model, samples[13:])
 
 
-def test_nothing_validates_in_the_official_split(samples):
-    history = train("official", samples[:9], held_out=0, epochs=2)
+def test_with_validation_none_the_last_epoch_is_kept(samples):
+    history = train("none", samples[:9], held_out=0, epochs=2)
     assert math.isnan(history[-1]["valid_miou"])
-    run = runs_folder() / "official"
+    run = runs_folder() / "none"
     scores = json.loads((run / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert scores["best_epoch"] == 2
     assert scores["valid_loss"] is None
@@ -259,7 +266,7 @@ BAD_OPTIONS = [
     ({"learning_rate": math.nan}, "learning_rate: found nan, expected a number between 0 and 1"),
     ({"weight_decay": -0.1}, "weight_decay: found -0.1, expected 0 or more"),
     ({"schedule": "step"}, "schedule: found 'step', expected one of cosine, one_cycle"),
-    ({"keep": "first"}, "keep: found 'first', expected one of best, last"),
+    ({"checkpoint": "first"}, "checkpoint: found 'first', expected one of best, last"),
     ({"ema_decay": 1.0}, "ema_decay: found 1.0, expected a number below 1 such as 0.99, or 0 for no average"),
     ({"precision": "fp16"}, "precision: found 'fp16', expected one of auto, fp32, bf16"),
     ({"device": "gpu"}, "device: found 'gpu', torch .* has auto, .*cpu here"),
@@ -282,15 +289,21 @@ def test_fit_refuses_bad_options(samples, options, message):
         ({"seed": -1}, "seed: found -1, expected 0 or more"),
         ({"augment": "flip"}, "augment: found 'flip', expected one of none, exp061, crops"),
         ({"batch_size": 1}, "batch_size: found 1, expected 2 or more"),
-        ({"soft_iou_pooling": "mean"}, "soft_iou_pooling: found 'mean', expected one of batch, image, exp061"),
+        (
+            {"soft_iou_pooling": "mean"},
+            "soft_iou_pooling: found 'mean', expected one of batch, image, exp061",
+        ),
         ({"inputs": "rgba"}, "inputs: found 'rgba', expected one of rgb, depth, rgbd, rgbd_xy"),
-        ({"split": "rnd"}, "split: found 'rnd', expected one of auto, given, scenes, blocks, random, official"),
+        (
+            {"validation": "rnd"},
+            "validation: found 'rnd', expected one of auto, predefined, scenes, blocks, random, none",
+        ),
         ({"fold": 5}, "fold: found 5, expected one of 0, 1, 2, 3, 4"),
         ({"image_width": 0}, "image_width: found 0, expected 1 or more"),
     ],
 )
 def test_check_options(options, message):
-    check_options(**PARAMETERS | {"split": "auto", "fold": 0})  # what is good passes
+    check_options(**PARAMETERS | {"validation": "auto", "fold": 0})  # what is good passes
     with pytest.raises(ValueError, match=message):
         check_options(**PARAMETERS | options)
 
@@ -324,7 +337,9 @@ def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
-        with pytest.raises(FloatingPointError, match="weights: found nan or inf, expected a number, for the batch of"):
+        with pytest.raises(
+            FloatingPointError, match="weights: found nan or inf, expected a number, for the batch of"
+        ):
             train("weights", samples)
     assert train("weights", samples, resume=True) == usual[1]
 
@@ -354,15 +369,15 @@ def test_an_average_follows_by_hand_and_as_that_of_torch():
         assert torch.equal(average.state_dict()[name], value) or name == "1.num_batches_tracked"
 
 
-@pytest.mark.parametrize("part", ["train", "valid"])
-def test_labels_that_are_no_class_are_named_before_training(samples, monkeypatch, part):
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_labels_that_are_no_class_are_named_before_training(samples, monkeypatch, split):
     monkeypatch.setattr(training, "training_step", pytest.fail)
-    label, position = samples.label.copy(), 2 if part == "train" else 14
+    label, position = samples.label.copy(), 2 if split == "train" else 14
     label[position, 3, 3] = 13
     with pytest.raises(ValueError) as error:
         train("wrong", replace(samples, label=label))
     assert str(error.value) == (
-        f"label: found the value 13 in {part}/{samples.names[position]}, expected 0..12 or 255 = unlabelled; say in "
+        f"label: found the value 13 in {split}/{samples.names[position]}, expected 0..12 or 255 = unlabelled; say in "
         "dataset.yaml which values mean which classes"
     )
 
@@ -375,8 +390,8 @@ def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, u
         clock[0] += 4
         return real[0](*arguments)
 
-    def save(path, parts, progress, device):
-        real[1](path, parts, progress, device)
+    def save(path, splits, progress, device):
+        real[1](path, splits, progress, device)
         saves.append((len(progress["history"]), len(progress["losses"])))
         assert len(read_history(path.parent)) == len(progress["history"])
         best = max(progress["history"], key=lambda row: row["valid_miou"])["epoch"]
@@ -395,7 +410,9 @@ def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypat
 
     def step(*arguments):
         if next(steps) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ..."
+            )
         return real(*arguments)
 
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
@@ -424,7 +441,9 @@ def test_any_loss_can_be_handed_in(samples):
     with open_run(parameters) as run:
         loader = training_loader(samples[:13], "none", 4, 0, seed=0)
         build = partial(build_network, parameters, samples.classes)
-        (row,) = fit(build, loader, samples[13:], run, loss=only_depth, epochs=1, learning_rate=1e-3, weight_decay=0.0)
+        (row,) = fit(
+            build, loader, samples[13:], run, loss=only_depth, epochs=1, learning_rate=1e-3, weight_decay=0.0
+        )
     assert row["valid_depth_l1"] == row["valid_loss"]
     head = torch.load(run / "last.pt", weights_only=True)["model"]["net.segmentation_head.0.weight"]
     assert torch.equal(head, build().net.segmentation_head[0].weight)
@@ -449,7 +468,9 @@ def test_the_bar_says_the_batch_the_loss_and_when_it_validates(samples, monkeypa
     def watched(*arguments):
         bar = tqdm(total=arguments[1], file=io.StringIO())
         describe = bar.set_description
-        monkeypatch.setattr(bar, "set_description", lambda text, **more: (said.append(text), describe(text, **more)))
+        monkeypatch.setattr(
+            bar, "set_description", lambda text, **more: (said.append(text), describe(text, **more))
+        )
         bars.append(bar)
         return bar
 

@@ -26,7 +26,9 @@ def classifier():
 
 
 def filled(path, **config):
-    return build_model(**{"encoder": ENCODER, "inputs": "rgb", "encoder_weights": str(path)} | config).net.encoder
+    return build_model(
+        **{"encoder": ENCODER, "inputs": "rgb", "encoder_weights": str(path)} | config
+    ).net.encoder
 
 
 def refused(path, **config):
@@ -46,7 +48,9 @@ def assert_filled(encoder, expected):
 
 def as_smp_saves(weights):
     """Names of a whole network of segmentation-models-pytorch, its decoder beside the encoder."""
-    return {f"encoder.model.{name}": tensor for name, tensor in weights.items()} | {"decoder.block": torch.ones(2, 2)}
+    return {f"encoder.model.{name}": tensor for name, tensor in weights.items()} | {
+        "decoder.block": torch.ones(2, 2)
+    }
 
 
 @pytest.mark.parametrize(
@@ -59,9 +63,20 @@ def as_smp_saves(weights):
         lambda weights: {f"backbone.{name}": tensor for name, tensor in weights.items()},
         lambda weights: {f"model.{name}": tensor for name, tensor in weights.items()},
         as_smp_saves,
-        lambda weights: {"state_dict": {f"module.{name}": tensor for name, tensor in as_smp_saves(weights).items()}},
+        lambda weights: {
+            "state_dict": {f"module.{name}": tensor for name, tensor in as_smp_saves(weights).items()}
+        },
     ],
-    ids=["timm", "state_dict", "model", "module.", "backbone.", "smp encoder", "smp network", "smp in parallel"],
+    ids=[
+        "timm",
+        "state_dict",
+        "model",
+        "module.",
+        "backbone.",
+        "smp encoder",
+        "smp network",
+        "smp in parallel",
+    ],
 )
 def test_names_as_timm_and_smp_write_them(tmp_path, classifier, wrap):
     weights = classifier.state_dict()
@@ -118,7 +133,10 @@ def test_weights_of_another_encoder(tmp_path, classifier):
     path = tmp_path / "weights.pth"
     torch.save(smp.encoders.get_encoder("resnet18", weights=None).state_dict(), path)
     message = refused(path)
-    assert "does not fill the 90 tensors of the encoder: 28 missing, such as model.conv1.0.weight, model." in message
+    assert (
+        "does not fill the 90 tensors of the encoder: 28 missing, such as model.conv1.0.weight, model."
+        in message
+    )
     assert "; 47 of another shape, such as model.bn1.weight (64,) instead of (32,), model." in message
     assert "; 64 unexpected, such as conv1.weight, layer1.1.conv1.weight, " in message
     assert message.endswith(
@@ -135,8 +153,9 @@ def test_weights_of_another_encoder(tmp_path, classifier):
     assert "unexpected" not in message  # the classifier's head is no problem
     del weights["layer4.0.bn2.running_var"]  # one is enough
     torch.save(weights, path)
-    assert "encoder: 1 missing, such as model.layer4.0.bn2.running_var; 2 unexpected, such as fc.weight, " in refused(
-        path
+    assert (
+        "encoder: 1 missing, such as model.layer4.0.bn2.running_var; 2 unexpected, such as fc.weight, "
+        in refused(path)
     )
 
 
@@ -152,7 +171,10 @@ def test_a_classifier_of_ten_classes_that_is_no_encoder(tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     message = refused(tmp_path / "weights.pth")
     assert "75 missing, such as model.conv1.0.weight" in message
-    assert "; 4 unexpected, such as 0.weight, 0.bias, 2.weight; expected the weights of this very encoder" in message
+    assert (
+        "; 4 unexpected, such as 0.weight, 0.bias, 2.weight; expected the weights of this very encoder"
+        in message
+    )
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -178,7 +200,9 @@ def test_code_in_a_file_is_not_executed(tmp_path, classifier):
     path, touched = tmp_path / "weights.pth", tmp_path / "touched"
     for content in (Burglar(touched), classifier.state_dict() | {"more": Burglar(touched)}):
         torch.save(content, path)
-        assert "holds code besides tensors, which is not executed here: save the state_dict alone" in refused(path)
+        assert "holds code besides tensors, which is not executed here: save the state_dict alone" in refused(
+            path
+        )
         path.write_bytes(pickle.dumps(content, protocol=2))
         assert "holds code besides tensors" in refused(path)
         assert not touched.exists()
@@ -219,7 +243,9 @@ def test_a_run_knows_its_weights_wherever_they_lie(tmp_path, monkeypatch, classi
         assert run.name == "here"
     changed = PARAMETERS | {"run_name": "here", "encoder_weights": str(other)}
     with (
-        pytest.raises(ValueError, match="'here' was started with encoder_weights = .*, encoder_weights_digest = "),
+        pytest.raises(
+            ValueError, match="'here' was started with encoder_weights = .*, encoder_weights_digest = "
+        ),
         open_run(changed, resume=True),
     ):
         pass

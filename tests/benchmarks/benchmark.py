@@ -1,6 +1,6 @@
 """How fast, against the libraries that pip installs and a plainly written recipe of the same experiment.
 
-    python tests/benchmarks/benchmark.py                         # everything on embedded scenes, minutes
+    python tests/benchmarks/benchmark.py                         # everything on built-in synthetic scenes, minutes
     python tests/benchmarks/benchmark.py --data /path/to/NYUv2   # epochs as in nyuv2_small
     python tests/benchmarks/benchmark.py --data /path/to/NYUv2 --large   # and as in exp061, on 32 images
 
@@ -84,11 +84,16 @@ def peak_bytes(function: Callable) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
+    return int(
+        np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max()
+    )
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]))
+    print(
+        f"\n{title}\n\n"
+        + "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    )
 
 
 def benchmark_loss() -> None:
@@ -140,11 +145,15 @@ def benchmark_counts() -> None:
         def torchmetrics(*arrays: torch.Tensor) -> torch.Tensor:
             return multiclass_confusion_matrix(*arrays, 13, ignore_index=255, validate_args=False)
 
-        functions["torchmetrics, per image"] = lambda: torch.stack(list(map(torchmetrics, prediction, labels)))
+        functions["torchmetrics, per image"] = lambda: torch.stack(
+            list(map(torchmetrics, prediction, labels))
+        )
         functions["torchmetrics, pooled"] = lambda: torchmetrics(prediction, labels)
         assert torch.equal(functions["ours, per image"](), functions["torchmetrics, per image"]())
     seconds = medians(functions)
-    rows = [[name, f"{1000 * t:.1f} ms", f"{t / seconds['ours, per image']:.1f}x"] for name, t in seconds.items()]
+    rows = [
+        [name, f"{1000 * t:.1f} ms", f"{t / seconds['ours, per image']:.1f}x"] for name, t in seconds.items()
+    ]
     table("Confusion counts, 8x480x640, 13 classes, int64", ["counts", "time", "time"], rows)
 
 
@@ -152,7 +161,7 @@ def benchmark_augmentation() -> None:
     """Items of the training set against three bare warps of every image."""
     rows = []
     for size in (SMALL["size"], LARGE["size"]):
-        samples = load_samples("synthetic", "train", "official", size, 16)
+        samples = load_samples("synthetic", "train", "none", size, 16)
         sets = {augment: TrainingSet(samples, augment, seed=0) for augment in ("exp061", "crops")}
         height, width = size
         matrix = cv2.getRotationMatrix2D((width / 2, height / 2), 3, 1.05)
@@ -160,7 +169,9 @@ def benchmark_augmentation() -> None:
 
         def bare(samples: Samples = samples, matrix=matrix, shape=(width, height)) -> None:
             for arrays in zip(samples.image, samples.depth, samples.label, strict=True):
-                for array, flags in zip(arrays, (cv2.INTER_LINEAR, cv2.INTER_NEAREST, cv2.INTER_NEAREST), strict=True):
+                for array, flags in zip(
+                    arrays, (cv2.INTER_LINEAR, cv2.INTER_NEAREST, cv2.INTER_NEAREST), strict=True
+                ):
                     cv2.warpAffine(array, matrix, shape, flags=flags)
 
         def augmented(training: TrainingSet, epoch=epoch) -> None:
@@ -177,8 +188,8 @@ def benchmark_augmentation() -> None:
 
 
 def write_scenes(root: Path) -> None:
-    """The embedded scenes as the folder of PNGs that users have."""
-    scenes = load_samples("synthetic", "train", "official")
+    """The built-in synthetic scenes as the folder of PNGs that users have."""
+    scenes = load_samples("synthetic", "train", "none")
     for kind in ("image", "depth", "label"):
         (root / "train" / kind).mkdir(parents=True)
     for name, image, depth, label in zip(scenes.names, scenes.image, scenes.depth, scenes.label, strict=True):
@@ -190,7 +201,9 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
     """Epochs of `fit` and of the plain recipe in turn: training, validation and checkpoint."""
     encoder, size, batch_size = settings["encoder"], settings["size"], settings["batch_size"]
     started = time.perf_counter()
-    train, valid = (load_samples(data, part, "random", size, settings["limit"]) for part in ("train", "valid"))
+    train, valid = (
+        load_samples(data, split, "random", size, settings["limit"]) for split in ("train", "valid")
+    )
     reading = time.perf_counter() - started
 
     def build() -> torch.nn.Module:
@@ -200,7 +213,7 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
     plain = plain_epochs(
         build(), Path(data), train.names, valid.names, size, batch_size, settings["augment"], settings["learning_rate"],
     )  # fmt: skip
-    loader = training_loader(train, settings["augment"], batch_size, workers=0, seed=42)
+    loader = training_loader(train, settings["augment"], batch_size, num_workers=0, seed=42)
     seconds = {"ours": [], "plain recipe": []}
     with open_run({"run_name": "benchmark"}) as run:
         ours = fit(
@@ -225,7 +238,11 @@ def benchmark_waiting(data: str) -> None:
     """The share of an epoch in which the loop waits for its batches."""
     size, batch_size, device = SMALL["size"], SMALL["batch_size"], torch.device("cpu")
     train = load_samples(data, "train", "random", size, 200)
-    model, precision, rows = build_model(encoder=SMALL["encoder"], size=size), choose_precision("auto", device), []
+    model, precision, rows = (
+        build_model(encoder=SMALL["encoder"], size=size),
+        choose_precision("auto", device),
+        [],
+    )
     optimizer = torch.optim.AdamW(model.parameters(), SMALL["learning_rate"], fused=True)
     for workers in (0, 1, 2):
         loader = training_loader(train, SMALL["augment"], batch_size, workers, seed=0)
@@ -237,15 +254,17 @@ def benchmark_waiting(data: str) -> None:
                 training_step(model, encode_batch(raw, model.config, device), LOSS, optimizer, precision)
                 asked = time.perf_counter()
         rows.append([str(workers), f"{waited / (time.perf_counter() - began):.1%}"])
-    table("Waiting for data, ResNet18, 96x128, batches of 16", ["workers", "share of the time"], rows)
+    table("Waiting for data, ResNet18, 96x128, batches of 16", ["num_workers", "share of the time"], rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", help="a folder of PNGs; the embedded scenes without it")
+    parser.add_argument("--data", help="a folder of PNGs; the built-in synthetic scenes without it")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each recipe")
-    parser.add_argument("--large", action="store_true", help="also ResNet101 at 480x640 on 32 images: half an hour")
-    parser.add_argument("--only", choices=("operations", "epochs"), help="a part of it")
+    parser.add_argument(
+        "--large", action="store_true", help="also ResNet101 at 480x640 on 32 images: half an hour"
+    )
+    parser.add_argument("--only", choices=("operations", "epochs"), help="which half of it")
     arguments = parser.parse_args()
     blas = "MKL" if torch.backends.mkl.is_available() else "no MKL"
     print(

@@ -17,7 +17,9 @@ from lib.batches import build_augmentation
 def naive_soft_iou(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Pooled over the batch, averaged over the classes present in it."""
     labelled = (labels != 255)[:, None]
-    truth = F.one_hot(torch.where(labels == 255, 0, labels), logits.shape[1]).movedim(-1, 1).float() * labelled
+    truth = (
+        F.one_hot(torch.where(labels == 255, 0, labels), logits.shape[1]).movedim(-1, 1).float() * labelled
+    )
     softmax = logits.softmax(1) * labelled
     intersection = (softmax * truth).sum((0, 2, 3))
     union = (softmax + truth - softmax * truth).sum((0, 2, 3))
@@ -40,7 +42,9 @@ class PlainSet(torch.utils.data.Dataset):
         image, depth, label = (cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in self.files[position])
         height, width = self.size
         image = cv2.resize(image[..., ::-1], (width, height))
-        depth, label = (cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in (depth, label))
+        depth, label = (
+            cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) for mask in (depth, label)
+        )
         if self.augmentation is not None:
             result = self.augmentation(image=image, mask=label + np.uint8(1), depth=depth)
             image, depth, label = result["image"], result["depth"], result["mask"] - np.uint8(1)

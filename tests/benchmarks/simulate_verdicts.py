@@ -1,4 +1,4 @@
-"""How often verdicts are wrong where the truth is known: a Markdown table of rates, for lib/README.md.
+"""How often the three tests are wrong where the truth is known: a Markdown table of rates, for lib/README.md.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/simulate_verdicts.py [--draws 3000]     # about 15 minutes
 
@@ -44,7 +44,7 @@ class Rates:
         self.counts.setdefault(row, []).append(happened)
 
     def print(self):
-        print("| claim | scenes | correlation | recipe by scene | seeds |", " | ".join(COLUMNS), "|")
+        print("| test | scenes | correlation | recipe by scene | seeds |", " | ".join(COLUMNS), "|")
         print("|", " | ".join(["---"] * (5 + len(COLUMNS))), "|")
         for row, happened in self.counts.items():
             rates = ("" if np.isnan(rate) else f"{rate:.3f}" for rate in np.mean(happened, axis=0))
@@ -54,9 +54,9 @@ class Rates:
 def add_checkpoints(rates, rng, scene, correlation, gain, draw):
     truth, found = simulate_rates(rng, scene, 1, correlation, run_sd=0)
     a, b, better = (confuse(truth, rate) for rate in (found[0, 0], found[1, 0], found[1, 0] + gain))
-    for claim, clusters in (("(a)", scene), ("(a), images as scenes", None)):
+    for test, clusters in (("checkpoint", scene), ("checkpoint, images as scenes", None)):
         results = (compare_checkpoints(a, other, clusters, seed=draw) for other in (b, better))
-        rates.add((claim, scene.max() + 1, correlation, 0.05, 1), *results, GAIN)
+        rates.add((test, scene.max() + 1, correlation, 0.05, 1), *results, GAIN)
 
 
 def add_recipes(rates, rng, scene, correlation, recipe_sd, runs, gain, folds=1):
@@ -66,13 +66,16 @@ def add_recipes(rates, rng, scene, correlation, recipe_sd, runs, gain, folds=1):
     for count in runs:
         row = scene.max() + 1, correlation, recipe_sd, count
         results = (compare_recipes(a[:count], other[:count], scene) for other in (b, better))
-        rates.add(("(b2)" if folds == 1 else "(b2), five folds", *row), *results, GAIN)
+        pooled = "" if folds == 1 else ", five folds"
+        rates.add((f"recipe{pooled}", *row), *results, GAIN)
         results = (compare_seeds(scores[0][:count], other[:count]) for other in scores[1:])
-        rates.add(("(b1), taken for (b2)" if folds == 1 else "(b1), five folds, taken for (b2)", *row), *results, GAIN)
+        rates.add((f"seed{pooled}, taken for the recipe test", *row), *results, GAIN)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=3000)
     draws, rates, gain = parser.parse_args().draws, Rates(), find_gain()
     valid, train = scenes_of(VALID_SIZES), scenes_of(TRAIN_SIZES)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 from conftest import write_folder
-from test_plots import SETS, draw, names_of, relabel
 
+from figures import SETS, class_names, draw, relabel
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples
 from lib.evaluation import evaluate
@@ -16,7 +16,7 @@ from lib.notebooks.error_analysis import (
     CONFIDENCE_BINS,
     DEPTH,
     DISTANCE,
-    SEGMENT,
+    REGION,
     ErrorCounts,
     boundary_distance,
     calibration_error,
@@ -27,8 +27,8 @@ from lib.notebooks.error_analysis import (
     plot_calibration,
     plot_confusion,
     plot_strata,
+    region_shares,
     score_strata,
-    segment_shares,
     strata_edges,
 )
 
@@ -64,7 +64,7 @@ def made_up(images=24, count=13):
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     calibration[:, -1] = 100, 98, 75
     names = np.array([f"{index:06d}" for index in range(images)])
-    return ErrorCounts(names_of(count), names, confusion, strata, calibration, edges)
+    return ErrorCounts(class_names(count), names, confusion, strata, calibration, edges)
 
 
 def test_boundary_runs_in_the_middle_of_a_sliver():
@@ -81,18 +81,26 @@ def test_boundary_runs_in_the_middle_of_a_sliver():
 def test_segments_of_one_class_are_measured_apart():
     label = np.full((10, 10), WALL, np.uint8)
     label[0, :3] = label[9, :] = OBJECTS
-    shares = segment_shares(label)
+    shares = region_shares(label)
     assert (shares[0, 0], shares[9, 5], shares[5, 5]) == (0.03, 0.10, 0.87)
     edges = strata_edges(10.0)
     bins = pixel_strata(label, np.full((10, 10), 2500, np.uint16), edges)
-    assert name_bins(SEGMENT, edges[SEGMENT])[bins[SEGMENT][0, 0]] == "3-10"
+    assert name_bins(REGION, edges[REGION])[bins[REGION][0, 0]] == "3-10"
     assert name_bins(DISTANCE, edges[DISTANCE])[bins[DISTANCE][5, 5]] == "over 16"
     assert name_bins(DEPTH, edges[DEPTH])[bins[DEPTH][5, 5]] == "2-3"
     assert set(bins) == set(edges)
 
 
 def test_bins_of_the_depth_follow_its_range(scenes):
-    assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == ["missing", "0-1", "1-2", "2-3", "3-4", "4-6", "over 6"]
+    assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == [
+        "missing",
+        "0-1",
+        "1-2",
+        "2-3",
+        "3-4",
+        "4-6",
+        "over 6",
+    ]
     near = Guess()
     near.config = replace(near.config, depth_range_m=(0.1, 2.0))
     samples = replace(scenes[:1], depth=np.full_like(scenes.depth[:1], 500))
@@ -121,12 +129,12 @@ def test_one_pass_counts_what_evaluation_counts(scenes):
 def test_pieces_of_different_sizes(scenes):
     small = scenes[:4].map(lambda array: array if array.ndim == 1 else array[:, ::2, ::2])
 
-    class Parts(list):
+    class Pieces(list):
         def __len__(self):
             return 6
 
-    errors = count_errors(Guess(), Parts([small, scenes[4:6]]), 3)
-    expected = np.concatenate([evaluate(Guess(), part).counts for part in (small, scenes[4:6])])
+    errors = count_errors(Guess(), Pieces([small, scenes[4:6]]), 3)
+    expected = np.concatenate([evaluate(Guess(), split).counts for split in (small, scenes[4:6])])
     np.testing.assert_array_equal(errors.confusion, expected)
 
 
@@ -135,7 +143,7 @@ def test_a_folder_of_another_class_set(tmp_path, scenes, count):
     samples = relabel(scenes, count)
     write_folder(tmp_path, samples)
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": list(samples.classes)}))
-    pieces = iterate_samples(tmp_path, "train", "official", batch_size=5)
+    pieces = iterate_samples(tmp_path, "train", "none", batch_size=5)
     errors = count_errors(Guess(samples.classes), pieces)
     assert errors.classes == samples.classes
     assert errors.confusion.shape == (12, count, count)
@@ -145,9 +153,9 @@ def test_a_folder_of_another_class_set(tmp_path, scenes, count):
 
 
 def test_errors_need_labels_and_images(scenes):
-    with pytest.raises(ValueError, match="part: these images have no labels"):
+    with pytest.raises(ValueError, match="split: these images have no labels"):
         count_errors(Guess(), replace(scenes, label=None))
-    with pytest.raises(ValueError, match="part: found no image"):
+    with pytest.raises(ValueError, match="split: found no image"):
         count_errors(Guess(), scenes[:0])
 
 
@@ -163,7 +171,10 @@ def test_the_most_frequent_error_is_named():
     confusion = np.zeros((2, 13, 13), int)
     confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
     text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
-    assert "objects taken for wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%" in text
+    assert (
+        "objects confused with wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%"
+        in text
+    )
     assert "The worst image is 000001, 0% right" in text
     assert "over-confident by 23.0 points (ECE 0.230)" in text
 

@@ -69,6 +69,18 @@ def test_mistakes(notebook, assignment, message):
     assert str(error.value) == message
 
 
+def test_an_older_name_is_refused_with_its_new_one(notebook):
+    declared = DECLARED + 'split: str = "test"\nvalidation: str = "auto"\ncheckpoint: str = "best"\n'
+    with pytest.raises(ValueError) as error:
+        notebook(declared, '# Parameters\npart = "valid"\nkeep = "last"\nworkers = 2\n')
+    first, second, third = str(error.value).splitlines()
+    assert (first, second) == ("part: is called split now", "keep: is called checkpoint now")
+    assert third.startswith("workers: no such parameter, ")  # this notebook has no num_workers either
+    assert (
+        notebook(declared, '# Parameters\nsplit = "valid"\n')["split"] == "valid"
+    )  # a name of its own by now
+
+
 def test_all_mistakes_at_once(notebook):
     with pytest.raises(ValueError, match=r"^epoch: no such(.|\n)*\nrate: found 'x'"):
         notebook(DECLARED, '# Parameters\nepoch = 5\nrate = "x"\n')

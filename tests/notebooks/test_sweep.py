@@ -9,23 +9,30 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import papermill
 import psutil
 import pytest
 import torch
+import yaml
 from conftest import history
-from slim_runs import slim_run
+from scored_runs import scored_folder, scored_run, some_counts
 
-from lib.files import write_json
 from lib.notebooks import sweep
 from lib.notebooks.conclusions import judge
-from lib.notebooks.sweep import execute_run, executed_notebook, plan_runs, progress_table, scored_folders
-from lib.runs import open_run, read_history, read_parameters, run_state, write_history
+from lib.notebooks.sweep import Finished, execute_run, executed_notebook, plan_runs, progress_table
+from lib.runs import open_run, read_history, run_state, write_history
 from lib.runs.report import write_report
-from lib.runs.results import group_recipes, read_runs
+from lib.runs.results import RUNS_FILE, group_recipes, read_results, read_runs, write_results
 
-TINY = {"limit": 24, "image_height": 32, "image_width": 48, "epochs": 2, "encoder": "tu-test_resnet.r160_in1k"}
+TINY = {
+    "limit": 24,
+    "image_height": 32,
+    "image_width": 48,
+    "epochs": 2,
+    "encoder": "tu-test_resnet.r160_in1k",
+}
 
 
 @pytest.fixture
@@ -41,7 +48,9 @@ def names(*arguments):
 
 
 def test_a_plan_holds_every_combination_and_seed():
-    planned = plan_runs("nyuv2_small", {"data": "/nyu"}, {"epochs": [1, 2], "inputs": ["rgb", "rgbd"]}, [1, 2])
+    planned = plan_runs(
+        "nyuv2_small", {"data": "/nyu"}, {"epochs": [1, 2], "inputs": ["rgb", "rgbd"]}, [1, 2]
+    )
     assert len(planned) == 8
     first = next(iter(planned.values()))
     expected = {
@@ -62,7 +71,9 @@ def test_a_plan_holds_every_combination_and_seed():
 def test_a_name_depends_on_the_parameters_alone():
     one, two = names(None, {}, {"soft_iou_weight": [1, 2]}, [5])
     assert names(None, {}, {"soft_iou_weight": [2, 1]}, [4, 5])[2:] == [two, one]
-    assert names(None, {"epochs": 12, "workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [one]
+    assert names(None, {"epochs": 12, "num_workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [
+        one
+    ]
     assert names(None, {"epochs": 13}, {"soft_iou_weight": [1]}, [5]) != [one]
     assert names(None, {}, {"soft_iou_weight": [1.0]}, [5])[0][-6:] == one[-6:]
     assert len(set(names(None, {}, {"fold": [0, 1, 2, 3, 4]}, [5]))) == 5
@@ -74,7 +85,10 @@ def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypa
         torch.save({"weight": torch.full((2,), content)}, tmp_path / folder / "encoder.pth")
 
     def planned(folder, grid):
-        places = {"data": str(tmp_path / folder / "nyu"), "encoder_weights": str(tmp_path / folder / "encoder.pth")}
+        places = {
+            "data": str(tmp_path / folder / "nyu"),
+            "encoder_weights": str(tmp_path / folder / "encoder.pth"),
+        }
         if grid:
             return names(None, {}, {name: [place] for name, place in places.items()}, [1])
         return names(None, places, {}, [1])
@@ -83,7 +97,9 @@ def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypa
         assert planned("here", grid) == planned("there", grid) != planned("other", grid)
     assert planned("here", True)[0].startswith("sweep-data=nyu-encoder_weights=encoder.pth-seed=1-")
     monkeypatch.chdir(tmp_path)
-    (relative,) = plan_runs(None, {"data": "here/nyu", "encoder_weights": "here/encoder.pth"}, {}, [1]).values()
+    (relative,) = plan_runs(
+        None, {"data": "here/nyu", "encoder_weights": "here/encoder.pth"}, {}, [1]
+    ).values()
     assert relative["data"] == str(tmp_path / "here" / "nyu")  # workers have another working directory
     assert relative["encoder_weights"] == str(tmp_path / "here" / "encoder.pth")
     (relative,) = plan_runs(None, {}, {"data": ["here/nyu"], "encoder_weights": ["imagenet"]}, [1]).values()
@@ -113,9 +129,12 @@ LISTS = "expected lists of one value or more"
     [
         (
             (None, {}, {"soft_iou_wieght": [1]}, [1]),
-            "fixed, grid: found 'soft_iou_wieght', expected one of data, classes, ",
+            "fixed, grid: soft_iou_wieght: no such parameter, did you mean soft_iou_weight? there are: data, inputs, ",
         ),
-        ((None, {"seed": 3}, {}, [1]), "fixed, grid: found 'seed', expected one of "),
+        ((None, {"seed": 3}, {}, [1]), "fixed, grid: seed: no such parameter, there are: data, "),
+        ((None, {"split": "blocks"}, {}, [1]), "fixed, grid: split: is called validation now"),
+        ((None, {}, {"keep": ["best", "last"]}, [1]), "fixed, grid: keep: is called checkpoint now"),
+        ((None, {"workers": 2}, {}, [1]), "fixed, grid: workers: is called num_workers now"),
         (("nyu", {}, {}, [1]), "experiment: found 'nyu', expected one of exp050, "),
         ((None, {}, {"epochs": 3}, [1]), f"grid, seeds: found {{'epochs': 3}} and [1], {LISTS}"),
         ((None, {}, {"epochs": []}, [1]), f"grid, seeds: found {{'epochs': []}} and [1], {LISTS}"),
@@ -126,6 +145,25 @@ def test_mistakes_in_a_plan(arguments, message):
     with pytest.raises(ValueError) as error:
         plan_runs(*arguments)
     assert str(error.value).startswith(message)
+
+
+def test_mistakes_in_an_experiment(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "train.ipynb").symlink_to(sweep.NOTEBOOKS / "train.ipynb")
+    monkeypatch.setattr(sweep, "NOTEBOOKS", tmp_path)
+    for content, message in (
+        ({"keep": "last"}, "experiment mine: keep: is called checkpoint now"),
+        ({"epochs": 2, "split": "random"}, "experiment mine: split: is called validation now"),
+        ({"epoch": 2}, "experiment mine: epoch: no such parameter, did you mean epochs? there are: data, "),
+    ):
+        (tmp_path / "experiments" / "mine.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError) as error:
+            plan_runs("mine", {}, {}, [1])
+        assert str(error.value).startswith(message)
+    good = {"run_name": "mine", "seed": 7, "resume": False, "validation": "random"}
+    (tmp_path / "experiments" / "mine.yaml").write_text(yaml.safe_dump(good))
+    (parameters,) = plan_runs("mine", {}, {}, [1]).values()
+    assert (parameters["validation"], parameters["seed"]) == ("random", 1)
 
 
 @pytest.fixture
@@ -140,14 +178,14 @@ def executed(runs, monkeypatch):
             write_history(run, history(parameters["epochs"]))
             write_report(run)
 
-    def score(run, part, pieces, tta, device):
-        calls.append(("score", part, pieces.data, len(pieces), device))
-        slim = slim_run(run.parent / "aside", run.name, part=part)
-        shutil.copytree(slim / "evaluation", run / "evaluation", dirs_exist_ok=True)
-        (run / "evaluation" / part).mkdir()
-        for large in ("best.pt", "last.pt", "report.md", f"evaluation/{part}/000000.png"):
+    def score(run, split, pieces, tta, device):
+        calls.append(("score", split, pieces.data, len(pieces), device))
+        aside = scored_folder(run.parent / "aside", run.name, split=split)
+        shutil.copytree(aside / "evaluation", run / "evaluation", dirs_exist_ok=True)
+        (run / "evaluation" / split).mkdir()
+        for large in ("best.pt", "last.pt", "report.md", f"evaluation/{split}/000000.png"):
             (run / large).write_bytes(b"large")
-        shutil.rmtree(slim)
+        shutil.rmtree(aside)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     monkeypatch.setattr(sweep, "score_run", score)
@@ -189,16 +227,87 @@ def test_a_run_that_another_process_has_is_waited_for(executed, runs, monkeypatc
     assert executed == []
 
 
-def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, tmp_path):
+def test_a_finished_run_is_known_by_its_parameters(executed, runs):
+    """Whatever its name, and wherever its data lie."""
     ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
-    execute_run(parameters, "test", tmp_path / "results")
-    slim = tmp_path / "results" / name
-    assert {str(path.relative_to(slim)) for path in slim.rglob("*") if path.is_file()} == {
-        "parameters.json", "history.csv", "evaluation/test.json", "evaluation/test.npz",
-    }  # fmt: skip
-    (read,) = read_runs(str(slim), "test")
-    assert read.parameters["seed"] == 1
-    assert read.score == read_runs(name, "test")[0].score
+    assert Finished({name: parameters}, "test").runs == {}
+    execute_run(parameters | {"run_name": "mine"}, "test")
+    (found,) = Finished({name: parameters}, "test").runs.items()
+    assert (found[0], found[1].name, found[1].split) == (name, "mine", "test")
+    same = {"data": "/elsewhere/synthetic", "num_workers": 3, "device": "cuda", "run_name": "other"}
+    assert list(Finished({"a": parameters | same}, "test").runs) == ["a"]
+    for other in (
+        {"seed": 2},
+        {"fold": 0},
+        {"schedule": "cosine"},
+        {"encoder_weights": "imagenet"},
+        {"lovasz_weight": 1},
+    ):
+        assert Finished({"a": parameters | other}, "test").runs == {}
+    assert Finished({name: parameters}, "valid").runs == {}  # scored on another split
+    write_history(runs / "mine", history(1))
+    assert Finished({name: parameters}, "test").runs == {}  # one epoch of two
+
+
+def test_what_else_lies_in_the_folder_of_runs_does_not_disturb(executed, runs):
+    """Predictions where labels are held back, masks of another model, a run that has only begun."""
+    ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
+    execute_run(parameters, "test")
+    for other, finished in (("unlabelled", True), ("begun", False)):
+        execute_run(parameters | {"run_name": other, "seed": 5}, "test")
+        (runs / other / "evaluation" / "test.npz").unlink()
+        if not finished:
+            (runs / other / "report.md").unlink()
+    external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "synthetic"}
+    scored_folder(runs, "masks", split="test", external=external)
+    assert [run.name for run in Finished({name: parameters}, "test").runs.values()] == [name]
+
+
+def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, tmp_path):
+    planned = plan_runs(None, TINY, {}, [1])
+    (name,) = planned
+    execute_run(planned[name], "test")
+    Finished(planned, "test", str(tmp_path / "results"))
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
+    (kept,) = read_runs(str(tmp_path / "results"), "test")
+    assert (kept.name, kept.parameters["seed"], kept.masks) == (name, 1, {})
+    assert kept.score == read_runs(name, "test")[0].score
+
+
+def test_finished_runs_are_added_to_results_and_others_are_left_alone(executed, runs, tmp_path):
+    others = [
+        scored_run("a", group="arm", commit="abc"),
+        scored_run("b", some_counts(0.5), split="test", seed=1),
+    ]
+    write_results(tmp_path, others)
+    before = (tmp_path / RUNS_FILE).read_text()
+    planned = plan_runs(None, TINY, {}, [1, 2, 3])
+    first, second, _ = planned
+    execute_run(planned[first], "test")
+    finished = Finished(planned, "test", str(tmp_path))
+    assert list(finished.runs) == [first]
+    assert [run.name for run in read_results(tmp_path)] == ["a", "b", first]
+    execute_run(planned[second], "test")
+    finished.update()
+    assert list(finished.runs) == [first, second]
+    assert [run.name for run in read_results(tmp_path)] == ["a", "b", first, second]
+    assert (tmp_path / RUNS_FILE).read_text().startswith(before)
+    for one, other in zip(others, read_results(tmp_path), strict=False):
+        np.testing.assert_array_equal(one.counts, other.counts)
+    written = (tmp_path / RUNS_FILE).stat().st_mtime_ns
+    finished.update()
+    Finished(planned, "test", str(tmp_path))
+    assert (tmp_path / RUNS_FILE).stat().st_mtime_ns == written  # where there is nothing new
+
+
+def test_results_that_another_sweep_adds_to_meanwhile_stay(executed, runs, tmp_path):
+    """Two machines share a study: one trains some seeds, the other the rest."""
+    planned = plan_runs(None, TINY, {}, [1, 2])
+    sweeps = [Finished({name: parameters}, "test", str(tmp_path)) for name, parameters in planned.items()]
+    for finished, parameters in zip(sweeps, planned.values(), strict=True):
+        execute_run(parameters, "test")
+        finished.update()
+    assert [run.name for run in read_results(tmp_path)] == list(planned)
 
 
 @pytest.fixture
@@ -211,10 +320,10 @@ def no_ray(monkeypatch):
             started.append(resources)
             return self
 
-        def remote(self, root, settings, parameters, part, kept):
+        def remote(self, root, settings, parameters, split):
             started[0] |= settings
             started.append(parameters["run_name"])
-            execute_run(parameters, part, kept)
+            execute_run(parameters, split)
             return parameters["run_name"]
 
     monkeypatch.setattr(sweep, "_connected", contextlib.nullcontext)
@@ -226,53 +335,43 @@ def no_ray(monkeypatch):
 
 
 def test_a_run_in_the_results_counts_as_done(executed, no_ray, runs, tmp_path):
-    planned = plan_runs(None, TINY, {}, [1, 2])
+    planned, results = plan_runs(None, TINY, {}, [1, 2]), str(tmp_path / "results")
     first, second = planned
-    execute_run(planned[first], "test", tmp_path / "results")
+    execute_run(planned[first], "test")
+    Finished(planned, "test", results)
     shutil.rmtree(runs / first)  # as in a fresh clone
-    *_, table = sweep.sweep(planned, "test", results=str(tmp_path / "results"))
+    *_, table = sweep.sweep(planned, "test", results=results)
     assert no_ray[1:] == [second]
     assert table.state.tolist() == ["done", "done"]
     assert table.epochs.tolist() == ["2 of 2", "2 of 2"]
     assert table.valid_miou.notna().all()
-    assert (
-        scored_folders([first, second], str(tmp_path / "results")) == f"{tmp_path / 'results' / first},{runs / second}"
-    )
-    assert (tmp_path / "results" / second / "evaluation" / "test.npz").exists()
-    *_, table = sweep.sweep(planned, "test", results=str(tmp_path / "results"))
+    assert [run.name for run in read_results(tmp_path / "results")] == [first, second]
+    *_, table = sweep.sweep(planned, "test", results=results)
     assert no_ray[3:] == []
-    *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))  # another part is not done
+    *_, table = sweep.sweep(planned, "valid", results=results)  # another split is not done
     assert no_ray[4:] == [first, second]
+    assert [run.split for run in read_results(tmp_path / "results")] == ["test", "test", "valid", "valid"]
 
 
-def test_what_was_done_before_results_were_asked_for_is_left_there_too(executed, no_ray, runs, tmp_path):
+def test_what_was_done_before_results_were_asked_for_is_added_too(executed, no_ray, runs, tmp_path):
     planned = plan_runs(None, TINY, {}, [1])
     (name,) = planned
     execute_run(planned[name], "test")
     list(sweep.sweep(planned, "test", results=str(tmp_path / "results")))
     assert no_ray[1:] == []
-    assert (tmp_path / "results" / name / "evaluation" / "test.npz").exists()
+    assert [run.name for run in read_results(tmp_path / "results")] == [name]
 
 
-def test_a_run_is_read_where_it_is_finished(executed, runs, tmp_path):
-    planned = plan_runs(None, TINY, {}, [1])
-    (name,) = planned
-    execute_run(planned[name], "test", tmp_path / "results")
-    shutil.rmtree(runs / name / "evaluation")
-    assert scored_folders([name], str(tmp_path / "results")) == str(tmp_path / "results" / name)
-
-
-def test_a_default_that_changed_is_noticed(executed, no_ray, runs, tmp_path):
-    ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
-    execute_run(parameters, "test")
-    saved = read_parameters(runs / name)
-    write_json({key: value for key, value in saved.items() if key != "lovasz_weight"}, runs / name / "parameters.json")
-    *_, table = sweep.sweep({name: parameters | {"data": "/elsewhere", "workers": 3}}, "test")
-    assert table.state.tolist() == ["done"]  # a parameter that came later, and what does not matter
-    with pytest.raises(
-        ValueError, match=f"{name}: found another schedule than its name says, so a default has changed"
-    ):
-        next(sweep.sweep({name: parameters | {"schedule": "cosine"}}, "test"))
+def test_results_of_a_study_are_found_from_anywhere(tmp_path, monkeypatch):
+    """As `results: studies/soft_iou` in study.yaml; a folder that is new lies where the sweep was started."""
+    monkeypatch.chdir(tmp_path)
+    study = Finished({}, "valid", "studies/soft_iou")
+    assert study.folder == sweep.NOTEBOOKS / "studies" / "soft_iou"
+    assert len(study.kept) > 30
+    assert Finished({}, "valid", "new").folder == tmp_path / "new"
+    (tmp_path / "studies" / "soft_iou").mkdir(parents=True)
+    assert Finished({}, "valid", "studies/soft_iou").folder == tmp_path / "studies" / "soft_iou"
+    assert list(tmp_path.iterdir()) == [tmp_path / "studies"]  # looking writes nothing
 
 
 def test_the_table_tells_the_state_of_each_run(runs):
@@ -281,18 +380,21 @@ def test_the_table_tells_the_state_of_each_run(runs):
     executed_notebook(running).touch()
     with open_run(planned[running]) as run:
         write_history(run, [row | {"seconds": 60.0} for row in history(1)])
-    table = progress_table(planned, "test", {failed: "ValueError: no"})
-    assert table.state.tolist() == ["waiting", "running", "failed"]
-    assert table.epochs.tolist() == ["0 of 2", "1 of 2", "0 of 2"]
+    done = plan_runs(None, TINY | {"epochs": 3}, {}, [4])
+    finished = {name: scored_run("mine") for name in done}
+    table = progress_table(planned | done, finished, {failed: "ValueError: no"})
+    assert table.state.tolist() == ["waiting", "running", "failed", "done"]
+    assert table.epochs.tolist() == ["0 of 2", "1 of 2", "0 of 2", "3 of 3"]
+    assert table.minutes_left.iloc[3] == 0
     assert table.minutes_left[running] == 1
     assert table.valid_miou[running] == 0.1
     assert table.error[failed] == "ValueError: no"
 
 
 def test_places_and_shares_that_are_not_there(runs, monkeypatch):
-    with pytest.raises(ValueError, match="where: found '127.0.0.1:1', where no Ray cluster answers"):
+    with pytest.raises(ValueError, match="cluster: found '127.0.0.1:1', where no Ray cluster answers"):
         next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
-    with pytest.raises(ValueError, match="part: found 'tset', expected one of train, valid, test"):
+    with pytest.raises(ValueError, match="split: found 'tset', expected one of train, valid, test"):
         next(sweep.sweep({}, "tset"))
     monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
     for cpus, gpus, message in (
@@ -306,7 +408,7 @@ def test_places_and_shares_that_are_not_there(runs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("machine", "asked", "workers", "expected"),
+    ("machine", "asked", "num_workers", "expected"),
     [
         ((8, 0), (None, None), 0, {"num_cpus": 1, "num_gpus": 0, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}),
         ((8, 2), (None, None), 4, {"num_cpus": 5, "num_gpus": 1, "OMP_NUM_THREADS": "1"}),
@@ -318,10 +420,10 @@ def test_places_and_shares_that_are_not_there(runs, monkeypatch):
         ),
     ],
 )  # fmt: skip
-def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked, workers, expected):
-    """Without a GPU of its own a run sees none; of one that is shared it takes its part of the memory."""
+def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked, num_workers, expected):
+    """Without a GPU of its own a run sees none; of one that is shared it takes its share of the memory."""
     monkeypatch.setattr(sweep, "_most", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
-    list(sweep.sweep(plan_runs(None, TINY | {"workers": workers}, {}, [1]), "test", "local", *asked))
+    list(sweep.sweep(plan_runs(None, TINY | {"num_workers": num_workers}, {}, [1]), "test", "local", *asked))
     assert no_ray[0] == expected | {"RUNS_DIR": str(runs)}
 
 
@@ -334,7 +436,7 @@ def test_torch_knows_the_share_of_the_memory():
 
 
 def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):
-    """The whole way: Ray, papermill, train.ipynb, scoring; then what is left is compared without its weights."""
+    """The whole way: Ray, papermill, train.ipynb, scoring; then the results are read without weights."""
     planned = plan_runs(None, TINY, {"encoder": [TINY["encoder"], "resnet81"]}, [1])
     good, bad = planned
     *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))
@@ -345,10 +447,10 @@ def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):
     assert executed_notebook(good).exists()
     assert executed_notebook(bad).exists()
     assert [path.name for path in (runs / "notebooks").iterdir() if "evaluate" in path.name] == []
-    (read,) = read_runs(str(tmp_path / "results" / good), "valid")
-    assert len(read.names) == 4
-    assert not (tmp_path / "results" / bad).exists()
-    assert not list((tmp_path / "results").rglob("*.p*[gt]"))  # neither weights nor predictions
+    (read,) = read_runs(str(tmp_path / "results"), "valid")
+    assert (read.name, len(read.names), len(read.history)) == (good, 4, 2)
+    assert read.processor
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
 
 
 def interrupt_when(process, condition):
@@ -367,7 +469,9 @@ def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
         "-y", fixed + "grid: {soft_iou_weight: [0, 0.5, 1]}, seeds: [1, 2, 3, 4]}",
     ]  # fmt: skip
     finished = lambda: {path: path.stat().st_mtime_ns for path in runs.glob("*/evaluation/test.json")}  # noqa: E731
-    with subprocess.Popen(command, cwd=sweep.NOTEBOOKS, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=sweep.NOTEBOOKS, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
         interrupt_when(process, lambda: len(finished()) >= 5)
     time.sleep(5)  # what was left of it ends
     before = finished()
@@ -387,7 +491,13 @@ def ray_workers():
 @pytest.mark.slow
 def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatch):
     epoch_count = 40  # a run shows its epochs every 30 seconds
-    fixed = TINY | {"limit": 64, "image_height": 96, "image_width": 128, "epochs": epoch_count, "augment": "crops"}
+    fixed = TINY | {
+        "limit": 64,
+        "image_height": 96,
+        "image_width": 128,
+        "epochs": epoch_count,
+        "augment": "crops",
+    }
     ((name, parameters),) = plan_runs(None, fixed, {}, [1]).items()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     execute_run(parameters | {"run_name": "alone"}, "valid")
@@ -406,12 +516,12 @@ def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_in_a_verdict_over_its_folds(runs):
+def test_a_sweep_ends_in_a_test_over_its_folds(runs):
     fixed = TINY | {"limit": 80, "epochs": 1}
     planned = plan_runs(None, fixed, {"fold": [0, 1, 2, 3, 4], "soft_iou_weight": [0, 0.5]}, [1, 2])
     *_, table = sweep.sweep(planned, "valid")
     assert table.state.tolist() == ["done"] * 20
-    recipes = group_recipes(read_runs(scored_folders(list(planned)), "valid"))
+    recipes = group_recipes(list(Finished(planned, "valid").runs.values()))
     assert list(recipes) == ["soft_iou_weight 0", "soft_iou_weight 0.5"]
     assert [len(members) for members in recipes.values()] == [2, 2]
     assert len(recipes["soft_iou_weight 0"][0].names) == 80

@@ -15,12 +15,16 @@ from filelock import FileLock
 
 from lib.classes import NYUV2_13
 from lib.data import load_samples
+from lib.device import describe_processor
+from lib.files import write_json
 from lib.runs import (
+    RECORDED,
     RunState,
     find_run,
     hold_run,
     open_run,
     read_counts,
+    read_parameters,
     read_scores,
     run_state,
     runs_folder,
@@ -28,7 +32,6 @@ from lib.runs import (
     write_scores,
 )
 from lib.runs.report import summarise, write_report
-from lib.runs.results import recipe
 from lib.runs.scoring import write_evaluation
 
 
@@ -53,17 +56,64 @@ def test_older_runs_of_the_name_are_kept(runs):
         with open_run({"run_name": "trial", "seed": seed, "resume": False}) as run:
             assert run == runs / "trial"
             saved = json.loads((run / "parameters.json").read_text())
-            assert saved.pop("commit")  # of the code
-            assert saved == {"run_name": "trial", "seed": seed}
+            assert {name: saved[name] for name in saved if name not in RECORDED} == {
+                "run_name": "trial",
+                "seed": seed,
+            }
     older = sorted((runs / "older").iterdir())
     assert all(path.name.startswith("trial.20") for path in older)
     assert sorted(json.loads((path / "parameters.json").read_text())["seed"] for path in older) == [0, 1]
     assert {path.name for path in runs.iterdir()} == {"trial", "older", ".trial.lock"}
 
 
+def test_a_run_records_its_code_and_its_processor(runs, tmp_path_factory, monkeypatch):
+    root = tmp_path_factory.mktemp("repository")
+    monkeypatch.setattr("lib.runs.ROOT", root)
+
+    def git(*arguments):
+        command = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def recorded():
+        with open_run({"run_name": "a"}) as run:
+            saved = read_parameters(run)
+        assert saved["processor"] == describe_processor()
+        return saved["commit"], saved["tree_unchanged"]
+
+    assert recorded() == (None, None)  # no repository
+    (root / "code").write_text("one")
+    git("init", "-q")
+    git("add", "code")
+    git("commit", "-q", "-m", "one")
+    head = git("rev-parse", "HEAD")[:12]
+    assert recorded() == (head, True)
+    git("tag", "-a", "v1", "-m", "a release")
+    assert recorded() == (head, True)
+    (root / "code").write_text("two")
+    assert recorded() == (head, False)
+    monkeypatch.setattr("lib.runs.shutil.which", lambda name: None)
+    assert recorded() == (None, None)  # no git
+
+
 @pytest.mark.parametrize(
     "name",
-    ["", "../up", "a/b", "/a", "a\\b", ".hidden", ".", "..", "a:b", "a*", "a?", "older", "notebooks", 'a"', "a|b"],
+    [
+        "",
+        "../up",
+        "a/b",
+        "/a",
+        "a\\b",
+        ".hidden",
+        ".",
+        "..",
+        "a:b",
+        "a*",
+        "a?",
+        "older",
+        "notebooks",
+        'a"',
+        "a|b",
+    ],
 )
 def test_names_that_are_no_folder(runs, name):
     with (
@@ -74,7 +124,9 @@ def test_names_that_are_no_folder(runs, name):
     assert not list(runs.iterdir())
 
 
-@pytest.mark.parametrize("name", ["exp061", "exp061-seed 2", "a.b", "größer", "older2", "n=3"])
+@pytest.mark.parametrize(
+    "name", ["exp061", "exp061-seed 2", "a.b", "größer", "older2", "n=3", "first", "theirs"]
+)
 def test_names_that_are_one(runs, name):
     with open_run({"run_name": name}) as run:
         assert run.name == name
@@ -133,11 +185,20 @@ def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
 def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
-    with pytest.raises(RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"):
+    with pytest.raises(
+        RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"
+    ):
         open_run({"run_name": "a"}).__enter__()
 
 
-STARTED = {"run_name": "one", "epochs": 3, "learning_rate": 0.001, "seed": 0, "workers": 0, "save_figures": False}
+STARTED = {
+    "run_name": "one",
+    "epochs": 3,
+    "learning_rate": 0.001,
+    "seed": 0,
+    "num_workers": 0,
+    "save_figures": False,
+}
 
 
 @pytest.fixture
@@ -147,13 +208,25 @@ def begun(runs):
         return run
 
 
-@pytest.mark.parametrize("changed", [{}, {"resume": True}, {"workers": 2, "save_figures": True}])
+@pytest.mark.parametrize("changed", [{}, {"resume": True}, {"num_workers": 2, "save_figures": True}])
 def test_a_run_is_resumed_with_its_own_parameters(begun, changed):
     before = (begun / "parameters.json").read_bytes()
     with open_run(STARTED | changed, resume=True) as run:
         assert run == begun
     assert (begun / "parameters.json").read_bytes() == before
     assert not (begun.parent / "older").exists()
+
+
+def test_a_run_is_resumed_by_other_code_on_another_machine(begun):
+    saved = read_parameters(begun)
+    elsewhere = saved | {
+        "commit": "abc",
+        "tree_unchanged": not saved["tree_unchanged"],
+        "processor": "another",
+    }
+    write_json(elsewhere, begun / "parameters.json")
+    with open_run(STARTED, resume=True) as run:
+        assert read_parameters(run) == elsewhere  # what it was started with
 
 
 @pytest.mark.parametrize(
@@ -189,7 +262,9 @@ def test_nothing_to_resume(begun):
         open_run(STARTED | {"run_name": "two"}, resume=True),
     ):
         pytest.fail("opened")
-    assert str(error.value) == (f"resume: no run 'two' in {begun.parent}, there are: one; start it with resume False")
+    assert str(error.value) == (
+        f"resume: no run 'two' in {begun.parent}, there are: one; start it with resume False"
+    )
     (begun / "parameters.json").write_text('{"epochs": ')
     with (
         pytest.raises(ValueError, match=r"one/parameters.json: can't be read .* it is no complete run"),
@@ -207,7 +282,10 @@ def test_nothing_to_resume(begun):
             "limit: is 9 now, but the samples were loaded with 6; run the cell that loads the data again, and then this one",
         ),
         ({"data": "/nyu"}, "data: is '/nyu' now, but the samples were loaded with 'synthetic'; run"),
-        ({"split": "blocks"}, "split: is 'blocks' now, but the samples were loaded with 'random'; run"),
+        (
+            {"validation": "blocks"},
+            "validation: is 'blocks' now, but the samples were loaded with 'random'; run",
+        ),
         ({"fold": 1}, "fold: is 1 now, but the samples were loaded with 2; run"),
         ({"classes": "nyuv2_40"}, "classes: is 'nyuv2_40' now, but the samples were loaded with None; run"),
         ({"image_width": 64}, "image_width: is 64 now, but the samples were loaded with 32; run"),
@@ -217,18 +295,18 @@ def test_samples_of_other_parameters_are_refused(begun, edited, message, resume)
     """A data parameter was edited, and the cell that loads the data did not run again."""
     of_data = {
         "data": "synthetic",
-        "split": "random",
+        "validation": "random",
         "limit": 6,
         "classes": None,
         "fold": 2,
         "image_height": 24,
         "image_width": 32,
     }
-    parts = [load_samples("synthetic", part, "random", (24, 32), 6, fold=2) for part in ("train", "valid")]
-    with open_run(STARTED | of_data | {"run_name": "good"}, samples=parts):
+    splits = [load_samples("synthetic", split, "random", (24, 32), 6, fold=2) for split in ("train", "valid")]
+    with open_run(STARTED | of_data | {"run_name": "good"}, samples=splits):
         pass
     before = (begun / "parameters.json").read_bytes()
-    for samples in (parts, parts[1:]):
+    for samples in (splits, splits[1:]):
         with (
             pytest.raises(ValueError, match=message.replace("(", r"\(")),
             open_run(STARTED | of_data | edited, resume, samples),
@@ -239,7 +317,9 @@ def test_samples_of_other_parameters_are_refused(begun, edited, message, resume)
 
 
 def test_samples_made_by_hand_fit_any_parameters(runs, scenes):
-    with open_run(STARTED | {"data": "elsewhere", "limit": 3}, samples=[replace(scenes, made_with=None)]) as run:
+    with open_run(
+        STARTED | {"data": "elsewhere", "limit": 3}, samples=[replace(scenes, loaded_with=None)]
+    ) as run:
         assert run.exists()
 
 
@@ -259,35 +339,6 @@ def test_what_there_is_of_a_run(trained, tmp_path):
     assert run_state(run).describe() == "starts from the beginning"
 
 
-def test_a_recipe_is_what_matters_for_the_result():
-    parameters = STARTED | {"soft_iou_weight": 0.5, "soft_iou_pooling": "batch", "start_from": None}
-    same = [
-        {"seed": 5},
-        {"run_name": "two"},
-        {"workers": 4},
-        {"device": "cuda"},
-        {"resume": True},
-        {"save_figures": True},
-    ]
-    assert {recipe(parameters | change) for change in same} == {recipe(parameters)}  # hashable, too
-    assert recipe(parameters | {"epochs": 3.0}) == recipe(parameters)  # JSON may tell 3 from 3.0, a recipe does not
-    other = [
-        {"epochs": 4},
-        {"learning_rate": 1e-4},
-        {"soft_iou_pooling": "image"},
-        {"start_from": "one"},
-        {"soft_iou_weight": 0},
-    ]
-    assert len({recipe(parameters | change) for change in [{}, *other]}) == 1 + len(other)
-    without = [
-        parameters | {"soft_iou_weight": weight, "soft_iou_pooling": form}
-        for weight in (0, 0.0)
-        for form in ("batch", "image")
-    ]
-    assert len({recipe(each) for each in without}) == 1  # without the term, its form is no difference
-    assert recipe({"resume": True, "flag": True}) != recipe({"flag": 1})
-
-
 def test_report(tmp_path):
     rows = history(12)
     write_history(tmp_path, rows)
@@ -301,7 +352,9 @@ def test_report(tmp_path):
     ):  # bed and books at 0.75, ten at 1  # fmt: skip
         assert cells in table_rows(report)
     assert ["window", "-"] in table_rows(report)
-    progression = table_rows(report[report.index("## Training progression") : report.index("## Per-class")])[2:]
+    progression = table_rows(report[report.index("## Training progression") : report.index("## Per-class")])[
+        2:
+    ]
     assert [row[0] for row in progression] == ["1", "5", "**7**", "10", "12"]
     strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert (strict["class_iou"]["floor"], strict["class_iou"]["window"]) == (1, None)
@@ -312,18 +365,22 @@ def test_report(tmp_path):
 def table_rows(report):
     """The cells of every row of every table."""
     return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.splitlines()
+        if line.startswith("|")
     ]
 
 
 def test_report_without_validation(tmp_path):
-    rows = [row | dict.fromkeys(("valid_loss", "valid_miou", "valid_pixel_acc"), np.nan) for row in history(2)]
+    rows = [
+        row | dict.fromkeys(("valid_loss", "valid_miou", "valid_pixel_acc"), np.nan) for row in history(2)
+    ]
     write_history(tmp_path, rows)
     (tmp_path / "parameters.json").write_text("{}")
     write_scores(tmp_path, rows[1], None)
     report = write_report(tmp_path).read_text()
-    assert "nothing validates in this split" in report
-    assert "2 (the last" in report
+    assert "there are no validation images, so the last epoch is kept" in report
+    assert ["best epoch", "2 (the last: no validation images)"] in table_rows(report)
     assert "Per-class" not in report
     assert ["1", "2.0000", "-", "-", "-"] in table_rows(report)
     assert "nan" not in report
@@ -340,7 +397,9 @@ def test_find_run(trained, tmp_path):
     first, second = trained("first"), trained("second")
     assert find_run("latest") == second
     assert find_run("first") == find_run(str(first)) == first
-    with pytest.raises(ValueError, match=r"run: found 'third', trained runs in .*: first, second. Make one with"):
+    with pytest.raises(
+        ValueError, match=r"run: found 'third', trained runs in .*: first, second. Make one with"
+    ):
         find_run("third")
     trained("second")  # the one before lies in older/ now and is no run to be found
     assert find_run("latest") == second
@@ -349,7 +408,7 @@ def test_find_run(trained, tmp_path):
 def test_evaluation_completes_the_report(trained):
     run = trained("a", scene=("u", "v"))
     report = (run / "report.md").read_text()
-    assert "## Evaluation on part test" in report
+    assert "## Evaluation on split test" in report
     assert (
         "2 images of synthetic, at their own size: mIoU 0.9583 over 12 classes (no interval: too few scenes, 2)."
         in report
@@ -371,7 +430,7 @@ def test_evaluation_completes_the_report(trained):
     assert saved.classes == NYUV2_13
 
 
-def test_a_part_without_labels_is_evaluated_without_scores(trained):
+def test_a_split_without_labels_is_evaluated_without_scores(trained):
     run = trained("a", evaluated=False)
     facts = {"data": "nyu", "images": 2, "labelled": False, "tta": "flip", "working_size": [2, 3]}
     write_evaluation(run, "test", facts, {})
@@ -389,15 +448,6 @@ def test_counts_carry_their_classes(trained):
     assert "| z " in (run / "report.md").read_text()
 
 
-def test_counts_from_before_they_carried_their_classes(tmp_path):
-    with open(tmp_path / "older.npz", "wb") as file:
-        np.savez_compressed(file, names=np.array(["a", "b"]), counts=counts())
-    saved = read_counts(tmp_path / "older.npz")
-    assert saved.classes == NYUV2_13
-    assert saved.scene is None
-    np.testing.assert_array_equal(saved.counts, counts())
-
-
 def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
     run = trained("a")
     write_scores(run, history(2)[1], evaluation(counts()))
@@ -405,7 +455,7 @@ def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
     assert read_scores(run)["best_epoch"] == 2
 
 
-@pytest.mark.parametrize(("keep", "said"), [("best", "is the best"), ("last", "is the last"), (None, "is the best")])
-def test_summary_says_which_epoch_is_kept(trained, keep, said):
-    run = trained("a", **({} if keep is None else {"keep": keep}))
+@pytest.mark.parametrize(("checkpoint", "said"), [("best", "is the best"), ("last", "is the last")])
+def test_summary_says_which_epoch_is_kept(trained, checkpoint, said):
+    run = trained("a", checkpoint=checkpoint)
     assert summarise(run).startswith(f"Epoch 3 of 3 {said}: validation **mIoU 0.958** over 12 classes")

@@ -19,10 +19,10 @@ from lib.notebooks.error_analysis import count_errors
 from lib.notebooks.plots import plot_predictions
 from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
 from lib.runs.results import group_recipes, read_scored
-from lib.runs.scoring import find_scored, iterate_part, masks_folder, read_masks, read_predictions, score_run
+from lib.runs.scoring import find_scored, iterate_split, masks_folder, read_external, read_masks, score_run
 
 ENCODER = "tu-test_resnet.r160_in1k"
-DATA = {"data": "synthetic", "split": "auto", "limit": 80, "classes": None, "fold": 4}
+DATA = {"data": "synthetic", "validation": "auto", "limit": 80, "classes": None, "fold": 4}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,22 @@ def run(trained_run, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def scored(trained_run):
     """It, scored on its validation images; and what `score_run` returned."""
-    return trained_run, score_run(trained_run, "valid", iterate_part(trained_run, "valid"), "flip", "cpu")
+    return trained_run, score_run(
+        trained_run, "valid", iterate_split(read_parameters(trained_run), "valid"), "flip", "cpu"
+    )
 
 
 def on_folder(run, root):
     """Say that the run was trained on a folder."""
-    write_json(read_parameters(run) | {"data": str(root), "limit": None, "split": "random"}, run / "parameters.json")
+    write_json(
+        read_parameters(run) | {"data": str(root), "limit": None, "validation": "random"},
+        run / "parameters.json",
+    )
 
 
-def theirs(data, predictions, **changes):
-    """The run folder of foreign predictions."""
-    named = {"run_name": "theirs", "recipe": "theirs", "seed": 0, "predictions": str(predictions)}
+def open_external(data, predictions, **changes):
+    """The run folder of external predictions."""
+    named = {"run_name": "external", "recipe": "external", "seed": 0, "predictions": str(predictions)}
     return find_scored("latest", str(predictions), DATA | named | {"data": str(data)} | changes)
 
 
@@ -81,7 +86,12 @@ def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
     difference = mean_truth_iou(flipped.counts) - mean_truth_iou(expected.counts)
     assert facts["gain"]["difference"] == pytest.approx(difference)
     assert facts["images"] == len(valid) == 16
-    assert (facts["data"], facts["split"], facts["tta"], facts["labelled"]) == ("synthetic", "blocks", "flip", True)
+    assert (facts["data"], facts["validation"], facts["tta"], facts["labelled"]) == (
+        "synthetic",
+        "blocks",
+        "flip",
+        True,
+    )
     assert facts["scenes"] == len(set(valid.scene))
 
 
@@ -105,7 +115,7 @@ def test_the_report_and_the_state_know_of_it(scored):
     run, facts = scored
     report = (run / "report.md").read_text()
     assert "## Training progression" in report
-    assert "## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU " in report
+    assert "## Evaluation on split valid\n\n16 images of synthetic, at their own size: mIoU " in report
     low, high = facts["intervals"]["plain"]
     assert (
         f"over {facts['plain']['averaged_classes']} classes (95 % interval {low:.3f} to {high:.3f} over 8 scenes)."
@@ -114,12 +124,12 @@ def test_the_report_and_the_state_know_of_it(scored):
     assert run_state(run).evaluated == ("valid",)
     read = read_scored(run, "valid")
     assert read.score == pytest.approx(mean_truth_iou(read.counts))
-    assert (read.name, read.data, read.split, len(read.history)) == ("scored", "synthetic", "blocks", 2)
+    assert (read.name, read.data, read.validation, len(read.history)) == ("scored", "synthetic", "blocks", 2)
 
 
-def test_a_class_that_the_part_lacks_is_null_and_so_is_an_interval_over_too_few_scenes(run):
+def test_a_class_that_the_split_lacks_is_null_and_so_is_an_interval_over_too_few_scenes(run):
     write_json(read_parameters(run) | {"limit": 20}, run / "parameters.json")
-    facts = score_run(run, "valid", iterate_part(run, "valid"), "flip", "cpu")
+    facts = score_run(run, "valid", iterate_split(read_parameters(run), "valid"), "flip", "cpu")
     saved = json.loads((run / "evaluation" / "valid.json").read_text())
     assert facts["scenes"] == 2
     absent = [name for name, row in facts["classes"].items() if np.isnan(row["IoU"])]
@@ -130,15 +140,15 @@ def test_a_class_that_the_part_lacks_is_null_and_so_is_an_interval_over_too_few_
     assert "(no interval: too few scenes, 2)" in (run / "report.md").read_text()
 
 
-def test_a_run_says_which_images_a_part_holds(run):
-    def names(part, **parameters):
+def test_a_run_says_which_images_a_split_holds(run):
+    def names(split, **parameters):
         write_json(read_parameters(run) | parameters, run / "parameters.json")
-        return list(iterate_part(run, part).source.names)
+        return list(iterate_split(read_parameters(run), split).source.names)
 
-    for choice in ({"fold": 4}, {"fold": 1}, {"split": "random"}, {"split": "random", "limit": 20}):
-        for part in ("train", "valid"):
-            expected = iterate_samples("synthetic", part, **{"limit": 80} | choice)
-            assert names(part, **choice) == list(expected.source.names)
+    for choice in ({"fold": 4}, {"fold": 1}, {"validation": "random"}, {"validation": "random", "limit": 20}):
+        for split in ("train", "valid"):
+            expected = iterate_samples("synthetic", split, **{"limit": 80} | choice)
+            assert names(split, **choice) == list(expected.source.names)
     assert len(names("test", limit=20)) == 100  # limit is about the images to train and validate on
 
 
@@ -157,8 +167,10 @@ def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, t
     for name in "ab":
         (tmp_path / name / "dataset.yaml").write_text(yaml.safe_dump({"classes": ["a", "b", "c"]}))
     on_folder(run, tmp_path / "a")
-    assert list(iterate_part(run, "valid").source.classes) == ["a", "b", "c"]
-    facts = score_run(run, "test", iterate_part(run, "test", str(tmp_path / "b")), "flip", "cpu")
+    assert list(iterate_split(read_parameters(run), "valid").source.classes) == ["a", "b", "c"]
+    facts = score_run(
+        run, "test", iterate_split(read_parameters(run), "test", str(tmp_path / "b")), "flip", "cpu"
+    )
     assert facts["data"] == str(tmp_path / "b")
     assert facts["images"] == 6
     counts = read_counts(run / "evaluation" / "test.npz")
@@ -169,7 +181,7 @@ def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, t
 
 def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
     on_folder(run, folder)
-    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     test = load_samples(folder, "test")
     expected = evaluate(load_model(run / "best.pt"), test, tta="flip").predicted
     assert (expected != evaluate(load_model(run / "best.pt"), test).predicted).any()
@@ -182,7 +194,9 @@ def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
     assert "3 images of " in (run / "report.md").read_text()
     assert "predicted with tta flip; their labels are held back" in (run / "report.md").read_text()
     assert run_state(run).evaluated == ("test",)
-    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on part 'test'; run `papermill evaluate"):
+    with pytest.raises(
+        ValueError, match="runs: 'scored' is not evaluated on split 'test'; run `papermill evaluate"
+    ):
         read_scored(run, "test")
 
 
@@ -197,7 +211,7 @@ def two_sizes(root, scenes, labels):
 def test_images_of_two_sizes(run, tmp_path, scenes):
     pieces = two_sizes(tmp_path / "data", scenes, True)
     on_folder(run, tmp_path / "data")
-    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     model = load_model(run / "best.pt")
     expected = [evaluate(model, piece) for piece in pieces]
     counts = read_counts(run / "evaluation" / "test.npz")
@@ -212,82 +226,93 @@ def test_images_of_two_sizes(run, tmp_path, scenes):
 def test_unlabelled_images_of_two_sizes_are_no_array(run, tmp_path, scenes):
     two_sizes(tmp_path / "data", scenes, False)
     on_folder(run, tmp_path / "data")
-    score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     assert len(list(masks_folder(run, "test").iterdir())) == 5
     assert not (run / "evaluation" / "submission.npy").exists()
 
 
-def test_a_part_without_images(run):
-    write_json(read_parameters(run) | {"split": "official"}, run / "parameters.json")
-    with pytest.raises(ValueError, match="part: found no image to evaluate; nothing validates in split official"):
-        score_run(run, "valid", iterate_part(run, "valid"), "flip", "cpu")
+def test_a_split_without_images(run):
+    write_json(read_parameters(run) | {"validation": "none"}, run / "parameters.json")
+    with pytest.raises(
+        ValueError,
+        match="split: found no image to evaluate; with validation none there are no validation images, use split test",
+    ):
+        score_run(run, "valid", iterate_split(read_parameters(run), "valid"), "flip", "cpu")
 
 
 def test_a_run_that_is_scored_again_is_not_scored_until_it_is_done(run, monkeypatch):
-    pieces = iterate_part(run, "valid")
+    pieces = iterate_split(read_parameters(run), "valid")
     score_run(run, "valid", pieces, "flip", "cpu")
     assert run_state(run).evaluated == ("valid",)
     (run / "best.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="best.pt: can't be read"):
         score_run(run, "valid", pieces, "flip", "cpu")
     assert run_state(run).evaluated == ()
-    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on part 'valid'"):
+    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on split 'valid'"):
         read_scored(run, "valid")
 
 
-def test_foreign_masks_have_the_scores_of_the_run_that_made_them(scored, run):
+def test_external_masks_have_the_scores_of_the_run_that_made_them(scored, run):
     made, facts = scored
-    folder = theirs("synthetic", made / "evaluation" / "valid")
-    assert folder == runs_folder() / "theirs"
-    found = score_run(folder, "valid", iterate_part(folder, "valid"))
+    folder = open_external("synthetic", made / "evaluation" / "valid")
+    assert folder == runs_folder() / "external"
+    found = score_run(folder, "valid", iterate_split(read_parameters(folder), "valid"))
     assert found["plain"] == facts["plain"]
     assert found["intervals"]["plain"] == facts["intervals"]["plain"]
     assert "augmented" not in found
-    for ours, their in zip(
-        read_counts(made / "evaluation" / "valid.npz"), read_counts(folder / "evaluation" / "valid.npz"), strict=True
+    for ours, theirs in zip(
+        read_counts(made / "evaluation" / "valid.npz"),
+        read_counts(folder / "evaluation" / "valid.npz"),
+        strict=True,
     ):
-        np.testing.assert_array_equal(ours, their)
+        np.testing.assert_array_equal(ours, theirs)
     report = (folder / "report.md").read_text()
-    assert report.startswith("# theirs\n\n## Configuration")
+    assert report.startswith("# external\n\n## Configuration")
     assert (
-        f"## Evaluation on part valid\n\n16 images of synthetic, at their own size: mIoU {facts['plain']['miou']:.4f} over"
+        f"## Evaluation on split valid\n\n16 images of synthetic, at their own size: mIoU {facts['plain']['miou']:.4f} over"
         in report
     )
     read = read_scored(folder, "valid")
     assert read.history is None
-    assert (read.parameters["recipe"], read.parameters["seed"], read.split) == ("theirs", 0, "blocks")
+    assert (read.parameters["recipe"], read.parameters["seed"], read.validation) == ("external", 0, "blocks")
     copied = read_masks(masks_folder(folder, "valid"), read.names)
     np.testing.assert_array_equal(copied, read_masks(masks_folder(made, "valid"), read.names))
 
 
-def test_foreign_masks_where_labels_are_held_back(run, folder):
+def test_external_masks_where_labels_are_held_back(run, folder):
     on_folder(run, folder)
-    score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
-    foreign = theirs(folder, masks_folder(run, "test"), split="random", limit=None)
-    score_run(foreign, "test", iterate_part(foreign, "test"))
-    submissions = [np.load(each / "evaluation" / "submission.npy") for each in (run, foreign)]
+    score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
+    external = open_external(folder, masks_folder(run, "test"), validation="random", limit=None)
+    score_run(external, "test", iterate_split(read_parameters(external), "test"))
+    submissions = [np.load(each / "evaluation" / "submission.npy") for each in (run, external)]
     np.testing.assert_array_equal(*submissions)
-    assert "3 images of " in (foreign / "report.md").read_text()
-    assert "their labels are held back" in (foreign / "report.md").read_text()
+    assert "3 images of " in (external / "report.md").read_text()
+    assert "their labels are held back" in (external / "report.md").read_text()
 
 
 def test_predictions_that_are_not_there(tmp_path):
     with pytest.raises(
         ValueError, match=r"predictions: found '/nowhere', where there is no folder; expected one of PNG"
     ):
-        theirs("synthetic", "/nowhere")
-    with pytest.raises(ValueError, match="data: found None, expected the data set whose images were predicted"):
+        open_external("synthetic", "/nowhere")
+    with pytest.raises(
+        ValueError, match="data: found None, expected the data set whose images were predicted"
+    ):
         find_scored("latest", str(tmp_path), DATA | {"data": None})
 
 
 @pytest.fixture
 def masks(tmp_path, folder):
-    """Good masks for the training part of a folder: a function that reads them, and their folder."""
-    samples = load_samples(folder, "train", "official")
+    """Good masks for the training split of a folder: a function that reads them, and their folder."""
+    samples = load_samples(folder, "train", "none")
     (tmp_path / "masks").mkdir()
     for name, label in zip(samples.names, samples.label, strict=True):
         Image.fromarray(np.where(label == 255, 0, label)).save(tmp_path / "masks" / f"{name}.png")
-    return lambda: list(read_predictions(tmp_path / "masks", [samples[:5], samples[5:]])), tmp_path / "masks", samples
+    return (
+        lambda: list(read_external(tmp_path / "masks", [samples[:5], samples[5:]])),
+        tmp_path / "masks",
+        samples,
+    )
 
 
 @pytest.mark.parametrize("change", ["none", "16 bits", "palette"])
@@ -342,7 +367,7 @@ def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
     write_folder(tmp_path / "data", scenes[:4])
     write_folder(tmp_path / "data", scenes[:1], "test")
     on_folder(run, tmp_path / "data")
-    facts = score_run(run, "test", iterate_part(run, "test"), "flip", "cpu")
+    facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     assert 0 < facts["plain"]["miou"] < 1
     assert np.isnan([*facts["intervals"]["plain"], *facts["gain"]["interval"]]).all()
     assert "(no interval: too few images)" in (run / "report.md").read_text()
@@ -358,41 +383,46 @@ def without_depth(tmp_path, monkeypatch):
     (root / "dataset.yaml").write_text(
         "scene: ^([^/]+)/\nclasses: [" + ", ".join(f"my {name}" for name in NYUV2_13) + "]"
     )
-    made_with = DATA | {"data": str(root), "limit": None}
-    parts = [load_samples(root, part, size=(48, 64)) for part in ("train", "valid")]
-    parameters = PARAMETERS | made_with | {"run_name": "rgb", "inputs": "rgb", "depth_weight": 0.0, "epochs": 1}
-    with open_run(parameters, samples=parts) as run:
-        fit_run(run, parameters, *parts)
-    return run, parts, parameters
+    loaded_with = DATA | {"data": str(root), "limit": None}
+    splits = [load_samples(root, split, size=(48, 64)) for split in ("train", "valid")]
+    parameters = (
+        PARAMETERS | loaded_with | {"run_name": "rgb", "inputs": "rgb", "depth_weight": 0.0, "epochs": 1}
+    )
+    with open_run(parameters, samples=splits) as run:
+        fit_run(run, parameters, *splits)
+    return run, splits, parameters
 
 
 def test_data_without_depth_train_and_are_scored(without_depth):
     run, (train, valid), _ = without_depth
     assert valid.depth is None
-    assert valid.made_with["chosen_split"] == "scenes"
-    pieces = iterate_part(run, "valid")
+    assert valid.loaded_with["chosen_validation"] == "scenes"
+    pieces = iterate_split(read_parameters(run), "valid")
     facts = score_run(run, "valid", pieces, "flip", "cpu")
     assert facts["images"] == len(valid) > 0
     assert all(np.isnan(value) for value in facts["depth"].values())
     masks = sorted(
-        path.relative_to(run / "evaluation" / "valid") for path in (run / "evaluation" / "valid").rglob("*.png")
+        path.relative_to(run / "evaluation" / "valid")
+        for path in (run / "evaluation" / "valid").rglob("*.png")
     )
     assert [path.with_suffix("").as_posix() for path in masks] == list(valid.names)
-    plot_predictions(pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True)
+    plot_predictions(
+        pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True
+    )
     errors = count_errors(load_model(run / "best.pt"), pieces)
     np.testing.assert_array_equal(errors.confusion, read_scored(run, "valid").counts)
     assert read_scored(run, "valid").classes == train.classes
     (recipes,) = group_recipes([read_scored(run, "valid")]).values()
     assert list(recipes[0].scene) == list(valid.scene)
-    theirs = find_scored("latest", str(masks_folder(run, "valid")), {**read_parameters(run), "run_name": "theirs",
-                         "recipe": "theirs", "predictions": str(masks_folder(run, "valid"))})  # fmt: skip
-    assert score_run(theirs, "valid", iterate_part(theirs, "valid"))["plain"]["miou"] == facts["plain"]["miou"]
+    external = open_external(read_parameters(run)["data"], masks_folder(run, "valid"), limit=None)
+    found = score_run(external, "valid", iterate_split(read_parameters(external), "valid"))
+    assert found["plain"]["miou"] == facts["plain"]["miou"]
 
 
 @pytest.mark.parametrize("change", [{"inputs": "rgbd"}, {"depth_weight": 0.1}])
 def test_nothing_else_trains_without_depth(without_depth, change):
-    _, parts, parameters = without_depth
+    _, splits, parameters = without_depth
     parameters = parameters | {"run_name": "deep"} | change
     with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
-        fit_run(runs_folder() / "deep", parameters, *parts)
+        fit_run(runs_folder() / "deep", parameters, *splits)
     assert not (runs_folder() / "deep").exists()

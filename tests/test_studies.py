@@ -1,0 +1,238 @@
+"""What the READMEs of notebooks/studies publish, computed again from the two files of each study."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lib.metrics import class_accuracy, pixel_accuracy
+from lib.notebooks.sweep import plan_runs
+from lib.runs.results import group_recipes, identity, read_results, select_runs, without_fold
+from lib.significance import compare_recipes
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path for path in (ROOT / "notebooks" / "studies").iterdir() if path.is_dir())
+EXAMPLE, PRETRAINED, SOFT_IOU = STUDIES
+
+
+def published(study, start, end):
+    """The decimals, as they are written, between two texts of a README."""
+    found = re.search(
+        re.escape(start) + "(.*?)" + re.escape(end), (study / "README.md").read_text(), re.DOTALL
+    )
+    assert found, f"{study.name}/README.md has no {start!r} before {end!r}"
+    return re.findall(r"[+-]?\d\.\d+", found[1])
+
+
+def rounded(values, texts):
+    """The values with as many digits as the texts have, and a sign where they have one."""
+    return [
+        f"{value:{'+' if text[0] in '+-' else ''}.{len(text.split('.')[1])}f}"
+        for value, text in zip(values, texts, strict=True)
+    ]
+
+
+def scores(members):
+    """mIoU by seed, and their mean."""
+    assert [run.parameters["seed"] for run in members] == [1, 2, 3]
+    by_seed = [run.score for run in members]
+    return [*by_seed, np.mean(by_seed)]
+
+
+def recipe_test(baseline, members):
+    """Difference, both ends of its interval and p."""
+    counts = [np.stack([run.counts for run in side]) for side in (baseline, members)]
+    result = compare_recipes(*counts, baseline[0].scene)
+    return result, [result.difference, *result.interval, result.p_value]
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """The three recipes of the soft IoU study, pooled over its folds."""
+    runs = select_runs(read_results(SOFT_IOU), "seed in (1, 2, 3)")
+    found = group_recipes(runs, "class_weights median, soft_iou_weight 0")
+    return dict(zip(("weights", "cross-entropy", "soft IoU"), found.values(), strict=True))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_a_study_is_a_few_files(study):
+    files = {
+        path.name
+        for path in study.iterdir()
+        if not path.name.startswith(".") and "out.ipynb" not in path.name
+    }
+    assert {"README.md", "runs.jsonl", "counts.npz"} <= files
+    assert len(files) <= 5
+
+
+def test_no_run_folder_is_tracked():
+    command = ["git", "ls-files", "--", "notebooks", "runs"]
+    tracked = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "notebooks/train.ipynb" in tracked
+    assert not [
+        path for path in tracked if path.endswith(("parameters.json", ".pt")) or path.startswith("runs/")
+    ]
+
+
+def test_the_names_of_results_name_no_machine():
+    for study in STUDIES:
+        for run in read_results(study):
+            texts = [text for text in (run.data, *run.parameters.values()) if isinstance(text, str)]
+            assert not [text for text in texts if "/" in text], run.name
+
+
+# soft IoU
+
+
+def differing(wanted, parameters):
+    """Names of the parameters that have another value; those of which one side knows nothing aside."""
+    return [name for name in wanted.keys() & parameters.keys() if wanted[name] != parameters[name]]
+
+
+def test_the_runs_are_those_of_study_yaml():
+    study, made = yaml.safe_load((SOFT_IOU / "study.yaml").read_text()), read_results(SOFT_IOU)
+    planned = plan_runs(None, study["fixed"] | {"data": "/disk/NYUv2"}, study["grid"], study["seeds"])
+    assert len(planned) == 30
+    elsewhere = ("run_name", "resume", "data", "encoder_weights", "device", "num_workers")
+    matching = []
+    for parameters in planned.values():
+        wanted = {name: value for name, value in parameters.items() if name not in elsewhere}
+        (run,) = [run for run in made if not differing(wanted, run.parameters)]
+        matching.append(run.name)
+    assert len(set(matching)) == 30
+    assert {(run.split, run.data) for run in made} == {(study["split"], "NYUv2")}
+
+
+def test_a_sweep_of_study_yaml_finds_its_runs_finished():
+    """With the same weights, wherever they lie."""
+    study, made = yaml.safe_load((SOFT_IOU / "study.yaml").read_text()), read_results(SOFT_IOU)
+    weights = {"encoder_weights_digest": made[0].parameters["encoder_weights_digest"]}
+    planned = plan_runs(None, study["fixed"] | {"data": "/disk/NYUv2"}, study["grid"], study["seeds"])
+    known = {identity(run.parameters) for run in made}
+    assert {identity(parameters | weights) for parameters in planned.values()} <= known
+
+
+def test_the_runs_are_of_one_version_and_one_set_of_weights():
+    made = read_results(SOFT_IOU)
+    (commit,) = re.findall(r"commit `(\w+)`", (SOFT_IOU / "README.md").read_text())
+    assert all(run.commit.startswith(commit) and run.tree_unchanged for run in made)
+    assert len({run.parameters["encoder_weights_digest"] for run in made}) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "start", "end"),
+    [
+        ("cross-entropy", "| cross-entropy alone |", "|\n"),
+        ("soft IoU", "| with 0.5 soft IoU `batch` |", "|\n"),
+        ("weights", "15 more runs of the same commit (", ")"),
+    ],
+)
+def test_the_scores_by_seed(recipes, recipe, start, end):
+    texts = published(SOFT_IOU, start, end)
+    assert rounded(scores(recipes[recipe]), texts) == texts
+
+
+def test_the_planned_test(recipes):
+    texts = published(SOFT_IOU, "**Planned recipe test**: ", "3 seeds, 123 scenes)")
+    result, values = recipe_test(recipes["cross-entropy"], recipes["soft IoU"])
+    assert rounded(values, texts) == texts
+    assert result.scene_count == 123
+    assert not (result.class_p_value < 0.05).any()  # "No class differs significantly"
+
+
+def test_without_the_fold_of_the_tuning(recipes):
+    texts = published(SOFT_IOU, "Without fold 4: ", ")")
+    others = without_fold(recipes, 4)
+    _, values = recipe_test(others["cross-entropy"], others["soft IoU"])
+    assert rounded(values, texts) == texts
+
+
+def test_the_control(recipes):
+    results = {}
+    for recipe, start, end in (
+        ("cross-entropy", "cross-entropy alone has ", ") and soft IoU"),
+        ("soft IoU", "and soft IoU -", ")"),
+    ):
+        texts = published(SOFT_IOU, start.removesuffix("-"), end)
+        results[recipe], values = recipe_test(recipes["weights"], recipes[recipe])
+        if recipe == "cross-entropy":
+            values.append(2 * results[recipe].p_value)  # over the two comparisons
+        assert rounded(values, texts) == texts
+    result, classes = results["cross-entropy"], recipes["weights"][0].classes
+    clear = {
+        name: difference > 0
+        for name, difference, p in zip(classes, result.class_difference, result.class_p_value, strict=True)
+        if p < 0.05
+    }
+    assert clear == {"books": False, "table": False, "wall": True, "furniture": True}
+
+
+def test_class_weights_raise_recall_and_lower_pixel_accuracy(recipes):
+    texts = published(SOFT_IOU, "lower pixel accuracy from ", ";")
+    accuracy = {name: np.mean([pixel_accuracy(run.counts) for run in runs]) for name, runs in recipes.items()}
+    assert rounded([accuracy["cross-entropy"], accuracy["weights"]], texts) == texts
+    assert accuracy["soft IoU"] == pytest.approx(accuracy["cross-entropy"], abs=0.005)
+    recall = {
+        name: np.mean([class_accuracy(run.counts) for run in runs], axis=0) for name, runs in recipes.items()
+    }
+    pixels = recipes["weights"][0].counts.sum((0, 2))
+    rare = np.argsort(pixels)[:4]
+    assert (recall["weights"] > recall["cross-entropy"])[rare].all()
+
+
+def test_the_tuning():
+    texts = published(SOFT_IOU, "Tuning (mIoU on fold 4 at 480x640, one run each): ", ". The first")
+    runs = select_runs(read_results(SOFT_IOU), "seed == 42")
+    assert len(runs) == 6
+    settings = [
+        "learning_rate == 0.001",
+        "learning_rate == 0.002 and encoder_lr_scale == 1 and weight_decay == 0.01 and augment == 'crops_colour'",
+        "learning_rate == 0.004",
+        "encoder_lr_scale == 0.3",
+        "weight_decay == 0.1",
+        "augment == 'crops'",
+    ]
+    found = [select_runs(runs, setting) for setting in settings]
+    values = [run.score for (run,) in found]
+    texts = [text for text in texts if re.fullmatch(r"0\.[1-9]\d\d", text)]  # scores, not settings
+    assert rounded(values, texts) == texts
+    assert values[4] < values[1]  # "lower in the fourth digit"
+    assert all(run.parameters["fold"] == 4 and run.parameters["soft_iou_weight"] == 0 for run in runs)
+
+
+# the others
+
+
+def test_the_pretrained_run():
+    (run,) = read_results(PRETRAINED)
+    texts = published(PRETRAINED, "197 validation images: mIoU ", " (one run")
+    assert rounded([run.score], texts) == texts
+    assert (len(run.names), len(set(run.scene))) == (197, 24)
+    expected = {"image_height": 192, "image_width": 256, "epochs": 24, "class_weights": "median", "validation": "blocks",
+                "fold": 4, "encoder": "tu-tf_efficientnet_lite0"}  # fmt: skip
+    assert expected.items() <= run.parameters.items()
+
+
+def test_the_example_has_an_effect_and_none():
+    recipes = group_recipes(read_results(EXAMPLE), "baseline")
+    seeds = {name: sorted(run.parameters["seed"] for run in runs) for name, runs in recipes.items()}
+    assert seeds == {
+        "baseline": [1, 2, 3, 4, 5],
+        "baseline_again": [6, 7, 8, 9, 10],
+        "tenth_learning_rate": [1, 2, 3, 4, 5],
+    }
+    runs = [run for members in recipes.values() for run in members]
+    (commit,) = re.findall(r"commit `(\w+)`", (EXAMPLE / "README.md").read_text())
+    assert all(run.commit.startswith(commit) and len(run.names) == 100 for run in runs)
+    assert {
+        (run.parameters["image_height"], run.parameters["image_width"], len(run.history)) for run in runs
+    } == {(48, 64, 6)}
+    again, _ = recipe_test(recipes["baseline"], recipes["baseline_again"])
+    slower, _ = recipe_test(recipes["baseline"], recipes["tenth_learning_rate"])
+    assert again.p_value > 0.05 > slower.p_value
+    assert slower.difference < 0

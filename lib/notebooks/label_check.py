@@ -88,16 +88,16 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
                 votes.append(found)
     table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
     votes = np.array(votes).reshape(-1, count)
+    labelled = table.labelled.to_numpy(int)
     usual = np.zeros((count, count))
-    np.add.at(usual, table.labelled, votes * table.share.to_numpy()[:, None])
+    np.add.at(usual, labelled, votes * table.share.to_numpy(float)[:, None])
     usual /= np.maximum(usual.sum(1, keepdims=True), 1e-9)
     every = np.arange(len(table))
-    labelled = table.labelled.to_numpy(int)
     own = votes[every, labelled]
     votes[every, labelled] = 0
-    table["predicted"] = other = votes.argmax(1) if len(table) else []
+    table["predicted"] = other = votes.argmax(1)
     table["confidence"] = votes[every, other]
-    surprise = -np.log(usual[labelled, other] + 1e-3)
+    surprise = -np.log((usual[labelled, other] + 1e-3) / (1 + 1e-3))
     order = np.argsort(-table.confidence * surprise * table.share**0.3, kind="stable")
     ranked = table.iloc[order][(table.confidence > own).iloc[order]]
     names = {column: np.array(classes)[ranked[column]] for column in ("labelled", "predicted")}

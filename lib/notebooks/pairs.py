@@ -29,20 +29,21 @@ class Pair(NamedTuple):
         """`(N,)` mIoU of each image in B minus that in A; NaN without a labelled pixel."""
         return image_scores(self.b.counts) - image_scores(self.a.counts)
 
-    def open(self) -> Split:
-        """The images, in the order of the counts.
+    def open(self, chosen: np.ndarray) -> Split:
+        """The images at these positions of the counts.
 
         Raises:
             ValueError: predictions that were not saved, or images that can't be read.
         """
+        names = self.a.names[chosen].tolist()
         try:
             for run in (self.a, self.b):
-                run.read_masks(self.a.names.tolist())
+                run.read_masks(names)
         except FileNotFoundError as error:
             raise ValueError(
                 f"`{error.filename}` was not saved; pooled folds and studies have no predictions"
             ) from None
-        return _select_names(iterate_split(self.a.parameters, self.a.split, self.a.data), self.a.names)
+        return _select_names(iterate_split(self.a.parameters, self.a.split, self.a.data), names)
 
 
 def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> Pair | None:
@@ -98,10 +99,10 @@ def plot_pair_images(pair: Pair) -> Figure | str:
     gains = pair.gains
     chosen = choose_images(gains)
     try:
-        pieces = pair.open()[chosen]
+        split = pair.open(chosen)
     except ValueError as error:
         return f"No images: {error}."
-    samples = [piece[[at]] for piece in pieces for at in range(len(piece))]
+    samples = split_images(split)
     a_masks, b_masks = (run.read_masks(pair.a.names[chosen].tolist()) for run in (pair.a, pair.b))
     rows = [_draw_row(*row) for row in zip(samples, a_masks, b_masks, strict=True)]
     captions = [f"{pair.a.names[index]}: mIoU of B {gains[index]:+.2f}" for index in chosen]
@@ -121,13 +122,18 @@ def _draw_row(sample: Samples, a: np.ndarray, b: np.ndarray) -> dict[str, np.nda
 
 
 def browse_pair(pair: Pair, interactive: bool | None = None) -> Browser | Figure | None:
-    """Goes through the images of both runs, from the largest gain of B on; None where they can't be read."""
+    """Goes through the images of both runs, from the largest gain of B on; None where they can't be read.
+
+    A study keeps the predictions of a few images; these are shown.
+    """
+    runs = {pair.a_name: pair.a, pair.b_name: pair.b}
+    kept = [list(run.masks) for run in runs.values() if run.masks is not None]
+    there = np.flatnonzero(np.all([np.isin(pair.a.names, names) for names in [pair.a.names, *kept]], axis=0))
     try:
-        split = pair.open()
+        split = pair.open(there)
     except ValueError:
         return None
-    runs = {pair.a_name: pair.a, pair.b_name: pair.b}
-    counts = {name: run.counts for name, run in runs.items()}
+    counts = {name: run.counts[there] for name, run in runs.items()}
     looks = {name: saved_look(run.read_masks) for name, run in runs.items()}
     return browse_results(split, counts, looks, interactive=interactive)
 
@@ -138,9 +144,12 @@ def read_images(split: Split, names: Sequence[str]) -> list[Samples]:
     Raises:
         ValueError: the split has no such image.
     """
-    named = _select_names(split, names)
-    pieces = named[np.arange(len(named))] if len(named) else []
-    return [piece[[at]] for piece in pieces for at in range(len(piece))]
+    return split_images(_select_names(split, names)) if len(names) else []
+
+
+def split_images(split: Split) -> list[Samples]:
+    """All images of a small split, one by one."""
+    return [piece[[at]] for piece in split[np.arange(len(split))] for at in range(len(piece))]
 
 
 def _select_names(split: Split, names: Sequence[str]) -> Split:

@@ -288,7 +288,9 @@ def plot_grid(
         top -= line.height
         figure.text(0, (top + GAP) / height, shorten(line.caption, width // 7), fontsize="small")
     if shades is not None:
-        bar = figure.add_axes((0, LINE * (legend_lines + 1) / height, 256 / width, 0.5 * LINE / height))
+        bar = figure.add_axes(
+            (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
+        )
         figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
         bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
     if legend:

@@ -5,6 +5,7 @@ Needs `pip install playwright` and a Chromium, found on the path or installed by
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -123,8 +124,10 @@ def run_all(page, address, notebook, seconds):
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     red = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type*="error"]')
 
-    def finished():
-        return red.count() or all(text.strip("[]: ").isdigit() for text in prompts.all_inner_texts())
+    def finished():  # a hidden cell has no number
+        return red.count() or all(
+            re.fullmatch(r"(\[\d+\]:)?", text.strip()) for text in prompts.all_inner_texts()
+        )
 
     wait_for(finished, seconds, lambda: f"{notebook} has run; prompts: {prompts.all_inner_texts()}")
     return red.all_inner_texts()

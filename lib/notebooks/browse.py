@@ -338,20 +338,21 @@ def view_sample(
     chosen = (
         {} if only == ALL else _choose_pixels(masks, [classes.index(name) for name in only.split(CONFUSED)])
     )
+    faded = plots.fade(image)
     for title, where in chosen.items():
-        panels[title] = np.where(where[..., None], panels[title], plots.fade(image))
+        panels[title] = np.where(where[..., None], panels[title], faded)
     shown = ["RGB", plots.DEPTH, *panels]
-    if runs:
-        draw, last = (
-            (plots.colour_errors, plots.WRONG) if len(runs) == 1 else (plots.colour_changes, plots.CHANGED)
-        )
-        panels[last] = draw(image, *masks.values())
-        shown = [*panels][-3:]
+    if len(runs) == 1:
+        panels[plots.WRONG] = plots.colour_errors(image, *masks.values())
+        shown = [*panels]
+    elif runs:
+        panels[plots.CHANGED] = plots.colour_changes(image, *masks.values())
+        shown = [*panels][1:]
     panels |= {"RGB": image}
     if shades is not None:
         panels |= {plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
+    everywhere = np.logical_or.reduce([*chosen.values()]) if chosen else None
     for title in panels if chosen else ():
-        everywhere = np.logical_or.reduce([*chosen.values()])
         panels[title] = plots.outline(panels[title], chosen.get(title, everywhere))
     sure = {
         f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None

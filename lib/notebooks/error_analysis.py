@@ -113,14 +113,11 @@ def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges
 
 def _depth_errors(batch: Predicted) -> np.ndarray:
     """`(B,)` mean relative error where depth was measured; NaN elsewhere, and without a depth head."""
-    errors = np.full(len(batch.samples), np.nan)
-    if batch.depth_m is not None:
-        truth = batch.samples.depth_or_missing / 1000
-        for at, measured in enumerate(batch.samples.measured_depth):
-            if measured.any():
-                apart = np.abs(batch.depth_m[at] - truth[at])[measured]
-                errors[at] = (apart / truth[at][measured]).mean()
-    return errors
+    if batch.depth_m is None:
+        return np.full(len(batch.samples), np.nan)
+    truth_m = np.maximum(batch.samples.depth_or_missing, 1) / 1000
+    relative = np.abs(batch.depth_m - truth_m) / truth_m
+    return np.ma.masked_array(relative, ~batch.samples.measured_depth).mean((1, 2)).filled(np.nan)
 
 
 def _count_confidence(

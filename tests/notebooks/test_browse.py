@@ -268,5 +268,7 @@ def test_confusions_are_ranked_by_the_gain_in_miou():
         assert row.cost == pytest.approx(miou(mended) - miou(pooled), abs=1e-12), words
         assert (row.pixels, row.share) == (pooled[truth, predicted], pooled[truth, predicted] / 23)
     assert table.cost.is_monotonic_decreasing
-    assert table.index[0] == "b confused with d"  # 5 pixels that a small class gets cost more than 9 of a large one
+    assert (
+        table.index[0] == "b confused with d"
+    )  # 5 pixels that a small class gets cost more than 9 of a large one
     assert table.images["a confused with b"] == 2

@@ -1,4 +1,6 @@
-"""The browser as a person sees it in JupyterLab: `pytest tests/test_browser.py --basetemp DIR` keeps screenshots in DIR.
+"""The browser as a person sees it in JupyterLab.
+
+`pytest tests/test_browser.py --basetemp DIR -o tmp_path_retention_policy=all` keeps screenshots in DIR.
 
 Needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
 """
@@ -156,7 +158,7 @@ class Panels:
         self.root.wait_for(timeout=20_000)
         self.root.scroll_into_view_if_needed()
         self.readout = page.locator(".browse-readout")
-        self.caption = page.locator(".browse .widget-label", has_text=" · ")
+        self.caption = page.locator(".browse .widget-hbox").nth(1).locator(".widget-label").last
 
     def drawn(self):
         return int(self.root.get_attribute("data-drawn"))
@@ -262,6 +264,7 @@ def test_a_person_browses_two_runs_in_jupyterlab(tmp_path):
         assert run_all(page, address, "compare", 240) == []
         panels = Panels(page)
         assert panels.canvas("B fixes (blue), breaks (red)").count() == 1
+        panels.canvas("B fixes (blue), breaks (red)").hover()
         panels.one_drawing(page.keyboard.press, "ArrowRight")
         panels.one_drawing(page.locator(".browse select").nth(1).select_option, "loss of B")
         page.screenshot(path=tmp_path / "compare_browser.png")

@@ -1,10 +1,13 @@
-"""Widgets, then JupyterLab as a person sees it: `pytest tests/test_browser.py --basetemp DIR` keeps screenshots in DIR.
+"""The browser as a person sees it in JupyterLab.
 
-The latter needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
+`pytest tests/test_browser.py --basetemp DIR -o tmp_path_retention_policy=all` keeps screenshots in DIR.
+
+Needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
 """
 
-import base64
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,21 +16,16 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 from small_run import PARAMETERS, fit_run, small_samples
 
-from figures import SETS, draw, relabel
-from lib.data import iterate_samples, load_samples
-from lib.metrics import confusion_counts
-from lib.notebooks.browse import browse_results, browse_samples, plot_sample
-from lib.notebooks.plots import FADED, shorten
+from lib.data import load_samples
 from lib.runs import open_run
 
+pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
@@ -37,124 +35,17 @@ SETTINGS = {
 }
 
 
-def test_of_one_class_all_else_is_faded(scenes):
-    figure = plot_sample(scenes[[3]], {}, only="wall")
-    assert {scenes.names[3], "RGB", "depth (m)", "labels"} <= set(draw(figure))
-    wall = scenes.label[3] == scenes.classes.index("wall")
-    for axes in figure.axes[1:3]:
-        shown = axes.images[0].get_array()
-        assert (np.ptp(shown[~wall], axis=1) == 0).all()
-        assert shown[~wall].min() >= FADED[0]
-    assert len(np.unique(shown[wall], axis=0)) == 1
-
-
-def test_nobody_gets_widgets_where_nobody_can_move_them(scenes):
-    assert {scenes.names[0], "labels"} <= set(draw(browse_samples(scenes)))
-
-
-def controls(browser):
-    """slider, Previous, Next, name, group, count, picture"""
-    slider, row, picture = browser.children
-    return slider, *row.children, picture
-
-
-def test_browsing(scenes):
-    slider, *_, name, group, count, picture = controls(browse_samples(scenes, interactive=True))
-    seen = {picture.value}
-    for control, value in ((slider, 5), (group, "wall")):
-        control.value = value
-        assert picture.value not in seen, value
-        seen.add(picture.value)
-    assert (slider.value, name.value) == (5, scenes.names[5])  # it has a wall
-    images = {each: (scenes.label == index).any((1, 2)).sum() for index, each in enumerate(scenes.classes)}
-    assert set(group.options) == {"all", *(each for each, found in images.items() if found)}
-    rare = min(group.options[1:], key=images.get)
-    group.value = rare
-    assert count.value == f"{images[rare]} of 12 images with {rare}"
-    assert len(slider.options) == images[rare] < 12
-    group.value = "all"
-    assert (len(slider.options), count.value) == (12, "12 of 12 images")
-
-
-def test_stepping_and_naming(scenes):
-    slider, previous, following, name, *_ = controls(browse_samples(scenes, interactive=True))
-    previous.click()
-    assert slider.value == 0
-    following.click()
-    following.click()
-    previous.click()
-    assert (slider.value, name.value) == (1, scenes.names[1])
-    name.value = str(scenes.names[11])
-    following.click()
-    assert slider.value == 11
-    name.value = "no such name"
-    assert (slider.value, name.value) == (11, scenes.names[11])
-
-
-def test_what_is_saved_of_widgets_keeps_the_picture(scenes):
-    browser = browse_samples(scenes, interactive=True)
-    saved = browser._repr_mimebundle_()
-    assert base64.b64decode(saved["image/png"]) == browser.children[-1].value
-    assert "application/vnd.jupyter.widget-view+json" in saved
-
-
-def test_results_are_browsed_from_the_worst_on_and_by_confusion(scenes):
-    """In image 7 half is wrong, in image 2 a bit; walls are confused with beds."""
-    pieces = iterate_samples("synthetic", "train", "none", limit=12)
-    masks = np.where(scenes.label == 255, 0, scenes.label)
-    wall, wrong = scenes.classes.index("wall"), np.zeros(masks.shape, bool)
-    wrong[7], wrong[2, :20] = True, True
-    masks[wrong & (scenes.label == wall)] = 0
-    counts = confusion_counts(masks, scenes.label, 13)
-    look = {"run": lambda samples: masks[np.isin(scenes.names, samples.names)]}
-    slider, _, following, name, group, count, picture = controls(browse_results(pieces, counts, look, True))
-    assert [slider.value, name.value[:6], slider.options[1][1]] == [7, scenes.names[7], 2]
-    group.value = "wall confused with bed"
-    assert [at for _, at in slider.options] == [7, 2]
-    assert count.value == "2 of 12 images with wall confused with bed"
-    first = picture.value
-    following.click()
-    assert picture.value != first
-    texts = draw(browse_results(pieces, counts, look))
-    assert {"RGB", "ground truth", "run", "errors, run"} <= set(texts)
-
-
-def test_a_confusion_is_outlined_and_all_else_faded(scenes):
-    mask, bed = np.where(scenes.label[3] == 255, 0, scenes.label[3]), scenes.classes.index("bed")
-    mask[:, :40] = bed
-    figure = plot_sample(scenes[[3]], {"run": mask}, "wall confused with bed")
-    confused = (scenes.label[3] == scenes.classes.index("wall")) & (mask == bed)
-    assert 0 < confused.sum() < confused.size
-    for axes in figure.axes[2:5]:
-        shown = axes.images[0].get_array()
-        assert len(np.unique(shown[confused], axis=0)) == 1
-        assert (np.ptp(shown[~confused], axis=1) == 0).all()
-    figure = plot_sample(scenes[[3]], {"run": mask}, "bed")
-    of_truth, of_run = (figure.axes[column].images[0].get_array() for column in (2, 3))
-    assert (np.ptp(of_truth[scenes.label[3] != bed], axis=1) == 0).all()
-    assert (np.ptp(of_run[mask != bed], axis=1) == 0).all()
-    assert len(np.unique(of_run[mask == bed], axis=0)) == 1
-
-
-@pytest.mark.parametrize("count", SETS)
-def test_a_result_has_room_for_any_class_set(scenes, count):
-    samples = relabel(scenes, count)
-    mask = samples.label[0] % count
-    texts = draw(plot_sample(samples[[0]], {"the long name of a run that a sweep has made": mask}))
-    assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(
-        texts
-    )
-    draw(plot_sample(replace(samples[[0]], depth=None), {"a": mask, "b": mask}, samples.classes[-1]))
-
-
 @contextmanager
-def jupyter_lab(folder):
-    """The address of a JupyterLab that serves a folder, with settings of its own."""
+def jupyter_lab(folder, disabled=()):
+    """The address of a JupyterLab that serves a folder, with settings of its own and without some extensions."""
     settings = folder / "settings"
     for name, content in SETTINGS.items():
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(content)
+    page_config = folder / "config" / "labconfig" / "page_config.json"
+    page_config.parent.mkdir(parents=True)
+    page_config.write_text(json.dumps({"disabledExtensions": dict.fromkeys(disabled, True)}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,6 +59,7 @@ def jupyter_lab(folder):
     environment = {
         "JUPYTERLAB_SETTINGS_DIR": str(settings),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
     }
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(
@@ -192,7 +84,9 @@ def responds(address):
 def wait_for(condition, seconds, message):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {message}"
+        assert time.monotonic() < end, (
+            f"not within {seconds} s: {message() if callable(message) else message}"
+        )
         time.sleep(0.2)
 
 
@@ -211,7 +105,8 @@ def browser_page():
 def copy_project(folder, notebook, **parameters):
     """A copy of lib and of one notebook without its outputs, with other values for some parameters."""
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "notebooks" / "experiments", folder / "notebooks" / "experiments")
+    for kept in ("experiments", "studies"):
+        shutil.copytree(ROOT / "notebooks" / kept, folder / "notebooks" / kept)
     content = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4)
     for cell in content.cells:
         if cell.cell_type == "code":
@@ -231,10 +126,12 @@ def run_all(page, address, notebook, seconds):
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     red = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type*="error"]')
 
-    def finished():
-        return red.count() or all(text.strip("[]: ").isdigit() for text in prompts.all_inner_texts())
+    def finished():  # a hidden cell has no number
+        return red.count() or all(
+            re.fullmatch(r"(\[\d+\]:)?", text.strip()) for text in prompts.all_inner_texts()
+        )
 
-    wait_for(finished, seconds, f"{notebook} has run")
+    wait_for(finished, seconds, lambda: f"{notebook} has run; prompts: {prompts.all_inner_texts()}")
     return red.all_inner_texts()
 
 
@@ -252,61 +149,143 @@ def photograph(page, folder, name):
             page.screenshot(path=folder / f"{name}_{theme.split()[1].lower()}_{number:02d}.png")
 
 
-def changing(page, picture):
-    """A function that does something and waits until the picture is one that was not seen yet."""
-    seen = [picture.screenshot()]
+class Panels:
+    """The browser of a page: what is drawn, and what is said."""
 
-    def change(act, *arguments):
+    def __init__(self, page):
+        self.page = page
+        self.root = page.locator(".browse [data-drawn]")
+        self.root.wait_for(timeout=20_000)
+        self.root.scroll_into_view_if_needed()
+        self.readout = page.locator(".browse-readout")
+        self.caption = page.locator(".browse .widget-hbox").nth(1).locator(".widget-label").last
+
+    def drawn(self):
+        return int(self.root.get_attribute("data-drawn"))
+
+    def one_drawing(self, act, *arguments):
+        """Do something; then another image is there, and a moment later no third one."""
+        before, caption = self.drawn(), self.caption.inner_text()
         act(*arguments)
-        wait_for(lambda: picture.screenshot() not in seen, 15, "the picture changes")
-        page.wait_for_timeout(500)  # of a class both the image and its labels may change
-        seen.append(picture.screenshot())
+        wait_for(lambda: self.drawn() > before, 15, "the next drawing")
+        self.page.wait_for_timeout(500)
+        assert self.drawn() == before + 1
+        assert self.caption.inner_text() != caption
 
-    return change
+    def canvas(self, title):
+        return self.page.locator(f'.browse canvas[data-title="{title}"]')
+
+    def hover(self, title, x, y, size=(128, 96)):
+        """Put the pointer on the middle of a pixel of the image, which is not zoomed."""
+        box = self.canvas(title).bounding_box()
+        place = (x + 0.5) / size[0] * box["width"], (y + 0.5) / size[1] * box["height"]
+        self.page.mouse.move(box["x"] + place[0], box["y"] + place[1])
 
 
-@pytest.mark.browser
+def saved_outputs(page, path):
+    """Save the notebook; its metadata, and the outputs with a widget."""
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    wait_for(lambda: "widget-view" in path.read_text(), 20, f"{path} is saved")
+    content = nbformat.read(path, 4)
+    outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
+    return content.metadata, [
+        output.data for output in outputs if "widget-view" in str(output.get("data", {}).keys())
+    ]
+
+
 def test_a_person_browses_samples_in_jupyterlab(tmp_path):
-    copy_project(tmp_path, "explore", limit=40, read_test=False)
+    samples = load_samples("synthetic", "train", "none", limit=40)
+    copy_project(tmp_path, "explore", limit=40)
     with browser_page() as page, jupyter_lab(tmp_path) as address:
-        assert run_all(page, address, "explore", 120) == []
-        picture = page.locator("img.widget-image")
-        picture.scroll_into_view_if_needed()
-        change = changing(page, picture)
-        change(page.locator("button", has_text="Next").click)
-        change(page.locator("button", has_text="Next").click)
-        change(page.locator(".widget-hslider .noUi-handle").press, "ArrowRight")
-        change(page.locator(".widget-dropdown select").select_option, "ceiling")
+        assert run_all(page, address, "explore", 240) == []
+        panels = Panels(page)
+        assert panels.drawn() == 1
+        panels.one_drawing(page.locator("button", has_text="Next").click)
+        for focus in ("button", "select", "[role=slider], .noUi-handle"):
+            page.locator(f".browse {focus}").first.focus()
+            panels.one_drawing(page.keyboard.press, "ArrowRight")
+        page.locator(".browse").locator("xpath=ancestor::div[contains(@class, 'jp-Cell')][1]").press("Escape")
+        panels.one_drawing(page.keyboard.press, "ArrowLeft")
+        name = page.locator(".browse input[type=text]")
+        assert (name.input_value(), name.get_attribute("placeholder")) == ("", "name of an image")
+        name.fill("nowhere")
+        name.press("ArrowLeft")  # moves the cursor
+        name.press("Enter")
+        page.locator(".browse .widget-label", has_text="no image is called nowhere here").wait_for(
+            timeout=5000
+        )
+        name.fill(str(samples.names[0]))
+        panels.one_drawing(name.press, "Enter")
+        x, y = 20, 80
+        panels.hover("RGB", x, y)
+        class_name = (*samples.classes, "unlabelled")[min(samples.label[0, y, x], 13)]
+        assert panels.readout.inner_text() == (
+            f"x {x}, y {y} · labels: {class_name} · depth: {samples.depth[0, y, x] / 1000:.2f} m"
+        )
+        before = [panels.canvas(title).screenshot() for title in ("RGB", "labels")]
+        page.mouse.wheel(0, -100)
+        page.wait_for_timeout(300)
+        after = [panels.canvas(title).screenshot() for title in ("RGB", "labels")]
+        assert all(one != other for one, other in zip(before, after, strict=True))
+        assert float(panels.root.get_attribute("data-scale")) == 1.25
+        assert f"x {x}, y {y} · " in panels.readout.inner_text()  # what was under the pointer stays there
+        panels.one_drawing(page.locator(".browse select").first.select_option, "ceiling")
+        metadata, outputs = saved_outputs(page, tmp_path / "notebooks" / "explore.ipynb")
+        assert "widgets" not in metadata
+        assert [sorted(output).count("image/png") for output in outputs] == [1]
         photograph(page, tmp_path, "explore")
     assert len(list(tmp_path.glob("explore_*.png"))) >= 4
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize("notebook", ["evaluate", "error_analysis"])
 def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
-    parameters = PARAMETERS | {
-        "run_name": f"seen_{notebook}",
-        "data": "synthetic",
-        "validation": "none",
-        "fold": 4,
-    }
-    with open_run(parameters) as run:
-        fit_run(run, parameters, load_samples("synthetic", "train", "none", limit=40), small_samples()[:0])
+    run = trained(f"seen_{notebook}")
     copy_project(tmp_path, notebook, run=run.name, split="test")
     with browser_page() as page, jupyter_lab(tmp_path) as address:
-        assert run_all(page, address, notebook, 120) == []
-        picture, count = (
-            page.locator("img.widget-image"),
-            page.locator(".widget-label", has_text=" of 100 images"),
-        )
-        picture.scroll_into_view_if_needed()
-        change, group = changing(page, picture), page.locator(".widget-dropdown select")
-        change(page.locator("button", has_text="Next").click)
-        options = [text.replace("\xa0", " ") for text in group.locator("option").all_text_contents()]
+        assert run_all(page, address, notebook, 240) == []
+        panels, choice = Panels(page), page.locator(".browse select").first
+        panels.one_drawing(page.locator("button", has_text="Next").click)
+        options = [text.replace("\xa0", " ") for text in choice.locator("option").all_text_contents()]
         confused = next(text for text in options if " confused with " in text)
-        change(group.select_option, confused)
-        assert count.inner_text().replace("\xa0", " ").endswith(f"images with {confused}")
-        change(group.select_option, "ceiling")
-        change(page.locator("button", has_text="Next").click)
+        panels.one_drawing(choice.select_option, confused)
+        assert confused in panels.caption.inner_text()
+        panels.one_drawing(page.locator("button", has_text="Next").click)
+        panels.hover("prediction", 64, 48)
+        assert ("confidence" in panels.readout.inner_text()) == (notebook == "error_analysis")
+        page.locator(".browse label", has_text="RGB").locator("input").check()
+        panels.canvas("RGB").wait_for(timeout=5000)
         page.screenshot(path=tmp_path / f"{notebook}_browser.png")
         photograph(page, tmp_path, notebook)
+
+
+def test_a_person_browses_two_runs_in_jupyterlab(tmp_path):
+    copy_project(tmp_path, "compare", published="exp061")
+    with browser_page() as page, jupyter_lab(tmp_path) as address:
+        assert run_all(page, address, "compare", 240) == []
+        panels = Panels(page)
+        assert panels.canvas("B fixes (blue), breaks (red)").count() == 1
+        panels.canvas("B fixes (blue), breaks (red)").hover()
+        panels.one_drawing(page.keyboard.press, "ArrowRight")
+        panels.one_drawing(page.locator(".browse select").nth(1).select_option, "loss of B")
+        page.screenshot(path=tmp_path / "compare_browser.png")
+
+
+def test_without_the_front_end_there_are_a_picture_and_controls(tmp_path):
+    copy_project(tmp_path, "explore", limit=40)
+    with browser_page() as page, jupyter_lab(tmp_path, disabled=["anywidget"]) as address:
+        assert run_all(page, address, "explore", 240) == []
+        picture = page.locator(".browse img.widget-image")
+        picture.scroll_into_view_if_needed()
+        assert page.locator(".browse canvas").count() == 0
+        before = picture.screenshot()
+        page.locator("button", has_text="Next").click()
+        wait_for(lambda: picture.screenshot() != before, 15, "another picture")
+        page.screenshot(path=tmp_path / "explore_plain.png")
+
+
+def trained(name):
+    """A run of a second on the built-in scenes."""
+    parameters = PARAMETERS | {"run_name": name, "data": "synthetic", "validation": "none", "fold": 4}
+    with open_run(parameters) as run:
+        fit_run(run, parameters, load_samples("synthetic", "train", "none", limit=40), small_samples()[:0])
+    return run

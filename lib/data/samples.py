@@ -193,3 +193,8 @@ def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     # INTER_NEAREST would take each block's upper left pixel and so shift depth against RGB.
     numbers = array.view(np.uint8) if array.dtype == bool else array
     return cv2.resize(numbers, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(array.dtype)
+
+
+def choose_evenly(count: int, chosen: int) -> np.ndarray:
+    """That many positions of `count`, all where there are fewer, at equal steps from the first to the last."""
+    return np.linspace(0, count - 1, min(chosen, count)).round().astype(int)

@@ -8,21 +8,22 @@ import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 from torch import nn
 
 from lib import metrics
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
-from lib.evaluation import predict
+from lib.evaluation import Predicted, predict
 from lib.notebooks import plots
-from lib.notebooks.plots import DEPTH
+from lib.notebooks.browse import CONFUSED, rank_confusions
+from lib.notebooks.plots import DEPTH, percent
 from lib.progress import progress_bar
 
 CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 DISTANCE = "distance to a boundary (% of the width)"
 REGION = "size of the region (% of the image)"
-CLASS = "class"
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
@@ -48,6 +49,8 @@ class ErrorCounts:
         confusion: `(N, C, C)` pixels of each image.
         strata: `{name: (bins, C, C)}` for the bins between `edges`.
         calibration: `(C, 15, 3)` by predicted class and confidence: pixels, their summed confidence, correct ones.
+        confidence: `(N,)` mean of each image.
+        depth_error: `(N,)` mean relative error of the depth head in each image; NaN without one.
         edges: see `strata_edges`; those of the depth follow the range that the network was made for.
     """
 
@@ -56,6 +59,8 @@ class ErrorCounts:
     confusion: np.ndarray
     strata: dict[str, np.ndarray]
     calibration: np.ndarray
+    confidence: np.ndarray
+    depth_error: np.ndarray
     edges: dict[str, tuple[float, ...]]
 
 
@@ -65,40 +70,64 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
     """
-    count, edges = len(model.config.classes), strata_edges(model.config.depth_range_m[1])
-    names, confusion = [], []
+    count = len(model.config.classes)
+    edges = strata_edges(model.config.depth_range_m[1])
     strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
+    by_image = {name: [] for name in ("names", "confusion", "confidence", "depth_error")}
     with progress_bar("predicting", len(samples)) as bar:
-        for batch, predicted, confidence, *_ in predict(model, samples, batch_size, confidence=True):
-            if batch.label is None:
+        for batch in predict(model, samples, batch_size, confidence=True):
+            if batch.samples.label is None:
                 raise ValueError(
                     "split: these images have no labels, so errors can't be counted; use another split"
                 )
-            names.append(batch.names)
-            confusion.append(metrics.confusion_counts(predicted, batch.label, count))
-            images = zip(batch.label, batch.depth_or_missing, predicted, confidence, strict=True)
-            for label, depth, named, how_sure in images:
-                labelled = label != IGNORE_INDEX
-                pair = label[labelled].astype(np.int64) * count + named[labelled]
-                for name, bins in pixel_strata(label, depth, edges).items():
-                    cells = np.bincount(bins[labelled] * count**2 + pair, minlength=strata[name].size)
-                    strata[name] += cells.reshape(strata[name].shape)
-                calibration += _count_confidence(label[labelled], named[labelled], how_sure[labelled], count)
-            bar.update(len(batch))
-    if not names:
+            by_image["names"].append(batch.samples.names)
+            by_image["confusion"].append(metrics.confusion_counts(batch.labels, batch.samples.label, count))
+            by_image["confidence"].append(batch.confidence.mean((1, 2)))
+            by_image["depth_error"].append(_depth_errors(batch))
+            _count_pixels(batch, strata, calibration, edges)
+            bar.update(len(batch.samples))
+    if not by_image["names"]:
         raise ValueError(
             "split: found no image; with validation none there are no validation images, use another split"
         )
-    whole = map(np.concatenate, (names, confusion))
-    return ErrorCounts(model.config.classes, *whole, strata, calibration, edges)
+    whole = {name: np.concatenate(values) for name, values in by_image.items()}
+    return ErrorCounts(
+        classes=model.config.classes, strata=strata, calibration=calibration, edges=edges, **whole
+    )
 
 
-def _count_confidence(label: np.ndarray, named: np.ndarray, confidence: np.ndarray, count: int) -> np.ndarray:
+def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges: dict) -> None:
+    """Add the labelled pixels of a batch to the counts."""
+    count = len(calibration)
+    samples = batch.samples
+    images = zip(samples.label, samples.depth_or_missing, batch.labels, batch.confidence, strict=True)
+    for label, depth, predicted, confidence in images:
+        labelled = label != IGNORE_INDEX
+        pair = label[labelled].astype(np.int64) * count + predicted[labelled]
+        for name, bins in pixel_strata(label, depth, edges).items():
+            cells = np.bincount(bins[labelled] * count**2 + pair, minlength=strata[name].size)
+            strata[name] += cells.reshape(strata[name].shape)
+        calibration += _count_confidence(label[labelled], predicted[labelled], confidence[labelled], count)
+
+
+def _depth_errors(batch: Predicted) -> np.ndarray:
+    """`(B,)` mean relative error where depth was measured; NaN elsewhere, and without a depth head."""
+    if batch.depth_m is None:
+        return np.full(len(batch.samples), np.nan)
+    truth_m = np.maximum(batch.samples.depth_or_missing, 1) / 1000
+    relative = np.abs(batch.depth_m - truth_m) / truth_m
+    return np.ma.masked_array(relative, ~batch.samples.measured_depth).mean((1, 2)).filled(np.nan)
+
+
+def _count_confidence(
+    label: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, count: int
+) -> np.ndarray:
     bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-    cell = named.astype(np.int64) * CONFIDENCE_BINS + bins
+    cell = predicted.astype(np.int64) * CONFIDENCE_BINS + bins
     sums = [
-        np.bincount(cell, weights, count * CONFIDENCE_BINS) for weights in (None, confidence, label == named)
+        np.bincount(cell, weights, count * CONFIDENCE_BINS)
+        for weights in (None, confidence, label == predicted)
     ]
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
 
@@ -139,6 +168,14 @@ def region_shares(label: np.ndarray) -> np.ndarray:
     return shares
 
 
+def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
+    """The most costly confusions, with the line that opens their images in the browser of the notebook."""
+    table = rank_confusions(errors.confusion, errors.classes).head(count)
+    table["open"] = [f'browser.choose("{words}")' for words in table.index]
+    formats = {"cost": "{:.4f}", "pixels": "{:,}", "share": lambda share: percent(share, 1)}
+    return table.style.format(formats).set_properties(subset=["open"], **{"font-family": "monospace"})
+
+
 def score_strata(counts: np.ndarray) -> pd.DataFrame:
     """Share of the pixels, pixel accuracy and mIoU of each bin `(bins, C, C)`.
 
@@ -168,37 +205,60 @@ def calibration_error(calibration: np.ndarray) -> float:
 
 
 def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
-    """The findings of error_analysis in words."""
+    """In Markdown: the findings of error_analysis, and what to try for the most costly confusion."""
     pooled, accuracy = errors.confusion.sum(0), metrics.image_accuracy(errors.confusion)
-    edge, wrong = errors.strata[DISTANCE], pooled * ~np.eye(len(pooled), dtype=bool)
-    truth, named = np.unravel_index(wrong.argmax(), wrong.shape)
-    score, recall = metrics.pixel_accuracy(pooled), metrics.class_accuracy(pooled)
+    recall = metrics.class_accuracy(pooled)
     least = np.nanargmin(recall)
-    near = (edge[0].sum() - np.trace(edge[0])) / max(wrong.sum(), 1)
-    return (
-        f"In {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** names {score:.1%} of the pixels right "
-        f"(mIoU {metrics.mean_truth_iou(pooled):.3f}). Its most frequent error is {errors.classes[truth]} confused with "
-        f"{errors.classes[named]}, {wrong.max() / max(wrong.sum(), 1):.0%} of the wrong pixels; it "
-        f"finds the smallest share of {errors.classes[least]}, {recall[least]:.0%}. Of all pixels "
-        f"{edge[0].sum() / edge.sum():.0%} lie within 1 % of the image's width from a boundary, of the wrong ones "
-        f"{near:.0%}. The network is "
-        f"{_describe_gap(errors.calibration)}. The worst image is {errors.names[np.nanargmin(accuracy)]}, "
-        f"{np.nanmin(accuracy):.0%} right."
-    )
+    near = errors.strata[DISTANCE][0]
+    wrong_near = (near.sum() - np.trace(near)) / max(pooled.sum() - np.trace(pooled), 1)
+    lines = [
+        f"On {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** has an mIoU of "
+        f"**{metrics.mean_truth_iou(pooled):.3f}** and a pixel accuracy of "
+        f"{percent(metrics.pixel_accuracy(pooled), 1)}. The lowest recall is that of {errors.classes[least]}: "
+        f"{percent(recall[least])}.",
+        f"{percent(near.sum() / pooled.sum())} of all pixels but {percent(wrong_near)} of the errors lie within 1 % "
+        f"of the image width of a boundary. The network is {_describe_gap(errors.calibration)}.",
+        f"The worst image is {errors.names[np.nanargmin(accuracy)]}: {percent(np.nanmin(accuracy))} of its pixels "
+        "are correct.",
+    ]
+    return "\n".join(f"- {line}" for line in [*lines, *suggest_experiment(errors)])
+
+
+def suggest_experiment(errors: ErrorCounts) -> list[str]:
+    """For the most costly confusion, one sentence about where it happens and what to try; none without an error."""
+    ranked = rank_confusions(errors.confusion, errors.classes)
+    if ranked.empty:
+        return []
+    worst = ranked.iloc[0]
+    truth, predicted = map(errors.classes.index, worst.name.split(CONFUSED))
+    support = errors.confusion.sum((0, 2))
+    near, small = (errors.strata[name][:2, truth, predicted].sum() for name in (DISTANCE, REGION))
+    reverse = errors.confusion[:, predicted, truth].sum()
+    if near > worst.pixels / 2:
+        why = "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, `image_width`)"
+    elif small > worst.pixels / 2:
+        why = "mostly in regions below 1 % of the image: try a higher resolution, or `-p augment zooms`"
+    elif support[truth] < np.median(support[support > 0]):
+        why = f"and {errors.classes[truth]} is rare: try `-p class_weights median`, or label more images with it"
+    elif reverse > worst.pixels / 2:
+        why = "in both directions: look at the labels of these two, then try pretrained `encoder_weights`"
+    else:
+        why = "in large regions of a common class: try more `epochs`, or pretrained `encoder_weights`"
+    return [f"The most costly confusion is **{worst.name}** ({worst.cost:.3f} of mIoU), {why}."]
 
 
 def _describe_gap(calibration: np.ndarray) -> str:
     pixels, confidence, right = calibration.sum((0, 1))
     gap = 100 * (confidence - right) / pixels
     over = "over" if gap > 0 else "under"
-    return f"{over}-confident by {abs(gap):.1f} points (ECE {calibration_error(calibration):.3f})"
+    return f"{over}confident by {abs(gap):.1f} points (ECE {calibration_error(calibration):.3f})"
 
 
 def plot_confusion(errors: ErrorCounts) -> Figure:
     """Of each true class (rows), the share that was given each name."""
     images = (errors.confusion.sum(2) > 0).sum(0)
     truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
-    rows, columns = pd.Index(truth, name="truth (images)"), pd.Index(errors.classes, name="prediction")
+    rows, columns = pd.Index(truth, name="ground truth (images)"), pd.Index(errors.classes, name="prediction")
     table = pd.DataFrame(errors.confusion.sum(0), rows, columns)
     return plots.plot_matrix(
         table.div(table.sum(axis=1), axis=0), "What each class was predicted as, in % of its pixels"
@@ -215,8 +275,9 @@ def plot_strata(errors: ErrorCounts) -> Figure:
         kept = table.pixels > 0
         table, bins = table[kept], np.array(name_bins(name, errors.edges[name]))[kept]
         axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
-        axes.plot(bins, table["pixel accuracy"], color=plots.TRAIN_COLOUR, marker=".", label="pixel accuracy")
-        axes.plot(bins, table["mIoU"], color=plots.VALID_COLOUR, marker=".", label="mIoU")
+        line = {"color": plots.VALID_COLOUR, "marker": "."}
+        axes.plot(bins, table["pixel accuracy"], **line, linestyle="--", label="pixel accuracy")
+        axes.plot(bins, table["mIoU"], **line, label="mIoU")
         axes.set(title=f"by {name}".replace(" (", "\n("), ylim=(0, 1))
         axes.tick_params(axis="x", labelsize="small", rotation=60)
     plots.add_legend(figure, grid[0, 0].get_legend_handles_labels()[0])
@@ -227,10 +288,9 @@ def plot_strata(errors: ErrorCounts) -> Figure:
 def plot_calibration(errors: ErrorCounts) -> Figure:
     """Reliability diagram of all classes together; by class, confidence minus accuracy."""
     pixels, confidence, right = np.moveaxis(errors.calibration.sum(0), -1, 0)
-    used, colours = pixels > 0, plots.class_colours(errors.classes)
-    by_class = pd.DataFrame(
-        errors.calibration.sum(1), list(errors.classes), ["pixels", "confidence", "right"]
-    )
+    used = pixels > 0
+    columns = ["pixels", "confidence", "right"]
+    by_class = pd.DataFrame(errors.calibration.sum(1), list(errors.classes), columns)
     by_class = by_class[by_class.pixels > 0]
     gap = (100 * (by_class.confidence - by_class.right) / by_class.pixels).sort_values()
     figure, (diagram, bars) = plots.new_figure(max(3.4, plots.rows_height(len(gap))), 1, 2)
@@ -241,7 +301,7 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
                  label="this network")  # fmt: skip
     diagram.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     diagram.legend(loc="upper left")
-    drawn = bars.barh(range(len(gap)), gap, color=[colours[name] for name in gap.index], **plots.EDGED)
+    drawn = bars.barh(range(len(gap)), gap, color=plots.BAR_COLOUR)
     bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=plots.GREY)
     bars.axvline(0, color=plots.GREY, linewidth=1)
     bars.margins(x=0.2)

@@ -1,10 +1,19 @@
-"""The conclusion of evaluate.ipynb."""
+"""Predictions that were saved, and the conclusion of evaluate.ipynb."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from lib.evaluation import Predicted
+from lib.notebooks.browse import Look
 from lib.runs.report import describe_classes, describe_interval
+
+
+def saved_look(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Look:
+    """What `browse_results` shows of saved masks, read by the names of the images; they have no confidence."""
+    return lambda samples: Predicted(samples, np.stack(read(samples.names.tolist())))
 
 
 def summarise_evaluation(run: Path, split: str, scores: dict) -> str:

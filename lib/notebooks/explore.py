@@ -3,17 +3,21 @@
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from lib.batches import RawBatch
 from lib.data import MissingSplit, Samples, Split, iterate_samples
 from lib.data.validation import read_numbers, split_names
 from lib.notebooks import plots
+from lib.progress import progress_bar
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds to import
+    from lib.batches import RawBatch
 
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
@@ -60,13 +64,15 @@ def count_data(samples: Samples) -> DataCounts:
     depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
     step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
     adjacency = np.zeros((count, count), np.int64)
-    for index in range(len(samples)):
-        one = samples[index : index + 1]
-        label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
-        step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
-        pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
-        depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
-        adjacency += _count_adjacency(label, count)
+    with progress_bar("counting", len(samples)) as bar:
+        for index in range(len(samples)):
+            one = samples[index : index + 1]
+            label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
+            step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
+            pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
+            depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
+            adjacency += _count_adjacency(label, count)
+            bar.update()
     return DataCounts(samples.classes, pixels, depths, adjacency, samples.depth_range_m)
 
 
@@ -222,22 +228,6 @@ def _colour_signatures(image: np.ndarray) -> np.ndarray:
     return signatures
 
 
-def describe_leakage(leakage: dict[str, Leakage]) -> str:
-    """A sentence for each way of choosing validation images."""
-    sentences = []
-    for validation, leak in leakage.items():
-        text = f"near-duplicates in training: {leak.near_duplicates} ({leak.by_chance:.1f} by chance)"
-        if leak.copies:
-            text += f", {leak.copies} equal a training image in every pixel"
-        count = f"{len(leak.valid)} validation images"
-        if leak.same_scene is not None:
-            count = f"{leak.same_scene.sum()} of {count} share a scene with training images"
-        elif leak.nearest is not None:
-            count = f"{leak.nearest.sum()} of {count} have the image with the nearest id in training"
-        sentences.append(f"Validation `{validation}`: {count}; {text}.")
-    return " ".join(sentences) or "Too few images to split."
-
-
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
     images, total = (counts.pixels[:, :-1] > 0).sum(0), counts.pixels.sum()
@@ -305,75 +295,73 @@ def count_test_images(data: str, limit: int | None, classes: str | None) -> int 
         return None
 
 
-def plot_samples(samples: Samples) -> Figure:
-    """A row for each sample: RGB, depth with its scale, labels over RGB."""
-    label, shades, rows = samples.labels_or_ignored, plots.depth_shades([samples]), []
+def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
+    """A row for each sample: RGB, depth, labels."""
+    label, rows = samples.labels_or_ignored, []
     for at, image in enumerate(samples.image):
-        labels = plots.blend_labels(image, label[at], samples.classes, 0.65)
+        labels = plots.colour_labels(label[at], samples.classes)
         depth = plots.colour_depth(samples.depth_or_missing[at], shades)
         rows.append({"RGB": image, plots.DEPTH: depth, "labels": labels})
     return plots.plot_grid(rows, samples.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
-def plot_batch(samples: Samples, batch: RawBatch) -> Figure:
+def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | None) -> Figure:
     """A row for each image of a batch: as it is stored, then as it trains."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
     stored = samples[position]
-    shades, rows = plots.depth_shades([stored]), []
+    rows = []
     for at in range(len(stored)):
-        pictures = {"stored": stored.image[at], "as it trains": image[at]}
-        pictures |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
-        rows.append(pictures | {"labels": plots.colour_labels(label[at], samples.classes)})
+        row = {"stored": stored.image[at], "as it trains": image[at]}
+        row |= {plots.DEPTH: plots.colour_depth(depth[at], shades)}
+        rows.append(row | {"labels": plots.colour_labels(label[at], samples.classes)})
     return plots.plot_grid(rows, stored.names.tolist(), plots.class_patches(samples.classes, label), shades)
 
 
 @plots.styled
 def plot_class_shares(counts: DataCounts) -> Figure:
     """By class on a log scale: its share of the labelled pixels, and of the images."""
-    shares, colours = class_shares(counts)[::-1], plots.class_colours(counts.classes)
+    shares = class_shares(counts)[::-1]
     shares = shares[shares.pixels > 0]
     rows = np.arange(len(shares))
-    figure, axes = plots.new_figure(plots.rows_height(len(rows)))
+    figure, axes = plots.new_figure(plots.rows_height(len(rows)) + 0.3)
     axes.hlines(rows, shares.pixels, shares.images, color="0.85", zorder=0)
-    axes.scatter(shares.pixels, rows, c=[colours[name] for name in shares.index], **plots.EDGED)
-    axes.plot(shares.images, rows, "|", color=plots.GREY)
+    axes.plot(shares.pixels, rows, "o", color=plots.GREY, label="share of the labelled pixels")
+    axes.plot(shares.images, rows, "|", color=plots.GREY, label="share of the images")
     for row, share in zip(rows, shares.pixels, strict=True):
-        axes.text(
-            share / 1.15, row, f"{share:.2%}", va="center", ha="right", fontsize="small", color=plots.GREY
-        )
+        words = {"va": "center", "ha": "right", "fontsize": "small", "color": plots.GREY}
+        axes.text(share / 1.15, row, plots.percent(share, 1 if share >= 0.01 else 2), **words)
     plots.label_rows(axes, shares.index)
     axes.set(xscale="log", xlim=(shares.pixels.min() / 3, 1.3))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    axes.set_xlabel("share of the labelled pixels (dots) and of the images (strokes), log scale")
     ratio = shares.pixels.iloc[-1] / shares.pixels.iloc[0]
     plots.add_title(figure, f"{shares.index[-1]} has {ratio:.0f} times as many pixels as {shares.index[0]}")
+    plots.add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
 @plots.styled
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth, of all pixels and of each class."""
-    colours, total = plots.class_colours(counts.classes), counts.depth.sum(0)
+    total = counts.depth.sum(0)
     rows = zip(counts.classes, counts.depth, strict=False)
     boxes = {name: _box(row, counts.steps_m) for name, row in rows if row[1:].any()}
     names = sorted(boxes, key=lambda name: -boxes[name]["med"])
     heights = 1.5, plots.rows_height(len(names))
     figure, (overall, by_class) = plots.new_figure(sum(heights), 2, 1, sharex=True, height_ratios=heights)
-    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.VALID_COLOUR)
-    title = "All pixels: nine in ten from {whislo:.1f} to {whishi:.1f} m".format(
-        **_box(total, counts.steps_m)
+    overall.stairs(total[1:], counts.steps_m, fill=True, color=plots.BAR_COLOUR)
+    whole = _box(total, counts.steps_m)
+    overall.set(
+        title=f"All pixels: nine in ten from {whole['whislo']:.1f} to {whole['whishi']:.1f} m", yticks=[]
     )
-    overall.set(title=title, yticks=[])
     overall.spines["left"].set_visible(False)
-    median = {"color": "black", "path_effects": plots.HALO}  # seen on dark boxes too
-    drawn = by_class.bxp(
+    by_class.bxp(
         [boxes[name] for name in names], range(len(names)), widths=0.7, orientation="horizontal",
-        patch_artist=True, showfliers=False, showcaps=False, medianprops=median, boxprops=plots.EDGED,
+        patch_artist=True, showfliers=False, showcaps=False,
+        medianprops={"color": "black", "linewidth": 1.5},
+        boxprops={"facecolor": plots.BAR_COLOUR, "linewidth": 0}, whiskerprops={"color": plots.GREY},
     )  # fmt: skip
-    for box, name in zip(drawn["boxes"], names, strict=True):
-        box.set_facecolor(colours[name])
     plots.label_rows(by_class, names)
-    by_class.set(xlabel="depth (m)", title="By class: half of its pixels in the box, nine in ten on the line")
+    by_class.set(xlabel=plots.DEPTH, title="By class: half of its pixels in the box, nine in ten on the line")
     by_class.set_xlim(0, depth_quantiles(total, (0.999,), counts.steps_m)[0])
     return figure
 
@@ -394,12 +382,36 @@ def plot_adjacency(counts: DataCounts) -> Figure:
     return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
 
 
-def plot_leaks(samples: Samples, leak: Leakage, count: int = 3) -> Figure:
-    """The first validation images whose scene is in training, or else that are, above their match in training."""
-    shown = np.arange(len(leak.valid))
-    if leak.same_scene is not None and leak.same_scene.any():
-        shown = shown[leak.same_scene]
-    pairs = list(zip(leak.valid[shown[:count]], leak.match[shown[:count]], strict=True))
-    titles = [f"{samples.names[valid]}, {samples.names[train]}" for valid, train in pairs]
-    rows = [dict(zip(titles, samples.image[list(side)], strict=True)) for side in zip(*pairs, strict=True)]
-    return plots.plot_grid(rows, ["validation", "training"])
+def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
+    """For each `validation`: the images on both sides and how many validation images resemble training images."""
+    rows = {}
+    for validation, leak in leakage.items():
+        rows[validation] = {
+            "training images": leak.train_count,
+            "validation images": len(leak.valid),
+            "sharing a scene": "unknown" if leak.same_scene is None else leak.same_scene.sum(),
+            "exact copies": leak.copies,
+            "near-duplicates": leak.near_duplicates,
+            "expected by chance": round(leak.by_chance, 1),
+        }
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("validation by")
+
+
+def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
+    """Validation images beside the training image most like them: those of one scene first, then the most alike."""
+    alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
+    shared = np.zeros(len(leak.valid)) if leak.same_scene is None else leak.same_scene
+    order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]
+    pairs, captions = [], []
+    for valid, train in zip(leak.valid[order], leak.match[order], strict=True):
+        pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
+        captions.append(
+            f"{samples.names[valid]} and {samples.names[train]}{_relation(samples, valid, train)}"
+        )
+    return plots.plot_grid(pairs, captions)
+
+
+def _relation(samples: Samples, one: int, other: int) -> str:
+    if samples.scene is None:
+        return ""
+    return ": same room, other view" if samples.scene[one] == samples.scene[other] else ": different rooms"

@@ -1,8 +1,11 @@
 """Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows it."""
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import cv2
 import matplotlib
@@ -16,26 +19,42 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from lib.classes import IGNORE_INDEX
-from lib.data.samples import Samples
+from lib.data.samples import Samples, choose_evenly
 from lib.files import ROOT
 
 FIGURES = ROOT / "figures"  # where notebooks save what the README shows
 
-# One colour for each class in every figure, at least 12.5 apart (CIEDE2000) to normal, protanope and
+# One colour for each class in every figure, at least 12 apart (CIEDE2000) to normal, protanope and
 # deuteranope eyes, and as far from the faded pictures that errors are drawn on.
 CLASS_COLOURS = {
-    "bed": "#893059", "books": "#eef03c", "ceiling": "#c8e8a0", "chair": "#dca01c", "floor": "#866e3c",
-    "furniture": "#349585", "objects": "#e6557f", "picture": "#9e3ea8", "sofa": "#320c6a", "table": "#244b1d",
-    "tv": "#1f1b1a", "wall": "#9aaac0", "window": "#1aa2f4",
+    "bed": "#883355", "books": "#eeee44", "ceiling": "#ddddaa", "chair": "#dd9922", "floor": "#886644",
+    "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
+    "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
-FADED, HATCH = (0.8, 1.0), (0.7, 1.0)  # greys of faded pictures, of the stripes on unlabelled pixels
-TRAIN_COLOUR, VALID_COLOUR, GREY = "#999999", "#0072b2", "#666666"
+FADED = 204  # darkest grey of images under class colours
+DIMMED = 130  # darkest grey of images under colours that are no class's
+HATCH = (187, 255)  # greys of the stripes on unlabelled pixels
+TRAIN_COLOUR = "#999999"
+VALID_COLOUR = "#0072b2"
+WRONG_COLOUR = "#cc0000"
+BAR_COLOUR = "#c8c8c8"  # where names stand beside the bars
+GREY = "#666666"
 EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
 WIDTH = 8  # inches, so that a figure fits a notebook
+TILE = 200  # pixels that an image in a figure is wide, at least
+WIDE_TILE = 256  # where there are at most three in a line
+DPI = 100  # of figures of images, in which these are whole pixels
+GAP = 8  # pixels between images
+LEVELS = 16  # of red, green and blue in a saved figure; class colours are among them
+LINE = 20  # pixels of a line of text
 DEPTH = "depth (m)"  # title of a column of pictures
+WRONG = "wrong pixels"
+CHANGED = "B fixes (blue), breaks (red)"
+TERMS = {  # of the loss, as they are drawn
+    "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
+}  # fmt: skip
 HALO = [withStroke(linewidth=3, foreground="white")]  # so that black lines are seen on dark colours
 FEW = 20  # classes up to which matrices show numbers and rows are wide
 styled = matplotlib.rc_context({  # a decorator
@@ -45,6 +64,22 @@ styled = matplotlib.rc_context({  # a decorator
 })  # fmt: skip
 
 
+class _Line(NamedTuple):
+    """Tiles side by side in a figure, by title."""
+
+    tiles: list[tuple[str, np.ndarray]]
+    titled: bool
+    caption: str
+
+    @property
+    def width(self) -> int:
+        return sum(tile.shape[1] + GAP for _, tile in self.tiles) - GAP
+
+    @property
+    def height(self) -> int:
+        return max(len(tile) for _, tile in self.tiles) + GAP + LINE * (self.titled + bool(self.caption))
+
+
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
     """A colour for each name: NYUv2's 13 have theirs in every set, others get what is farthest from all before."""
     others = [name for name in classes if name not in CLASS_COLOURS]
@@ -52,7 +87,7 @@ def class_colours(classes: Sequence[str]) -> dict[str, str]:
 
 
 def _spread_colours(count: int) -> list[str]:
-    steps = np.linspace(0.05, 0.95, 11)
+    steps = np.arange(1, 15) / (LEVELS - 1)
     candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     places = _perceived(candidates)
     taken = _perceived(np.array([to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]))
@@ -72,79 +107,102 @@ def _perceived(colours: np.ndarray) -> np.ndarray:
     return np.hstack((lab[:, :1], lab[:, 1:] * np.log1p(chroma) / chroma))
 
 
-def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Class indices `(H, W)` as colours `(H, W, 3)` in 0..1; unlabelled pixels are hatched."""
+@cache
+def _colour_table(classes: tuple[str, ...]) -> np.ndarray:
+    """`(C + 1, 3)` uint8, the last row for unlabelled pixels."""
     colours = class_colours(classes)
-    table = np.array([*(to_rgb(colours[name]) for name in classes), (0, 0, 0)])
-    row, column = np.ogrid[: label.shape[0], : label.shape[1]]
+    shares = [*(to_rgb(colours[name]) for name in classes), (0, 0, 0)]
+    return np.round(np.multiply(shares, 255)).astype(np.uint8)
+
+
+def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Class indices `(H, W)` as colours `(H, W, 3)` uint8; unlabelled pixels are hatched."""
+    coloured = _colour_table(tuple(classes))[np.minimum(label, len(classes))]
+    row, column = np.nonzero(label == IGNORE_INDEX)
     stripe = max(1, label.shape[1] // 60)
-    hatch = np.take(HATCH, (row + column) // stripe % 2)[..., None]
-    ignored = label == IGNORE_INDEX
-    return np.where(ignored[..., None], hatch, table[np.where(ignored, len(classes), label)])
+    coloured[row, column] = np.take(HATCH, (row + column) // stripe % 2)[:, None]
+    return coloured
 
 
-def blend_labels(image: np.ndarray, label: np.ndarray, classes: Sequence[str], opacity: float) -> np.ndarray:
-    """Class colours over RGB `(H, W, 3)`, 0..1."""
-    return opacity * colour_labels(label, classes) + (1 - opacity) * image / 255
+def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Wrong pixels in one colour over the dimmed RGB image."""
+    return colour_where(image, {WRONG_COLOUR: (label != IGNORE_INDEX) & (label != predicted)})
 
 
-def colour_errors(
-    image: np.ndarray, label: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
-) -> np.ndarray:
-    """Wrong pixels in the colour of the class they were given, over the faded RGB image."""
-    return colour_where((label != IGNORE_INDEX) & (label != predicted), image, predicted, classes)
+def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pixels that are correct only in B, or only in A, over the dimmed RGB image."""
+    labelled = label != IGNORE_INDEX
+    fixed = labelled & (label == b) & (label != a)
+    broken = labelled & (label == a) & (label != b)
+    return colour_where(image, {VALID_COLOUR: fixed, WRONG_COLOUR: broken})
 
 
-def colour_where(
-    chosen: np.ndarray, image: np.ndarray, label: np.ndarray, classes: Sequence[str]
-) -> np.ndarray:
-    """Class colours of the chosen pixels `(H, W)` over the faded RGB image."""
-    return np.where(chosen[..., None], colour_labels(label, classes), fade(image))
+def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The picture with a black line, within a white one, around the chosen pixels `(H, W)`."""
+    outlined = picture.copy()
+    reach = max(1, round(chosen.shape[1] / 320))
+    inside = chosen.astype(np.uint8)
+    for colour, width in ((255, 2 * reach), (0, reach)):
+        outlined[cv2.dilate(inside, np.ones((3, 3), np.uint8), iterations=width) > inside] = colour
+    return outlined
 
 
-def fade(image: np.ndarray) -> np.ndarray:
-    """RGB `(H, W, 3)` as pale greys that no class has, so that colours on it are read as classes."""
-    grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
-    low, high = FADED
-    return np.repeat((low + (high - low) * grey / 255)[..., None], 3, axis=-1)
+def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray:
+    """For each colour its chosen pixels `(H, W)`, over the dimmed RGB image."""
+    coloured = fade(image, DIMMED)
+    for colour, where in chosen.items():
+        coloured[where] = np.round(np.multiply(to_rgb(colour), 255))
+    return coloured
 
 
-def depth_shades(pieces: Sequence[Samples]) -> ScalarMappable | None:
+def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
+    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so that colours are read as classes."""
+    grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) // 15
+    levels = np.linspace(darkest, 255, 18).astype(np.uint8)
+    return np.repeat(levels[grey][..., None], 3, axis=-1)
+
+
+def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
     """The scale of depth in metres that suits these samples, white for missing; None where there is no depth."""
-    depth = np.concatenate([piece.depth_or_missing[:: len(piece) // 50 + 1].ravel() for piece in pieces])
+    shown = [piece.depth_or_missing[choose_evenly(len(piece), 50)].ravel() for piece in pieces]
+    depth = np.concatenate(shown)
     if not depth.any():
         return None
     low, high = np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000
-    return ScalarMappable(Normalize(low, high), matplotlib.colormaps["viridis_r"].with_extremes(bad="white"))
+    return ScalarMappable(Normalize(low, high), "viridis_r")
 
 
 def colour_depth(depth: np.ndarray, shades: ScalarMappable | None) -> np.ndarray | None:
-    """Millimetres `(H, W)` as colours `(H, W, 3)`; None without shades."""
-    return None if shades is None else shades.to_rgba(np.where(depth == 0, np.nan, depth / 1000))[..., :3]
+    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8; None without shades."""
+    if shades is None:
+        return None
+    table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
+    table[0] = 255
+    return table[depth]
 
 
 def shorten(name: str, length: int = 28) -> str:
     """A name without its middle, if it is longer than that."""
-    return (
-        name
-        if len(name) <= length
-        else f"{name[: length // 2]}…{name[len(name) + 1 + length // 2 - length :]}"
-    )
+    if len(name) <= length:
+        return name
+    head = length // 2
+    tail = length - head - 1
+    return f"{name[:head]}…{name[-tail:]}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as all notebooks write it: `36.6 %`."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[Patch]:
-    """Of a legend: the classes in arrays of labels, and unlabelled if 255 is in one."""
-    colours, present = (
-        class_colours(classes),
-        sorted(set().union(*(np.unique(label).tolist() for label in labels))),
-    )
-    patches = [
-        Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present if i != 255
-    ]
-    if IGNORE_INDEX in present:
-        patches.append(
-            Patch(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5, label="unlabelled")
-        )
+    """The classes in arrays of labels, for a legend; and unlabelled, if 255 is in one."""
+    colours = class_colours(classes)
+    present = sorted(set().union(*(np.unique(label).tolist() for label in labels)) - {IGNORE_INDEX})
+    patches = [Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present]
+    if any((label == IGNORE_INDEX).any() for label in labels):
+        hatched = {"facecolor": "white", "edgecolor": "0.6", "hatch": "/////", "linewidth": 0.5}
+        patches.append(Patch(label="unlabelled", **hatched))
     return patches
 
 
@@ -152,9 +210,8 @@ def add_legend(figure: Figure, handles: Sequence) -> None:
     """A legend below everything, in as many columns as there is room for; the figure grows by its height."""
     if not handles:
         return
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = min(len(handles), int(figure.get_figwidth() / (0.6 + 0.08 * longest)))
-    figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * -(-len(handles) // columns))
+    lines, columns = _legend_lines(handles, figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * lines)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")
 
 
@@ -171,71 +228,109 @@ def new_figure(
     return figure, figure.subplots(*grid, **options)
 
 
+def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
+    """An array `(H, W, ...)` scaled by a whole factor to at least that many pixels of width; its values stay."""
+    step = max(1, picture.shape[1] // least)
+    zoom = -(-least // picture.shape[1])
+    return picture[::step, ::step].repeat(zoom, 0).repeat(zoom, 1)
+
+
+def _split_lines(rows: Sequence[dict[str, np.ndarray | None]], captions: Sequence[str]) -> list[_Line]:
+    """Up to four tiles in a line, of more than four in a row three; the caption below the last line of its row."""
+    lines = []
+    for row, caption in itertools.zip_longest(rows, captions, fillvalue=""):
+        pictures = [(title, picture) for title, picture in row.items() if picture is not None]
+        columns = len(pictures) if len(pictures) <= 4 else 3
+        tiles = [
+            (title, fit_tile(picture, TILE if columns == 4 else WIDE_TILE)) for title, picture in pictures
+        ]
+        for first in range(0, len(tiles), columns):
+            is_last = first + columns >= len(tiles)
+            titled = not lines or len(tiles) > columns
+            lines.append(_Line(tiles[first : first + columns], titled, caption if is_last else ""))
+    return lines
+
+
 @styled
 def plot_grid(
     rows: Sequence[dict[str, np.ndarray | None]],
-    row_titles: Sequence[str] | None = None,
+    captions: Sequence[str] = (),
     legend: Sequence[Patch] = (),
     shades: ScalarMappable | None = None,
-    width: float = WIDTH,
+    shades_label: str = DEPTH,
 ) -> Figure:
-    """Coloured pictures, of which sizes may differ.
+    """Coloured pictures, of which sizes may differ, in whole pixels, so that class colours stay exact.
 
     Args:
-        rows: pictures `(H, W, 3)` by the title of their column, the same in all rows; None leaves a column out.
-        row_titles: written beside the rows.
+        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows; None leaves one out.
+        captions: written below the rows.
         legend: see `class_patches`.
         shades: of depth, for its colour bar.
-        width: of the figure, inches.
+        shades_label: beside the colour bar.
     """
-    rows = [{title: picture for title, picture in row.items() if picture is not None} for row in rows]
-    titles = list(rows[0])
-    inches = width / len(titles)  # of a picture's width
-    heights = [inches * max(picture.shape[0] / picture.shape[1] for picture in row.values()) for row in rows]
-    figure = Figure(figsize=(width, sum(heights) + (0.3 if shades is None else 0.8)), layout="compressed")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
-    for line, row, title, height in zip(grid, rows, row_titles or [""] * len(rows), heights, strict=True):
-        line[0].set_ylabel(shorten(title, int(14 * height)), fontsize="small")
-        for axes, picture in zip(line, row.values(), strict=True):
-            axes.imshow(picture)
-            axes.set(xticks=[], yticks=[])
+    lines = _split_lines(rows, captions)
+    width = max(line.width for line in lines)
+    legend_lines, columns = _legend_lines(legend, width / DPI)
+    below = LINE * (legend_lines + 2 * (shades is not None)) + GAP
+    height = below + sum(line.height for line in lines)
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    top = height
+    for line in lines:
+        left = 0
+        for title, tile in line.tiles:
+            bottom = top - LINE * line.titled - tile.shape[0]
+            place = (left / width, bottom / height, tile.shape[1] / width, tile.shape[0] / height)
+            axes = figure.add_axes(place, xticks=[], yticks=[])
+            axes.imshow(tile, aspect="auto")
             axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(shorten(title, int(12 * inches)))
+            axes.set_title(shorten(title, tile.shape[1] // 8) if line.titled else "", pad=4)
+            left += tile.shape[1] + GAP
+        top -= line.height
+        figure.text(0, (top + GAP) / height, shorten(line.caption, width // 7), fontsize="small")
     if shades is not None:
-        figure.colorbar(shades, ax=grid, location="bottom", shrink=0.3, aspect=30, pad=0.02, label=DEPTH)
-    add_legend(figure, legend)
+        bar = figure.add_axes(
+            (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
+        )
+        figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
+        bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
+    if legend:
+        figure.legend(handles=legend, loc="lower left", ncols=columns, fontsize="small", borderaxespad=0)
     return figure
+
+
+def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
+    """Lines and columns of a legend of that width."""
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = max(1, min(len(handles), int(inches / (0.6 + 0.08 * longest))))
+    return -(-len(handles) // columns), columns
 
 
 def plot_predictions(
     samples: Samples | Sequence[Samples],
     predicted: Sequence[np.ndarray],
-    row_titles: Sequence[str] | None = None,
-    errors: bool = False,
+    captions: Sequence[str] = (),
 ) -> Figure:
-    """A row for each image: RGB, depth, truth (where there are any), prediction and, if asked, `colour_errors`.
+    """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
 
     Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each image.
     """
     pieces = [samples] if isinstance(samples, Samples) else samples
     images = [(piece, at) for piece in pieces for at in range(len(piece))]
-    classes, shades = pieces[0].classes, depth_shades(pieces)
+    classes = pieces[0].classes
     rows, shown = [], list(predicted)
-    for (piece, at), named in zip(images, predicted, strict=True):
-        row = {"RGB": piece.image[at], DEPTH: colour_depth(piece.depth_or_missing[at], shades)}
+    for (piece, at), mask in zip(images, predicted, strict=True):
+        row = {"RGB": piece.image[at], "ground truth": None}
+        row["prediction"] = colour_labels(mask, classes)
         if piece.label is not None:
             shown.append(piece.label[at])
             row["ground truth"] = colour_labels(piece.label[at], classes)
-        row["prediction"] = colour_labels(named, classes)
-        if errors:
-            row["errors"] = colour_errors(piece.image[at], piece.labels_or_ignored[at], named, classes)
+            row[WRONG] = colour_errors(piece.image[at], piece.label[at], mask)
         rows.append(row)
-    return plot_grid(rows, row_titles, class_patches(classes, shown), shades)
+    return plot_grid(rows, captions, class_patches(classes, shown))
 
 
-def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.012) -> None:
-    """The class's name at the innermost point of each connected region that takes 1.2 % of `(H, W)` or more."""
+def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
+    """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
         rimmed = np.pad((label == index).astype(np.uint8), 1)  # so that a region ends where the picture does
@@ -246,7 +341,7 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
             across = column / label.shape[1]
             side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
             axes.text(
-                column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=6, bbox=box
+                column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=8, bbox=box
             )
 
 
@@ -272,7 +367,7 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
     across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
     figure, axes = new_figure(rows_height(len(shares)) + 1.5)
     seaborn.heatmap(
-        shares, vmin=0, vmax=1, cmap="Blues", ax=axes, xticklabels=across, yticklabels=down,
+        shares, vmin=0, vmax=1, cmap="Greys", ax=axes, xticklabels=across, yticklabels=down,
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
         cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
     )  # fmt: skip
@@ -290,32 +385,42 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
 
     The history holds the rows of `fit` so far, `terms` the weight of each term by its name there; 0 leaves it out.
     """
-    used = [name for name, weight in terms.items() if weight]
-    words = [name.replace("_", " ").replace("iou", "IoU").replace("l1", "L1") for name in used]
-    total = " + ".join(
-        f"{terms[name]:g} {word}".removeprefix("1 ") for name, word in zip(used, words, strict=True)
-    )
-    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    used = {name: TERMS[name] for name, weight in terms.items() if weight}
+    weighted = [f"{terms[name]:g} ({word})" if terms[name] != 1 else word for name, word in used.items()]
+    titles = {"loss": f"Loss: {' + '.join(weighted)}", **used}
+    figure = Figure(figsize=(WIDTH, 5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     loss, score = above.subplots(1, 2)
     small = below.subplots(1, len(used), squeeze=False)[0]
-    for axes, name, title in zip([loss, *small], ["loss", *used], [f"Loss: {total}", *words], strict=True):
+    for axes, (name, title) in zip([loss, *small], titles.items(), strict=True):
         axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
         axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
-    loss.legend()
-    score.plot(history.epoch, history.valid_pixel_acc, color=TRAIN_COLOUR, marker=".", label="pixel accuracy")
-    score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".", label="mIoU")
+    score.plot(history.epoch, history.valid_pixel_acc, color=VALID_COLOUR, marker=".", linestyle="--")
+    score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".")
     score.set(title="No validation images", ylim=(0, 1))
     if history.valid_miou.notna().any():
-        best = history.loc[history.valid_miou.idxmax()]
-        score.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
-        score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
-    score.legend(loc="upper left")
+        _name_scores(score, history)
     for axes in (loss, score, *small):
         axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    add_legend(figure, loss.get_legend_handles_labels()[0])
     return figure
+
+
+def _name_scores(axes: Axes, history: pd.DataFrame) -> None:
+    """The best mIoU, and at its two curves what they are."""
+    best = history.loc[history.valid_miou.idxmax()]
+    axes.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
+    axes.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
+    last = history.iloc[-1]
+    for name, value in (("pixel accuracy", last.valid_pixel_acc), ("mIoU", last.valid_miou)):
+        place = {
+            "xytext": (0, 7),
+            "textcoords": "offset points",
+            "ha": "right" if len(history) > 2 else "left",
+        }
+        axes.annotate(name, (last.epoch, value), color=VALID_COLOUR, fontsize="small", **place)
 
 
 @styled
@@ -328,26 +433,37 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
         mean: the mIoU, for a line to hold classes against, if it is known.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
-    rows, colours = np.arange(len(table)), class_colours(table.index)
+    rows = np.arange(len(table))
     figure, axes = new_figure(rows_height(len(table)))
-    axes.barh(rows, table.IoU, color=[colours[name] for name in table.index], **EDGED)
+    axes.barh(rows, table.IoU, color=BAR_COLOUR)
     if mean is not None:
         axes.axvline(mean, color=GREY, linestyle=":", label=f"mIoU {mean:.3f}")
     names = table.index
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
-        known = "95 % interval" if table.low.notna().any() else None
-        axes.hlines(rows, table.low, table.high, color="black", label=known, path_effects=HALO)
+        _draw_intervals(axes, table.low, table.high)
         guess = table.support / (2 - table.support)
-        axes.plot(guess, rows, "|", color="#d55e00", ms=9, mew=2, label="chance level")
+        axes.plot(guess, rows, "|", color="#e8a06c", ms=9, mew=1.5, label="chance level")
     for row, value in enumerate(table.IoU):
         text = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.text(1.01, row, text, va="center", color=GREY, fontsize="small")
+        axes.text(1.03, row, text, va="center", color=GREY, fontsize="small")
     label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
     add_title(figure, title)
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
+
+
+def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
+    """A line for each row; an arrowhead where it was cut at 0 or 1."""
+    rows = np.arange(len(low))
+    known = "95 % interval" if low.notna().any() else None
+    axes.hlines(rows, low, high, color="black", linewidth=1.2, label=known)
+    for marker, ends, limit in (("<", low, 0), (">", high, 1)):
+        cut = rows[ends == limit]
+        if len(cut):
+            style = {"color": "black", "clip_on": False, "markersize": 5, "linestyle": "none"}
+            axes.plot(np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}", **style)
 
 
 @styled
@@ -378,17 +494,19 @@ def run_colours(names: Iterable[str]) -> dict[str, tuple]:
 
 
 def show_small_figures() -> None:
-    """Let the running notebook keep its figures as PNGs of 256 colours, a third of their size."""
+    """Let the running notebook keep its figures as `small_png`."""
     get_ipython().display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG of 256 colours, chosen by an octree, which keeps those that are rare; its page stays white."""
-    picture, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight")
-    image = Image.open(picture).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-    palette, page = image.getpalette(), image.getpixel((0, 0))  # a mean of what is nearly white
-    palette[3 * page : 3 * page + 3] = 255, 255, 255
-    image.putpalette(palette)
-    image.save(reduced, "PNG", optimize=True)
-    return reduced.getvalue()
+    """A PNG with 16 levels a channel, half as large: class colours are exact, the smoothed rims of letters are not.
+
+    It is saved as it is laid out: IPython would cut the margins, and so shift images by parts of a pixel.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    pixels = cv2.imdecode(np.frombuffer(drawn.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
+    step = 255 // (LEVELS - 1)
+    rounded = np.round(pixels / step).astype(np.uint8) * step
+    no_filter = [cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    return cv2.imencode(".png", rounded, no_filter)[1].tobytes()

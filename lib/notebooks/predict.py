@@ -1,11 +1,14 @@
 """A trained network over anybody's pictures: predict each, keep the masks, draw what it sees."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -14,13 +17,13 @@ from lib.data import Samples, Split
 from lib.evaluation import Predicted, predict
 from lib.files import read_json, write_atomically, write_json
 from lib.model import SegmentationDepthNet
-from lib.notebooks.plots import blend_labels, class_patches, plot_grid, write_names
+from lib.notebooks import plots
 from lib.progress import progress_bar
 
 CONFIDENCE, PIXELS = "confidence", "pixels"  # texts in a mask's file: of its image, of the checksum of that
+MILLISECONDS = "milliseconds"  # attribute of the table: mean of an image that was predicted, NaN without one
 CONFIDENT = ("", CONFIDENCE)  # column of the table; no class has this name, because classes lie below `share`
 SEEN_FILE = "predict.json"  # in a folder of masks
-SHOWN_PIXELS = 640  # of the longer side in figures, at most
 
 
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
@@ -35,15 +38,22 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
     folder = None if save_to is None else Path(save_to).expanduser()
     if folder is not None:
         _check_masks(folder, model, pieces)
-    rows, classes = {}, model.config.classes
+    rows, took = {}, []
+    classes = model.config.classes
     with progress_bar("predicting", len(pieces)) as bar:
         for image in pieces:
-            mask, sure = _find_mask(folder, image) or _predict_mask(folder, model, image)
+            start = time.perf_counter()
+            found = _find_mask(folder, image)
+            mask, sure = found or _predict_mask(folder, model, image)
+            if not found:
+                took.append(1000 * (time.perf_counter() - start))
             shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
             rows[image.names[0]] = [sure, *shares.tolist()]
             bar.update()
     columns = pd.MultiIndex.from_tuples([CONFIDENT, *(("share", name) for name in classes)])
-    return pd.DataFrame.from_dict(rows, "index", columns=columns)
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns)
+    table.attrs[MILLISECONDS] = np.mean(took) if took else np.nan
+    return table
 
 
 def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
@@ -100,28 +110,36 @@ def _checksum(image: Samples) -> str:
 
 
 def plot_images(predicted: Sequence[Predicted]) -> Figure:
-    """A row for each picture: as it is, its classes with their names on them, and how sure the network is."""
-    rows, masks, classes = [], [], predicted[0].samples.classes
+    """A row for each image: RGB, its classes with their names on them, and the network's confidence."""
+    rows, masks = [], []
+    classes = predicted[0].samples.classes
+    shades = ScalarMappable(Normalize(0, 1), "gray")
     for batch in predicted:
-        step = -(-max(batch.samples.size) // SHOWN_PIXELS)
-        arrays = (batch.samples.image, batch.labels, batch.confidence)
-        image, mask, sure = (array[0, ::step, ::step] for array in arrays)
-        grey = np.repeat(sure[..., None], 3, -1)
-        overlay = blend_labels(image, mask, classes, 0.6)
-        rows.append({"picture": image, "classes": overlay, "confidence (black 0, white 1)": grey})
-        masks.append(mask)
-    figure = plot_grid(rows, [batch.samples.names[0] for batch in predicted], class_patches(classes, masks))
-    for axes, mask in zip(figure.axes[1::3], masks, strict=True):
-        write_names(axes, mask, classes)
+        grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
+        coloured = plots.colour_labels(batch.labels[0], classes)
+        rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
+        masks.append(batch.labels[0])
+    names = [batch.samples.names[0] for batch in predicted]
+    figure = plots.plot_grid(rows, names, plots.class_patches(classes, masks), shades, CONFIDENCE)
+    for axes, mask in zip(figure.axes[1::3], masks, strict=False):
+        plots.write_names(axes, plots.fit_tile(mask), classes)
     return figure
 
 
-def describe_images(table: pd.DataFrame) -> str:
-    """In Markdown, what `predict_images` found."""
-    shares, sure = table["share"].mean().sort_values(ascending=False), table[CONFIDENT]
-    named = ", ".join(f"{name} ({share:.0%})" for name, share in shares[shares > 0][:3].items())
+def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
+    """In Markdown, what `predict_images` found, how long it took, and where the masks are."""
+    shares = table["share"].mean().sort_values(ascending=False)
+    named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
+    sure = table[CONFIDENT]
+    took = table.attrs[MILLISECONDS]
+    speed = "" if np.isnan(took) else f" An image took {took:.0f} ms."
+    where = (
+        f"The masks are in `{save_to}`."
+        if save_to
+        else "No masks were written; `-p save_to FOLDER` writes them."
+    )
     return (
-        f"In {len(table)} pictures the network sees mostly **{named}**; classes that it never names: {never}. Its mean "
-        f"confidence is **{sure.mean():.2f}**, and lowest in `{sure.idxmin()}` ({sure.min():.2f})."
+        f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. Its mean "
+        f"confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` ({sure.min():.2f}).{speed} {where}"
     )

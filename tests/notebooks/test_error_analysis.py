@@ -29,6 +29,7 @@ from lib.notebooks.error_analysis import (
     plot_strata,
     region_shares,
     score_strata,
+    show_confusions,
     strata_edges,
 )
 
@@ -64,7 +65,10 @@ def made_up(images=24, count=13):
     calibration = np.zeros((count, CONFIDENCE_BINS, 3))
     calibration[:, -1] = 100, 98, 75
     names = np.array([f"{index:06d}" for index in range(images)])
-    return ErrorCounts(class_names(count), names, confusion, strata, calibration, edges)
+    confidence, depth_error = np.full(images, 0.9), np.full(images, np.nan)
+    return ErrorCounts(
+        class_names(count), names, confusion, strata, calibration, confidence, depth_error, edges
+    )
 
 
 def test_boundary_runs_in_the_middle_of_a_sliver():
@@ -122,7 +126,7 @@ def test_one_pass_counts_what_evaluation_counts(scenes):
     right = np.mean((scenes.label == WALL)[..., 64:][scenes.label[..., 64:] != 255])
     assert calibration_error(errors.calibration[WALL]) == pytest.approx(abs(0.95 - right), abs=1e-5)
     text = describe_errors(errors, "guess", "train")
-    assert f"mIoU {mean_iou(evaluation.counts):.3f}" in text
+    assert f"mIoU of **{mean_iou(evaluation.counts):.3f}**" in text
     assert "nan" not in text
 
 
@@ -167,16 +171,63 @@ def test_perfect_confidence_has_no_error():
     assert np.isnan(calibration_error(np.zeros((CONFIDENCE_BINS, 3))))
 
 
-def test_the_most_frequent_error_is_named():
+def test_the_findings_are_named():
     confusion = np.zeros((2, 13, 13), int)
     confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
     text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
-    assert (
-        "objects confused with wall, 75% of the wrong pixels; it finds the smallest share of objects, 0%"
-        in text
+    assert "On 2 validation images **trial** has an mIoU of **0.375**" in text
+    assert "The lowest recall is that of objects: 0 %." in text
+    assert "The worst image is 000001: 0 % of its pixels are correct." in text
+    assert "overconfident by 23.0 points (ECE 0.230)" in text
+    assert text.splitlines()[-1].startswith(
+        "- The most costly confusion is **objects confused with wall** (0.500 of mIoU)"
     )
-    assert "The worst image is 000001, 0% right" in text
-    assert "over-confident by 23.0 points (ECE 0.230)" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ((DISTANCE, 1), "within 2 % of the image width of a boundary: try a higher resolution"),
+        ((REGION, 0), "in regions below 1 % of the image: try a higher resolution"),
+        ("rare", "objects is rare: try `-p class_weights median`"),
+        ("both", "in both directions: look at the labels of these two"),
+        ("else", "in large regions of a common class: try more `epochs`"),
+    ],
+)
+def test_what_to_try_follows_from_where_the_most_costly_confusion_is(where, words):
+    confusion = np.zeros((1, 13, 13), int)
+    confusion[0, range(13), range(13)] = 1000
+    confusion[0, OBJECTS, WALL] = 400
+    confusion[0, OBJECTS, OBJECTS] = 100 if where == "rare" else 5000
+    confusion[0, WALL, OBJECTS] = 250 if where == "both" else 0
+    errors = replace(made_up(1), confusion=confusion)
+    strata = {name: np.zeros_like(counts) for name, counts in errors.strata.items()}
+    for name, counts in strata.items():
+        counts[where[1] if name == where[0] else -1] = confusion[0]
+    assert words in describe_errors(replace(errors, strata=strata), "trial", "valid").splitlines()[-1]
+
+
+def test_confusions_are_listed_with_the_line_that_opens_them():
+    shown = show_confusions(made_up(), 3)
+    assert len(shown.data) == 3
+    assert shown.data.open.iloc[0] == f'browser.choose("{shown.data.index[0]}")'
+    assert " %" in shown.to_html()
+
+
+def test_each_image_has_its_confidence_and_depth_error(scenes):
+    """The left half is predicted with 0.6, the right with 0.95; depth is predicted as 10 % too far."""
+
+    class Far(Guess):
+        def forward(self, inputs):
+            metres = torch.from_numpy(1.1 * scenes.depth[:2, ::1] / 1000.0).float()
+            return Prediction(super().forward(inputs).logits, ((metres - 0.71) / (10 - 0.71))[:, None])
+
+    far = Far()
+    far.config = replace(far.config, size=scenes.size)
+    errors = count_errors(far, scenes[:2], 2)
+    np.testing.assert_allclose(errors.confidence, (0.6 + 0.95) / 2, atol=1e-5)
+    np.testing.assert_allclose(errors.depth_error, 0.1, atol=0.01)
+    assert np.isnan(count_errors(Guess(), scenes[:2]).depth_error).all()
 
 
 def test_a_stray_class_is_no_class_of_a_bin():
@@ -194,7 +245,7 @@ def test_figures_have_room_for_any_class_set(count):
     texts = draw(plot_confusion(errors))
     assert ("98" in texts or "97" in texts or any(text.isdigit() for text in texts)) == (count <= 20)
     assert {"share of the pixels", "mIoU", "pixel accuracy"} <= set(draw(plot_strata(errors)))
-    assert "The network is over-confident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
+    assert "The network is overconfident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
 
 
 def test_without_depth_nothing_is_said_by_depth(scenes):

@@ -21,7 +21,6 @@ from lib.notebooks.explore import (
     count_test_images,
     depth_quantiles,
     describe_data,
-    describe_leakage,
     find_leakage,
     find_nearest_in_training,
     plot_adjacency,
@@ -30,7 +29,9 @@ from lib.notebooks.explore import (
     plot_depth,
     plot_leaks,
     plot_samples,
+    tabulate_leakage,
 )
+from lib.notebooks.plots import depth_shades
 
 FLOOR, WALL = NYUV2_13.index("floor"), NYUV2_13.index("wall")
 
@@ -113,7 +114,7 @@ def test_leakage_finds_copies(scenes):
     assert twin_trains.any()
     np.testing.assert_array_equal(leak.match[twin_trains], (leak.valid[twin_trains] + 12) % 24)
     assert leak.copies == twin_trains.sum()
-    assert f", {leak.copies} equal a training image in every pixel." in describe_leakage(leakage)
+    assert tabulate_leakage(leakage).loc["random", "exact copies"] == leak.copies
 
 
 def test_the_other_view_of_a_room_is_its_match(scenes):
@@ -122,21 +123,34 @@ def test_the_other_view_of_a_room_is_its_match(scenes):
         assert shared == (scenes.scene[valid] == scenes.scene[match])
         assert shared == (abs(valid - match) == 1 and valid // 2 == match // 2)
     assert find_leakage(scenes)["blocks"].same_scene.sum() == 0
-    titles = {
-        f"{scenes.names[v]}, {scenes.names[m]}"
-        for v, m in zip(leak.valid, leak.match, strict=True)
-        if v // 2 == m // 2
-    }
-    assert {"validation", "training"} | titles <= set(draw(plot_leaks(scenes, leak)))
+    shown = draw(plot_leaks(scenes, leak))
+    assert {"validation", "most similar in training"} <= set(shown)
+    assert sum("same room, other view" in text for text in shown) == min(2, leak.same_scene.sum())
+
+
+def test_the_most_similar_pairs_are_shown_first():
+    """Unknown scenes; image 3 is a copy of image 0, image 4 is like 1, image 5 like nothing."""
+    image = np.zeros((6, 8, 8, 3), np.uint8)
+    image[1], image[2], image[5] = 200, (0, 0, 255), (255, 0, 0)
+    image[4] = image[1]
+    image[4, :4] = 90
+    samples = Samples(np.array(list("abcdef")), image, classes=("wall", "floor"))
+    leak = Leakage(3, np.array([5, 4, 3]), np.array([2, 1, 0]), None, None, 1)
+    assert [text for text in draw(plot_leaks(samples, leak)) if " and " in text] == ["d and a", "e and b"]
 
 
 def test_chance_alone_gives_near_duplicates():
     leak = Leakage(5000, np.arange(10), np.arange(10), None, None, 4)
     assert leak.by_chance == pytest.approx(10 * (1 - (1 - CHANCE) ** 5000))
-    assert describe_leakage({"random": leak}) == (
-        "Validation `random`: 10 validation images; near-duplicates in training: 4 (3.9 by chance)."
-    )
-    assert describe_leakage({}) == "Too few images to split."
+    assert tabulate_leakage({"random": leak}).loc["random"].to_dict() == {
+        "training images": 5000,
+        "validation images": 10,
+        "sharing a scene": "unknown",
+        "exact copies": 0,
+        "near-duplicates": 4,
+        "expected by chance": 3.9,
+    }
+    assert tabulate_leakage({}).empty
 
 
 @pytest.mark.parametrize(("step", "gaps"), [(1, (1,)), (5, (5,)), (33, (33, 33, 34))])
@@ -146,9 +160,10 @@ def test_every_step_between_ids_leaks_alike(scenes, step, gaps):
     names = np.array([f"{number:06d}" for number in ids])
     leakage = find_leakage(replace(scenes, names=names, scene=number_runs(names)))
     assert set(leakage) == {"random"}  # one run can't be split
-    assert describe_leakage(leakage).startswith(
-        "Validation `random`: 3 of 3 validation images share a scene with training"
-    )
+    assert tabulate_leakage(leakage).loc["random", ["validation images", "sharing a scene"]].tolist() == [
+        3,
+        3,
+    ]
 
 
 def test_ids_without_a_step_are_held_against_the_nearest(scenes):
@@ -158,10 +173,6 @@ def test_ids_without_a_step_are_held_against_the_nearest(scenes):
     nearest = np.array([1, 2, 1, 2, 5, 4, 5, 8, 7, 8, 9, 10])
     expected = [at not in leak.valid for at in nearest[leak.valid]]
     assert leak.nearest.tolist() == expected
-    assert (
-        f"{sum(expected)} of 3 validation images have the image with the nearest id in training"
-        in describe_leakage({"random": leak})
-    )
 
 
 def describe(samples, validation="random", folds=3):
@@ -263,9 +274,7 @@ def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
     leak = find_leakage(train.load(), valid)["predefined"]
     assert (leak.train_count, leak.valid.tolist(), leak.copies) == (8, [8, 9, 10], 1)
     assert leak.match[0] == 3
-    assert "Validation `predefined`: 3 validation images; near-duplicates in training: " in describe_leakage(
-        {"predefined": leak}
-    )
+    assert tabulate_leakage({"predefined": leak}).loc["predefined", "exact copies"] == 1
     assert set(find_leakage(train.load(), replace(valid, validation="random"))) == {"random"}
 
 
@@ -340,7 +349,7 @@ def test_data_without_depth(scenes):
     assert counts.depth[:, 1:].sum() == 0
     assert class_shares(counts).columns.tolist() == ["pixels", "images"]
     batch = next(iter(training_loader(without, "exp061", 2, 0, 42)))
-    for figure in (plot_samples(without[:2]), plot_batch(without, batch)):
+    for figure in (plot_samples(without[:2], None), plot_batch(without, batch, None)):
         texts = draw(figure)
         assert "labels" in texts
         assert "depth (m)" not in texts
@@ -350,8 +359,9 @@ def test_data_without_depth(scenes):
 def test_figures_have_room_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     counts = count_data(samples)
-    draw(plot_samples(samples[:2]))
-    draw(plot_batch(samples, next(iter(training_loader(samples, "exp061", 2, 0, 42)))))
+    shades = depth_shades([samples])
+    draw(plot_samples(samples[:2], shades))
+    draw(plot_batch(samples, next(iter(training_loader(samples, "exp061", 2, 0, 42))), shades))
     assert any("times as many pixels as" in text for text in draw(plot_class_shares(counts)))
     assert any(text.startswith("All pixels: nine in ten from ") for text in draw(plot_depth(counts)))
     assert "adjacent to" in draw(plot_adjacency(counts))

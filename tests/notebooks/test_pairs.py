@@ -8,8 +8,15 @@ from scored_runs import names_of, scored_folder, scored_run, some_counts
 
 from figures import draw
 from lib.metrics import confusion_counts
-from lib.notebooks.pairs import choose_images, choose_pair, image_scores, plot_pair, plot_pair_images
-from lib.notebooks.plots import FADED, colour_where
+from lib.notebooks.pairs import (
+    browse_pair,
+    choose_images,
+    choose_pair,
+    image_scores,
+    plot_pair,
+    plot_pair_images,
+)
+from lib.notebooks.plots import CHANGED, colour_changes, fit_tile
 from lib.runs.results import EXAMPLE, group_recipes, read_results, read_runs, write_results
 from lib.runs.scoring import iterate_split, masks_folder
 
@@ -39,12 +46,13 @@ def test_of_several_recipes_the_last_is_compared_with_the_first():
     recipes = group_recipes(
         [scored_run(name, learning_rate=rate) for name, rate in zip("abc", (1, 2, 3), strict=True)]
     )
-    assert list(choose_pair(recipes)) == ["a, seed 0", "c, seed 0"]
-    assert list(choose_pair(recipes, "b")) == ["a, seed 0", "b, seed 0"]
+    assert [choose_pair(recipes).a_name, choose_pair(recipes).b_name] == ["a, seed 0", "c, seed 0"]
+    assert choose_pair(recipes, "b").b_name == "b, seed 0"
     recipes["b"] = [scored_run("b", learning_rate=2, seed=seed) for seed in (9, 10)]
     recipes["a"] = [scored_run("a", learning_rate=1, seed=seed) for seed in (1, 10)]
-    assert list(choose_pair(recipes, "b")) == ["a, seed 10", "b, seed 10"]  # which both have
-    assert choose_pair({"a": recipes["a"]}) == {}
+    pair = choose_pair(recipes, "b")
+    assert [pair.a_name, pair.b_name] == ["a, seed 10", "b, seed 10"]  # which both have
+    assert choose_pair({"a": recipes["a"]}) is None
     with pytest.raises(ValueError, match="compare_with: found 'd', expected one of b, c"):
         choose_pair(recipes, "d")
 
@@ -78,35 +86,36 @@ def pair(tmp_path, scenes):
 
 def test_what_b_fixes_and_breaks(pair, scenes):
     figure = plot_pair_images(pair)
-    texts = draw(figure)
-    assert {"RGB", "ground truth", "A", "B", "B fixes", "B breaks", f"{scenes.names[0]}: +1.00"} <= set(texts)
-    fixes, breaks = (
-        figure.axes[column].images[0].get_array() for column in (4, 5)
-    )  # of the first row, the gain
-    labelled = scenes.label[0] != 255
-    expected = colour_where(labelled, scenes.image[0], scenes.label[0], scenes.classes)
-    np.testing.assert_array_equal(fixes, expected)
-    assert breaks.min() >= FADED[0]
-    assert (np.ptp(breaks, axis=2) == 0).all()
+    gain = f"{scenes.names[0]}: mIoU of B +1.00"
+    assert {"RGB", "ground truth", "A", "B", CHANGED, gain} <= set(draw(figure))
+    a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in (pair.a, pair.b))
+    expected = colour_changes(scenes.image[0], scenes.label[0], a, b)
+    np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), fit_tile(expected))
+
+
+def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
+    browser = browse_pair(pair, interactive=True)
+    assert browser.names[browser.images[0]] == scenes.names[0]
+    assert browser.names[browser.images[-1]] == scenes.names[1]
+    assert browser.panels.image["shown"] == ("A: a", "B: b", CHANGED)
+    assert browse_pair(pair._replace(a=replace(pair.a, data="/no/such/place"))) is None
 
 
 def test_without_predictions_or_data_a_sentence_says_so(pair):
-    first, second = pair.values()
-    elsewhere = {"a": replace(first, data="/no/such/place"), "b": second}
-    assert plot_pair_images(elsewhere).startswith("No images, because they can't be read: /no/such/place: ")
-    gone = masks_folder(second.folder, "test") / f"{first.names[0]}.png"
+    elsewhere = pair._replace(a=replace(pair.a, data="/no/such/place"))
+    assert plot_pair_images(elsewhere).startswith("No images: /no/such/place: ")
+    gone = masks_folder(pair.b.folder, "test") / f"{pair.a.names[0]}.png"
     gone.unlink()
-    assert plot_pair_images(pair).startswith(f"No images: `{gone}` was not saved; ")
+    assert plot_pair_images(pair) == (
+        f"No images: `{gone}` was not saved; pooled folds and studies have no predictions."
+    )
 
 
 def test_images_of_other_data_are_missed_by_name(pair, scenes, tmp_path):
     """A data set of the same name may hold other images."""
     write_folder(tmp_path / "fewer", scenes[2:], "test")
-    first, second = pair.values()
-    elsewhere = {"a": replace(first, data=str(tmp_path / "fewer")), "b": second}
-    assert plot_pair_images(elsewhere) == (
-        f"No images, because they can't be read: {tmp_path / 'fewer'} has no {scenes.names[0]}."
-    )
+    elsewhere = pair._replace(a=replace(pair.a, data=str(tmp_path / "fewer")))
+    assert plot_pair_images(elsewhere) == f"No images: {tmp_path / 'fewer'} has no {scenes.names[0]}."
 
 
 def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
@@ -114,18 +123,19 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     names = scenes.names[:2].tolist()
     kept = [
         replace(run, masks=dict(zip(names, run.read_masks(names), strict=True)), group=name)
-        for name, run in pair.items()
+        for name, run in (("a", pair.a), ("b", pair.b))
     ]
     write_results(tmp_path / "study", kept)
     study = choose_pair(group_recipes(read_results(tmp_path / "study")))
-    study = {name: replace(run, data=str(tmp_path / "data")) for name, run in study.items()}
+    study = study._replace(a=replace(study.a, data=str(tmp_path / "data")))
     first, second = (
         [axes.images[0].get_array() for axes in plot_pair_images(either).axes if axes.images]
         for either in (pair, study)
     )
-    assert len(first) == len(second) == 2 * 6
+    assert len(first) == len(second) == 2 * 5
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert len(browse_pair(study, interactive=True).names) == 2
     write_results(tmp_path / "none", [replace(run, masks=None) for run in kept])
     without = choose_pair(group_recipes(read_results(tmp_path / "none")))
     assert plot_pair_images(without) == (
@@ -136,8 +146,8 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
 def test_the_committed_example_keeps_the_predictions_that_are_shown():
     recipes = group_recipes(read_runs(str(EXAMPLE), "test"), "baseline")
     pair = choose_pair(recipes, "tenth_learning_rate")
-    assert "B breaks" in draw(plot_pair_images(pair))
-    for run in pair.values():
+    assert CHANGED in draw(plot_pair_images(pair))
+    for run in (pair.a, pair.b):
         assert len(run.masks) == 3
         at = np.flatnonzero(np.isin(run.names, list(run.masks)))
         label = iterate_split(run.parameters, "test", run.data)[at][0].label

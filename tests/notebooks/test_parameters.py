@@ -1,14 +1,9 @@
-import io
 import typing
 
-import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from matplotlib.figure import Figure
-from PIL import Image
 
 from lib.notebooks.parameters import check_parameters
-from lib.notebooks.plots import small_png
 
 DECLARED = """epochs: int = 3
 limit: typing.Optional[int] = None
@@ -89,25 +84,3 @@ def test_all_mistakes_at_once(notebook):
 def test_outside_a_notebook(monkeypatch):
     monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: None)
     assert check_parameters() == {}
-
-
-def test_small_pngs_keep_rare_colours():
-    """A gradient of many colours and one red pixel in ten thousand."""
-    picture = np.linspace(0, 1, 10_000).reshape(100, 100, 1) * np.ones(3) * (0.3, 0.5, 0.9)
-    picture[50, 50] = (1, 0, 0)
-    figure = Figure(figsize=(1, 1), dpi=100)
-    figure.figimage(picture)
-    plain = io.BytesIO()
-    figure.savefig(plain, format="png", bbox_inches="tight")
-    reduced = small_png(figure)
-    assert len(reduced) < len(plain.getvalue())
-    colours = np.asarray(Image.open(io.BytesIO(reduced)).convert("RGB")).astype(int).reshape(-1, 3)
-    assert len(np.unique(colours, axis=0)) <= 256
-    assert np.abs(colours - (255, 0, 0)).sum(1).min() < 60
-
-
-def test_the_page_of_a_small_png_is_white():
-    """Pale cells beside the page are nearly white, and an octree takes the mean of both."""
-    figure = Figure(figsize=(3, 3), dpi=100)
-    figure.subplots().imshow(np.linspace(0, 1, 4096).reshape(64, 64), cmap="Blues")
-    assert Image.open(io.BytesIO(small_png(figure))).convert("RGB").getpixel((0, 0)) == (255, 255, 255)

@@ -1,3 +1,4 @@
+import io
 from dataclasses import replace
 from itertools import combinations
 
@@ -5,16 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.legend import Legend
+from PIL import Image
 
 from figures import SETS, class_names, draw, relabel
 from lib.classes import NYUV2_13, NYUV2_40
 from lib.notebooks.plots import (
     CLASS_COLOURS,
+    DIMMED,
     FADED,
-    blend_labels,
+    VALID_COLOUR,
+    WRONG_COLOUR,
     class_colours,
+    colour_changes,
+    colour_depth,
     colour_errors,
     colour_labels,
+    depth_shades,
+    fade,
+    outline,
+    percent,
     plot_class_iou,
     plot_curves,
     plot_grid,
@@ -22,6 +33,7 @@ from lib.notebooks.plots import (
     plot_predictions,
     run_colours,
     shorten,
+    small_png,
 )
 
 WALL = NYUV2_13.index("wall")
@@ -96,7 +108,7 @@ def test_the_formula_for_colour_differences(first, second, difference):
 def test_classes_are_told_apart(sight):
     places = to_lab([to_rgb(colour) for colour in CLASS_COLOURS.values()], SIGHT[sight])
     assert min(ciede2000(*pair) for pair in combinations(places, 2)) >= 12
-    faded = to_lab(np.linspace(*FADED, 5)[:, None].repeat(3, 1), SIGHT[sight])
+    faded = to_lab(np.linspace(FADED / 255, 1, 5)[:, None].repeat(3, 1), SIGHT[sight])
     assert min(ciede2000(place, grey) for place in places for grey in faded) >= 12
 
 
@@ -110,64 +122,135 @@ def test_a_class_has_one_colour_in_every_set():
         assert min(ciede2000(*pair) for pair in combinations(places, 2)) > 7
 
 
+def rgb(colour):
+    """Three numbers 0..255."""
+    return np.round(255 * np.array(to_rgb(colour)))
+
+
 def test_unlabelled_is_hatched():
     label = np.array([[0, 12], [255, 255]], np.uint8).repeat(20, 0).repeat(60, 1)
     coloured = colour_labels(label, NYUV2_13)
-    np.testing.assert_allclose(
-        coloured[0, [0, -1]], [to_rgb(CLASS_COLOURS["bed"]), to_rgb(CLASS_COLOURS["window"])]
-    )
+    expected = [rgb(CLASS_COLOURS["bed"]), rgb(CLASS_COLOURS["window"])]
+    np.testing.assert_array_equal(coloured[0, [0, -1]], expected)
     greys = np.unique(coloured[20:])
     assert len(greys) == 2
     assert np.mean(coloured[20:] == greys[0]) == pytest.approx(0.5, abs=0.05)
 
 
-def test_opacity_mixes_colour_and_picture():
-    image, label = np.full((1, 2, 3), 100, np.uint8), np.array([[WALL, 0]])
-    mixed = blend_labels(image, label, NYUV2_13, 0.25)
-    np.testing.assert_allclose(mixed[0, 0], 0.25 * np.array(to_rgb(CLASS_COLOURS["wall"])) + 0.75 * 100 / 255)
-
-
-def test_wrong_pixels_have_the_colour_of_the_predicted_class(scenes):
+def test_wrong_pixels_have_one_colour_over_the_dimmed_image(scenes):
     label = scenes.label[0]
     wrong = np.where(label == WALL, 0, label)
-    shown = colour_errors(scenes.image[0], label, wrong, NYUV2_13)
-    np.testing.assert_allclose(
-        shown[label == WALL], np.tile(to_rgb(CLASS_COLOURS["bed"]), ((label == WALL).sum(), 1))
-    )
-    correct = shown[label != WALL]
-    assert FADED[0] <= correct.min() <= correct.max() <= FADED[1]
-    assert (np.ptp(correct, axis=1) == 0).all()
+    wrong[label == 255] = 0  # what is unlabelled can't be wrong
+    shown = colour_errors(scenes.image[0], label, wrong)
+    assert (shown[label == WALL] == rgb(WRONG_COLOUR)).all()
+    np.testing.assert_array_equal(shown[label != WALL], fade(scenes.image[0], DIMMED)[label != WALL])
+    assert rgb(WRONG_COLOUR).tolist() not in [rgb(colour).tolist() for colour in CLASS_COLOURS.values()]
+
+
+def test_what_b_fixes_and_breaks():
+    label = np.array([[0, 0, 0, 0, 255]], np.uint8)
+    a = np.array([[0, 1, 0, 1, 1]], np.uint8)
+    b = np.array([[0, 0, 1, 2, 0]], np.uint8)
+    shown = colour_changes(np.zeros((1, 5, 3), np.uint8), label, a, b)
+    grey = [DIMMED] * 3
+    expected = [grey, rgb(VALID_COLOUR).tolist(), rgb(WRONG_COLOUR).tolist(), grey, grey]
+    assert shown[0].tolist() == expected
+
+
+def test_an_outline_surrounds_and_leaves_what_is_chosen():
+    chosen = np.zeros((30, 40), bool)
+    chosen[10:15, 10:20] = True
+    shown = outline(np.full((30, 40, 3), 100, np.uint8), chosen)
+    assert (shown[chosen] == 100).all()
+    assert shown[12, [7, 8, 9, 20, 21, 22], 0].tolist() == [100, 255, 0, 0, 255, 100]
+
+
+def test_depth_is_coloured_by_one_scale_and_missing_depth_is_white(scenes):
+    shades = depth_shades([scenes])
+    depth = np.array([[0, 2000, 2000]], np.uint16)
+    shown = colour_depth(depth, shades)
+    assert shown[0, 0].tolist() == [255] * 3
+    np.testing.assert_allclose(shown[0, 1], 255 * np.array(shades.to_rgba(2.0)[:3]), atol=1)
+    assert depth_shades([replace(scenes, depth=None)]) is None
+    assert colour_depth(depth, None) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "words"), [(0.3661, 1, "36.6 %"), (1, 0, "100 %"), (0, 2, "0.00 %")]
+)
+def test_percentages_are_written_one_way(share, digits, words):
+    assert percent(share, digits) == words
+
+
+def test_names_lose_their_middle():
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcde…hijk"
+    assert len(shorten("abcdefghijk", 7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "width", "shown"), [(3, 128, 256), (4, 128, 256), (4, 640, 214), (3, 640, 320), (5, 30, 270)]
+)
+def test_images_are_scaled_by_whole_factors_to_200_pixels_or_more(columns, width, shown):
+    rows = [{str(column): np.zeros((10, width, 3), np.uint8) for column in range(columns)}]
+    figure = plot_grid(rows)
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        assert box.width == pytest.approx(shown)
+
+
+def test_a_saved_figure_shows_each_pixel_in_its_exact_colour(scenes):
+    """Also of sets of other classes."""
+    for classes in (NYUV2_13, class_names(60)):
+        coloured = colour_labels(np.arange(96 * 128).reshape(96, 128) // 7 % len(classes), classes)
+        figure = plot_grid([{"a": coloured, "b": coloured}], ["caption"])
+        saved = np.asarray(Image.open(io.BytesIO(small_png(figure))))
+        box = figure.axes[1].get_window_extent()
+        left, top = round(box.x0), round(figure.bbox.height - box.y1)
+        shown = saved[top : top + 192 : 2, left : left + 256 : 2]
+        np.testing.assert_array_equal(shown[1:-1, 1:-1], coloured[1:-1, 1:-1])  # within the frame
+
+
+def test_a_saved_figure_is_half_as_large(scenes):
+    figure = plot_predictions(scenes[:2], scenes.label[:2] % 13)
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png")
+    assert len(small_png(figure)) < 0.6 * len(plain.getvalue())
 
 
 @pytest.mark.parametrize("count", SETS)
 def test_predictions_have_room_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)[:3]
     wrong = np.where(samples.label == 0, 1, samples.label % count)
-    titles = ["one", "two", "the longest name of an image that somebody ever gave, 0.57"]
-    texts = draw(plot_predictions(samples, wrong, titles, errors=True))
-    assert {"RGB", "depth (m)", "ground truth", "prediction", "errors", "one", "two", "unlabelled"} <= set(
-        texts
-    )
+    captions = ["one", "two", "the longest name of an image that somebody ever gave, 57 % correct"]
+    texts = draw(plot_predictions(samples, wrong, captions))
+    assert {"RGB", "ground truth", "prediction", "wrong pixels", "one", "two", "unlabelled"} <= set(texts)
     assert shorten(samples.classes[1]) in texts
 
 
-def test_predictions_of_different_sizes_and_without_depth_or_truth(scenes):
+def test_predictions_of_different_sizes_and_without_truth(scenes):
     small = scenes[:1].map(lambda array: array if array.ndim == 1 else array[:, :48, ::2])
     pieces = [small, scenes[4:6]]
-    figure = plot_predictions(
-        pieces, [piece.label[at] % 13 for piece in pieces for at in range(len(piece))], errors=True
-    )
-    shapes = [axes.images[0].get_array().shape[:2] for axes in figure.axes[:15:5]]
-    assert shapes == [(48, 64), (96, 128), (96, 128)]
+    figure = plot_predictions(pieces, [piece.label[at] % 13 for piece in pieces for at in range(len(piece))])
+    shapes = [axes.images[0].get_array().shape[:2] for axes in figure.axes[:12:4]]
+    assert shapes == [(192, 256), (192, 256), (192, 256)]
     draw(figure)
     texts = draw(plot_predictions(replace(small, depth=None, label=None), small.label % 13))
     assert {"RGB", "prediction"} <= set(texts)
-    assert not {"ground truth", "depth (m)", "unlabelled"} & set(texts)
+    assert not {"ground truth", "wrong pixels", "unlabelled"} & set(texts)
 
 
 def test_columns_that_are_not_there_are_left_out():
-    rows = [{"a": np.zeros((4, 6, 3)), "b": None}] * 2
+    rows = [{"a": np.zeros((4, 6, 3), np.uint8), "b": None}] * 2
     assert sorted(draw(plot_grid(rows, ["first", "second"]))) == ["a", "first", "second"]
+
+
+def test_more_than_four_images_of_a_row_take_lines_of_three():
+    row = {name: np.zeros((4, 6, 3), np.uint8) for name in "abcde"}
+    figure = plot_grid([row, row], ["first", "second"])
+    assert sorted(draw(figure)) == [*"aabbccddee", "first", "second"]
+    left = [round(axes.get_window_extent().x0) for axes in figure.axes]
+    assert left == [left[0], left[1], left[2], left[0], left[1]] * 2
 
 
 def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
@@ -178,10 +261,13 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
     figure = plot_history(history, 10, terms)
     texts = draw(figure)
     assert "Best validation mIoU: 0.400 at epoch 2" in texts
-    assert "Loss: cross entropy + 0.5 soft IoU + 0.1 depth L1" in texts
+    assert len(figure.findobj(Legend)) == 1
+    assert {line.get_color() for line in figure.axes[1].lines} == {VALID_COLOUR}
+    assert {"mIoU", "pixel accuracy"} <= set(texts)
+    assert "Loss: cross-entropy + 0.5 (1 - soft IoU) + 0.1 (depth L1)" in texts
     assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == [
-        "cross entropy",
-        "soft IoU",
+        "cross-entropy",
+        "1 - soft IoU",
         "depth L1",
     ]
     assert list(figure.axes[3].lines[0].get_ydata()) == [5, 2, 1]
@@ -208,7 +294,17 @@ def test_bars_with_intervals_stand_beside_what_guessing_gives(count):
     )
     figure = plot_class_iou(table, "a title " * 20, 0.4)
     assert f"{shorten(class_names(count)[0], 20)} (12)" in draw(figure)
-    np.testing.assert_allclose(figure.axes[0].lines[1].get_xdata(), 0.25 / 0.75)
+    (chance,) = (line for line in figure.axes[0].lines if line.get_label() == "chance level")
+    np.testing.assert_allclose(chance.get_xdata(), 0.25 / 0.75)
+
+
+def test_an_interval_that_is_cut_says_so():
+    table = pd.DataFrame(
+        {"IoU": 0.5, "low": [0.1, 0, 0.2], "high": [1, 0.4, 0.9], "images": 9, "support": 0.1}, list("abc")
+    )
+    assert {"interval cut at 0", "interval cut at 1"} <= set(draw(plot_class_iou(table, "", 0.4)))
+    whole = plot_class_iou(table.assign(low=0.1, high=0.9), "", 0.4)
+    assert not any("cut" in text for text in draw(whole))
 
 
 def test_equal_classes_keep_their_order():

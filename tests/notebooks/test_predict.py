@@ -13,7 +13,7 @@ from lib.data.images import open_images
 from lib.evaluation import evaluate, predict
 from lib.model import build_model
 from lib.notebooks.plots import write_names
-from lib.notebooks.predict import plot_images, predict_images
+from lib.notebooks.predict import describe_images, plot_images, predict_images
 from lib.runs.scoring import read_masks
 
 CLASSES = ("wall", "floor", "a desk of which the name is long")
@@ -140,7 +140,18 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(model, pictures, t
 def test_pictures_of_any_sizes_are_drawn(model, pictures):
     predicted = list(predict(model, open_all(pictures), confidence=True))
     texts = draw(plot_images(predicted))
-    assert {"a", "b", "c", "picture", "classes"} <= set(texts)
+    assert {"a", "b", "c", "RGB", "prediction", "confidence"} <= set(texts)
+
+
+def test_the_summary_says_where_the_masks_are_and_how_long_an_image_took(model, pictures, tmp_path):
+    masks = str(tmp_path / "masks")
+    table = predict_images(model, open_all(pictures), masks)
+    text = describe_images(table, masks)
+    assert f"An image took {table.attrs['milliseconds']:.0f} ms. The masks are in `{masks}`." in text
+    assert table.attrs["milliseconds"] > 0
+    again = describe_images(predict_images(model, open_all(pictures), masks), masks)
+    assert "An image took" not in again  # nothing was predicted
+    assert "No masks were written" in describe_images(table, None)
 
 
 def test_names_stand_on_their_regions():

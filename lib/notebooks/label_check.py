@@ -1,0 +1,130 @@
+"""Labels worth a second look: regions in which networks that were not trained on the image confidently disagree."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.classes import IGNORE_INDEX
+from lib.data import Split
+from lib.data.validation import FOLDS
+from lib.device import choose_device
+from lib.evaluation import Predicted, predict
+from lib.model import load_model
+from lib.notebooks import plots
+from lib.notebooks.pairs import read_images
+from lib.progress import progress_bar
+from lib.runs import read_parameters, runs_folder
+from lib.runs.results import recipe
+from lib.runs.scoring import iterate_split
+
+LEAST_SHARE = 0.005  # of the image: smaller regions are mostly boundary
+BOX = ["left", "top", "right", "bottom"]
+
+
+def find_folds(run: Path) -> list[Path]:
+    """The five runs of the recipe and seed of this run that validate on one fold each; this run where one is missing."""
+    parameters = read_parameters(run)
+    folds = {}
+    for path in sorted(runs_folder().glob("*/best.pt")):
+        other = read_parameters(path.parent)
+        if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
+            folds[other["fold"]] = path.parent
+    pooled = len(folds) == FOLDS and parameters["validation"] not in ("random", "predefined", "none")
+    return [folds[fold] for fold in sorted(folds)] if pooled else [run]
+
+
+def open_checked(runs: list[Path], data: str | None = None) -> Split:
+    """The images that `check_labels` looks at: the validation images, with five folds all labelled images."""
+    parameters = read_parameters(runs[0])
+    if len(runs) == 1:
+        return iterate_split(parameters, "valid", data)
+    return iterate_split(parameters | {"validation": "none"}, "train", data)
+
+
+def check_labels(
+    runs: list[Path], data: str | None = None, batch_size: int = 8, device: str = "auto"
+) -> pd.DataFrame:
+    """`rank_regions` of the validation images of these runs, each predicted by the run that validates on it."""
+    splits = [iterate_split(read_parameters(run), "valid", data) for run in runs]
+    with progress_bar("checking labels", sum(map(len, splits))) as bar:
+
+        def predictions() -> Iterator[Predicted]:
+            for run, split in zip(runs, splits, strict=True):
+                model = load_model(run / "best.pt", choose_device(device))
+                for batch in predict(model, split, batch_size, confidence=True):
+                    yield batch
+                    bar.update(len(batch.samples))
+
+        return rank_regions(predictions(), splits[0].classes)
+
+
+def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:
+    """Regions of the ground truth that are mostly predicted as another class, the most suspicious first.
+
+    A region is a connected set of pixels of one label, 0.5 % of its image or more. The confidence in a class is the
+    mean over the region's pixels of the probability of the predicted class, where it is that class. How suspicious a
+    region is: the confidence in the other class, times the surprise -log(q), with q the confidence in that class over
+    all regions with this label, times the cube root of the region's share of the image. Without the surprise, the
+    list would be the usual confusions of the network.
+
+    Returns:
+        A row each: `image`, its box (`left`, `top`, `right`, `bottom`, pixels, ends excluded), `labelled`, `predicted`,
+        `confidence`.
+    """
+    count = len(classes)
+    rows, votes = [], []
+    for batch in predictions:
+        images = zip(batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True)
+        for name, label, predicted, confidence in images:
+            for index, box, inside in _regions(label):
+                pixels = inside.sum()
+                found = np.bincount(predicted[box][inside], confidence[box][inside], count) / pixels
+                (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
+                rows.append((name, left, top, right, bottom, index, pixels / label.size))
+                votes.append(found)
+    table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
+    votes = np.array(votes).reshape(-1, count)
+    labelled = table.labelled.to_numpy(int)
+    usual = np.zeros((count, count))
+    np.add.at(usual, labelled, votes * table.share.to_numpy(float)[:, None])
+    usual /= np.maximum(usual.sum(1, keepdims=True), 1e-9)
+    every = np.arange(len(table))
+    own = votes[every, labelled]
+    votes[every, labelled] = 0
+    table["predicted"] = other = votes.argmax(1)
+    table["confidence"] = votes[every, other]
+    surprise = -np.log((usual[labelled, other] + 1e-3) / (1 + 1e-3))
+    order = np.argsort(-table.confidence * surprise * table.share**0.3, kind="stable")
+    ranked = table.iloc[order][(table.confidence > own).iloc[order]]
+    names = {column: np.array(classes)[ranked[column]] for column in ("labelled", "predicted")}
+    return ranked.assign(**names)[["image", *BOX, "labelled", "predicted", "confidence"]].reset_index(
+        drop=True
+    )
+
+
+def _regions(label: np.ndarray) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray]]:
+    """Of `(H, W)`: class, box and, within the box, the pixels of each region that is large enough."""
+    for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
+        same = (label == index).astype(np.uint8)
+        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=4)
+        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= LEAST_SHARE * label.size):
+            left, top, width, height = stats[number, :4].tolist()
+            box = slice(top, top + height), slice(left, left + width)
+            yield index, box, region[box] == number
+
+
+def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:
+    """The RGB images of these rows of `rank_regions`, the boxes outlined; None without a row."""
+    tiles = {}
+    images = read_images(split, regions.image.tolist())
+    for (number, row), sample in zip(regions.iterrows(), images, strict=True):
+        inside = np.zeros(sample.size, bool)
+        inside[row.top : row.bottom, row.left : row.right] = True
+        inside &= sample.label[0] == sample.classes.index(row.labelled)
+        title = f"{number + 1}: {row.labelled}, predicted {row.predicted}"
+        tiles[title] = plots.outline(sample.image[0], inside)
+    return plots.plot_grid([tiles]) if tiles else None

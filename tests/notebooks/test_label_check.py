@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from small_run import train
+
+from figures import draw
+from lib.data import Samples, load_samples
+from lib.evaluation import Predicted
+from lib.notebooks.label_check import check_labels, find_folds, open_checked, plot_regions, rank_regions
+
+CLASSES = ("wall", "floor", "tv")
+
+
+def predicted(label, prediction, confidence=0.9):
+    """One batch of labels `(N, H, W)` and what a network says."""
+    label = np.asarray(label, np.uint8)
+    names = np.array([f"{number:03d}" for number in range(len(label))])
+    samples = Samples(names, np.zeros((*label.shape, 3), np.uint8), label=label, classes=CLASSES)
+    sure = np.broadcast_to(np.float32(confidence), label.shape)
+    return Predicted(samples, np.asarray(prediction, np.uint8), sure)
+
+
+def test_a_region_is_listed_with_its_box_and_confidence():
+    label = np.zeros((2, 20, 20), np.uint8)
+    label[0, 5:10, 8:12] = 2  # predicted as floor
+    label[1, 15:, :] = 1  # correct
+    label[1, 0, 0] = 1  # wrong, and too small
+    prediction = label.copy()
+    prediction[0, 5:10, 8:12] = 1
+    prediction[0, 5, 8:12] = 2  # a fifth of the region is correct
+    prediction[1, 0, 0] = 2
+    (row,) = rank_regions([predicted(label, prediction)], CLASSES).to_dict("records")
+    assert row == {
+        "image": "000", "left": 8, "top": 5, "right": 12, "bottom": 10,
+        "labelled": "tv", "predicted": "floor", "confidence": pytest.approx(0.8 * 0.9),
+    }  # fmt: skip
+
+
+def test_usual_confusions_come_after_surprising_ones():
+    """Every tv is predicted as wall; one floor among many is, too."""
+    label = np.zeros((12, 20, 20), np.uint8)
+    label[:, :5, :5] = 2
+    label[:, 15:, :5] = 1
+    prediction = label.copy()
+    prediction[:, :5, :5] = 0
+    prediction[7, 15:, :5] = 0
+    ranked = rank_regions([predicted(label, prediction)], CLASSES)
+    assert len(ranked) == 13
+    assert ranked.iloc[0][["image", "labelled", "predicted"]].tolist() == ["007", "floor", "wall"]
+
+
+def test_large_and_confident_regions_come_first():
+    label = np.zeros((4, 20, 20), np.uint8)
+    label[0, :5, :5] = label[1, :5, :10] = label[2, :5, :5] = 1
+    prediction = np.zeros_like(label)
+    label[3] = prediction[3] = 1
+    sure = np.full(label.shape, 0.9, np.float32)
+    sure[2] = 0.5
+    batches = [predicted(label, prediction, sure)]
+    assert rank_regions(batches, CLASSES).image.tolist() == ["001", "000", "002"]
+
+
+def test_without_a_region_there_is_nothing_to_list():
+    unlabelled = np.full((1, 8, 8), 255, np.uint8)
+    ranked = rank_regions([predicted(unlabelled, np.zeros_like(unlabelled))], CLASSES)
+    assert ranked.empty
+    assert plot_regions(ranked, None) is None
+
+
+@pytest.fixture(scope="module")
+def folds():
+    """Runs over five folds of 40 scenes."""
+    runs = {}
+    for fold in range(5):
+        name = f"labels_{fold}"
+        splits = [
+            load_samples("synthetic", side, "blocks", limit=40, fold=fold) for side in ("train", "valid")
+        ]
+        train(
+            name, splits[0], held_out=2, epochs=1, data="synthetic", validation="blocks", limit=40, fold=fold
+        )
+        runs[fold] = name
+    return runs
+
+
+def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_it(folds, monkeypatch):
+    from lib.runs import runs_folder
+
+    run = runs_folder() / folds[3]
+    found = find_folds(run)
+    assert [path.name for path in found] == list(folds.values())
+    everything = open_checked(found)
+    assert len(everything) == 40
+    seen = []
+    monkeypatch.setattr(
+        "lib.notebooks.label_check.rank_regions",
+        lambda predictions, classes: seen.extend(
+            name for batch in predictions for name in batch.samples.names
+        ),
+    )
+    check_labels(found, device="cpu")
+    assert sorted(seen) == everything.names.tolist()
+
+
+def test_without_all_folds_the_validation_images_are_checked(folds):
+    from lib.runs import runs_folder
+
+    other = runs_folder() / "labels_other"
+    train("labels_other", load_samples("synthetic", "train", "blocks", limit=40), epochs=1, seed=5,
+          data="synthetic", validation="blocks", limit=40, fold=4)  # fmt: skip
+    assert find_folds(other) == [other]
+    split = open_checked([other])
+    assert split.names.tolist() == load_samples("synthetic", "valid", "blocks", limit=40).names.tolist()
+    ranked = check_labels([other], device="cpu")
+    assert set(ranked.image) <= set(split.names)
+    regions = ranked.head(2)
+    titles = [f"{at + 1}: {row.labelled}, predicted {row.predicted}" for at, row in regions.iterrows()]
+    assert set(titles) <= set(draw(plot_regions(regions, split)))

@@ -89,7 +89,7 @@ def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
         assert f"ValueError: {name}: is " in error
         assert "run the cell that loads the data again" in error
     assert "learning_rate: found '0.1', expected float" in errors[3]
-    assert "learning_rate: found 10.0, expected a number between 0 and 1" in errors[4]
+    assert "learning_rate: found 10.0, expected a number above 0 and below 1" in errors[4]
     assert "ValueError: validation: is 'none' now" in errors[5]  # checked, but not loaded again
     saved = json.loads((tmp_path / "demo" / "parameters.json").read_text())
     assert (saved["soft_iou_weight"], saved["depth_weight"], saved["seed"]) == (0.25, 0.0, 7)

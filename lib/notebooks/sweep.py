@@ -155,7 +155,7 @@ class Finished:
         self.planned = {name: identity(parameters) for name, parameters in runs.items()}
         self.split = split
         self.folder = None if results is None else _find_results(results)
-        self.kept = read_results(self.folder) if self.folder and (self.folder / RUNS_FILE).exists() else []
+        self.kept = _read_kept(self.folder)
         self.update()
 
     def update(self) -> None:
@@ -171,8 +171,12 @@ class Finished:
         self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
         new = [run for run in self.runs.values() if identity(run.parameters) not in known]
         if self.folder is not None and new:
-            self.kept += new
+            self.kept = [*_read_kept(self.folder), *new]  # another sweep may have added to them
             write_results(self.folder, self.kept)
+
+
+def _read_kept(folder: Path | None) -> list[ScoredRun]:
+    return read_results(folder) if folder is not None and (folder / RUNS_FILE).exists() else []
 
 
 def _find_results(results: str) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.files import escape_html, read_json, write_text
+from lib.classes import escape_html
+from lib.files import read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best

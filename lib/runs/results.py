@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -160,19 +161,22 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
         arrays |= {f"{images}/names": run.names, f"{images}/classes": np.array(run.classes)}
         if scene is not None:
             arrays[f"{images}/scene"] = run.scene
-        arrays[f"counts/{run.name}"] = run.counts.astype(np.uint32)
-        arrays |= {f"masks/{run.name}/{name}": mask for name, mask in (run.masks or {}).items()}
-        lines.append(json.dumps(_describe_run(run, images)))
+        key = run.name
+        while f"counts/{key}" in arrays:  # another run of that name, or the same run on another split
+            key += "+"
+        arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
+        arrays |= {f"masks/{key}/{name}": mask for name, mask in (run.masks or {}).items()}
+        lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
     write_text("".join(f"{line}\n" for line in lines), folder / RUNS_FILE)  # last: it says what is there
 
 
-def _describe_run(run: ScoredRun, images: str) -> dict:
-    """The line of a run in `runs.jsonl`."""
+def _describe_run(run: ScoredRun) -> dict:
+    """What `runs.jsonl` says of a run, paths cut to their last component."""
     parameters = dict(run.parameters)
     parameters.pop("run_name", None)
-    for name in PLACES:
+    for name in (*PLACES, "predictions"):
         if parameters.get(name) is not None:
             parameters[name] = Path(parameters[name]).name
     history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
@@ -184,7 +188,6 @@ def _describe_run(run: ScoredRun, images: str) -> dict:
         "split": run.split,
         "data": Path(run.data).name,
         "validation": run.validation,
-        "images": images,
         "history": None if history is None else history.to_dict("list"),
     }
 
@@ -199,7 +202,7 @@ def read_results(folder: Path) -> list[ScoredRun]:
         lines = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
         with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as saved:
             return [_read_line(line, saved) for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, BadZipFile) as error:
         raise ValueError(
             f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and {COUNTS_FILE}, "
             "as `sweep.ipynb -p results` writes them"
@@ -207,12 +210,14 @@ def read_results(folder: Path) -> list[ScoredRun]:
 
 
 def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
-    images, history = line.pop("images"), line.pop("history")
-    masks = f"masks/{line['name']}/"
+    images = line.pop("images")
+    history = line.pop("history")
+    key = line.pop("counts", line["name"])
+    masks = f"masks/{key}/"
     return ScoredRun(
         **line,
         names=saved[f"{images}/names"],
-        counts=saved[f"counts/{line['name']}"].astype(np.int64),
+        counts=saved[f"counts/{key}"].astype(np.int64),
         scene=saved.get(f"{images}/scene"),
         classes=tuple(saved[f"{images}/classes"].tolist()),
         history=None if history is None else pd.DataFrame(history),
@@ -314,12 +319,17 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
         {name: pd.Series([run.parameters.get(name) for run in runs], dtype=object) for name in names}
     )
     try:
-        matched = table.query(where, engine="python").index
+        is_matching = table.eval(where, engine="python")
+        matched = table.index[is_matching.astype(bool)] if is_matching.isin([True, False]).all() else None
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
             f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
             f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
+    if matched is None:
+        raise ValueError(
+            f'where: found {where!r}, which is no condition; expected one such as "soft_iou_weight == 0.5"'
+        )
     if not len(matched):
         values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}
         listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items())
@@ -373,7 +383,7 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
-    rows = [dict(kept) for _, kept in by_recipe]
+    rows = [_row(dict(kept), members[0]) for (_, kept), members in by_recipe.items()]
     names = dict.fromkeys(name for row in rows for name in row)
     differing = [name for name in names if len({row[name] for row in rows if name in row}) > 1]
     groups = [group for group, _ in by_recipe]
@@ -386,11 +396,18 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
     return named
 
 
+def _row(kept: dict, run: ScoredRun) -> dict:
+    """The parameters that make the recipe, and those that are None, which is a value of them, too."""
+    return kept | {
+        name: None for name, value in run.parameters.items() if value is None and name not in NO_RECIPE
+    }
+
+
 def _label(members: list[ScoredRun], differing: list[str]) -> str:
     parameters = members[0].parameters
     if "recipe" in parameters:  # of external predictions
         return parameters["recipe"]
-    kept = dict(recipe(parameters))
+    kept = _row(dict(recipe(parameters)), members[0])
     values = parameters | {name: Path(str(parameters[name])).name for name in PLACES if name in kept}
     label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
     if not label or (len(members) == 1 and len(members[0].name) <= len(label)):

@@ -150,8 +150,8 @@ def test_what_samples_were_loaded_with(folder):
             "validation: found 'rnd', expected one of auto, predefined, scenes, blocks, random, none",
         ),
         ({"size": (0, 64)}, "size: found (0, 64), expected a height and a width of at least 1 pixel"),
-        ({"limit": 0}, "limit: found 0, expected a number of images of at least 1"),
-        ({"batch_size": 0}, "batch_size: found 0, expected a number of images of at least 1"),
+        ({"limit": 0}, "limit: found 0, expected a whole number of 1 or more"),
+        ({"batch_size": 0}, "batch_size: found 0, expected a whole number of 1 or more"),
         ({"fold": 7}, "fold: found 7, expected one of 0, 1, 2, 3, 4"),
         (
             {"classes": "nyuv2_40"},

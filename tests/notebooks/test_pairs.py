@@ -97,7 +97,7 @@ def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
     browser = browse_pair(pair, interactive=True)
     assert browser.names[browser.images[0]] == scenes.names[0]
     assert browser.names[browser.images[-1]] == scenes.names[1]
-    assert browser.panels.image["shown"] == ("A: a", "B: b", CHANGED)
+    assert browser.panels.image["shown"] == ("A: a, seed 0", "B: b, seed 0", CHANGED)
     assert browse_pair(pair._replace(a=replace(pair.a, data="/no/such/place"))) is None
 
 

@@ -57,7 +57,7 @@ def test_nothing_that_is_shown_holds_a_tag(run):
         "train": shown(summarise(folder)),
         "evaluate": shown(summarise_evaluation(folder, "valid", facts)),
         "explore": shown(describe_data(count_data(samples), split, split)),
-        "predict": shown(describe_images(predicted)),
+        "predict": shown(describe_images(predicted, None)),
         "table of classes": style(class_shares(count_data(samples))).to_html(),
         "table of predictions": style(predicted.T).format("{:.1%}").to_html(),
         "table of runs": show_scores(score_table(recipes)).to_html(),

@@ -420,9 +420,7 @@ def test_data_without_depth_train_and_are_scored(without_depth):
         for path in (run / "evaluation" / "valid").rglob("*.png")
     )
     assert [path.with_suffix("").as_posix() for path in masks] == list(valid.names)
-    plot_predictions(
-        pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]), errors=True
-    )
+    plot_predictions(pieces[np.arange(2)], read_masks(masks_folder(run, "valid"), valid.names[:2]))
     errors = count_errors(load_model(run / "best.pt"), pieces)
     np.testing.assert_array_equal(errors.confusion, read_scored(run, "valid").counts)
     assert read_scored(run, "valid").classes == train.classes

@@ -320,7 +320,8 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
     )
     try:
         is_matching = table.eval(where, engine="python")
-        matched = table.index[is_matching.astype(bool)] if is_matching.isin([True, False]).all() else None
+        is_condition = is_matching.map(lambda value: isinstance(value, (bool, np.bool_))).all()
+        matched = table.index[is_matching.astype(bool)] if is_condition else None
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
             f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "

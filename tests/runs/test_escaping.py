@@ -52,6 +52,7 @@ def test_nothing_that_is_shown_holds_a_tag(run):
     split = Split(samples.names, samples.classes, None)
     columns = pd.MultiIndex.from_tuples([("", "confidence"), *(("share", name) for name in CLASSES)])
     predicted = pd.DataFrame([[0.5, 0.2, 0.3, 0.5]], [EVIL], columns)
+    predicted.attrs["milliseconds"] = 12.0
     texts = {
         "report.md": (folder / "report.md").read_text(),
         "train": shown(summarise(folder)),

@@ -231,7 +231,7 @@ def test_damaged_results_are_named(tmp_path, file, damage):
 def test_results_that_do_not_fit_are_named(tmp_path):
     write_results(tmp_path, [scored_run("a")])
     line = json.loads((tmp_path / RUNS_FILE).read_text())
-    (tmp_path / RUNS_FILE).write_text(json.dumps(line | {"name": "b"}))
+    (tmp_path / RUNS_FILE).write_text(json.dumps(line | {"counts": "b"}))
     assert "counts/b" in refused_results(tmp_path)
     for other in ({"name": "a"}, line | {"novelty": 1}, []):
         (tmp_path / RUNS_FILE).write_text(json.dumps(other))

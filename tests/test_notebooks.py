@@ -182,7 +182,7 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     outputs = outputs_of(tmp_path / "out.ipynb")
     assert "**baseline_again** against **baseline**" in texts_of(outputs)
     assert "Prefer baseline." in texts_of(outputs)  # than a tenth of its learning rate
-    assert len(pictures_of(outputs)) == 5
+    assert len(pictures_of(outputs)) == 6  # the browser leaves a picture, too
 
 
 @pytest.mark.parametrize("depth", [True, False])
@@ -196,7 +196,7 @@ def test_exploring_a_folder(tmp_path, folder, depth):
     outputs = outputs_of(tmp_path / "out.ipynb")
     text = texts_of(outputs)
     assert "**12 images, 13 classes, " in text
-    assert "of 3 validation images share a scene" in text
+    assert "validation (2 images, by blocks) shares no scene with training" in text
     assert ("median depth" in text) == depth
     assert ("These data have no depth." in text) != depth
     assert ("without depth" in texts_of(outputs, "html")) == depth

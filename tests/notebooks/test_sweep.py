@@ -500,7 +500,6 @@ def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatc
     }
     ((name, parameters),) = plan_runs(None, fixed, {}, [1]).items()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    execute_run(parameters | {"run_name": "alone"}, "valid")
     killed, epochs = None, []
     for table in sweep.sweep({name: parameters}, "valid"):
         epochs.append(int(table.epochs[name].split()[0]))
@@ -511,6 +510,7 @@ def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatc
     assert 3 <= killed < epoch_count
     assert table.state[name] == "done"
     assert min(epochs[epochs.index(killed) :]) >= killed  # it went on and did not begin again
+    execute_run(parameters | {"run_name": "alone"}, "valid")  # before, the sweep would take it for its own
     found, expected = (read_history(runs / run).drop(columns="seconds") for run in (name, "alone"))
     pd.testing.assert_frame_equal(found, expected, check_exact=True)
 

@@ -32,6 +32,7 @@ from lib.runs.results import (
     identity,
     read_results,
     read_scored,
+    scored_folders,
     write_results,
 )
 from lib.runs.scoring import check_labelled, iterate_split, score_run
@@ -162,9 +163,9 @@ class Finished:
         """Look for finished runs and add new ones to the results."""
         scored = {identity(run.parameters): run for run in self.kept if run.split == self.split}
         own = [
-            read_scored(path.parents[1], self.split)
-            for path in sorted(runs_folder().glob(f"*/evaluation/{self.split}.json"))
-            if path.with_suffix(".npz").exists() and run_state(path.parents[1]).trained
+            read_scored(folder, self.split)
+            for folder in scored_folders(self.split)
+            if run_state(folder).trained
         ]
         known = set(scored)
         scored = {identity(run.parameters): run for run in own} | scored

@@ -1,6 +1,7 @@
 """Scored runs without their weights: from run folders or from a study's two files, by recipe, for comparison."""
 
 import io
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -132,8 +133,13 @@ def read_scored(run: Path, split: str) -> ScoredRun:
             f"runs: {run.name!r} is not evaluated on split {split!r}; run "
             f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p split {split}`"
         )
-    facts = read_json(path.with_suffix(".json"))
     parameters = read_parameters(run)
+    if is_of_older_version(parameters):
+        raise ValueError(
+            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no `validation`; "
+            "train it again"
+        )
+    facts = read_json(path.with_suffix(".json"))
     return ScoredRun(
         name=run.name,
         group=None,
@@ -146,6 +152,18 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         **{name: parameters.get(name) for name in RECORDED},
         **read_counts(path)._asdict(),
     )
+
+
+def is_of_older_version(parameters: dict[str, object]) -> bool:
+    """Whether a run's parameters have their names of before the first release, under which it can't be compared."""
+    return "validation" not in parameters
+
+
+def scored_folders(split: str) -> list[Path]:
+    """Folders of the runs that are scored on a split and can be compared, the latest evaluation last."""
+    files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
+    folders = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
+    return [folder for folder in folders if not is_of_older_version(read_parameters(folder))]
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
@@ -283,8 +301,7 @@ def _split_entries(runs: str) -> list[str]:
 
 def read_own(split: str, data: str | None) -> list[ScoredRun]:
     """The scored runs in the folder of runs, of this data or of that of the latest evaluation."""
-    files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
-    own = [read_scored(path.parents[1], split) for path in files if path.with_suffix(".npz").exists()]
+    own = [read_scored(folder, split) for folder in scored_folders(split)]
     wanted = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
     return sorted(wanted, key=lambda run: run.name)
 
@@ -417,7 +434,16 @@ def _label(members: list[ScoredRun], differing: list[str]) -> str:
 
 
 def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, list[ScoredRun]]:
-    """Pooled runs on the images of the other folds, such as to leave out the fold of a tuning."""
+    """Pooled runs on the images of the other folds, such as to leave out the fold of a tuning.
+
+    Raises:
+        ValueError: a run that is not pooled over folds.
+    """
+    for run in itertools.chain(*recipes.values()):
+        if not run.is_pooled:
+            raise ValueError(
+                f"fold: the run {run.name!r} is of one fold, expected runs pooled over five folds"
+            )
     return {name: [run.select(run.image_fold != fold) for run in runs] for name, runs in recipes.items()}
 
 

@@ -19,6 +19,7 @@ import yaml
 from conftest import history
 from scored_runs import scored_folder, scored_run, some_counts
 
+from lib.files import read_json, write_json
 from lib.notebooks import sweep
 from lib.notebooks.conclusions import run_tests
 from lib.notebooks.sweep import Finished, execute_run, executed_notebook, plan_runs, progress_table
@@ -225,6 +226,16 @@ def test_a_run_that_another_process_has_is_waited_for(executed, runs, monkeypatc
     with open_run(parameters), pytest.raises(RuntimeError, match="is being trained by another process"):
         execute_run(parameters, "test")
     assert executed == []
+
+
+def test_a_run_of_before_the_rename_is_skipped(runs):
+    folder = scored_folder(runs, "older", split="test")
+    parameters = read_json(folder / "parameters.json")
+    for name in ("validation", "fold"):
+        parameters.pop(name)
+    write_json(parameters, folder / "parameters.json")
+    (folder / "report.md").touch()  # it is trained
+    assert Finished(plan_runs(None, TINY, {}, [1]), "test").runs == {}
 
 
 def test_a_finished_run_is_known_by_its_parameters(executed, runs):

@@ -9,6 +9,7 @@ import torch
 from scored_runs import CLASSES, DEFAULTS, names_of, scored_folder, scored_run, some_counts
 
 from lib.classes import NYUV2_13
+from lib.files import read_json, write_json
 from lib.metrics import mean_truth_iou
 from lib.runs.results import (
     COUNTS_FILE,
@@ -93,6 +94,19 @@ def test_a_run_that_is_not_scored_says_how(home):
     (home / "b" / "evaluation" / "valid.json").unlink()  # as while it is scored again
     assert refused("b").startswith("runs: 'b' is not evaluated on split 'valid'; run `papermill")
     assert found("all") == []
+
+
+def test_a_run_of_before_the_rename_is_skipped_by_all_and_refused_by_name(home):
+    scored_folder(home, "new")
+    older = scored_folder(home, "older", seed=1)
+    parameters = read_json(older / "parameters.json")
+    parameters["split"] = parameters.pop("validation")
+    write_json(parameters, older / "parameters.json")
+    facts = read_json(older / "evaluation" / "valid.json")
+    facts.pop("validation")
+    write_json(facts, older / "evaluation" / "valid.json")
+    assert found("all") == ["new"]
+    assert refused("new,older").startswith("runs: 'older' was trained before parameters were renamed")
 
 
 def test_some_images_of_a_run():
@@ -638,6 +652,13 @@ def test_without_a_fold_its_images_are_left_out():
     assert set(run.image_fold) == {0, 1, 2, 3}
     assert len(set(run.scene)) == 12
     assert run.score == mean_truth_iou(counts[kept]) != mean_truth_iou(counts)
+
+
+def test_a_fold_of_runs_that_are_not_pooled_cannot_be_left_out():
+    with pytest.raises(
+        ValueError, match="fold: the run 'a' is of one fold, expected runs pooled over five folds"
+    ):
+        without_fold(group_recipes([scored_run("a")]), 4)
 
 
 def test_a_seed_without_all_folds_is_left_out():

@@ -30,6 +30,7 @@ from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # for smp's
 PREFIXES = ("module.", "encoder.", "backbone.", "model.")  # that a file of weights may put before every name
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
@@ -283,19 +284,18 @@ def weights_digest(weights: str | Path | None) -> str | None:
 def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own configuration.
 
-    A file of weights has no configuration: that of the encoder's name is taken.
+    A file of weights has no configuration: timm's for the encoder of that name is taken, else ImageNet's.
 
     Raises:
         RuntimeError: smp's configuration can't be fetched.
     """
-    if encoder.startswith("tu-"):
-        config = get_pretrained_cfg(encoder.removeprefix("tu-"))
+    name = encoder.removeprefix("tu-").removeprefix("timm-")
+    name = TIMM_NAMES.get(name, name)
+    if encoder.startswith("tu-") or (is_file(encoder_weights) and timm.is_model(name)):
+        config = get_pretrained_cfg(name)
         return tuple(config.mean), tuple(config.std)
     if is_file(encoder_weights):
-        return (
-            IMAGENET_DEFAULT_MEAN,
-            IMAGENET_DEFAULT_STD,
-        )  # of nearly all weights of smp, whose own are online
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     with _explain_fetching(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
     highest = config["input_range"][1]

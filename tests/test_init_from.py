@@ -5,7 +5,7 @@ from small_run import ENCODER
 from timm.data import create_transform
 
 from lib.batches import encode_inputs
-from lib.model import EXP061_MEAN, EXP061_STD, build_model, load_model, save_model
+from lib.model import EXP061_MEAN, EXP061_STD, build_model, find_normalisation, load_model, save_model
 
 CLASSES = ("a", "b", "c")
 LITE = "tu-tf_efficientnet_lite0"  # trained with mean and std 0.5
@@ -50,6 +50,21 @@ def test_which_normalisation_is_taken(weights_file):
         ValueError, match="rgb_normalisation: found 'imagenet', expected one of weights, exp061"
     ):
         taken(rgb_normalisation="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "mean"),
+    [
+        ("timm-tf_efficientnet_lite0", (0.5, 0.5, 0.5)),
+        ("inceptionv4", (0.5, 0.5, 0.5)),
+        ("inceptionresnetv2", (0.5, 0.5, 0.5)),
+        ("dpn68", (124 / 255, 117 / 255, 104 / 255)),
+        ("resnet18", (0.485, 0.456, 0.406)),
+        ("mit_b0", (0.485, 0.456, 0.406)),  # which timm does not have
+    ],
+)
+def test_the_normalisation_of_a_file_of_weights_is_that_of_its_encoder(encoder, mean):
+    assert find_normalisation("weights.pth", encoder)[0] == pytest.approx(mean)
 
 
 def test_the_normalisation_is_saved_with_the_network(tmp_path, weights_file):

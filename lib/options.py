@@ -106,7 +106,7 @@ def check_choice(parameter: str, value: object, choices: Iterable) -> None:
     if parameter in ("split", "validation"):
         sibling = "validation" if parameter == "split" else "split"
         if value in OPTIONS[sibling].values:
-            hint = f"; {sibling}: {value} takes this value"
+            hint = f"; did you mean {sibling}: {value}?"
         elif value in _OLDER_VALUES:
             hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")

@@ -29,9 +29,9 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
         (
             "split",
             "blocks",
-            "found 'blocks', expected one of train, valid, test; validation: blocks takes this value",
+            "found 'blocks', expected one of train, valid, test; did you mean validation: blocks?",
         ),
-        ("validation", "test", "scenes, blocks, random, none; split: test takes this value"),
+        ("validation", "test", "scenes, blocks, random, none; did you mean split: test?"),
         ("validation", "official", "it is called validation: none now"),
         ("split", "given", "it is called validation: predefined now"),
     ],
@@ -95,7 +95,7 @@ def test_an_older_name_is_explained_where_its_new_one_is_known(older, newer):
 
 
 def test_the_hint_reaches_those_who_load_data():
-    with pytest.raises(ValueError, match="split: found 'blocks', .*; validation: blocks"):
+    with pytest.raises(ValueError, match="split: found 'blocks', .*; did you mean validation: blocks"):
         load_samples("synthetic", "blocks")
     with pytest.raises(
         ValueError, match="validation: found 'official', .*; it is called validation: none now"

@@ -51,7 +51,7 @@ def open_file(path: Path, split: str, classes: str | None) -> Split:
         count, references = len(file["images"]), file["scenes"][:].ravel()
         scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
     table = _official_split(count)
-    ids = table.id[table.part == ("test" if split == "test" else "train")].to_numpy()
+    ids = table.id[table.split == ("test" if split == "test" else "train")].to_numpy()
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         return [_read_frames(path, ids[positions], size, class_set)]
@@ -84,7 +84,7 @@ def _official_split(count: int) -> pd.DataFrame:
 def _rows(count: int) -> np.ndarray:
     """The row of each frame in the cache: the official training split first, then the test split."""
     return np.argsort(
-        _official_split(count).sort_values(["part", "id"], ascending=[False, True]).id.to_numpy()
+        _official_split(count).sort_values(["split", "id"], ascending=[False, True]).id.to_numpy()
     )
 
 

@@ -55,7 +55,7 @@ def mat(tmp_path, frames, monkeypatch):
 
 def official(frames, split):
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_split.csv")
-    return frames[table.id[(table.part == split) & (table.id < COUNT)].to_numpy()]
+    return frames[table.id[(table.split == split) & (table.id < COUNT)].to_numpy()]
 
 
 @pytest.mark.parametrize("size", [None, (48, 64)])
@@ -236,10 +236,10 @@ def test_tables_are_those_published():
     splits = scipy_io.loadmat(SHARED / "splits.mat")
     for split in ("train", "test"):
         np.testing.assert_array_equal(
-            table.id[table.part == split] + 1, np.sort(splits[f"{split}Ndxs"].ravel())
+            table.id[table.split == split] + 1, np.sort(splits[f"{split}Ndxs"].ravel())
         )
         names = sorted(path.stem for path in (SHARED / split / "image").iterdir())
-        assert [f"{index:06d}" for index in table.id[table.part == split]] == names
+        assert [f"{index:06d}" for index in table.id[table.split == split]] == names
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the NYUv2 that lies beside the project")

@@ -196,7 +196,7 @@ def test_exploring_a_folder(tmp_path, folder, depth):
     outputs = outputs_of(tmp_path / "out.ipynb")
     text = texts_of(outputs)
     assert "**12 images, 13 classes, " in text
-    assert "validation (2 images, by blocks) shares no scene with training" in text
+    assert "validation (2 images, by blocks) shares no run of neighbouring ids with training" in text
     assert ("median depth" in text) == depth
     assert ("These data have no depth." in text) != depth
     assert ("without depth" in texts_of(outputs, "html")) == depth

@@ -18,7 +18,7 @@ from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label
 from lib.data.description import FILE, Description, read_description
 from lib.data.samples import DataError, MissingSplit, Split, resize_image, resize_nearest
 from lib.data.sanity import check_files
-from lib.data.validation import number_runs
+from lib.data.validation import RUN, number_runs
 from lib.progress import progress_bar
 
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
@@ -78,7 +78,7 @@ def _choose_scenes(description: Description, split: str, names: np.ndarray) -> t
     runs = number_runs(together)
     if runs is None:
         return None, "random"
-    return np.array([f"run_{run:04d}" for run in runs[: len(names)]]), "blocks"
+    return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
 
 
 def find_files(description: Description, split: str) -> dict[str, Files]:

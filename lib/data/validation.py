@@ -9,6 +9,7 @@ from lib.data.samples import Split
 from lib.options import FOLDS, check_options
 
 IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
+RUN = "run_"  # begins the name of a scene that is a run of neighbouring ids
 VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
 
 

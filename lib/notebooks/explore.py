@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from lib.data import MissingSplit, Samples, Split, iterate_samples
-from lib.data.validation import read_numbers, split_names
+from lib.data.validation import RUN, read_numbers, split_names
 from lib.notebooks import plots
 from lib.progress import progress_bar
 
@@ -259,8 +259,13 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
         text += "may share scenes with training, because they are unknown.**"
     else:
         shared = np.isin(valid.scene, train.scene).sum()
+        one, many = ("scene", "scenes")
+        if train.scene[0].startswith(RUN):  # nothing names the scenes
+            one, many = ("run of neighbouring ids", "runs of neighbouring ids")
         text += (
-            f"shares {f'scenes with training in {shared} of them' if shared else 'no scene with training'}.**"
+            f"shares {many} with training in {shared} of them.**"
+            if shared
+            else f"shares no {one} with training.**"
         )
     return text + "".join(f"\n- {warning}" for warning, applies in warnings.items() if applies)
 

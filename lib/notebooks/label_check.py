@@ -68,7 +68,7 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
     A region is a connected set of pixels of one label, 0.5 % of its image or more. The confidence in a class is the
     mean over the region's pixels of the probability of the predicted class, where it is that class. How suspicious a
     region is: the confidence in the other class, times the surprise -log(q), with q the confidence in that class over
-    all regions with this label, times the cube root of the region's share of the image. Without the surprise, the
+    all regions with this label, times the region's share of the image to the power of 0.3. Without the surprise, the
     list would be the usual confusions of the network.
 
     Returns:

@@ -98,7 +98,7 @@ def test_the_five_folds_partition_the_images(validation):
 def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
     """Maximal runs of consecutive ids, every fifth from the fifth on, of the official training images."""
     table = pd.read_csv(TABLES / "nyuv2_split.csv")
-    ids = table.id[table.part == "train"].to_numpy()
+    ids = table.id[table.split == "train"].to_numpy()
     runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
     names = np.array([f"{number:06d}" for number in ids])
     train, valid = split_names(names, "blocks")

@@ -90,7 +90,7 @@ def test_steps_of_depth_follow_the_range_of_the_data():
 
 def test_most_validation_frames_of_random_have_their_scene_in_training():
     with open(TABLES / "nyuv2_split.csv") as file:
-        ids = [row["id"] for row in csv.DictReader(file) if row["part"] == "train"]
+        ids = [row["id"] for row in csv.DictReader(file) if row["split"] == "train"]
     names = np.array(sorted(f"{int(number):06d}" for number in ids))
     image = np.zeros((len(names), 1, 1, 3), np.uint8)
     leakage = find_leakage(Samples(names, image, scene=number_runs(names), classes=NYUV2_13))
@@ -255,10 +255,11 @@ FRAMES = [f"{frame:06d}" for frame in range(12)]
 @pytest.mark.parametrize(
     ("train", "valid", "said"),
     [
-        ((range(6), FRAMES[:6]), (range(6), FRAMES[:6]), "shares scenes with training in 6 of them"),  # copies
+        ((range(6), FRAMES[:6]), (range(6), FRAMES[:6]), "shares runs of neighbouring ids with training in 6 of them"),  # copies
         (([0, 1, 2, 3, 5, 6, 7, 8], [FRAMES[at] for at in (0, 1, 2, 3, 5, 6, 7, 8)]), ([4, 9], [FRAMES[4], FRAMES[9]]),
-         "shares scenes with training in 2 of them"),  # every fifth frame
-        ((range(6), FRAMES[:6]), (range(6, 9), ["000100", "000101", "000102"]), "shares no scene with training"),
+         "shares runs of neighbouring ids with training in 2 of them"),  # every fifth frame
+        ((range(6), FRAMES[:6]), (range(6, 9), ["000100", "000101", "000102"]),
+         "shares no run of neighbouring ids with training"),
         ((range(6), FRAMES[:6]), (range(6, 9), ["a", "b", "c"]), "may share scenes with training"),
         ((range(6), list("uvwxyz")), (range(6), list("uvwxyz")), "may share scenes with training"),
     ],

@@ -16,7 +16,7 @@ from lib.classes import check_same_classes
 from lib.data import Samples
 from lib.data.samples import resize_samples
 from lib.device import autocast, explain_out_of_memory
-from lib.metrics import boundary_counts, confusion_counts, depth_sums
+from lib.metrics import boundary_counts, confusion_counts, depth_sums, strata_counts, strata_edges
 from lib.model import Prediction
 from lib.options import check_options
 
@@ -28,6 +28,7 @@ VIEWS = {
 }
 SCORES_BYTES = 2**30  # of class scores at the size of the images that are in memory at a time
 COPIES = 4  # of them, while views are averaged
+STRATA_CLASSES = 60  # beyond, matrices by scene and stratum would fill the memory
 BATCH_PIXELS = 2**24  # of the images of a batch: one photograph of 12 megapixels, 54 images of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
@@ -63,6 +64,8 @@ class Evaluation:
         boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
         losses: the plain mean over batches of each term of the loss; None without a loss.
+        strata: `{name: (G, bins, C, C)}` uint32 of the G scenes in the order of `np.unique(scene)`, see `strata_counts`;
+            None where scenes are unknown, there are more than 60 classes, or they were not asked for.
     """
 
     names: np.ndarray
@@ -73,6 +76,7 @@ class Evaluation:
     boundary: np.ndarray | None
     depth: np.ndarray | None
     losses: list[float] | None
+    strata: dict[str, np.ndarray] | None = None
 
 
 def evaluate(
@@ -215,13 +219,14 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
 
     Args:
         batches: from `predict`, or from elsewhere.
-        thorough: count outlines and depth, too.
+        thorough: count boundaries, depth and strata, too.
         keep: the predictions themselves, which takes a byte for each pixel.
 
     Raises:
         ValueError: no image.
     """
     names, scenes, counts, boundary, depth, predicted, losses = [], [], [], [], [np.zeros(4)], [], []
+    strata = {}
     for batch in batches:
         samples, labels, classes = batch.samples, batch.labels, batch.samples.classes
         names.append(samples.names)
@@ -229,6 +234,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         counts.append(confusion_counts(labels, samples.labels_or_ignored, len(classes)))
         if thorough:
             boundary.append(boundary_counts(labels, samples.labels_or_ignored, len(classes)))
+            _add_strata(strata, samples, labels)
         if thorough and batch.depth_m is not None:
             depth.append(depth_sums(batch.depth_m, samples.depth_or_missing / 1000, samples.measured_depth))
         if keep:
@@ -248,4 +254,22 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         boundary=np.concatenate(boundary) if thorough else None,
         depth=np.sum(depth, axis=0) if thorough else None,
         losses=None if losses[0] is None else mean_losses(losses),
+        strata=_stack_strata(strata) if strata else None,
     )
+
+
+def _add_strata(strata: dict, samples: Samples, predicted: np.ndarray) -> None:
+    """Add what a batch has in each stratum of each scene; `strata` is `{scene: {name: (bins, C, C)}}`."""
+    if samples.scene is None or len(samples.classes) > STRATA_CLASSES:
+        return
+    edges = strata_edges(samples.depth_range_m[1])
+    images = zip(predicted, samples.labels_or_ignored, samples.depth_or_missing, strict=True)
+    for scene, image in zip(samples.scene.tolist(), images, strict=True):
+        known = strata.setdefault(scene, {})
+        for name, counts in strata_counts(*image, len(samples.classes), edges).items():
+            known[name] = known.get(name, 0) + counts.astype(np.uint32)
+
+
+def _stack_strata(strata: dict) -> dict[str, np.ndarray]:
+    ordered = [strata[scene] for scene in sorted(strata)]
+    return {name: np.stack([known[name] for known in ordered]) for name in ordered[0]}

@@ -4,6 +4,8 @@ IoU averaged over batches or images is another number than the mIoU that papers 
 score here pools counts first.
 """
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ import torch
 from lib.classes import IGNORE_INDEX
 
 Array = np.ndarray | torch.Tensor
+DEPTH = "depth (m)"
+DISTANCE = "distance to a boundary (% of the width)"
+REGION = "size of the region (% of the image)"
 
 
 def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Array:
@@ -198,6 +203,74 @@ def boundary_iou(boundary: np.ndarray) -> np.ndarray:
     both, truth, prediction = boundary.sum(0).T
     union = truth + prediction - both
     return np.where(union > 0, both / np.maximum(union, 1), np.nan)
+
+
+def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
+    """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
+    depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
+    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), REGION: (0.3, 1, 3, 10, 30)}
+
+
+def strata_counts(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    depth: np.ndarray,
+    class_count: int,
+    edges: dict[str, tuple[float, ...]],
+) -> dict[str, np.ndarray]:
+    """Confusion matrices of one image, `(bins, C, C)` int64 for each name in `edges`, rows = ground truth.
+
+    Args:
+        prediction: `(H, W)` classes.
+        label: `(H, W)` classes, 255 = ignore.
+        depth: `(H, W)` millimetres, 0 = missing.
+        class_count: C.
+        edges: from `strata_edges`.
+    """
+    labelled = label != IGNORE_INDEX
+    cell = label[labelled].astype(np.int64) * class_count + prediction[labelled]
+    counts = {}
+    for name, bins in pixel_strata(label, depth, edges).items():
+        shape = (len(edges[name]) + 1, class_count, class_count)
+        cells = bins[labelled] * class_count**2 + cell
+        counts[name] = np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
+    return counts
+
+
+def pixel_strata(
+    label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]
+) -> dict[str, np.ndarray]:
+    """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
+    values = {
+        DEPTH: depth / 1000,
+        DISTANCE: 100 * boundary_distance(label),
+        REGION: 100 * region_shares(label),
+    }
+    return {name: np.searchsorted(between, values[name], side="right") for name, between in edges.items()}
+
+
+def boundary_distance(label: np.ndarray) -> np.ndarray:
+    """Of each pixel to the nearest boundary between two classes, as a share of the width.
+
+    Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
+    slivers between segments, and where nothing is labelled on one side there is none.
+    """
+    label = fill_unlabelled(label)
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its four neighbours
+    inside = (cv2.erode(label, cross) == cv2.dilate(label, cross)).astype(np.uint8)
+    if inside.all():
+        return np.ones(label.shape, np.float32)
+    return (cv2.distanceTransform(inside, cv2.DIST_L2, 5) + 0.5) / label.shape[1]
+
+
+def region_shares(label: np.ndarray) -> np.ndarray:
+    """Of each pixel, which share of the image its connected segment of one class takes."""
+    shares = np.zeros(label.shape)
+    for index in np.unique(label):
+        _, segment, stats, _ = cv2.connectedComponentsWithStats((label == index).astype(np.uint8))
+        stats[0, cv2.CC_STAT_AREA] = 0  # all other classes
+        shares += stats[segment, cv2.CC_STAT_AREA] / label.size
+    return shares
 
 
 def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -5,9 +5,12 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from lib.metrics import (
+    DEPTH,
+    DISTANCE,
     all_scores,
     averaged_classes,
     boundary_counts,
+    boundary_distance,
     boundary_iou,
     class_accuracy,
     confusion_counts,
@@ -20,6 +23,8 @@ from lib.metrics import (
     mean_iou,
     mean_truth_iou,
     pixel_accuracy,
+    strata_counts,
+    strata_edges,
     truth_iou,
 )
 
@@ -216,3 +221,29 @@ def test_depth_scores_by_hand():
     scores = depth_scores(sums)
     assert scores == {"abs_rel": 0.25, "rmse_m": pytest.approx(np.sqrt(0.5)), "delta_1.25": 0.5}
     assert np.isnan(depth_scores(np.zeros(4))["rmse_m"])
+
+
+def test_boundary_runs_in_the_middle_of_a_sliver():
+    label = np.full((10, 100), 11, np.uint8)
+    label[:, 50:] = 4
+    distance = 100 * boundary_distance(label)
+    np.testing.assert_allclose(distance[5, [49, 50, 44, 55]], [0.5, 0.5, 5.5, 5.5], atol=0.3)
+    label[:, 47:53] = 255
+    np.testing.assert_allclose(100 * boundary_distance(label), distance, atol=0.3)
+    assert (boundary_distance(np.full((4, 4), 11, np.uint8)) == 1).all()
+    assert (boundary_distance(np.full((4, 4), 255, np.uint8)) == 1).all()
+
+
+def test_strata_of_an_image_by_hand():
+    label = np.zeros((10, 100), np.uint8)
+    label[:, 50:] = 1
+    label[0] = 255
+    prediction = np.zeros_like(label)
+    depth = np.full(label.shape, 2500, np.uint16)
+    depth[5:] = 0
+    counts = strata_counts(prediction, label, depth, 2, strata_edges(10.0))
+    assert counts[DEPTH][0].tolist() == [[250, 0], [250, 0]]  # missing, five rows
+    assert counts[DEPTH][3].tolist() == [[200, 0], [200, 0]]  # 2 to 3 m, four rows
+    assert counts[DISTANCE][0].tolist() == [[9, 0], [9, 0]]  # a column on each side lies within 1 %
+    for by_bin in counts.values():
+        assert by_bin.sum(0).tolist() == [[450, 0], [450, 0]]

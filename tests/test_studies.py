@@ -15,8 +15,10 @@ from lib.runs.results import group_recipes, identity, read_results, select_runs,
 from lib.significance import compare_recipes, plan
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted(path for path in (ROOT / "notebooks" / "studies").iterdir() if path.is_dir())
-EXAMPLE, PRETRAINED, SOFT_IOU = STUDIES
+STUDIES = sorted(path.parent for path in (ROOT / "notebooks" / "studies").glob("*/runs.jsonl"))
+EXAMPLE, PRETRAINED, SOFT_IOU = (
+    ROOT / "notebooks" / "studies" / name for name in ("example", "pretrained", "soft_iou")
+)
 
 
 def published(study, start, end):

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,21 +14,14 @@ from lib import metrics
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples
 from lib.evaluation import Predicted, predict
+from lib.metrics import DEPTH, DISTANCE, REGION, strata_counts, strata_edges
 from lib.notebooks import plots
 from lib.notebooks.browse import CONFUSED, rank_confusions
-from lib.notebooks.plots import DEPTH, percent
+from lib.notebooks.plots import percent
 from lib.progress import progress_bar
 
 CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
-DISTANCE = "distance to a boundary (% of the width)"
-REGION = "size of the region (% of the image)"
-
-
-def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
-    """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
-    depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
-    return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), REGION: (0.3, 1, 3, 10, 30)}
 
 
 def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
@@ -99,16 +91,15 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
 
 def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges: dict) -> None:
     """Add the labelled pixels of a batch to the counts."""
-    count = len(calibration)
     samples = batch.samples
     images = zip(samples.label, samples.depth_or_missing, batch.labels, batch.confidence, strict=True)
     for label, depth, predicted, confidence in images:
+        for name, counts in strata_counts(predicted, label, depth, len(calibration), edges).items():
+            strata[name] += counts
         labelled = label != IGNORE_INDEX
-        pair = label[labelled].astype(np.int64) * count + predicted[labelled]
-        for name, bins in pixel_strata(label, depth, edges).items():
-            cells = np.bincount(bins[labelled] * count**2 + pair, minlength=strata[name].size)
-            strata[name] += cells.reshape(strata[name].shape)
-        calibration += _count_confidence(label[labelled], predicted[labelled], confidence[labelled], count)
+        calibration += _count_confidence(
+            label[labelled], predicted[labelled], confidence[labelled], len(calibration)
+        )
 
 
 def _depth_errors(batch: Predicted) -> np.ndarray:
@@ -130,42 +121,6 @@ def _count_confidence(
         for weights in (None, confidence, label == predicted)
     ]
     return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
-
-
-def pixel_strata(
-    label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]
-) -> dict[str, np.ndarray]:
-    """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
-    values = {
-        DEPTH: depth / 1000,
-        DISTANCE: 100 * boundary_distance(label),
-        REGION: 100 * region_shares(label),
-    }
-    return {name: np.searchsorted(between, values[name], side="right") for name, between in edges.items()}
-
-
-def boundary_distance(label: np.ndarray) -> np.ndarray:
-    """Of each pixel to the nearest boundary between two classes, as a share of the width.
-
-    Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
-    slivers between segments, and where nothing is labelled on one side there is none.
-    """
-    label = metrics.fill_unlabelled(label)
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its four neighbours
-    inside = (cv2.erode(label, cross) == cv2.dilate(label, cross)).astype(np.uint8)
-    if inside.all():
-        return np.ones(label.shape, np.float32)
-    return (cv2.distanceTransform(inside, cv2.DIST_L2, 5) + 0.5) / label.shape[1]
-
-
-def region_shares(label: np.ndarray) -> np.ndarray:
-    """Of each pixel, which share of the image its connected segment of one class takes."""
-    shares = np.zeros(label.shape)
-    for index in np.unique(label):
-        _, segment, stats, _ = cv2.connectedComponentsWithStats((label == index).astype(np.uint8))
-        stats[0, cv2.CC_STAT_AREA] = 0  # all other classes
-        shares += stats[segment, cv2.CC_STAT_AREA] / label.size
-    return shares
 
 
 def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:

@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples, choose_evenly
 from lib.files import ROOT
+from lib.metrics import DEPTH
 
 FIGURES = ROOT / "figures"  # where notebooks save what the README shows
 
@@ -49,7 +50,6 @@ DPI = 100  # of figures of images, in which these are whole pixels
 GAP = 8  # pixels between images
 LEVELS = 16  # of red, green and blue in a saved figure; class colours are among them
 LINE = 20  # pixels of a line of text
-DEPTH = "depth (m)"  # title of a column of pictures
 WRONG = "wrong pixels"
 CHANGED = "B fixes (blue), breaks (red)"
 TERMS = {  # of the loss, as they are drawn

@@ -55,6 +55,7 @@ class ScoredRun:
         data: the data set, as it was named when the run was scored.
         validation: how its validation images were chosen; None on the test split.
         names, counts, scene, classes: as in `Counts`.
+        strata: as in `Evaluation`; None where some of the images were selected.
         history: a row per epoch; None for external predictions and pooled folds.
         commit, tree_unchanged, processor: what the run recorded about its code and its machine.
         image_fold: `(N,)` the fold each image was scored in; None unless folds are pooled.
@@ -72,6 +73,7 @@ class ScoredRun:
     counts: np.ndarray
     scene: np.ndarray | None
     classes: tuple[str, ...]
+    strata: dict[str, np.ndarray] | None = None
     history: pd.DataFrame | None = None
     commit: str | None = None
     tree_unchanged: bool | None = None
@@ -100,7 +102,12 @@ class ScoredRun:
         scene = None if self.scene is None else self.scene[chosen]
         fold = None if self.image_fold is None else self.image_fold[chosen]
         return replace(
-            self, names=self.names[chosen], counts=self.counts[chosen], scene=scene, image_fold=fold
+            self,
+            names=self.names[chosen],
+            counts=self.counts[chosen],
+            scene=scene,
+            strata=None,
+            image_fold=fold,
         )
 
     def read_masks(self, names: Iterable[str]) -> list[np.ndarray]:
@@ -149,9 +156,17 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         validation=facts["validation"],
         history=read_history(run) if (run / "history.csv").exists() else None,
         folder=run,
+        strata=_read_arrays(path.with_suffix(".strata.npz")),
         **{name: parameters.get(name) for name in RECORDED},
         **read_counts(path)._asdict(),
     )
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    with np.load(path) as saved:
+        return dict(saved)
 
 
 def is_of_older_version(parameters: dict[str, object]) -> bool:
@@ -184,6 +199,7 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
             key += "+"
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
         arrays |= {f"masks/{key}/{name}": mask for name, mask in (run.masks or {}).items()}
+        arrays |= {f"strata/{key}/{name}": counts for name, counts in (run.strata or {}).items()}
         lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
@@ -227,11 +243,16 @@ def read_results(folder: Path) -> list[ScoredRun]:
         ) from error
 
 
+def _take(saved: np.lib.npyio.NpzFile, prefix: str) -> dict[str, np.ndarray] | None:
+    """The arrays of which the names begin so, without that beginning; None if there are none."""
+    names = [name for name in saved.files if name.startswith(prefix)]
+    return {name.removeprefix(prefix): saved[name] for name in names} or None
+
+
 def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
     images = line.pop("images")
     history = line.pop("history")
     key = line.pop("counts", line["name"])
-    masks = f"masks/{key}/"
     return ScoredRun(
         **line,
         names=saved[f"{images}/names"],
@@ -239,7 +260,8 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
         scene=saved.get(f"{images}/scene"),
         classes=tuple(saved[f"{images}/classes"].tolist()),
         history=None if history is None else pd.DataFrame(history),
-        masks={name.removeprefix(masks): saved[name] for name in saved.files if name.startswith(masks)},
+        strata=_take(saved, f"strata/{key}/"),
+        masks=_take(saved, f"masks/{key}/"),
     )
 
 
@@ -481,11 +503,23 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
         names=ordered,
         counts=np.concatenate([run.counts for run in folds])[order],
         scene=np.concatenate([run.scene for run in folds])[order] if known else None,
+        strata=_pool_strata(folds),
         image_fold=np.repeat(range(FOLDS), [len(run.names) for run in folds])[order],
         history=None,
         folder=None,
         masks=None,
     )
+
+
+def _pool_strata(folds: list[ScoredRun]) -> dict[str, np.ndarray] | None:
+    """The strata of all scenes in their order; None where a fold has none, or a scene is in two of them."""
+    if any(run.strata is None for run in folds):
+        return None
+    scenes = np.concatenate([np.unique(run.scene) for run in folds])
+    if len(np.unique(scenes)) < len(scenes):
+        return None
+    order = np.argsort(scenes)
+    return {name: np.concatenate([run.strata[name] for run in folds])[order] for name in folds[0].strata}
 
 
 def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:

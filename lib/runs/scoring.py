@@ -136,10 +136,10 @@ def score_run(
 ) -> dict[str, object]:
     """Predict a split, without and with test-time augmentation, and write `evaluation/` of the run.
 
-    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, and `SPLIT/NAME.png`, the
-    predicted class indices. Where labels are held back, these are with augmentation, and `submission.npy` holds
-    them, too, `(N, H, W)` in the order of the names, if they are of one size. Predictions from elsewhere are scored
-    as they are.
+    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, `SPLIT.strata.npz` with the counts
+    per scene by depth, distance to a boundary and size of the region, and `SPLIT/NAME.png`, the predicted class
+    indices. Where labels are held back, these are with augmentation, and `submission.npy` holds them, too,
+    `(N, H, W)` in the order of the names, if they are of one size. Predictions from elsewhere are scored as they are.
 
     Returns:
         What `SPLIT.json` holds.
@@ -180,20 +180,27 @@ def _submission(run: Path, split: str) -> Path:
     return run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
 
 
+def _strata(run: Path, split: str) -> Path:
+    return run / "evaluation" / f"{split}.strata.npz"
+
+
 def _remove_evaluation(run: Path, split: str) -> None:
     """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is there."""
-    for suffix in (".json", ".npz"):
+    for suffix in (".json", ".npz", ".strata.npz"):
         (run / "evaluation" / f"{split}{suffix}").unlink(missing_ok=True)
     _submission(run, split).unlink(missing_ok=True)
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
 def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
-    """`SPLIT.json`, which it returns, and with thorough counts of `plain` predictions `SPLIT.npz`; then the report."""
+    """`SPLIT.json`, which it returns; `SPLIT.npz` and `SPLIT.strata.npz` of thorough counts of `plain`; the report."""
     (run / "evaluation").mkdir(exist_ok=True)
     if counted:
         facts = facts | describe_scores(counted)
         write_counts(run / "evaluation" / f"{split}.npz", counted["plain"])
+        strata = counted["plain"].strata
+        if strata is not None:
+            write_atomically(_strata(run, split), lambda file: np.savez_compressed(file, **strata))
     write_json(facts, run / "evaluation" / f"{split}.json")
     write_report(run)
     return facts

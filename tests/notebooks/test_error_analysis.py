@@ -10,27 +10,20 @@ from figures import SETS, class_names, draw, relabel
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples
 from lib.evaluation import evaluate
-from lib.metrics import mean_iou
+from lib.metrics import DEPTH, DISTANCE, REGION, mean_iou, pixel_strata, region_shares, strata_edges
 from lib.model import ModelConfig, Prediction
 from lib.notebooks.error_analysis import (
     CONFIDENCE_BINS,
-    DEPTH,
-    DISTANCE,
-    REGION,
     ErrorCounts,
-    boundary_distance,
     calibration_error,
     count_errors,
     describe_errors,
     name_bins,
-    pixel_strata,
     plot_calibration,
     plot_confusion,
     plot_strata,
-    region_shares,
     score_strata,
     show_confusions,
-    strata_edges,
 )
 
 BED, FLOOR, OBJECTS, WALL = (NYUV2_13.index(name) for name in ("bed", "floor", "objects", "wall"))
@@ -69,17 +62,6 @@ def made_up(images=24, count=13):
     return ErrorCounts(
         class_names(count), names, confusion, strata, calibration, confidence, depth_error, edges
     )
-
-
-def test_boundary_runs_in_the_middle_of_a_sliver():
-    label = np.full((10, 100), WALL, np.uint8)
-    label[:, 50:] = FLOOR
-    distance = 100 * boundary_distance(label)
-    np.testing.assert_allclose(distance[5, [49, 50, 44, 55]], [0.5, 0.5, 5.5, 5.5], atol=0.3)
-    label[:, 47:53] = 255
-    np.testing.assert_allclose(100 * boundary_distance(label), distance, atol=0.3)
-    assert (boundary_distance(np.full((4, 4), WALL, np.uint8)) == 1).all()
-    assert (boundary_distance(np.full((4, 4), 255, np.uint8)) == 1).all()
 
 
 def test_segments_of_one_class_are_measured_apart():

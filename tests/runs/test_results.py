@@ -151,7 +151,7 @@ def test_results_come_back_as_they_were_written(tmp_path):
     assert {name: mask.tolist() for name, mask in read[0].masks.items()} == {
         name: mask.tolist() for name, mask in masks.items()
     }
-    assert read[1].masks == {}
+    assert read[1].masks is None
     assert read[1].parameters == DEFAULTS | {"data": "nyu", "encoder_weights": "lite0.pth", "seed": 2}
     assert read[0].parameters["encoder_weights"] is None
     write_results(tmp_path / "again", read)  # nothing is lost on the way
@@ -636,6 +636,20 @@ def test_five_folds_of_a_seed_are_one_run_over_all_images(tmp_path):
             assert list(run.image_fold) == [number // 3 % 5 for number in range(45)]
             assert run.is_pooled
             assert run.history is None
+
+
+def test_strata_travel_with_the_counts_and_are_pooled_in_the_order_of_scenes(tmp_path):
+    runs, _ = five_folds("a", 0)
+    rooms = [np.unique(run.scene) for run in runs]
+    by_room = [np.array([int(room.split()[1]) for room in there]).reshape(-1, 1, 1, 1) for there in rooms]
+    runs = [replace(run, strata={"depth (m)": numbers}) for run, numbers in zip(runs, by_room, strict=True)]
+    write_results(tmp_path, runs)
+    ((pooled,),) = group_recipes(read_results(tmp_path)).values()
+    numbers = [int(room.split()[1]) for room in np.unique(pooled.scene)]
+    assert pooled.strata["depth (m)"].ravel().tolist() == numbers
+    assert pooled.select(np.arange(3)).strata is None
+    ((partly,),) = group_recipes([replace(runs[0], strata=None), *runs[1:]]).values()
+    assert partly.strata is None
 
 
 def test_without_a_fold_its_images_are_left_out():

@@ -14,7 +14,7 @@ from lib.classes import NYUV2_13
 from lib.data import DataError, iterate_samples, load_samples
 from lib.evaluation import evaluate
 from lib.files import write_json
-from lib.metrics import mean_truth_iou, truth_iou
+from lib.metrics import DEPTH, DISTANCE, REGION, mean_truth_iou, truth_iou
 from lib.model import build_model, load_model, save_model
 from lib.notebooks.error_analysis import count_errors
 from lib.notebooks.plots import plot_predictions
@@ -102,6 +102,17 @@ def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
         True,
     )
     assert facts["scenes"] == len(set(valid.scene))
+
+
+def test_strata_of_a_run_add_up_to_its_counts(scored):
+    run, _ = scored
+    counted = read_counts(run / "evaluation" / "valid.npz")
+    by_scene = [counted.counts[counted.scene == scene].sum(0) for scene in np.unique(counted.scene)]
+    strata = read_scored(run, "valid").strata
+    assert set(strata) == {DEPTH, DISTANCE, REGION}
+    for counts in strata.values():
+        np.testing.assert_array_equal(counts.sum(1), by_scene)
+        assert (counts.sum((0, 2, 3)) > 0).sum() > 2  # pixels lie in several bins
 
 
 def test_the_json_is_json(scored):

@@ -2,9 +2,13 @@ import os
 import shutil
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's.
+# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's. Each worker of
+# pytest-xdist imports this file, so that each has folders and cores of its own.
 os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+)
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from lib.data import Samples, load_samples
 from lib.evaluation import Evaluation
 from lib.runs import open_run, write_history, write_scores
 from lib.runs.scoring import write_evaluation
+
+READ_A_RUN = ("evaluate", "error_analysis", "predict")  # notebooks that need one
 
 
 def pytest_unconfigure():
@@ -29,6 +35,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes long: set the environment variable SLOW=1"))
+
+
+def pytest_collection_finish(session):
+    """A small run for the notebooks that need one: they may run on another worker than train.ipynb."""
+    if session.config.option.collectonly:
+        return
+    if any(item.path.suffix == ".ipynb" and item.path.stem in READ_A_RUN for item in session.items):
+        from small_run import small_samples, train
+
+        data = {"data": "synthetic", "validation": "auto", "limit": 80, "classes": None, "fold": 4}
+        train("demo", small_samples(), **data)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 import ast
 import graphlib
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,10 +78,38 @@ def test_the_tested_versions_are_those_required():
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
+def blocks_of_readme():
+    return re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_ci_runs_the_command_of_the_readme():
-    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert "pytest" in command
-    assert f"\n{command}\n" in (ROOT / "README.md").read_text()
+    (command,) = [block for block in blocks_of_readme() if "pytest" in block]
+    assert (ROOT / ".ci" / "run").read_text().endswith(f"\n{command}")
+
+
+def test_lines_to_paste_are_short():
+    assert max(len(line) for block in blocks_of_readme() for line in block.splitlines()) < 100
+
+
+def test_the_readme_installs_into_its_own_environment(tmp_path):
+    """Although another one is active; with a package of one line in place of the requirements."""
+    if shutil.which("uv", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("uv is not installed beside this Python")
+    for name in (".venv", "foreign"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / name)], check=True)
+    (tmp_path / ".venv" / "bin" / "uv").symlink_to(Path(sys.executable).parent / "uv")
+    with zipfile.ZipFile(tmp_path / "tiny-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny.py", "")
+        wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        wheel.writestr(
+            "tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+    (tmp_path / "requirements.txt").write_text("./tiny-1.0-py3-none-any.whl\n")
+    (install,) = re.findall(r"&& (.venv/bin/uv pip install .*)\n", blocks_of_readme()[0])
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "foreign"), "UV_OFFLINE": "1"}
+    subprocess.run(["/bin/sh", "-c", install], cwd=tmp_path, env=environment, check=True)
+    assert [path.parents[3].name for path in tmp_path.glob("*/lib/*/site-packages/tiny.py")] == [".venv"]
 
 
 @pytest.mark.parametrize("script", ["benchmark", "simulate_tests"])

@@ -1,5 +1,6 @@
 """What the READMEs of notebooks/studies publish, computed again from the two files of each study."""
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -11,8 +12,8 @@ import yaml
 from lib.metrics import class_accuracy, pixel_accuracy
 from lib.notebooks.conclusions import measure_spread, result_table, run_tests
 from lib.notebooks.sweep import plan_runs
-from lib.runs.results import group_recipes, identity, read_results, select_runs, without_fold
-from lib.significance import compare_recipes, plan
+from lib.runs.results import group_recipes, identity, read_results, recipe, select_runs, without_fold
+from lib.significance import compare_checkpoints, compare_recipes, plan
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.parent for path in (ROOT / "notebooks" / "studies").glob("*/runs.jsonl"))
@@ -157,12 +158,12 @@ def test_without_the_fold_of_the_tuning(recipes):
 
 def test_the_control(recipes):
     results = {}
-    for recipe, start, end in (
+    for name, start, end in (
         ("cross-entropy", "cross-entropy alone has ", ") and soft IoU"),
         ("soft IoU", "and soft IoU -", ")"),
     ):
         texts = published(SOFT_IOU, start.removesuffix("-"), end)
-        results[recipe], values = recipe_test(recipes["weights"], recipes[recipe], comparisons=2)
+        results[name], values = recipe_test(recipes["weights"], recipes[name], comparisons=2)
         assert rounded(values, texts) == texts
     result, classes = results["cross-entropy"], recipes["weights"][0].classes
     clear = {
@@ -260,3 +261,33 @@ def test_the_example_has_an_effect_and_none():
     slower, _ = recipe_test(recipes["baseline"], recipes["tenth_learning_rate"])
     assert again.p_value > 0.05 > slower.p_value
     assert slower.difference < 0
+
+
+def alarms(groups):
+    """Pairs of runs of one recipe, and how many of them differ by images as cases and by the checkpoint test."""
+    pairs = [pair for runs in groups for pair in itertools.combinations(runs, 2)]
+    differing = [
+        sum(compare_checkpoints(a.counts, b.counts, scene(a)).p_value < 0.05 for a, b in pairs)
+        for scene in (lambda run: None, lambda run: run.scene)
+    ]
+    return [len(pairs), *differing]
+
+
+def test_what_the_wrong_test_costs():
+    """The table of docs/statistics.md."""
+    page = (ROOT / "notebooks" / "docs" / "statistics.md").read_text()
+    same = [run for run in read_results(EXAMPLE) if run.group in ("baseline", "baseline_again")]
+    cells = {}
+    for run in select_runs(read_results(SOFT_IOU), "seed in (1, 2, 3)"):
+        cells.setdefault((recipe(run.parameters), run.parameters["fold"]), []).append(run)
+    for name, groups in {"built-in": [same], "NYUv2": cells.values()}.items():
+        (found,) = re.findall(rf"\| {name}.* \| (\d+) pairs of single runs \| (\d+) of \d+ \| (\d+) of", page)
+        assert alarms(groups) == [int(text) for text in found]
+    assert (len(same), len({recipe(run.parameters) for run in same}), len(cells)) == (10, 1, 15)
+    splits = [(same[0], *four) for four in itertools.combinations(same[1:], 4)]
+    different = 0
+    for five in splits:
+        others = [run for run in same if run not in five]
+        counts = [np.stack([run.counts for run in side]) for side in (five, others)]
+        different += compare_recipes(*counts, same[0].scene).p_value < 0.05
+    assert f"{different} of {len(splits)} |" in page

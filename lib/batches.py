@@ -29,7 +29,7 @@ class RawBatch(NamedTuple):
         image: `(B, H, W, 3)` uint8.
         depth: `(B, H, W)` uint16 millimetres, 0 = missing.
         label: `(B, H, W)` uint8, 255 = ignore.
-        measured: `(B, H, W)` bool.
+        measured: `(B, H, W)` bool; False where depth is missing or was filled in afterwards.
         position: `(B,)` int64 positions in the samples.
     """
 
@@ -61,7 +61,7 @@ def encode_depth(
 ) -> torch.Tensor:
     """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest.
+    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest, which missing depth can't be told from.
     """
     check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
@@ -120,7 +120,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     RGB image.
 
     Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
-    is missing depth; labels are passed as label + 1 so that it is 255 for them.
+    is missing depth; labels are passed as label + 1, so that it comes back as 255.
     """
     check_options(augment=augment)
     if augment == "none":
@@ -148,8 +148,11 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         colour = albumentations.ColorJitter(
             brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8
         )
+        transforms = [albumentations.HorizontalFlip(p=0.5), geometry]
+        if augment.endswith("_colour"):
+            transforms.append(colour)
         return albumentations.Compose(
-            [albumentations.HorizontalFlip(p=0.5), geometry, *[colour] * augment.endswith("_colour")],
+            transforms,
             additional_targets={"depth": "mask", "measured": "mask"},
             save_applied_params=True,
         )
@@ -238,7 +241,7 @@ class EpochBatches(Sampler):
 
     def __len__(self) -> int:
         full, left_over = divmod(self.count, self.batch_size)
-        return full + (left_over > 1 or full == 0)
+        return full + (left_over > 1)
 
 
 def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:

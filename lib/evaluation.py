@@ -95,7 +95,7 @@ def evaluate(
     Args:
         model: from `build_model` or `load_model`.
         samples: `Samples`, or pieces of them as `iterate_samples` reads them, of which sizes may differ.
-        batch_size: images at a time; changes nothing but speed.
+        batch_size: images at a time; changes only the speed and, as their mean is over batches, the losses.
         tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
         precision: fp32 or bf16.
         loss: of a prediction and a batch at the working size, for the means of its terms.

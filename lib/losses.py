@@ -20,9 +20,9 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
     Args:
         logits: `(N, C, H, W)`, any floating type; sums are taken in float32 or wider.
         labels: `(N, H, W)` integers 0..C-1, 255 = ignore.
-        pooling: `batch`: I and U of the whole batch, averaged over the classes present in it, the
-            form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with the
-            class present. `exp061`: per image I / (U + 1e-6), averaged over images x classes present
+        pooling: `batch`: I and U of the whole batch, averaged over the classes with a labelled pixel
+            in it, the form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with a
+            labelled pixel of the class. `exp061`: per image I / (U + 1e-6), averaged over images x classes present
             in the batch; a pair whose class is absent from the image adds a constant 1 without
             gradient, so a perfect prediction does not give 0 and an unlabelled image costs 1. Kept to
             reproduce Exp061.
@@ -63,11 +63,11 @@ def segmentation_losses(
     soft_iou_pooling: str = "batch",
     class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`segmentation_loss` and its two terms, mean cross-entropy and soft IoU, in one pass."""
+    """`segmentation_loss` and its two terms, mean cross-entropy and soft IoU loss, in one pass."""
     check_options(soft_iou_pooling=soft_iou_pooling)
     _check_labels(logits, labels)
     cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
-    soft_iou = _soft_iou(intersection, count, prediction, soft_iou_pooling)
+    soft_iou = _soft_iou_loss(intersection, count, prediction, soft_iou_pooling)
     if class_weights is not None:
         cross_entropy = class_weights * cross_entropy
         count = class_weights * count
@@ -77,7 +77,7 @@ def segmentation_losses(
     return total, mean, soft_iou
 
 
-def _soft_iou(
+def _soft_iou_loss(
     intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str
 ) -> torch.Tensor:
     if pooling == "batch":
@@ -95,12 +95,10 @@ def _soft_iou(
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch has it.
 
-    It sorts the pixels of each class, for which a GPU waits; a batch without a labelled pixel, which it can't sort,
-    gives 0.
+    It sorts the pixels of each class, for which a GPU waits. A batch without a labelled pixel gives 0.
     """
-    if labels.device.type == "cpu" and not (labels != IGNORE_INDEX).any():
-        return logits.sum() * 0
-    return smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)(logits.float(), labels)
+    loss = smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
+    return loss(logits.float(), labels).sum()  # without a labelled pixel it is an empty tensor
 
 
 def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tensor:
@@ -211,5 +209,5 @@ def _write_gradient(
     softmax = (logits.flatten(2).to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp()
     truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
     at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
-    mean = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
-    gradient.copy_(at_truth.addcmul(softmax, d_prediction - mean).view(gradient.shape))
+    total = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
+    gradient.copy_(at_truth.addcmul(softmax, d_prediction - total).view(gradient.shape))

@@ -1,7 +1,7 @@
 """Metrics: confusion matrices per image first, then scores. Counts add up, scores do not.
 
-IoU averaged over batches or images is another number than the mIoU that papers report, so every
-score here pools counts first.
+IoU averaged over batches or images is another number than the mIoU that papers report, so every score of a set of
+images pools counts first.
 """
 
 import math
@@ -112,7 +112,9 @@ def truth_iou(counts: Array) -> np.ndarray:
 
 
 def mean_truth_iou(counts: Array) -> float:
-    """Mean of `iou` over the classes in the truth: for all runs, and all epochs, on the same images the same classes.
+    """Mean of `iou` over the classes in the truth: the mIoU that this project reports.
+
+    Classes that are only predicted are left out, so that all runs and epochs average the same classes of the same images.
 
     Raises:
         ValueError: no labelled pixel.

@@ -195,7 +195,7 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
 
 
 def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:
-    """Copy every weight of a trained network whose name and shape fit; what can't be copied starts anew.
+    """Copy every weight of a trained network whose name and shape fit.
 
     In the first layer the filters of channels that both networks take are copied, and those of other channels start
     at zero, so that the network first sees what the trained one saw; without a common channel it starts anew. The
@@ -284,7 +284,7 @@ def weights_digest(weights: str | Path | None) -> str | None:
 def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own configuration.
 
-    A file of weights has no configuration: timm's for the encoder of that name is taken, else ImageNet's.
+    A file of weights has no configuration: timm's for this encoder is taken, or ImageNet's where timm does not know it.
 
     Raises:
         RuntimeError: smp's configuration can't be fetched.

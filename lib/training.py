@@ -30,7 +30,7 @@ FINITE_STEPS = 20  # between checks of the losses: each check makes a GPU wait
 
 
 class Losses(NamedTuple):
-    """Scalar terms of one batch, unweighted, and their weighted sum `total`, which is minimised."""
+    """Scalar terms of one batch, before their weights, and `total`, their weighted sum, which is minimised."""
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
@@ -64,7 +64,7 @@ class Objective:
         )
 
     def __call__(self, prediction: Prediction, batch: Batch) -> Losses:
-        """The terms for one batch; a term whose weight is 0 is 0, except soft IoU, which costs nothing."""
+        """The terms for one batch. Soft IoU is computed with weight 0 too, since it costs nothing."""
         weights = self.class_weights
         if weights is not None:
             weights = weights.to(batch.label.device, non_blocking=True)

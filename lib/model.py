@@ -184,14 +184,27 @@ def check_network(architecture: str, encoder: str) -> None:
 
 
 def _build_network(config: ModelConfig) -> SegmentationDepthNet:
+    """A network that has seen one image of its size: some encoders are made for one size only."""
     check_network(config.architecture, config.encoder)
+    height, width = config.size
     try:
-        return SegmentationDepthNet(config)
-    except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        model = SegmentationDepthNet(config)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, len(config.channels), height, width))
+    except (
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise ValueError(
-            f"encoder: {config.encoder!r} can't be used in {config.architecture} ({error}); an encoder that can't be "
-            "dilated goes with architecture fpn, unet or upernet, and resnet18 with nearly all"
+            f"encoder: {config.encoder!r} can't be used in {config.architecture} at {height}x{width} ({error}); an "
+            "encoder that can't be dilated goes with architecture fpn, unet or upernet, one that is made for one size "
+            "needs image_height and image_width of that size, and resnet18 goes with nearly all"
         ) from error
+    return model.train()
 
 
 def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:

@@ -62,7 +62,7 @@ def test_other_encoders(encoder):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_gives_both_heads_the_size_of_the_input(architecture):
-    model = tiny(architecture=architecture, size=(96, 128), classes=("a", "b", "c"))
+    model = tiny(architecture=architecture, size=(129, 150), classes=("a", "b", "c"))
     prediction = model(torch.randn(1, 4, 129, 150))
     assert prediction.logits.shape == (1, 3, 129, 150)
     assert prediction.depth.shape == (1, 1, 129, 150)
@@ -123,9 +123,19 @@ def test_unknown_encoder_and_weights():
     with pytest.raises(ValueError, match="encoder: found 'tu-nonsense', did you mean tu-"):
         build_model(classes=NYUV2_13, encoder="tu-nonsense")
     with pytest.raises(
-        ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 with nearly all"
+        ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 goes with nearly all"
     ):
         build_model(classes=NYUV2_13, encoder="vgg11")
+
+
+@pytest.mark.parametrize("encoder", ["tu-swin_tiny_patch4_window7_224", "tu-coatnet_0_rw_224"])
+def test_an_encoder_that_is_made_for_another_size_is_refused_before_it_trains(encoder):
+    """Otherwise the first step would fail, after an older run of that name was moved away."""
+    options = {"classes": NYUV2_13, "encoder": encoder, "architecture": "fpn"}
+    with pytest.raises(ValueError, match=f"encoder: '{encoder}' can't be used in fpn at 96x128 .* that size"):
+        build_model(size=(96, 128), **options)
+    if "swin" in encoder:
+        assert build_model(size=(224, 224), **options).training
     with pytest.raises(
         ValueError,
         match="encoder_weights: found 'foo', resnet18 has imagenet, ssl, swsl; or None, or the path",

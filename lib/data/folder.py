@@ -308,25 +308,19 @@ def _read_files(
 ) -> list[dict[str, np.ndarray]]:
     """Arrays in order; at their native size for each stretch of files of one size."""
     if not files:
-        height, width = size or (0, 0)
         return [
-            {kind: np.empty((0, height, width, *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
+            {kind: np.empty((0, *(size or (0, 0)), *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
         ]
-    sizes = [size] * len(files) if size else [upright_size(paths["image"]) for paths in files]
-    pieces, start = [], 0
-    for _, stretch in groupby(sizes):
-        end, stacks = start + len(list(stretch)), {}
-        for rows, arrays in _read_blocks(files[start:end], size, description):
-            for kind, array in arrays.items():
-                stacks.setdefault(kind, np.empty((end - start, *array.shape[1:]), array.dtype))[rows] = array
-        pieces.append(stacks)
-        start = end
+    pieces = []
+    for _, stretch in groupby(files, lambda paths: size or upright_size(paths["image"])):
+        blocks = [arrays for _, arrays in _read_blocks(list(stretch), size, description)]
+        pieces.append({kind: np.concatenate([arrays[kind] for arrays in blocks]) for kind in blocks[0]})
     return pieces
 
 
 def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: Description) -> Blocks:
     """Positions and arrays of block after block, decoded in parallel."""
-    read = partial(_read_sample, size=size, description=description)
+    read = partial(read_sample, size=size, description=description)
     bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(files), BLOCK):
@@ -338,9 +332,10 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
             bar.update(len(block))
 
 
-def _read_sample(
+def read_sample(
     paths: Files, size: tuple[int, int] | None, description: Description
 ) -> dict[str, np.ndarray]:
+    """The arrays of one image, by kind."""
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
         depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)

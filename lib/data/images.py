@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
+from lib.data.decoding import SUFFIXES
 from lib.data.description import Description
-from lib.data.folder import compose, is_hidden
+from lib.data.folder import compose, is_hidden, read_sample
 from lib.data.samples import DataError, Split
-from lib.data.sanity import choose_evenly, guess_units, look_at_depth
+from lib.data.sanity import guess_units, look_at_depths
 from lib.data.synthetic import open_synthetic
 
 
@@ -30,29 +30,44 @@ def open_images(
             "give depths, or a run trained with inputs rgb" if takes_depth else "leave it out, or change run"
         )
         raise ValueError(f"depths: found {depths!r}, but this network {takes}; {remedy}")
-    files, partners = _list_files("image", images), _list_files("depth", depths) if depths else {}
-    if len(files) == len(partners) == 1:  # whatever they are called
-        partners = dict(zip(files, partners.values(), strict=True))
-    if depths and (missing := [name for name in files if name not in partners]):
+    files = {name: {"image": path} for name, path in _list_files("image", images).items()}
+    stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
+    description = Description(root=Path(images), **stated)
+    if depths:
+        found = _find_depths(depths, list(files))
+        if not stated:
+            _check_unit(depths, list(found.values()), description)
+        files = {name: paths | {"depth": found[name]} for name, paths in files.items()}
+    names = np.array(list(files))
+
+    def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
+        samples = (read_sample(files[name], size, description) for name in names[positions])
+        return [{kind: array[None] for kind, array in arrays.items()} for arrays in samples]
+
+    measured = f", with depth of {depths} in units of {description.depth_unit_mm:g} mm" if depths else ""
+    data = f"{Path(images).expanduser().resolve()}{measured}"
+    return Split(names, classes, read, batch_size=1, data=data)
+
+
+def _find_depths(depths: str, names: list[str]) -> dict[str, Path]:
+    """The depth of each image; one of one may have any name."""
+    found = _list_files("depth", depths)
+    if len(names) == len(found) == 1:
+        return {names[0]: path for path in found.values()}
+    missing = [name for name in names if name not in found]
+    if missing:
         raise DataError(
             f"depths: {len(missing)} files missing in {depths}, the first is that of image {missing[0]!r}; expected "
             f"{missing[0]}.png, named like the image"
         )
-    if depths and depth_unit_mm is None:
-        sample = choose_evenly([partners[name] for name in files])
-        medians = [look_at_depth(path, Description(root=path.parent))[0] for path in sample]
-        found, units = guess_units(np.array(medians))
-        if found:
-            options = [f"{unit} for {name}" for unit, name in units.items()] + ["1 if these are mm"]
-            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {' or '.join(options)}")
-    names = np.array(list(files))
+    return {name: found[name] for name in names}
 
-    def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
-        return [_read(files[name], partners.get(name), depth_unit_mm) for name in names[positions]]
 
-    measured = f", with depth of {depths} in units of {depth_unit_mm or 1:g} mm" if depths else ""
-    data = f"{Path(images).expanduser().resolve()}{measured}"
-    return Split(names, classes, read, batch_size=1, data=data)
+def _check_unit(depths: str, paths: list[Path], description: Description) -> None:
+    found, units = guess_units(look_at_depths(paths, description)[:, 0])
+    if found:
+        options = " or ".join(f"{unit} {where_so}" for unit, where_so in units.items())
+        raise DataError(f"depths: {depths} {found}: give depth_unit_mm {options}")
 
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
@@ -71,16 +86,3 @@ def _list_files(kind: str, place: str) -> dict[str, Path]:
             f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"
         )
     return files
-
-
-def _read(path: Path, depth_path: Path | None, unit_mm: float | None) -> dict[str, np.ndarray]:
-    image = decode_image(path)
-    if depth_path is None:
-        return {"image": image[None]}
-    depth_mm = depth_to_mm(decode_depth(depth_path, takes_bytes=unit_mm is not None), unit_mm or 1)
-    if depth_mm.shape != image.shape[:2]:
-        found, expected = ("x".join(map(str, array.shape[:2])) for array in (depth_mm, image))
-        raise DataError(
-            f"{depth_path}: {found}, but its picture {path.name} is {expected}; both must have one size"
-        )
-    return {"image": image[None], "depth": depth_mm[None]}

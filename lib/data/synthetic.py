@@ -8,13 +8,17 @@ with their back towards -z, and its footprint (width, depth).
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from lib.classes import IGNORE_INDEX, NYUV2_13
 from lib.data.samples import Split, resize_stack
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
+NATIVE_SIZE = (96, 128)
+VIEW = np.dtype([("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)])
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
 DISPARITY = 43.5  # focal length times baseline of the Kinect, in pixels times metres
 
@@ -38,30 +42,19 @@ TEXTURES = {
 }
 
 
-def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Split:
-    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name, size)."""
-    start, count = (TRAIN_COUNT, TEST_COUNT) if split == "test" else (0, TRAIN_COUNT)
-    ids = np.arange(start, start + count)
-    names = np.array(
-        [f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids]
-    )  # with a gap after each room
-    rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
+def open_synthetic(split: str, seed: int = 0) -> Split:
+    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name)."""
+    ids = np.arange(TEST_COUNT) + TRAIN_COUNT if split == "test" else np.arange(TRAIN_COUNT)
+    rooms = ids // VIEWS_PER_ROOM
+    names = np.char.mod("%06d", ids + rooms)  # with a gap after each room
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
-        shape = len(positions), *native_size
-        image, depth, label = (
-            np.empty((*shape, 3), np.uint8),
-            np.empty(shape, np.uint16),
-            np.empty(shape, np.uint8),
-        )
+        render = partial(render_scene, seed, size=NATIVE_SIZE)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            views = pool.map(lambda index: render_scene(seed, index, native_size), ids[positions].tolist())
-            for row, view in enumerate(views):
-                image[row], depth[row], label[row] = view
-        arrays = {"image": image, "depth": depth, "label": label}
-        return [{name: resize_stack(stack, size or native_size) for name, stack in arrays.items()}]
+            views = np.array(list(pool.map(render, ids[positions].tolist())), VIEW)
+        return [{kind: resize_stack(views[kind], size or NATIVE_SIZE) for kind in VIEW.names}]
 
-    return Split(names, NYUV2_13, read, rooms, validation="blocks")
+    return Split(names, NYUV2_13, read, np.char.mod("room_%04d", rooms), validation="blocks")
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -293,12 +286,11 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
         clear = np.abs(_turn(origin - boxes["centre"], boxes["yaw"])) > boxes["half"] + 0.3
         if np.hypot(ahead[0], ahead[2]) > 0.4 * min(room[0], room[2]) and clear.any(1).all():
             break
-    yaw, pitch, roll = np.arctan2(ahead[0], ahead[2]), rng.normal(0.23, 0.1), rng.normal(0, 0.03)
+    angles = rng.normal((0.23, 0), (0.1, 0.03))
+    turn = Rotation.from_euler("zxy", (-angles[1], angles[0], np.arctan2(ahead[0], ahead[2])))
     row, column = np.mgrid[: size[0], : size[1]] + 0.5
-    right, down = (column - size[1] / 2) / (FOCAL * size[1]), (row - size[0] / 2) / (FOCAL * size[1])
-    right, down = right * np.cos(roll) - down * np.sin(roll), right * np.sin(roll) + down * np.cos(roll)
-    up, forward = -down * np.cos(pitch) - np.sin(pitch), np.cos(pitch) - down * np.sin(pitch)
-    return origin, _turn(np.stack((right, up, forward), -1).reshape(-1, 3), -yaw)
+    plane = (column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL * size[1]))
+    return origin, turn.apply(np.stack(plane, -1).reshape(-1, 3) / (FOCAL * size[1]))
 
 
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:

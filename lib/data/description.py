@@ -98,22 +98,9 @@ class Description(BaseModel):
         Raises:
             DataError: names or values that don't go together.
         """
-        path = self.root / FILE
         if isinstance(self.classes, dict):
-            if "first_label" in self.stated or self.colours:
-                key = "colours" if self.colours else "first_label"
-                found = getattr(self, key)
-                raise DataError(
-                    f"{path}: {key} is {found!r}, expected none where classes maps values to names"
-                )
             return dict(sorted(self.classes.items()))
-        if self.colours:
-            return self._by_colour()
-        if self.first_label + len(self.classes) > MOST_VALUES:
-            raise DataError(
-                f"{path}: first_label is {self.first_label!r}, expected label values up to {MOST_VALUES - 1}"
-            )
-        return dict(enumerate(self.classes, self.first_label))
+        return self._by_colour() if self.colours else dict(enumerate(self.classes, self.first_label))
 
     def _by_colour(self) -> dict[int, str]:
         path = self.root / FILE
@@ -250,22 +237,27 @@ def _refuse_nearly(root: Path) -> None:
 
 def _read_label_map(path: Path) -> dict[str, list[int]]:
     """The colours in CVAT's labelmap.txt, with a line `name:red,green,blue:parts:actions` for each."""
-    colours = {}
     try:
-        for line in path.read_text("utf-8-sig").splitlines():
-            if line.strip() and not line.startswith("#"):
-                name, colour, *_ = line.split(":")
-                colours[name] = [int(number) for number in colour.split(",")]
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
+        entries = [line.split(":") for line in lines]
+        return {name: [int(number) for number in colour.split(",")] for name, colour, *_ in entries}
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: can't be read as colours ({error}), expected lines such as `bed:128,0,0::`"
         ) from error
-    return colours
 
 
 def _check_names(path: Path, description: Description) -> None:
     classes = description.classes
     names = list(classes.values() if isinstance(classes, dict) else classes)
+    for key in ("colours", "first_label"):
+        if key in description.stated and isinstance(classes, dict):
+            found = getattr(description, key)
+            raise DataError(f"{path}: {key} is {found!r}, expected none where classes maps values to names")
+    if description.first_label + len(classes) > MOST_VALUES:
+        raise DataError(
+            f"{path}: first_label is {description.first_label}, expected label values up to {MOST_VALUES - 1}"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"

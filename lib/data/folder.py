@@ -88,10 +88,8 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
         DataError: a missing folder or partner, or an image that is also among those to train on.
     """
     images = _find_images(description, split)
-    found = {"image": images}
-    for kind in description.folders:
-        if kind != "image" and (paths := _match(description, split, kind)) is not None:
-            found[kind] = paths
+    partners = {kind: _match(description, split, kind) for kind in description.folders if kind != "image"}
+    found = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
     if split == "test" and not found.get("label", {}).keys() & images.keys():
         found.pop("label", None)  # held back
     names = images.keys()
@@ -146,8 +144,8 @@ def _base(description: Description, split: str) -> Path:
 
 def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
     """The files of a kind by name, composed as in Unicode's NFC; None where there need be none."""
-    base, value = _base(description, split), description.folders[kind]
-    value = value.replace("{split}", description.splits[split])
+    base = _base(description, split)
+    value = description.folders[kind].replace("{split}", description.splits[split])
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
     top = base / os.path.dirname(pattern.partition("{")[0])
     if not top.is_dir():
@@ -156,19 +154,16 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
         error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
         raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
     whole = pattern.lower().endswith(SUFFIXES[kind])
-    wanted = _compile(pattern)
-    paths, others = {}, Counter()
+    wanted = _compile(pattern, "" if whole else r"\.[^./]+")
+    paths = {}
+    others = Counter()
     for path in walk_files(top):
-        relative = Path(os.path.relpath(path, base))
-        match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
-        if match is None:
-            continue
         if path.suffix.lower() not in SUFFIXES[kind]:
             others[path.suffix] += 1
-            continue
-        name = compose("/".join(match.groups()))
-        if paths.setdefault(name, path) != path:
-            raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
+        elif match := wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix()):
+            name = compose("/".join(match.groups()))
+            if paths.setdefault(name, path) != path:
+                raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
     if not paths and (others or kind == "image"):
         found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
         expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
@@ -176,7 +171,7 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     return paths
 
 
-def _compile(pattern: str) -> re.Pattern:
+def _compile(pattern: str, suffix: str) -> re.Pattern:
     """A value of `folders` as an expression with groups `scene`, where it has one, and `name`."""
     expression = re.escape(pattern)
     for group, what in (("scene", "[^/]+"), ("name", ".+")):
@@ -184,7 +179,7 @@ def _compile(pattern: str) -> re.Pattern:
         expression = expression.replace(placeholder, f"(?P<{group}>{what})", 1).replace(
             placeholder, f"(?P={group})"
         )
-    return re.compile(expression)
+    return re.compile(expression + suffix)
 
 
 def _explain_json(description: Description) -> str:

@@ -25,35 +25,34 @@ def open_images(
     if images == "synthetic":
         return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
     if takes_depth != (depths is not None):
-        takes = "takes depth, too" if takes_depth else "takes RGB alone"
-        remedy = (
-            "give depths, or a run trained with inputs rgb" if takes_depth else "leave it out, or change run"
-        )
-        raise ValueError(f"depths: found {depths!r}, but this network {takes}; {remedy}")
-    files = {name: {"image": path} for name, path in _list_files("image", images).items()}
+        expected = "takes RGB alone; leave it out, or change run"
+        if takes_depth:
+            expected = "takes depth, too; give depths, or a run trained with inputs rgb"
+        raise ValueError(f"depths: found {depths!r}, but this network {expected}")
     stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
     description = Description(root=Path(images), **stated)
-    if depths:
-        found = _find_depths(depths, list(files))
+    files = {name: {"image": path} for name, path in _list_files("image", images).items()}
+    data = str(Path(images).expanduser().resolve())
+    if depths is not None:
+        partners = _find_partners(list(files), depths)
         if not stated:
-            _check_unit(depths, list(found.values()), description)
-        files = {name: paths | {"depth": found[name]} for name, paths in files.items()}
+            _check_unit(depths, list(partners.values()), description)
+        files = {name: paths | {"depth": partners[name]} for name, paths in files.items()}
+        data += f", with depth of {depths} in units of {description.depth_unit_mm:g} mm"
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
         samples = (read_sample(files[name], size, description) for name in names[positions])
         return [{kind: array[None] for kind, array in arrays.items()} for arrays in samples]
 
-    measured = f", with depth of {depths} in units of {description.depth_unit_mm:g} mm" if depths else ""
-    data = f"{Path(images).expanduser().resolve()}{measured}"
     return Split(names, classes, read, batch_size=1, data=data)
 
 
-def _find_depths(depths: str, names: list[str]) -> dict[str, Path]:
+def _find_partners(names: list[str], depths: str) -> dict[str, Path]:
     """The depth of each image; one of one may have any name."""
     found = _list_files("depth", depths)
     if len(names) == len(found) == 1:
-        return {names[0]: path for path in found.values()}
+        return dict(zip(names, found.values(), strict=True))
     missing = [name for name in names if name not in found]
     if missing:
         raise DataError(
@@ -71,18 +70,19 @@ def _check_unit(depths: str, paths: list[Path], description: Description) -> Non
 
 
 def _list_files(kind: str, place: str) -> dict[str, Path]:
-    root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
+    root = Path(place).expanduser()
     there = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+    files = {}
     for path in [root] if root.is_file() else there:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(
                 f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
             )
         name = compose(path.stem)
-        if path.suffix.lower() in suffixes and files.setdefault(name, path) != path:
+        if path.suffix.lower() in SUFFIXES[kind] and files.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:
         raise ValueError(
-            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"
+            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(SUFFIXES[kind])}"
         )
     return files

@@ -103,22 +103,20 @@ class Description(BaseModel):
         return self._by_colour() if self.colours else dict(enumerate(self.classes, self.first_label))
 
     def _by_colour(self) -> dict[int, str]:
-        path = self.root / FILE
-        listed = [name for name in self.colours if name != "ignore"]
-        names = self.classes if "classes" in self.stated else listed
-        wrong = [f"no colour of class {name!r}" for name in names if name not in self.colours]
-        wrong += [f"a colour of {name!r}" for name in self.colours if name not in (*names, *NO_CLASS)]
-        by_value = {pack_colours(self.colours[name]): name for name in names if name in self.colours}
-        if len(set(map(pack_colours, self.colours.values()))) < len(self.colours):
+        colours = {name: pack_colours(colour) for name, colour in self.colours.items()}
+        names = self.classes if "classes" in self.stated else [name for name in colours if name != "ignore"]
+        wrong = [f"no colour of class {name!r}" for name in names if name not in colours]
+        wrong += [f"a colour of {name!r}" for name in colours if name not in (*names, *NO_CLASS)]
+        if len(set(colours.values())) < len(colours):
             wrong.append("two names of one colour")
         if not 2 <= len(names) <= MOST_CLASSES:
             wrong.append(f"{len(names)} classes")
         if wrong:
             raise DataError(
-                f"{path}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a colour of their own each; "
-                "a colour that means unlabelled is named ignore"
+                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a colour of their "
+                "own each; a colour that means unlabelled is named ignore"
             )
-        return by_value
+        return {colours[name]: name for name in names}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -129,23 +127,18 @@ class Description(BaseModel):
     def unlabelled(self) -> list[int]:
         """Label values, or colours as numbers, that mean unlabelled."""
         if self.colours:
-            names = self.class_names
-            return [pack_colours(colour) for name, colour in self.colours.items() if name not in names]
+            return sorted({pack_colours(colour) for colour in self.colours.values()} - self.by_value.keys())
         if self.ignore == "others":
             return []
         if self.first_label == 1 and "ignore" not in self.stated:
             return [0, IGNORE_INDEX]
         return self.ignore
 
-    @property
-    def index_of_others(self) -> int:
-        """What a label value becomes that is neither a class nor unlabelled; -1 is an error."""
-        return IGNORE_INDEX if self.ignore == "others" else -1
-
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 class index of each label value or colour, 255 where it means unlabelled, -1 where it is neither."""
-        table = np.full(2**24 if self.colours else MOST_VALUES, self.index_of_others, np.int16)
+        """int16 class index of each label value or colour, then of all other values; 255: unlabelled, -1: an error."""
+        index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
+        table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
         table[list(self.by_value)] = range(len(self.by_value))
         return table
@@ -153,11 +146,10 @@ class Description(BaseModel):
     def to_indices(self, path: Path, label: np.ndarray) -> np.ndarray:
         """uint8 class indices, 255 = unlabelled, of the values in a file, which a `DataError` names."""
         label = label.astype(np.int64)
-        inside = label.clip(0, len(self.table) - 1)
-        indices = np.where(label == inside, self.table[inside], self.index_of_others)
-        unknown = indices < 0
-        if unknown.any():
-            values, counts = np.unique(label[unknown], return_counts=True)
+        others = len(self.table) - 1
+        indices = self.table[np.where((label >= 0) & (label < others), label, others)]
+        if (indices < 0).any():
+            values, counts = np.unique(label[indices < 0], return_counts=True)
             self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
         return indices.astype(np.uint8)
 
@@ -204,10 +196,9 @@ def read_description(root: Path) -> Description:
         _refuse_nearly(root)
         return Description(root=root)
     try:
-        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
+        content = yaml.safe_load(path.read_bytes()) or {}  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
-    content = {} if content is None else content  # nothing, or comments alone
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
         if OLDER_NAMES.get(unknown[0]) in KEYS:

@@ -59,10 +59,15 @@ def open_folder(root: Path, split: str) -> Split:
         check()
         return _read_files([files[name] for name in names[positions]], size, description)
 
-    known = {"depth_range_m": tuple(description.depth_range_m), "validation": validation}
-    if not description.colours:
-        known["label_values"] = tuple(description.by_value)
-    return Split(names, description.class_names, read, scene, **known)
+    return Split(
+        names,
+        description.class_names,
+        read,
+        scene,
+        tuple(description.depth_range_m),
+        validation=validation,
+        label_values=None if description.colours else tuple(description.by_value),
+    )
 
 
 def _choose_scenes(description: Description, split: str, names: np.ndarray) -> tuple[np.ndarray | None, str]:
@@ -213,7 +218,8 @@ def compose(name: str) -> str:
 
 def _listed(description: Description, split: str, images: dict[str, Path]) -> list[str]:
     """The names in a list: as they are, or as paths of files, which may lack the suffix."""
-    place, known = description.root / description.splits[split], {}
+    place = description.root / description.splits[split]
+    known = {}
     for kind in description.folders:
         paths = images if kind == "image" else _match(description, split, kind) or {}
         for name, path in paths.items():
@@ -221,7 +227,8 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
             known |= {compose(relative.as_posix()): name, compose(relative.with_suffix("").as_posix()): name}
     for name, path in images.items():
         known |= {name: name, f"{name}{path.suffix}": name}
-    lines = _read_lines(place)
+    stripped = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
+    lines = [compose(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
         what = "is empty"
@@ -232,14 +239,10 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
             f"{description.root / description.folders['image']}"
         )
     names = [known[line] for line in lines]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
         raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
     return sorted(names)
-
-
-def _read_lines(place: Path) -> list[str]:
-    lines = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
-    return [compose(os.path.normpath(line)) for line in lines if line]
 
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
@@ -248,14 +251,12 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     if text.lower().endswith(".csv"):
         file = description.root / text
         try:
-            scenes = (
-                pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            table = pd.read_csv(file, dtype=str, encoding="utf-8-sig").dropna(subset=["name", "scene"])
+        except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
-        scenes = {compose(str(name)): scene for name, scene in scenes.items()}
+        scenes = dict(zip(map(compose, table["name"]), table["scene"], strict=True))
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
@@ -279,12 +280,16 @@ def _map_files(
     description: Description, split: str, files: list[Files], size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """All images of a split, mapped; what was judged when they were kept is not judged again."""
-    states = [(path, path.stat()) for paths in files for path in paths.values()]
-    key = {"version": CACHE_VERSION, "kind": split, "size": list(size)}
     root = description.root  # however it is spelt
-    key["files"] = [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states]
-    text = description.root / FILE
-    key["description"] = text.read_bytes().hex() if text.exists() else None
+    text = root / FILE
+    states = [(path, path.stat()) for paths in files for path in paths.values()]
+    key = {
+        "version": CACHE_VERSION,
+        "kind": split,
+        "size": list(size),
+        "files": [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states],
+        "description": text.read_bytes().hex() if text.exists() else None,
+    }
     layout = {
         kind: (dtype, (len(files), *size, *axes))
         for kind, (dtype, axes) in CHANNELS.items()
@@ -295,7 +300,7 @@ def _map_files(
         check_files(description, split, files)
         yield from _read_blocks(files, size, description)
 
-    return map_arrays(description.root, key, layout, make)
+    return map_arrays(root, key, layout, make)
 
 
 def _read_files(

@@ -20,12 +20,7 @@ from lib.options import check_choice
 from lib.progress import progress_bar
 
 TABLES = Path(__file__).parent / "tables"
-ARRAYS = {
-    "images": ("uint8", 4),
-    "depths": ("float32", 3),
-    "rawDepths": ("float32", 3),
-    "labels": ("uint16", 3),
-}
+ARRAYS = {"images": "uint8", "depths": "float32", "rawDepths": "float32", "labels": "uint16"}
 CACHED = {
     "image": (np.uint8, (3,)),
     "depth": (np.uint16, ()),
@@ -48,10 +43,9 @@ def open_file(path: Path, split: str, classes: str | None) -> Split:
     class_set = classes or "nyuv2_13"
     check_choice("classes", class_set, CLASS_SETS)
     with _open(path) as file:
-        count, references = len(file["images"]), file["scenes"][:].ravel()
+        references = file["scenes"][:].ravel()
         scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
-    table = _official_split(count)
-    ids = table.id[table.split == ("test" if split == "test" else "train")].to_numpy()
+    ids = _official_ids(len(scenes), "test" if split == "test" else "train")
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         return [_read_frames(path, ids[positions], size, class_set)]
@@ -76,16 +70,14 @@ def _read_frames(
     return select_rows(arrays, _rows(count)[ids])
 
 
-def _official_split(count: int) -> pd.DataFrame:
-    table = pd.read_csv(TABLES / "nyuv2_split.csv")
-    return table[table.id < count]
+def _official_ids(count: int, split: str) -> np.ndarray:
+    """The 0-based ids of the first frames of the official split `train` or `test`."""
+    return pd.read_csv(TABLES / "nyuv2_split.csv").query("id < @count and split == @split").id.to_numpy()
 
 
 def _rows(count: int) -> np.ndarray:
     """The row of each frame in the cache: the official training split first, then the test split."""
-    return np.argsort(
-        _official_split(count).sort_values(["split", "id"], ascending=[False, True]).id.to_numpy()
-    )
+    return np.argsort(np.append(_official_ids(count, "train"), _official_ids(count, "test")))
 
 
 def _open(path: Path) -> h5py.File:
@@ -94,16 +86,9 @@ def _open(path: Path) -> h5py.File:
     try:
         file = h5py.File(path, locking=False)  # which not every disk has, and reading needs none
     except OSError as error:
-        with open(path, "rb") as start:
-            older = start.read(10) == b"MATLAB 5.0"
-        remedy = (
-            "It is a file of version 5, as splits.mat"
-            if older
-            else "A download that was cut short has to be repeated"
-        )
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's "
-            f"version 7.3. {remedy}"
+            "version 7.3, not of version 5 as splits.mat. A download that was cut short has to be repeated"
         ) from error
     _check_layout(path, file)
     return file
@@ -122,8 +107,8 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; "
             "use the file as it was published"
         )
-    for name, (dtype, dimensions) in ARRAYS.items():
-        shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)
+    for name, dtype in ARRAYS.items():
+        shape = (count, 3, *frame) if name == "images" else (count, *frame)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
             raise DataError(
                 f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at most 1449 "

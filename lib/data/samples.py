@@ -1,7 +1,7 @@
 """Splits of a data set, RGB-D samples as arrays with one common index, and their resizing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -59,10 +59,8 @@ class Samples:
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Samples":
         """The same change to every array that is there."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
-        )
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **{name: change(array) for name, array in arrays.items()})
 
     @property
     def labels_or_ignored(self) -> np.ndarray:
@@ -124,16 +122,13 @@ class Split:
 
     def __getitem__(self, positions: np.ndarray) -> list[Samples]:
         """The images at these positions, as `Samples` of one size each."""
+        known = {name: getattr(self, name) for name in ("classes", "depth_range_m", "loaded_with")}
+        pieces = self.read(np.asarray(positions), self.size)
+        ends = np.cumsum([len(arrays["image"]) for arrays in pieces])
         samples = []
-        start = 0
-        for arrays in self.read(np.asarray(positions), self.size):
-            at = positions[start : start + len(arrays["image"])]
-            start += len(at)
+        for at, arrays in zip(np.split(positions, ends[:-1]), pieces, strict=True):
             scene = None if self.scene is None else self.scene[at]
-            known = {"classes": self.classes, "depth_range_m": self.depth_range_m}
-            samples.append(
-                Samples(self.names[at], **arrays, scene=scene, **known, loaded_with=self.loaded_with)
-            )
+            samples.append(Samples(self.names[at], **arrays, scene=scene, **known))
         return samples
 
     def select(self, chosen: np.ndarray) -> "Split":

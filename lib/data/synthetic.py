@@ -209,8 +209,8 @@ def _hung(rng, span, room_height) -> list:
 
 def _side(room, side: int) -> tuple[float, np.ndarray, float]:
     """Yaw, middle of the foot and length of one of the four walls."""
-    yaw, span, reach = side * np.pi / 2, room[2 * (side % 2)], room[2 - 2 * (side % 2)] / 2
-    return yaw, -reach * np.array((np.sin(yaw), np.cos(yaw))), span
+    yaw = side * np.pi / 2
+    return yaw, -room[[0, 2]] / 2 * (np.sin(yaw), np.cos(yaw)), room[2 * (side % 2)]
 
 
 def _walls(rng, room) -> list:
@@ -289,8 +289,8 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
     angles = rng.normal((0.23, 0), (0.1, 0.03))
     turn = Rotation.from_euler("zxy", (-angles[1], angles[0], np.arctan2(ahead[0], ahead[2])))
     row, column = np.mgrid[: size[0], : size[1]] + 0.5
-    plane = (column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL * size[1]))
-    return origin, turn.apply(np.stack(plane, -1).reshape(-1, 3) / (FOCAL * size[1]))
+    view = np.stack((column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL * size[1])), -1)
+    return origin, turn.apply(view.reshape(-1, 3) / (FOCAL * size[1]))
 
 
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:

@@ -77,7 +77,9 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
-        expected = "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
+        expected = (
+            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
+        )
         raise _refused(path, "8 bits", expected)
     if (depth < 0).any():
         raise _refused(

@@ -196,7 +196,9 @@ def read_description(root: Path) -> Description:
         _refuse_nearly(root)
         return Description(root=root)
     try:
-        content = yaml.safe_load(path.read_bytes()) or {}  # which finds its encoding, whatever the system's is
+        content = (
+            yaml.safe_load(path.read_bytes()) or {}
+        )  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]

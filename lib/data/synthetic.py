@@ -18,7 +18,9 @@ from lib.data.samples import Split, resize_stack
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
 NATIVE_SIZE = (96, 128)
-VIEW = np.dtype([("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)])
+VIEW = np.dtype(
+    [("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)]
+)
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
 DISPARITY = 43.5  # focal length times baseline of the Kinect, in pixels times metres
 

@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def list_runs(having: str = "parameters.json") -> str:
 def open_run(
     parameters: dict[str, object],
     resume: bool = False,
-    samples: Iterable[Samples] = (),
+    samples: Sequence[Samples] = (),
     wait_seconds: float = 0,
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
@@ -76,7 +76,6 @@ def open_run(
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
     saved |= weights_digests(parameters)
-    samples = tuple(samples)
     for name, value in itertools.chain(*((loaded.loaded_with or {}).items() for loaded in samples)):
         if saved.get(name, value) != value:
             raise ValueError(
@@ -95,12 +94,12 @@ def open_run(
         yield run
 
 
-def _write_images(run: Path, samples: tuple[Samples, ...]) -> None:
+def _write_images(run: Path, samples: Sequence[Samples]) -> None:
     """Which images train and validate, for the day when the data set has others."""
     if len(samples) == 2 and samples[0].loaded_with is not None:
         train, valid = (one.names.tolist() for one in samples)
-        validation = samples[0].loaded_with["chosen_validation"]
-        write_json({"validation": validation, "train": train, "valid": valid}, run / "images.json")
+        chosen = {"validation": samples[0].loaded_with["chosen_validation"], "train": train, "valid": valid}
+        write_json(chosen, run / "images.json")
 
 
 def read_images(run: Path) -> dict:
@@ -141,15 +140,13 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
         raise ValueError(
             f"resume: no run {run.name!r} in {run.parent}, there are: {list_runs()}; start it with resume False"
         )
-    saved = read_json(run / "parameters.json")
-    for name in WEIGHTS:
-        digest = parameters.get(f"{name}_digest")
-        if digest is not None and digest == saved.get(f"{name}_digest"):  # the same file elsewhere
-            parameters = parameters | {name: saved[name]}
+    saved = read_parameters(run)
+    keys = {name: f"{name}_digest" for name in WEIGHTS}
+    same_file = [name for name, key in keys.items() if parameters.get(key) == saved.get(key, "unknown")]
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *WHERE, *RECORDED)
+        if name not in (*MAY_CHANGE, *WHERE, *RECORDED, *same_file)
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
@@ -251,8 +248,8 @@ def read_parameters(run: Path) -> dict:
     return read_json(run / "parameters.json")
 
 
-def find_run(run: str) -> Path:
-    """The folder of a trained run: `latest`, a name, or a path.
+def find_run(run: str, parameter: str = "run") -> Path:
+    """The folder of a trained run: `latest`, a name, or a path, which a parameter of the notebook holds.
 
     Raises:
         ValueError: there is none; the message names the command that makes one.
@@ -263,7 +260,7 @@ def find_run(run: str) -> Path:
         file = max(trained, key=lambda path: path.stat().st_mtime, default=file)
     if not file.exists():
         raise ValueError(
-            f"run: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one with "
+            f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one with "
             "`papermill train.ipynb out.ipynb`"
         )
     return file.parent
@@ -274,7 +271,4 @@ def find_weights(init_from: str) -> Path:
     path = Path(init_from).expanduser()
     if path.suffix == ".pt" and path.is_file():
         return path
-    try:
-        return find_run(init_from) / "best.pt"
-    except ValueError as error:
-        raise ValueError(str(error).replace("run: found", "init_from: found", 1)) from error
+    return find_run(init_from, "init_from") / "best.pt"

@@ -397,7 +397,8 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
     """A seed counts once, however often it was trained or named: another run of it is no other draw."""
     seen: dict[tuple, ScoredRun] = {}
     for run in runs:
-        seed, fold = run.parameters.get("seed"), run.parameters.get("fold")
+        seed = run.parameters.get("seed")
+        fold = run.parameters.get("fold")
         other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
         if other is not run:
             raise ValueError(
@@ -473,8 +474,7 @@ def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
 def _pool(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
-    ordered = names[order]
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    twice = np.sort(names[pd.Index(names).duplicated()])
     if len(twice):
         raise ValueError(
             f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; folds are "
@@ -484,7 +484,7 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
     return replace(
         folds[-1],
         name=f"five folds, seed {folds[-1].parameters['seed']}",
-        names=ordered,
+        names=names[order],
         counts=np.concatenate([run.counts for run in folds])[order],
         scene=np.concatenate([run.scene for run in folds])[order] if known else None,
         strata=_pool_strata(folds),
@@ -508,15 +508,16 @@ def _pool_strata(folds: list[ScoredRun]) -> dict[str, np.ndarray] | None:
 
 def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
     check_same_classes(first.classes, other.classes, f"the run {first.name!r}", f"the run {other.name!r}")
-    pair = f"runs: {first.name!r} and {other.name!r} can't be compared: "
-    remedy = "; evaluate both on the same data, split and fold"
+    if first.shows_same_images(other):
+        return
     if list(first.names) != list(other.names):
         only = sorted(set(first.names) ^ set(other.names))
-        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only"
-        raise ValueError(f"{pair}{found}{', such as ' + only[0] if only else ', in another order'}{remedy}")
-    differing = (first.counts.sum(2) != other.counts.sum(2)).any(1)
-    if differing.any():
-        raise ValueError(
-            f"{pair}the labels of {differing.sum()} of {len(differing)} images differ, such as those of "
-            f"{first.names[differing.argmax()]}{remedy}"
-        )
+        which = f"such as {only[0]}" if only else "in another order"
+        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only, {which}"
+    else:
+        differing = first.names[(first.counts.sum(2) != other.counts.sum(2)).any(1)]
+        found = f"the labels of {len(differing)} of {len(first.names)} images differ, such as those of {differing[0]}"
+    raise ValueError(
+        f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same data, split "
+        "and fold"
+    )

@@ -210,29 +210,28 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     """
     plain = counted["plain"]
     truth = plain.counts.sum(2)
+    intervals = {name: score_interval(each.counts, each.scene) for name, each in counted.items()}
+    low, high = intervals["plain"].class_interval
     columns = {
         "images": (truth > 0).sum(0),
         "support": truth.sum(0) / max(truth.sum(), 1),
         "IoU": truth_iou(plain.counts),
+        "low": low,
+        "high": high,
     }
-    described = {"intervals": {}, "depth": depth_scores(plain.depth)}
-    for name, evaluation in counted.items():
-        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)[truth.any(0)]))
-        interval = score_interval(evaluation.counts, evaluation.scene)
-        described[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
-        described["intervals"][name] = interval.interval
-        if name == "plain":
-            columns |= dict(zip(("low", "high"), interval.class_interval, strict=True))
-            described["scenes"] = interval.scene_count if evaluation.scene is not None else None
+    described = {
+        "intervals": {name: found.interval for name, found in intervals.items()},
+        "depth": depth_scores(plain.depth),
+        "scenes": None if plain.scene is None else intervals["plain"].scene_count,
+    }
+    for name, each in counted.items():
+        boundary = float(np.nanmean(boundary_iou(each.boundary)[truth.any(0)]))
+        described[name] = all_scores(each.counts) | {"boundary_miou": boundary}
     if "augmented" in counted:
-        augmented = counted["augmented"]
-        columns["IoU, augmented"] = truth_iou(augmented.counts)
-        gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
-        described["gain"] = {
-            "difference": gain.difference,
-            "interval": gain.interval,
-            "p_value": gain.p_value,
-        }
+        augmented = counted["augmented"].counts
+        columns["IoU, augmented"] = truth_iou(augmented)
+        gain = compare_checkpoints(plain.counts, augmented, plain.scene)
+        described["gain"] = {name: getattr(gain, name) for name in ("difference", "interval", "p_value")}
     columns["boundary IoU"] = boundary_iou(plain.boundary)
     by_class = pd.DataFrame(columns, index=list(plain.classes)).sort_values("support", ascending=False)
     return described | {"classes": by_class.to_dict("index")}

@@ -71,9 +71,15 @@ def iterate_samples(
         opened = _open_source(source, split, classes, limit)
     elif split != "test":
         opened = opened.select(select_split(opened, split, chosen, fold))
-    loaded_with = {"data": str(source), "validation": validation, "limit": limit, "classes": classes}
-    loaded_with |= {"fold": fold, "chosen_validation": chosen}
-    loaded_with |= dict(zip(("image_height", "image_width"), size or (), strict=False))
+    loaded_with = {
+        "data": str(source),
+        "validation": validation,
+        "limit": limit,
+        "classes": classes,
+        "fold": fold,
+        "chosen_validation": chosen,
+        **dict(zip(("image_height", "image_width"), size or (), strict=False)),
+    }
     known = {"data": str(source), "validation": chosen, "loaded_with": loaded_with}
     return replace(opened, split=split, size=size, batch_size=batch_size, **known)
 

@@ -77,10 +77,11 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
-        expected = (
-            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
+        raise _refused(
+            path,
+            "8 bits",
+            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again",
         )
-        raise _refused(path, "8 bits", expected)
     if (depth < 0).any():
         raise _refused(
             path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0"
@@ -94,8 +95,6 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
 
 def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0,)) -> np.ndarray:
     """uint16 millimetres, 0 where nothing was measured (or NaN or infinity says so), at most 65.5 m."""
-    if depth.dtype == np.uint16 and unit_mm == 1 and list(missing) == [0]:
-        return depth
     there = np.isfinite(depth) & ~np.isin(depth, missing)
     depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # 16 bits would end at 65504
     return np.where(there, depth_mm, 0).clip(0, 65535).astype(np.uint16)

@@ -159,8 +159,7 @@ class Description(BaseModel):
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
-        ignored = ", ".join(map(str, self.unlabelled)) or "nothing"
-        expected = f"{min(values)}..{max(values)}{gaps} and {ignored} = unlabelled"
+        expected = f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} = unlabelled"
         hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
         if self.colours:
             expected = "those of `colours`"
@@ -245,8 +244,9 @@ def _check_names(path: Path, description: Description) -> None:
     names = list(classes.values() if isinstance(classes, dict) else classes)
     for key in ("colours", "first_label"):
         if key in description.stated and isinstance(classes, dict):
-            found = getattr(description, key)
-            raise DataError(f"{path}: {key} is {found!r}, expected none where classes maps values to names")
+            raise DataError(
+                f"{path}: {key} is {getattr(description, key)!r}, expected none where classes maps values to names"
+            )
     if description.first_label + len(classes) > MOST_VALUES:
         raise DataError(
             f"{path}: first_label is {description.first_label}, expected label values up to {MOST_VALUES - 1}"
@@ -255,8 +255,9 @@ def _check_names(path: Path, description: Description) -> None:
         raise DataError(
             f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"
         )
-    if both := sorted(set(description.by_value) & set(description.unlabelled)):
-        name = description.by_value[both[0]]
+    both = sorted(description.by_value.keys() & set(description.unlabelled))
+    if both:
         raise DataError(
-            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is {name!r}"
+            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is "
+            f"{description.by_value[both[0]]!r}"
         )

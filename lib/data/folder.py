@@ -47,9 +47,7 @@ def open_folder(root: Path, split: str) -> Split:
     description = read_description(root)
     files = find_files(description, split)
     names = np.array(list(files))
-    scene, validation = _choose_scenes(description, split, names)
-    if "valid" in description.splits:
-        validation = "predefined"
+    scene, usual = _choose_scenes(description, split, names)
     check = cache(partial(check_files, description, split, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
@@ -65,22 +63,18 @@ def open_folder(root: Path, split: str) -> Split:
         read,
         scene,
         tuple(description.depth_range_m),
-        validation=validation,
+        validation="predefined" if "valid" in description.splits else usual,
         label_values=None if description.colours else tuple(description.by_value),
     )
 
 
 def _choose_scenes(description: Description, split: str, names: np.ndarray) -> tuple[np.ndarray | None, str]:
     """The scene of each image, None where nothing tells it, and the usual way to choose validation images."""
-    if description.scene is not None:
+    if description.scene is not None or "{scene}" in description.folders["image"]:
         return _name_scenes(description, names), "scenes"
-    if "{scene}" in description.folders["image"]:
-        return np.array([name.partition("/")[0] for name in names.tolist()]), "scenes"
-    together = names
-    if "valid" in description.splits and split != "test":  # a run may continue in the other split
-        other = "train" if split == "valid" else "valid"
-        together = np.append(names, list(_find_images(description, other)))
-    runs = number_runs(together)
+    other = {"train": "valid", "valid": "train"}.get(split)
+    beside = _find_images(description, other) if other in description.splits else {}
+    runs = number_runs(np.array([*names.tolist(), *beside]))  # a run may continue in the other split
     if runs is None:
         return None, "random"
     return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
@@ -120,9 +114,8 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
             f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in {root / FILE}"
         )
     found = _match(description, split, "image")
-    if not (root / description.splits[split]).is_file():
-        return found
-    return {name: found[name] for name in _listed(description, split, found)}
+    is_list = (root / description.splits[split]).is_file()
+    return {name: found[name] for name in _listed(description, split, found)} if is_list else found
 
 
 def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
@@ -143,8 +136,8 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
 def _base(description: Description, split: str) -> Path:
     """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says where."""
     place = description.root / description.splits[split]
-    by_kind = any("{split}" in value for value in description.folders.values())
-    return description.root if by_kind or place.is_file() else place
+    says_where = any("{split}" in value for value in description.folders.values())
+    return description.root if says_where or place.is_file() else place
 
 
 def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
@@ -224,9 +217,9 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
         paths = images if kind == "image" else _match(description, split, kind) or {}
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
-            known |= {compose(relative.as_posix()): name, compose(relative.with_suffix("").as_posix()): name}
-    for name, path in images.items():
-        known |= {name: name, f"{name}{path.suffix}": name}
+            spelt = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
+            known |= dict.fromkeys(map(compose, spelt), name)
+    known |= {name: name for name in images}
     stripped = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
     lines = [compose(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
@@ -247,7 +240,8 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     """The scene of each image, from a table or from its name."""
-    file, text = description.root / FILE, description.scene
+    file = description.root / FILE
+    text = description.scene or "^([^/]+)/"
     if text.lower().endswith(".csv"):
         file = description.root / text
         try:

@@ -25,9 +25,11 @@ def open_images(
     if images == "synthetic":
         return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
     if takes_depth != (depths is not None):
-        expected = "takes RGB alone; leave it out, or change run"
-        if takes_depth:
-            expected = "takes depth, too; give depths, or a run trained with inputs rgb"
+        expected = (
+            "takes depth, too; give depths, or a run trained with inputs rgb"
+            if takes_depth
+            else "takes RGB alone; leave it out, or change run"
+        )
         raise ValueError(f"depths: found {depths!r}, but this network {expected}")
     stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
     description = Description(root=Path(images), **stated)

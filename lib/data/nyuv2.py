@@ -61,8 +61,13 @@ def _read_frames(
     with _open(path) as file:
         count, width, height = file["labels"].shape
         status = path.stat()
-        key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        key |= {"size": list(size or (height, width)), "kind": class_set}
+        key = {
+            "version": CACHE_VERSION,
+            "bytes": status.st_size,
+            "modified_ns": status.st_mtime_ns,
+            "size": list(size or (height, width)),
+            "kind": class_set,
+        }
         layout = {
             name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()
         }
@@ -130,18 +135,22 @@ def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Bloc
 def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.ndarray]:
     """`BLOCK` frames as they are published, in our layout and units."""
     images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
-    image, depth_m, label = images.transpose(0, 3, 2, 1), depths.transpose(0, 2, 1), labels.transpose(0, 2, 1)
-    if label.max() > 894:
-        raise DataError(f"{file.filename}: label {label.max()} in frames {start} on, expected raw ids 0..894")
-    if not (np.isfinite(depth_m).all() and 0.1 < np.median(depth_m) < 20):
+    if labels.max() > 894:
         raise DataError(
-            f"{file.filename}: median depth {np.median(depth_m):g} in frames {start} on, expected metres of an indoor "
+            f"{file.filename}: label {labels.max()} in frames {start} on, expected raw ids 0..894"
+        )
+    if not (np.isfinite(depths).all() and 0.1 < np.median(depths) < 20):
+        raise DataError(
+            f"{file.filename}: median depth {np.median(depths):g} in frames {start} on, expected metres of an indoor "
             "scene (0.1 to 20); use the file as it was published"
         )
-    depth = np.rint(1000 * depth_m).clip(0, 65535).astype(np.uint16)
-    measured = raw_depths.transpose(0, 2, 1) > 0
-    arrays = {"image": image, "depth": depth, "label": _class_table(class_set)[label], "measured": measured}
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {
+        "image": images,
+        "depth": np.rint(1000 * depths).clip(0, 65535).astype(np.uint16),
+        "label": _class_table(class_set)[labels],
+        "measured": raw_depths > 0,
+    }
+    return {name: np.ascontiguousarray(np.moveaxis(array.T, -1, 0)) for name, array in arrays.items()}
 
 
 def _class_table(class_set: str) -> np.ndarray:

@@ -75,8 +75,7 @@ class Samples:
     @property
     def measured_depth(self) -> np.ndarray:
         """`(N, H, W)` bool: where a sensor measured depth."""
-        there = self.depth_or_missing > 0
-        return there if self.measured is None else there & self.measured
+        return (self.depth_or_missing > 0) & (True if self.measured is None else self.measured)
 
 
 Read = Callable[[np.ndarray, tuple[int, int] | None], list[dict[str, np.ndarray]]]

@@ -116,19 +116,18 @@ def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
     median = np.nanmedian(medians)
     if near <= median <= far:
         return "", {}
-    found = f"has the median {median:g} in {len(medians)} files, expected {near} to {far} mm"
     units = {unit: name for unit, name in UNITS.items() if near / 2.5 <= median * unit <= far}
+    found = f"has the median {median:g} in {len(medians)} files, expected {near} to {far} mm"
     return found, units | {1: "if these are mm"}
 
 
 def _look_at_label(path: Path, description: Description) -> LabelLook:
     label = decode_label(path, bool(description.colours))
     values, counts = np.unique(label, return_counts=True)
-    one, other = label[:, 1:], label[:, :-1]
-    borders = one != other
-    along = borders & ((one == 0) | (other == 0))
-    pixels = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return LabelLook(path, pixels, borders.sum(), along.sum())
+    borders = label[:, 1:] != label[:, :-1]
+    along = borders & (np.minimum(label[:, 1:], label[:, :-1]) == 0)
+    pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return LabelLook(path, Counter(pixels), borders.sum(), along.sum())
 
 
 def _check_values(description: Description, seen: list[LabelLook]) -> None:
@@ -150,11 +149,10 @@ def _find_binary(description: Description, seen: list[LabelLook]) -> set[int]:
 
 def _check_binary(description: Description, split: str, seen: list[LabelLook]) -> None:
     for value in _find_binary(description, seen):
-        yaml = description.root / FILE
         raise DataError(
             f"{description.root}: the labels of split {split!r} hold only {value} ({description.by_value[value]}) and 255, "
             f"which means unlabelled by default. If these are binary masks, write `classes: {{{value}: background, 255: "
-            f"object}}` and `ignore: []` into {yaml}; if 255 means unlabelled, `ignore: [255]`"
+            f"object}}` and `ignore: []` into {description.root / FILE}; if 255 means unlabelled, `ignore: [255]`"
         )
 
 

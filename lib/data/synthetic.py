@@ -68,9 +68,9 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarr
     origin, rays = _camera(rng, room, boxes, size)
     hit = _cast(origin, rays, boxes)
     image = _expose(rng, _shade(rng, origin, rays, boxes, room, hit).reshape(*size, 3))
-    box, label = hit["box"].reshape(size), boxes["label"][hit["box"]].reshape(size)
+    label = boxes["label"][hit["box"]].reshape(size)
     depth = _measure(rng, hit["depth"].reshape(size), label, hit["cosine"].reshape(size))
-    return image, depth, _annotate(rng, label, box)
+    return image, depth, _annotate(rng, label, hit["box"].reshape(size))
 
 
 def _pick(rng: np.random.Generator, choices):
@@ -90,12 +90,12 @@ def _clutter(rng, width, depth, height, most) -> list:
             rng.uniform(-0.4, 0.4, 2) * (width, depth),
             rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2)),
         )
-        name, texture = "objects", _pick(rng, ("plain", "fabric", "patches"))
+        look = ("objects", _pick(rng, ("plain", "fabric", "patches")))
         if rng.random() < 0.08:
-            name, texture, half = "books", "spines", half * (0.6, 0.3, 1)
-        parts.append(
-            (name, (x, height + half[1], z), half, _pick(rng, VIVID + PALE + DARK + WOOD + MUTED), texture)
-        )
+            look = ("books", "spines")
+            half = half * (0.6, 0.3, 1)
+        colour = _pick(rng, VIVID + PALE + DARK + WOOD + MUTED)
+        parts.append((look[0], (x, height + half[1], z), half, colour, look[1]))
     return parts
 
 
@@ -126,15 +126,12 @@ def _sofa(rng):
 
 def _chair(rng):
     width, colour = rng.uniform(0.4, 0.5), _pick(rng, WOOD + DARK + VIVID + PALE)
-    back = (
-        "chair",
-        (0, 0.7, -width / 2),
-        (width / 2, 0.24, 0.025),
-        colour,
-        _pick(rng, ("plain", "planks", "fabric")),
-    )
-    seat = ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain")
-    return [seat, back, *_legs("chair", width, width, 0.42, 0.022, colour)], (width, width)
+    back = _pick(rng, ("plain", "planks", "fabric"))
+    return [
+        ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain"),
+        ("chair", (0, 0.7, -width / 2), (width / 2, 0.24, 0.025), colour, back),
+        *_legs("chair", width, width, 0.42, 0.022, colour),
+    ], (width, width)
 
 
 def _table(rng):
@@ -142,9 +139,11 @@ def _table(rng):
         rng.uniform((0.9, 0.6, 0.4), (1.9, 1.0, 0.78)),
         _pick(rng, WOOD + PALE + DARK),
     )
-    top = ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks")))
-    legs = _legs("table", width, depth, height, 0.04, colour)
-    return [top, *legs, *_clutter(rng, width, depth, height + 0.04, 6)], (width, depth)
+    return [
+        ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks"))),
+        *_legs("table", width, depth, height, 0.04, colour),
+        *_clutter(rng, width, depth, height + 0.04, 6),
+    ], (width, depth)
 
 
 def _cupboard(rng):
@@ -226,8 +225,8 @@ def _walls(rng, room) -> list:
     ]
     for side in range(4):
         yaw, foot, span = _side(room, side)
-        on_wall = [("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall), *_hung(rng, span, height)]
-        parts += [(part, yaw, foot) for part in on_wall]
+        plain = ("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall)
+        parts += [(part, yaw, foot) for part in (plain, *_hung(rng, span, height))]
     return parts
 
 
@@ -240,12 +239,9 @@ def _furniture(rng, room) -> list:
         for _ in range(8):
             if build in by_wall:
                 yaw, foot, span = _side(room, rng.integers(4))
-                along = (
-                    rng.uniform(-0.5, 0.5)
-                    * max(span - footprint[0], 0)
-                    * np.array((np.cos(yaw), -np.sin(yaw)))
-                )
-                foot = foot * (1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()) + along
+                along = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0)
+                clear = 1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()
+                foot = foot * clear + along * np.array((np.cos(yaw), -np.sin(yaw)))
             else:
                 yaw, foot = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
             extent = np.abs(((np.cos(yaw), np.sin(yaw)), (-np.sin(yaw), np.cos(yaw)))) @ footprint / 2
@@ -318,15 +314,13 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     slabs = (-start[box] - np.sign(direction) * half[box]) / direction
     axis, depth = slabs.argmax(1, keepdims=True), slabs.max(1)
     face = np.take_along_axis(direction, axis, 1)[:, 0]
-    cosine = np.abs(face) / np.linalg.norm(rays, axis=1)
-    point = start[box] + depth[:, None] * direction
     return {
         "box": box,
         "depth": depth,
-        "point": point,
+        "point": start[box] + depth[:, None] * direction,
         "axis": axis,
         "side": -np.sign(face),
-        "cosine": cosine,
+        "cosine": np.abs(face) / np.linalg.norm(rays, axis=1),
     }
 
 
@@ -358,9 +352,9 @@ def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
     ambient = rng.uniform(0.35, 0.6)
     light = ambient + (1.1 - ambient) * np.clip(facing, 0, None) * 4 / (2 + distance**2 / 3)
     from_corner = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
-    light *= 0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)
     glows = boxes["label"][box] == NYUV2_13.index("window")
-    return np.clip(colour, 0.01, 1.2) * np.where(glows, 1.0, light)[:, None]
+    light = np.where(glows, 1.0, light * (0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)))
+    return np.clip(colour, 0.01, 1.2) * light[:, None]
 
 
 def _expose(rng, colour) -> np.ndarray:

@@ -75,8 +75,7 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     gaps = np.diff(ids[order])
     steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits have one id
     usual = steps[counts.argmax()] if len(steps) else 1
-    runs = np.empty(len(ids), int)
-    runs[order] = np.cumsum(np.append(0, gaps > 1.5 * usual))
+    runs = np.cumsum(np.append(0, gaps > 1.5 * usual))[np.argsort(order)]
     alone = np.bincount(runs)[runs] == 1
     return None if alone.mean() > 0.5 else runs
 

@@ -32,8 +32,7 @@ LONGEST_NAME = 200  # bytes of a run's name: disks take 255 with what is put bef
 
 def runs_folder() -> Path:
     """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
-    named = os.environ.get("RUNS_DIR")
-    return Path(named).expanduser() if named else ROOT / "runs"
+    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
 
 
 def list_runs(having: str = "parameters.json") -> str:
@@ -129,8 +128,7 @@ def weights_digests(parameters: dict) -> dict[str, str]:
 
 def _set_aside(run: Path) -> None:
     if run.exists():
-        now = datetime.datetime.now()
-        older = run.parent / "older" / f"{run.name}.{now:%Y-%m-%dT%H-%M-%S.%f}"
+        older = run.parent / "older" / f"{run.name}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
         older.parent.mkdir(exist_ok=True)
         run.rename(older)
 
@@ -141,8 +139,9 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             f"resume: no run {run.name!r} in {run.parent}, there are: {list_runs()}; start it with resume False"
         )
     saved = read_parameters(run)
-    keys = {name: f"{name}_digest" for name in WEIGHTS}
-    same_file = [name for name, key in keys.items() if parameters.get(key) == saved.get(key, "unknown")]
+    same_file = [  # perhaps elsewhere
+        name for name in WEIGHTS if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
+    ]
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
@@ -187,9 +186,9 @@ def run_state(run: Path) -> RunState:
     """See `RunState`; of any folder, also one that does not exist."""
     epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
     done = len(read_history(run)) if (run / "history.csv").exists() else 0
-    evaluated = tuple(sorted(path.stem for path in (run / "evaluation").glob("*.json")))
     trained = 0 < epochs <= done and (run / "report.md").exists()
-    return RunState(epochs, done, trained, evaluated)
+    evaluated = sorted(path.stem for path in (run / "evaluation").glob("*.json"))
+    return RunState(epochs, done, trained, tuple(evaluated))
 
 
 def write_history(run: Path, history: list[dict]) -> None:

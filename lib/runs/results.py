@@ -185,15 +185,15 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
     arrays = {}
     lists: dict[tuple, str] = {}
     for run in runs:
-        listed = {"names": run.names, "scene": run.scene, "classes": np.array(run.classes)}
-        there = {name: array for name, array in listed.items() if array is not None}
-        content = tuple((name, *array.tolist()) for name, array in there.items())
+        listed = {"names": run.names, "classes": np.array(run.classes)}
+        listed |= {} if run.scene is None else {"scene": run.scene}
+        content = tuple((name, *array.tolist()) for name, array in listed.items())
         images = lists.setdefault(content, f"images{len(lists)}")
         key = run.name
         while f"counts/{key}" in arrays:  # another run of that name, or the same run on another split
             key += "+"
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
-        for place, named in ((images, there), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
+        for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
             arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
         lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,15 +300,10 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
             example = [run for run in read_results(EXAMPLE) if run.split == split]
             found = example + [run for run in found if not example or run.shows_same_images(example[0])]
     else:
-        found = [run for entry in _split_entries(runs) for run in read_entry(entry, split)]
+        home = re.escape(str(runs_folder()))  # may have commas; the names of runs in it stay
+        entries = re.sub(rf"(^|,)\s*{home}[/\\]", r"\1", runs).split(",")
+        found = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
     return found if where is None else select_runs(found, where)
-
-
-def _split_entries(runs: str) -> list[str]:
-    """The entries between commas; those in the folder of runs, whose own name may have commas, by their names."""
-    home = re.escape(str(runs_folder()))
-    entries = re.sub(rf"(^|,)\s*{home}[/\\]", r"\1", runs).split(",")
-    return [entry.strip() for entry in entries if entry.strip()]
 
 
 def read_own(split: str, data: str | None) -> list[ScoredRun]:
@@ -480,13 +475,13 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
             f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; folds are "
             "pooled over their validation images, so use split valid, or name runs of one fold"
         )
-    known = all(run.scene is not None for run in folds)
+    unknown = any(run.scene is None for run in folds)
     return replace(
         folds[-1],
         name=f"five folds, seed {folds[-1].parameters['seed']}",
         names=names[order],
         counts=np.concatenate([run.counts for run in folds])[order],
-        scene=np.concatenate([run.scene for run in folds])[order] if known else None,
+        scene=None if unknown else np.concatenate([run.scene for run in folds])[order],
         strata=_pool_strata(folds),
         image_fold=np.repeat(range(FOLDS), [len(run.names) for run in folds])[order],
         history=None,

@@ -61,8 +61,10 @@ def map_arrays(
             np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
         )
         raise DataError(
-            f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB there, and "
-            "the data must be whole. Free disk space, or set the environment variable XDG_CACHE_HOME to another disk"
+            f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB "
+            "there, and "
+            "the data must be whole. Free disk space, or set the environment variable XDG_CACHE_HOME to "
+            "another disk"
         ) from error
 
 

@@ -37,12 +37,14 @@ class Description(BaseModel):
     root: Path
     classes: Annotated[list[Text], ClassCount] | Annotated[dict[Value, Text], ClassCount] = Field(
         list(NYUV2_13),
-        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, books, ceiling], "
+        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, "
+        "books, ceiling], "
         "or {value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
     )
     colours: dict[Text, Annotated[list[Byte], Field(min_length=3, max_length=3)]] | None = Field(
         None,
-        description="a colour [red, green, blue] of 0..255 by name, such as {bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
+        description="a colour [red, green, blue] of 0..255 by name, such as "
+        "{bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
         "the name of CVAT's labelmap.txt",
     )
     first_label: Value = Field(
@@ -113,7 +115,8 @@ class Description(BaseModel):
             wrong.append(f"{len(names)} classes")
         if wrong:
             raise DataError(
-                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a colour of their "
+                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a "
+                "colour of their "
                 "own each; a colour that means unlabelled is named ignore"
             )
         return {colours[name]: name for name in names}
@@ -159,7 +162,10 @@ class Description(BaseModel):
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
-        expected = f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} = unlabelled"
+        expected = (
+            f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} "
+            "= unlabelled"
+        )
         hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
         if self.colours:
             expected = "those of `colours`"
@@ -170,7 +176,8 @@ class Description(BaseModel):
             hint += "; `ignore: others` takes all values that are no class as unlabelled"
         listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
         raise DataError(
-            f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in {file_count} files: "
+            f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
+            f"{file_count} files: "
             f"{listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
         )
 
@@ -222,7 +229,8 @@ def _refuse_nearly(root: Path) -> None:
     nearly = [place for place in (*root.glob("*"), *root.glob("*/*.y*ml*")) if NEARLY.fullmatch(place.name)]
     if nearly:
         raise DataError(
-            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there with the "
+            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there "
+            "with the "
             f"keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is another tool's"
         )
 
@@ -245,7 +253,8 @@ def _check_names(path: Path, description: Description) -> None:
     for key in ("colours", "first_label"):
         if key in description.stated and isinstance(classes, dict):
             raise DataError(
-                f"{path}: {key} is {getattr(description, key)!r}, expected none where classes maps values to names"
+                f"{path}: {key} is {getattr(description, key)!r}, expected none where classes maps values to "
+                "names"
             )
     if description.first_label + len(classes) > MOST_VALUES:
         raise DataError(

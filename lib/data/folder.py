@@ -98,8 +98,10 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
         missing = sorted(name for name in names if name not in paths)
         if missing:
             raise DataError(
-                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} files missing, "
-                f"the first is {missing[0]!r}; every image needs its {', '.join(found)} file under the same name"
+                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} "
+                "files missing, "
+                f"the first is {missing[0]!r}; every image needs its {', '.join(found)} file under the same "
+                "name"
             )
     if split != "train" and "train" in description.splits:
         _check_apart(description, split, images)
@@ -111,7 +113,8 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
     root = description.root
     if split not in description.splits:
         raise MissingSplit(
-            f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in {root / FILE}"
+            f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in "
+            f"{root / FILE}"
         )
     found = _match(description, split, "image")
     is_list = (root / description.splits[split]).is_file()
@@ -128,7 +131,8 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
     if shared:
         place, other = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
-            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained on can't "
+            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained "
+            "on can't "
             f"validate or test: give split {split!r} other images, or leave it out of `splits`"
         )
 
@@ -341,7 +345,8 @@ def read_sample(
         if array.shape[:2] != arrays["image"].shape[:2]:
             found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
             raise DataError(
-                f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth and label "
+                f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth "
+                "and label "
                 "must have one size"
             )
     if size is None:

@@ -70,7 +70,8 @@ def open_run(
         or run_name[0] == "."
     ):
         raise ValueError(
-            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most {LONGEST_NAME} bytes"
+            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most "
+            f"{LONGEST_NAME} bytes"
         )
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
@@ -78,7 +79,8 @@ def open_run(
     for name, value in itertools.chain(*((loaded.loaded_with or {}).items() for loaded in samples)):
         if saved.get(name, value) != value:
             raise ValueError(
-                f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
+                f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell "
+                "that "
                 "loads the data again, and then this one"
             )
     if resume:
@@ -136,7 +138,8 @@ def _set_aside(run: Path) -> None:
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     if not (run / "parameters.json").exists():
         raise ValueError(
-            f"resume: no run {run.name!r} in {run.parent}, there are: {list_runs()}; start it with resume False"
+            f"resume: no run {run.name!r} in {run.parent}, there are: {list_runs()}; start it with resume "
+            "False"
         )
     saved = read_parameters(run)
     same_file = [  # perhaps elsewhere
@@ -151,9 +154,13 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     if differing:
         hint = ""
         if saved.get("epochs") != parameters.get("epochs"):
-            hint = "; epochs can't change because the schedule has spread the learning rate over them from the start"
+            hint = (
+                "; epochs can't change because the schedule has spread the learning rate over them from the "
+                "start"
+            )
         raise ValueError(
-            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own parameters, or "
+            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own "
+            "parameters, or "
             f"start another run_name with resume False{hint}"
         )
 
@@ -259,7 +266,8 @@ def find_run(run: str, parameter: str = "run") -> Path:
         file = max(trained, key=lambda path: path.stat().st_mtime, default=file)
     if not file.exists():
         raise ValueError(
-            f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one with "
+            f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one "
+            "with "
             "`papermill train.ipynb out.ipynb`"
         )
     return file.parent

@@ -125,7 +125,8 @@ def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
     if saved["computed"] != made_of["computed"]:
         raise ValueError(
             f"resume: {run_name!r} was trained on {saved['computed']}, and here it would continue on "
-            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a machine that has "
+            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a "
+            "machine that has "
             "them, or start another run_name with resume False"
         )
     old, new = saved["data"], made_of["data"]
@@ -136,6 +137,7 @@ def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
         if name in old:
             how = "is not the same" if name in new else "is missing now"
         raise ValueError(
-            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
+            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the "
+            "first is "
             f"{name!r}, which {how}; put the data back, or start another run_name with resume False"
         )

@@ -47,7 +47,8 @@ def summarise(run: Path) -> str:
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
-        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
+        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
+        f"{scores['valid_pixel_acc']:.3f}. "
         f"Learned best: {', '.join(named[:few])}. Learned least: {', '.join(named[-few:])}."
     )
 
@@ -64,7 +65,8 @@ def _summary(scores: dict) -> dict[str, str]:
         return {"best epoch": f"{scores['best_epoch']} (the last: no validation images)"}
     return {
         "best epoch": str(scores["best_epoch"]),
-        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} classes",
+        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} "
+        "classes",
         "pixel accuracy": f"{scores['valid_pixel_acc']:.4f}",
         "loss": f"{scores['valid_loss']:.4f}",
     }
@@ -116,7 +118,8 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
     if low is None or np.isnan(low):
         if scenes == 1:
             return (
-                "no interval: all images are of one scene; if each shows one of its own, write `scene: '^(.*)$'` into "
+                "no interval: all images are of one scene; if each shows one of its own, write `scene: "
+                "'^(.*)$'` into "
                 "dataset.yaml, else name there a .csv of name,scene"
             )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"

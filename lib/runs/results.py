@@ -140,12 +140,14 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     facts = read_json(path)
     if not facts["labelled"]:
         raise ValueError(
-            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs on split valid"
+            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs "
+            "on split valid"
         )
     parameters = read_parameters(run)
     if is_of_older_version(parameters):
         raise ValueError(
-            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no `validation`; "
+            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no "
+            "`validation`; "
             "train it again"
         )
     strata = path.with_suffix(".strata.npz")
@@ -232,7 +234,8 @@ def read_results(folder: Path) -> list[ScoredRun]:
             return [_read_line(line, saved) for line in lines]
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
         raise ValueError(
-            f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and {COUNTS_FILE}, "
+            f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and "
+            f"{COUNTS_FILE}, "
             "as `sweep.ipynb -p results` writes them"
         ) from error
 
@@ -327,7 +330,8 @@ def read_entry(entry: str, split: str) -> list[ScoredRun]:
                 raise ValueError(f"split: found {split!r}, the runs of {entry} were scored on {there}")
             return [run for run in results if run.split == split]
     raise ValueError(
-        f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in {runs_folder()}: {list_runs()}"
+        f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in "
+        f"{runs_folder()}: {list_runs()}"
     )
 
 
@@ -347,7 +351,8 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             raise ValueError("it is no condition")
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
-            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
+            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the "
+            "parameters "
             f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
@@ -397,8 +402,10 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
         other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
         if other is not run:
             raise ValueError(
-                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, and a seed "
-                "counts once; name one of them, or train or score the other with another seed (or, for external "
+                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, "
+                "and a seed "
+                "counts once; name one of them, or train or score the other with another seed (or, for "
+                "external "
                 "predictions, under another recipe)"
             )
 
@@ -472,7 +479,8 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
     twice = np.sort(names[pd.Index(names).duplicated()])
     if len(twice):
         raise ValueError(
-            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; folds are "
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; "
+            "folds are "
             "pooled over their validation images, so use split valid, or name runs of one fold"
         )
     unknown = any(run.scene is None for run in folds)
@@ -511,8 +519,12 @@ def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
         found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only, {which}"
     else:
         differing = first.names[(first.counts.sum(2) != other.counts.sum(2)).any(1)]
-        found = f"the labels of {len(differing)} of {len(first.names)} images differ, such as those of {differing[0]}"
+        found = (
+            f"the labels of {len(differing)} of {len(first.names)} images differ, such as those of "
+            f"{differing[0]}"
+        )
     raise ValueError(
-        f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same data, split "
+        f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same "
+        "data, split "
         "and fold"
     )

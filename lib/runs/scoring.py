@@ -98,13 +98,15 @@ def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size
     missing = [name for name in own[split] if name not in position]
     if missing:
         raise DataError(
-            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run {run.name!r} are "
+            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run "
+            f"{run.name!r} are "
             f"missing, the first is {missing[0]!r}; put them back, or train again"
         )
     new = position.keys() - {*own["train"], *own["valid"]}
     if new and parameters.get("limit") is None:
         print(
-            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its own "
+            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its "
+            "own "
             f"{len(own[split])} {split} images are taken."
         )
     chosen = pool.select(np.array([position[name] for name in own[split]], int))
@@ -115,7 +117,8 @@ def check_labelled(parameters: dict, split: str) -> None:
     """Raise a ValueError where the labels of a split are held back, so that nothing could be scored on it."""
     if not is_labelled(iterate_split(parameters, split)):
         raise ValueError(
-            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't be scored "
+            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't "
+            "be scored "
             "on it; use split valid, or data whose labels are there"
         )
 
@@ -281,7 +284,8 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
     missing = [name for name in pieces.names.tolist() if compose(name) not in there]
     if missing:
         raise DataError(
-            f"{folder / missing[0]}.png: no such file; predictions need a PNG mask for every image, named like it"
+            f"{folder / missing[0]}.png: no such file; predictions need a PNG mask for every image, named "
+            "like it"
         )
     paths = {name: there[compose(name)] for name in pieces.names.tolist()}
     index_of = _index_values(list(paths.values()), pieces, mask_values)
@@ -309,12 +313,14 @@ def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndar
         expected = f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {taken}"
         hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
         raise DataError(
-            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; an unlabelled "
+            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
+            "an unlabelled "
             f"pixel is no prediction{hint}"
         )
     if fits_other and any(taken.index(value) != others.index(value) for value in first_with):
         print(
-            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean other classes."
+            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean "
+            "other classes."
         )
     index_of = np.zeros(max(taken) + 1, np.uint8)
     index_of[taken] = range(count)

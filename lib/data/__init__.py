@@ -89,8 +89,7 @@ def _open_source(source: str | os.PathLike, split: str, classes: str | None, lim
     if classes and path.suffix != ".mat" and (source, classes) != ("synthetic", "nyuv2_13"):
         raise ValueError(
             f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves "
-            "a choice. "
-            "A folder names its classes in DATA/dataset.yaml"
+            "a choice. A folder names its classes in DATA/dataset.yaml"
         )
     if path.suffix == ".mat":
         opened = open_file(path, split, classes)

@@ -62,9 +62,8 @@ def map_arrays(
         )
         raise DataError(
             f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB "
-            "there, and "
-            "the data must be whole. Free disk space, or set the environment variable XDG_CACHE_HOME to "
-            "another disk"
+            "there, and the data must be whole. Free disk space, or set the environment variable "
+            "XDG_CACHE_HOME to another disk"
         ) from error
 
 

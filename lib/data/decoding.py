@@ -17,8 +17,7 @@ SUFFIXES = {
 TURNED = range(5, 9)  # values of the orientation tag with which height and width change places
 EXPECTED_LABEL = (
     "one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under "
-    "`colours` in "
-    "dataset.yaml"
+    "`colours` in dataset.yaml"
 )
 EXPECTED_DEPTH = "one channel of depth of 16 bits; export it again from the source"
 INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow

@@ -37,14 +37,12 @@ class Description(BaseModel):
     root: Path
     classes: Annotated[list[Text], ClassCount] | Annotated[dict[Value, Text], ClassCount] = Field(
         list(NYUV2_13),
-        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, "
-        "books, ceiling], "
+        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, books, ceiling], "
         "or {value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
     )
     colours: dict[Text, Annotated[list[Byte], Field(min_length=3, max_length=3)]] | None = Field(
         None,
-        description="a colour [red, green, blue] of 0..255 by name, such as "
-        "{bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
+        description="a colour [red, green, blue] of 0..255 by name, such as {bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
         "the name of CVAT's labelmap.txt",
     )
     first_label: Value = Field(
@@ -116,8 +114,7 @@ class Description(BaseModel):
         if wrong:
             raise DataError(
                 f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a "
-                "colour of their "
-                "own each; a colour that means unlabelled is named ignore"
+                "colour of their own each; a colour that means unlabelled is named ignore"
             )
         return {colours[name]: name for name in names}
 
@@ -177,8 +174,7 @@ class Description(BaseModel):
         listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
         raise DataError(
             f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
-            f"{file_count} files: "
-            f"{listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
+            f"{file_count} files: {listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
         )
 
 
@@ -230,8 +226,8 @@ def _refuse_nearly(root: Path) -> None:
     if nearly:
         raise DataError(
             f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there "
-            "with the "
-            f"keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is another tool's"
+            f"with the keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is "
+            "another tool's"
         )
 
 

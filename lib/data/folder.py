@@ -99,9 +99,8 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
         if missing:
             raise DataError(
                 f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} "
-                "files missing, "
-                f"the first is {missing[0]!r}; every image needs its {', '.join(found)} file under the same "
-                "name"
+                f"files missing, the first is {missing[0]!r}; every image needs its {', '.join(found)} file "
+                "under the same name"
             )
     if split != "train" and "train" in description.splits:
         _check_apart(description, split, images)
@@ -132,8 +131,7 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
         place, other = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
             f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained "
-            "on can't "
-            f"validate or test: give split {split!r} other images, or leave it out of `splits`"
+            f"on can't validate or test: give split {split!r} other images, or leave it out of `splits`"
         )
 
 
@@ -346,8 +344,7 @@ def read_sample(
             found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
             raise DataError(
                 f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth "
-                "and label "
-                "must have one size"
+                "and label must have one size"
             )
     if size is None:
         return arrays

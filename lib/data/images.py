@@ -59,8 +59,7 @@ def _find_partners(names: list[str], depths: str) -> dict[str, Path]:
     if missing:
         raise DataError(
             f"depths: {len(missing)} files missing in {depths}, the first is that of image {missing[0]!r}; "
-            "expected "
-            f"{missing[0]}.png, named like the image"
+            f"expected {missing[0]}.png, named like the image"
         )
     return {name: found[name] for name in names}
 

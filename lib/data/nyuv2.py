@@ -93,8 +93,8 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of "
-            "MATLAB's "
-            "version 7.3, not of version 5 as splits.mat. A download that was cut short has to be repeated"
+            "MATLAB's version 7.3, not of version 5 as splits.mat. A download that was cut short has to be "
+            "repeated"
         ) from error
     _check_layout(path, file)
     return file
@@ -105,23 +105,20 @@ def _check_layout(path: Path, file: h5py.File) -> None:
     if missing:
         raise DataError(
             f"{path}: found {', '.join(sorted(file)) or 'nothing'}, {', '.join(missing)} missing; expected "
-            "the "
-            "labelled data set, nyu_depth_v2_labeled.mat"
+            "the labelled data set, nyu_depth_v2_labeled.mat"
         )
     count, *frame = file["labels"].shape
     if file["scenes"].size != count:
         raise DataError(
             f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has "
-            "labels; "
-            "use the file as it was published"
+            "labels; use the file as it was published"
         )
     for name, dtype in ARRAYS.items():
         shape = (count, 3, *frame) if name == "images" else (count, *frame)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
             raise DataError(
                 f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at "
-                "most 1449 "
-                "frames as MATLAB writes them; use the file as it was published"
+                "most 1449 frames as MATLAB writes them; use the file as it was published"
             )
 
 
@@ -146,8 +143,7 @@ def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.nda
     if not (np.isfinite(depths).all() and 0.1 < np.median(depths) < 20):
         raise DataError(
             f"{file.filename}: median depth {np.median(depths):g} in frames {start} on, expected metres of "
-            "an indoor "
-            "scene (0.1 to 20); use the file as it was published"
+            "an indoor scene (0.1 to 20); use the file as it was published"
         )
     arrays = {
         "image": images,

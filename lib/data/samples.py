@@ -147,17 +147,15 @@ class Split:
         if others:
             raise DataError(
                 f"{self.data}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} "
-                "is "
-                f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their "
-                "native "
-                "size into one array: give a size, or read them with iterate_samples"
+                f"is {'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their "
+                "native size into one array: give a size, or read them with iterate_samples"
             )
         labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
         if self.split != "test" and len(first) and not labelled:
             raise DataError(
                 f"{self.data}: nothing is labelled in the {len(first)} images of split {self.split!r} "
-                "(validation "
-                f"{self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and at limit"
+                f"(validation {self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and "
+                "at limit"
             )
         return first
 

@@ -99,8 +99,8 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
     if "depth_missing" not in description.stated and seen[:, 1].mean() > OFTEN:
         raise DataError(
             f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it "
-            "means "
-            f"not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: [0]`"
+            f"means not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: "
+            "[0]`"
         )
     found, units = guess_units(seen[:, 0])
     if found and "depth_unit_mm" not in description.stated:
@@ -152,11 +152,9 @@ def _check_binary(description: Description, split: str, seen: list[LabelLook]) -
     for value in _find_binary(description, seen):
         raise DataError(
             f"{description.root}: the labels of split {split!r} hold only {value} "
-            f"({description.by_value[value]}) and 255, "
-            f"which means unlabelled by default. If these are binary masks, write `classes: {{{value}: "
-            "background, 255: "
-            f"object}}` and `ignore: []` into {description.root / FILE}; if 255 means unlabelled, `ignore: "
-            "[255]`"
+            f"({description.by_value[value]}) and 255, which means unlabelled by default. If these are "
+            f"binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into "
+            f"{description.root / FILE}; if 255 means unlabelled, `ignore: [255]`"
         )
 
 
@@ -172,7 +170,6 @@ def _check_shift(description: Description, split: str, seen: list[LabelLook]) ->
     found = "0 lies between nearly all others" if has_zero else "0 is never there"
     raise DataError(
         f"{description.root}: in the labels of split {split!r} {found}, and 255 is never there, as if 0 "
-        "meant unlabelled "
-        f"and classes began with 1. If so, write `first_label: 1` into {description.root / FILE}; if 0 is "
-        f"{names[0]!r}, `first_label: 0`"
+        "meant unlabelled and classes began with 1. If so, write `first_label: 1` into "
+        f"{description.root / FILE}; if 0 is {names[0]!r}, `first_label: 0`"
     )

@@ -50,9 +50,8 @@ def split_names(
     else:
         raise ValueError(
             "validation: 'blocks' needs numbers as file names that run on within a scene, found "
-            f"{', '.join(names[:3])}, "
-            f"...{'' if read_numbers(names) is None else ', most of them alone'}; use validation 'random' or "
-            "'none'"
+            f"{', '.join(names[:3])}, ...{'' if read_numbers(names) is None else ', most of them alone'}; "
+            "use validation 'random' or 'none'"
         )
     return everything[~validates], everything[validates]
 
@@ -91,8 +90,8 @@ def choose_validation(validation: str, source: Split, fold: int) -> str:
     if validation == "predefined" and source.validation != "predefined":
         raise ValueError(
             "validation: 'predefined' needs a data set with its own valid split; name it in "
-            "DATA/dataset.yaml, such as "
-            "`splits: {train: train, valid: valid, test: test}`, or use validation 'auto'"
+            "DATA/dataset.yaml, such as `splits: {train: train, valid: valid, test: test}`, or use "
+            "validation 'auto'"
         )
     if validation != "auto" or source.validation == "predefined":
         return validation if validation != "auto" else "predefined"
@@ -113,7 +112,7 @@ def select_split(source: Split, split: str, validation: str, fold: int) -> np.nd
     if validation not in ("none", "predefined") and min(len(train), len(valid)) == 0:
         raise ValueError(
             f"validation: {validation!r} leaves {len(train)} images to train and {len(valid)} to validate "
-            "out of "
-            f"{len(source.names)}; raise limit, or use validation 'random' (2 images or more) or 'none'"
+            f"out of {len(source.names)}; raise limit, or use validation 'random' (2 images or more) or "
+            "'none'"
         )
     return train if split == "train" else valid

@@ -80,8 +80,7 @@ def open_run(
         if saved.get(name, value) != value:
             raise ValueError(
                 f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell "
-                "that "
-                "loads the data again, and then this one"
+                "that loads the data again, and then this one"
             )
     if resume:
         _check_resumable(run, saved)
@@ -160,8 +159,7 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             )
         raise ValueError(
             f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own "
-            "parameters, or "
-            f"start another run_name with resume False{hint}"
+            f"parameters, or start another run_name with resume False{hint}"
         )
 
 
@@ -267,8 +265,7 @@ def find_run(run: str, parameter: str = "run") -> Path:
     if not file.exists():
         raise ValueError(
             f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one "
-            "with "
-            "`papermill train.ipynb out.ipynb`"
+            "with `papermill train.ipynb out.ipynb`"
         )
     return file.parent
 

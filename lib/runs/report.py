@@ -48,8 +48,8 @@ def summarise(run: Path) -> str:
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
         f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
-        f"{scores['valid_pixel_acc']:.3f}. "
-        f"Learned best: {', '.join(named[:few])}. Learned least: {', '.join(named[-few:])}."
+        f"{scores['valid_pixel_acc']:.3f}. Learned best: {', '.join(named[:few])}. Learned least: "
+        f"{', '.join(named[-few:])}."
     )
 
 
@@ -119,8 +119,7 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
         if scenes == 1:
             return (
                 "no interval: all images are of one scene; if each shows one of its own, write `scene: "
-                "'^(.*)$'` into "
-                "dataset.yaml, else name there a .csv of name,scene"
+                "'^(.*)$'` into dataset.yaml, else name there a .csv of name,scene"
             )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

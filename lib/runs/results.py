@@ -147,8 +147,7 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     if is_of_older_version(parameters):
         raise ValueError(
             f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no "
-            "`validation`; "
-            "train it again"
+            "`validation`; train it again"
         )
     strata = path.with_suffix(".strata.npz")
     return ScoredRun(
@@ -235,8 +234,7 @@ def read_results(folder: Path) -> list[ScoredRun]:
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
         raise ValueError(
             f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and "
-            f"{COUNTS_FILE}, "
-            "as `sweep.ipynb -p results` writes them"
+            f"{COUNTS_FILE}, as `sweep.ipynb -p results` writes them"
         ) from error
 
 
@@ -286,7 +284,8 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between; or
+        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between (a path
+            may have commas of its own in the folder of runs alone); or
             `all`: every run in the folder of runs that is scored on the split. Where these are fewer than two, `all`
             takes the committed example, and beside it a run of one's own on the same images.
         split: `train`, `valid` or `test`.
@@ -351,8 +350,7 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             raise ValueError("it is no condition")
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
-            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the "
-            "parameters "
+            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
             f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
@@ -403,10 +401,8 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
         if other is not run:
             raise ValueError(
                 f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, "
-                "and a seed "
-                "counts once; name one of them, or train or score the other with another seed (or, for "
-                "external "
-                "predictions, under another recipe)"
+                "and a seed counts once; name one of them, or train or score the other with another seed "
+                "(or, for external predictions, under another recipe)"
             )
 
 
@@ -480,8 +476,7 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
     if len(twice):
         raise ValueError(
             f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; "
-            "folds are "
-            "pooled over their validation images, so use split valid, or name runs of one fold"
+            "folds are pooled over their validation images, so use split valid, or name runs of one fold"
         )
     unknown = any(run.scene is None for run in folds)
     return replace(
@@ -525,6 +520,5 @@ def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
         )
     raise ValueError(
         f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same "
-        "data, split "
-        "and fold"
+        "data, split and fold"
     )

@@ -99,15 +99,13 @@ def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size
     if missing:
         raise DataError(
             f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run "
-            f"{run.name!r} are "
-            f"missing, the first is {missing[0]!r}; put them back, or train again"
+            f"{run.name!r} are missing, the first is {missing[0]!r}; put them back, or train again"
         )
     new = position.keys() - {*own["train"], *own["valid"]}
     if new and parameters.get("limit") is None:
         print(
             f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its "
-            "own "
-            f"{len(own[split])} {split} images are taken."
+            f"own {len(own[split])} {split} images are taken."
         )
     chosen = pool.select(np.array([position[name] for name in own[split]], int))
     return replace(chosen, split=split, validation=own["validation"])
@@ -118,8 +116,7 @@ def check_labelled(parameters: dict, split: str) -> None:
     if not is_labelled(iterate_split(parameters, split)):
         raise ValueError(
             f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't "
-            "be scored "
-            "on it; use split valid, or data whose labels are there"
+            "be scored on it; use split valid, or data whose labels are there"
         )
 
 
@@ -279,7 +276,9 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
             no class; where the values mean classes only in the other reading, it says so.
     """
     there = {
-        compose(path.relative_to(folder).with_suffix("").as_posix()): path for path in walk_files(folder)
+        compose(path.relative_to(folder).with_suffix("").as_posix()): path
+        for path in walk_files(folder)
+        if path.suffix.lower() == ".png"
     }
     missing = [name for name in pieces.names.tolist() if compose(name) not in there]
     if missing:
@@ -314,8 +313,7 @@ def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndar
         hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
         raise DataError(
             f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
-            "an unlabelled "
-            f"pixel is no prediction{hint}"
+            f"an unlabelled pixel is no prediction{hint}"
         )
     if fits_other and any(taken.index(value) != others.index(value) for value in first_with):
         print(

@@ -62,33 +62,37 @@ def iterate_samples(
     batch_size: int = 8,
 ) -> Split:
     """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is iterated over."""
-    check_options(split=split, validation=validation, fold=fold)
+    check_options(split=split, validation=validation, fold=fold, limit=limit, batch_size=batch_size)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")
-    check_options(limit=limit, batch_size=batch_size)
     opened = _open_source(source, "test" if split == "test" else "train", classes, limit)
     chosen = choose_validation(validation, opened, fold)
     if split == "valid" and chosen == "predefined":
         opened = _open_source(source, split, classes, limit)
     elif split != "test":
         opened = opened.select(select_split(opened, split, chosen, fold))
-    loaded_with = {"data": str(source), "validation": validation, "limit": limit, "classes": classes}
-    loaded_with |= {"fold": fold, "chosen_validation": chosen}
-    if size is not None:
-        loaded_with |= {"image_height": size[0], "image_width": size[1]}
-    chosen_by = {"split": split, "validation": chosen, "data": str(source), "loaded_with": loaded_with}
-    return replace(opened, size=size, batch_size=batch_size, **chosen_by)
+    loaded_with = {
+        "data": str(source),
+        "validation": validation,
+        "limit": limit,
+        "classes": classes,
+        "fold": fold,
+        "chosen_validation": chosen,
+        **dict(zip(("image_height", "image_width"), size or (), strict=False)),
+    }
+    known = {"data": str(source), "validation": chosen, "loaded_with": loaded_with}
+    return replace(opened, split=split, size=size, batch_size=batch_size, **known)
 
 
 def _open_source(source: str | os.PathLike, split: str, classes: str | None, limit: int | None) -> Split:
     path = Path(source).expanduser()
+    if classes and path.suffix != ".mat" and (source, classes) != ("synthetic", "nyuv2_13"):
+        raise ValueError(
+            f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves "
+            "a choice. A folder names its classes in DATA/dataset.yaml"
+        )
     if path.suffix == ".mat":
         opened = open_file(path, split, classes)
-    elif classes not in (None, "nyuv2_13") or (classes and source != "synthetic"):
-        raise ValueError(
-            f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves a choice. "
-            "A folder names its classes in DATA/dataset.yaml"
-        )
     else:
         opened = open_synthetic(split) if source == "synthetic" else open_folder(path, split)
     return opened.select(np.arange(len(opened.names))[:limit])

@@ -47,9 +47,9 @@ def map_arrays(
     Raises:
         DataError: the arrays can't be written.
     """
-    size = "x".join(map(str, key["size"]))
     place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
-    folder = cache_root() / f"{source.resolve().stem}-{key['kind']}-{size}-{place}"
+    name = (source.resolve().stem, key["kind"], "x".join(map(str, key["size"])), place)
+    folder = cache_root() / "-".join(name)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if (arrays := _open(folder, key, layout)) is None:
@@ -61,15 +61,15 @@ def map_arrays(
             np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
         )
         raise DataError(
-            f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB there, and "
-            "the data must be whole. Free disk space, or set the environment variable XDG_CACHE_HOME to another disk"
+            f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB "
+            "there, and the data must be whole. Free disk space, or set the environment variable "
+            "XDG_CACHE_HOME to another disk"
         ) from error
 
 
 def select_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     """A contiguous selection stays memory-mapped; others are read into memory."""
-    contiguous = len(rows) and (np.diff(rows) == 1).all()
-    chosen = slice(rows[0], rows[-1] + 1) if contiguous else rows
+    chosen = slice(rows[0], rows[-1] + 1) if len(rows) and (np.diff(rows) == 1).all() else rows
     return {name: array[chosen] for name, array in arrays.items()}
 
 

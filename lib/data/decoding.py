@@ -15,6 +15,11 @@ SUFFIXES = {
     "label": (".png", ".tif", ".tiff", ".bmp"),
 }
 TURNED = range(5, 9)  # values of the orientation tag with which height and width change places
+EXPECTED_LABEL = (
+    "one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under "
+    "`colours` in dataset.yaml"
+)
+EXPECTED_DEPTH = "one channel of depth of 16 bits; export it again from the source"
 INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow
 
 
@@ -53,11 +58,7 @@ def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
     """
     if in_colours:
         return decode_image(path).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    expected = (
-        "one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under `colours` "
-        "in dataset.yaml"
-    )
-    return _decode_values(path, expected)
+    return _decode_values(path, ("L", "P", *INTEGERS), EXPECTED_LABEL)
 
 
 def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
@@ -72,49 +73,47 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         with _decoding(path):
             depth = np.load(path)
     else:
-        depth = _decode_values(
-            path, "one channel of depth of 16 bits; export it again from the source", depth=True
-        )
+        depth = _decode_values(path, ("L", "F", *INTEGERS), EXPECTED_DEPTH)
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
-        remedy = "Say depth_unit_mm if you know it, or export it again"
-        raise _refused(path, "8 bits", f"16: depth of 8 bits has lost its scale. {remedy}")
+        raise _refused(
+            path,
+            "8 bits",
+            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again",
+        )
     if (depth < 0).any():
         raise _refused(
             path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0"
         )
-    if bits == "sun":
-        if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
-            raise _refused(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
-        depth = depth >> 3 | depth << 13
-    return depth
+    if bits == "plain":
+        return depth
+    if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
+        raise _refused(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
+    return depth >> 3 | depth << 13
 
 
 def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0,)) -> np.ndarray:
     """uint16 millimetres, 0 where nothing was measured (or NaN or infinity says so), at most 65.5 m."""
-    if depth.dtype == np.uint16 and unit_mm == 1 and list(missing) == [0]:
-        return depth
     there = np.isfinite(depth) & ~np.isin(depth, missing)
     depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # 16 bits would end at 65504
     return np.where(there, depth_mm, 0).clip(0, 65535).astype(np.uint16)
 
 
-def _decode_values(path: Path, expected: str, depth: bool = False) -> np.ndarray:
+def _decode_values(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     picture, stored = _open(path)
-    mode, values = picture.mode, np.asarray(picture)
-    if mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
+    values = np.asarray(picture)
+    if picture.mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
         raise _refused(
             path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys"
         )
-    if mode == "P":
+    if picture.mode == "P":
         palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        if (palette == palette[:, :1]).all() and values.max(initial=0) < len(
-            palette
-        ):  # of an optimiser, once grey
+        is_grey = (palette == palette[:, :1]).all()  # of an optimiser
+        if is_grey and values.max(initial=0) < len(palette):
             return palette[:, 0][values]
-    if mode not in ("L", *INTEGERS, "F" if depth else "P"):
-        raise _refused(path, f"mode {mode} of Pillow", expected)
+    if picture.mode not in modes:
+        raise _refused(path, f"mode {picture.mode} of Pillow", expected)
     return values
 
 
@@ -125,7 +124,8 @@ def _open(path: Path) -> tuple[Image.Image, str]:
     """
     # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
     with _decoding(path), open(path, "rb") as file, Image.open(file) as picture:
-        count, stored = getattr(picture, "n_frames", 1), str(getattr(picture, "tile", ""))
+        stored = str(getattr(picture, "tile", ""))
+        count = getattr(picture, "n_frames", 1)
         if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
             raise ValueError(f"it holds {count} pictures, expected one")
         picture.load()

@@ -98,40 +98,25 @@ class Description(BaseModel):
         Raises:
             DataError: names or values that don't go together.
         """
-        path = self.root / FILE
         if isinstance(self.classes, dict):
-            if "first_label" in self.stated or self.colours:
-                key = "colours" if self.colours else "first_label"
-                found = getattr(self, key)
-                raise DataError(
-                    f"{path}: {key} is {found!r}, expected none where classes maps values to names"
-                )
             return dict(sorted(self.classes.items()))
-        if self.colours:
-            return self._by_colour()
-        if self.first_label + len(self.classes) > MOST_VALUES:
-            raise DataError(
-                f"{path}: first_label is {self.first_label!r}, expected label values up to {MOST_VALUES - 1}"
-            )
-        return dict(enumerate(self.classes, self.first_label))
+        return self._by_colour() if self.colours else dict(enumerate(self.classes, self.first_label))
 
     def _by_colour(self) -> dict[int, str]:
-        path = self.root / FILE
-        listed = [name for name in self.colours if name != "ignore"]
-        names = self.classes if "classes" in self.stated else listed
-        wrong = [f"no colour of class {name!r}" for name in names if name not in self.colours]
-        wrong += [f"a colour of {name!r}" for name in self.colours if name not in (*names, *NO_CLASS)]
-        by_value = {pack_colours(self.colours[name]): name for name in names if name in self.colours}
-        if len(set(map(pack_colours, self.colours.values()))) < len(self.colours):
+        colours = {name: pack_colours(colour) for name, colour in self.colours.items()}
+        names = self.classes if "classes" in self.stated else [name for name in colours if name != "ignore"]
+        wrong = [f"no colour of class {name!r}" for name in names if name not in colours]
+        wrong += [f"a colour of {name!r}" for name in colours if name not in (*names, *NO_CLASS)]
+        if len(set(colours.values())) < len(colours):
             wrong.append("two names of one colour")
         if not 2 <= len(names) <= MOST_CLASSES:
             wrong.append(f"{len(names)} classes")
         if wrong:
             raise DataError(
-                f"{path}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a colour of their own each; "
-                "a colour that means unlabelled is named ignore"
+                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a "
+                "colour of their own each; a colour that means unlabelled is named ignore"
             )
-        return by_value
+        return {colours[name]: name for name in names}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -142,23 +127,18 @@ class Description(BaseModel):
     def unlabelled(self) -> list[int]:
         """Label values, or colours as numbers, that mean unlabelled."""
         if self.colours:
-            names = self.class_names
-            return [pack_colours(colour) for name, colour in self.colours.items() if name not in names]
+            return sorted({pack_colours(colour) for colour in self.colours.values()} - self.by_value.keys())
         if self.ignore == "others":
             return []
         if self.first_label == 1 and "ignore" not in self.stated:
             return [0, IGNORE_INDEX]
         return self.ignore
 
-    @property
-    def index_of_others(self) -> int:
-        """What a label value becomes that is neither a class nor unlabelled; -1 is an error."""
-        return IGNORE_INDEX if self.ignore == "others" else -1
-
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 class index of each label value or colour, 255 where it means unlabelled, -1 where it is neither."""
-        table = np.full(2**24 if self.colours else MOST_VALUES, self.index_of_others, np.int16)
+        """int16 class index of each label value or colour, then of all other values; 255: unlabelled, -1: an error."""
+        index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
+        table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
         table[list(self.by_value)] = range(len(self.by_value))
         return table
@@ -166,11 +146,10 @@ class Description(BaseModel):
     def to_indices(self, path: Path, label: np.ndarray) -> np.ndarray:
         """uint8 class indices, 255 = unlabelled, of the values in a file, which a `DataError` names."""
         label = label.astype(np.int64)
-        inside = label.clip(0, len(self.table) - 1)
-        indices = np.where(label == inside, self.table[inside], self.index_of_others)
-        unknown = indices < 0
-        if unknown.any():
-            values, counts = np.unique(label[unknown], return_counts=True)
+        others = len(self.table) - 1
+        indices = self.table[np.where((label >= 0) & (label < others), label, others)]
+        if (indices < 0).any():
+            values, counts = np.unique(label[indices < 0], return_counts=True)
             self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
         return indices.astype(np.uint8)
 
@@ -180,8 +159,10 @@ class Description(BaseModel):
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
-        ignored = ", ".join(map(str, self.unlabelled)) or "nothing"
-        expected = f"{min(values)}..{max(values)}{gaps} and {ignored} = unlabelled"
+        expected = (
+            f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} "
+            "= unlabelled"
+        )
         hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
         if self.colours:
             expected = "those of `colours`"
@@ -192,8 +173,8 @@ class Description(BaseModel):
             hint += "; `ignore: others` takes all values that are no class as unlabelled"
         listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
         raise DataError(
-            f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in {file_count} files: "
-            f"{listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
+            f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
+            f"{file_count} files: {listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
         )
 
 
@@ -217,10 +198,11 @@ def read_description(root: Path) -> Description:
         _refuse_nearly(root)
         return Description(root=root)
     try:
-        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
+        content = (
+            yaml.safe_load(path.read_bytes()) or {}
+        )  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
-    content = {} if content is None else content  # nothing, or comments alone
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
         if OLDER_NAMES.get(unknown[0]) in KEYS:
@@ -243,35 +225,44 @@ def _refuse_nearly(root: Path) -> None:
     nearly = [place for place in (*root.glob("*"), *root.glob("*/*.y*ml*")) if NEARLY.fullmatch(place.name)]
     if nearly:
         raise DataError(
-            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there with the "
-            f"keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is another tool's"
+            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there "
+            f"with the keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is "
+            "another tool's"
         )
 
 
 def _read_label_map(path: Path) -> dict[str, list[int]]:
     """The colours in CVAT's labelmap.txt, with a line `name:red,green,blue:parts:actions` for each."""
-    colours = {}
     try:
-        for line in path.read_text("utf-8-sig").splitlines():
-            if line.strip() and not line.startswith("#"):
-                name, colour, *_ = line.split(":")
-                colours[name] = [int(number) for number in colour.split(",")]
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
+        entries = [line.split(":") for line in lines]
+        return {name: [int(number) for number in colour.split(",")] for name, colour, *_ in entries}
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: can't be read as colours ({error}), expected lines such as `bed:128,0,0::`"
         ) from error
-    return colours
 
 
 def _check_names(path: Path, description: Description) -> None:
     classes = description.classes
     names = list(classes.values() if isinstance(classes, dict) else classes)
+    for key in ("colours", "first_label"):
+        if key in description.stated and isinstance(classes, dict):
+            raise DataError(
+                f"{path}: {key} is {getattr(description, key)!r}, expected none where classes maps values to "
+                "names"
+            )
+    if description.first_label + len(classes) > MOST_VALUES:
+        raise DataError(
+            f"{path}: first_label is {description.first_label}, expected label values up to {MOST_VALUES - 1}"
+        )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"
         )
-    if both := sorted(set(description.by_value) & set(description.unlabelled)):
-        name = description.by_value[both[0]]
+    both = sorted(description.by_value.keys() & set(description.unlabelled))
+    if both:
         raise DataError(
-            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is {name!r}"
+            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is "
+            f"{description.by_value[both[0]]!r}"
         )

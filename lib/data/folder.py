@@ -47,9 +47,7 @@ def open_folder(root: Path, split: str) -> Split:
     description = read_description(root)
     files = find_files(description, split)
     names = np.array(list(files))
-    scene, validation = _choose_scenes(description, split, names)
-    if "valid" in description.splits:
-        validation = "predefined"
+    scene, usual = _choose_scenes(description, split, names)
     check = cache(partial(check_files, description, split, list(files.values())))  # once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
@@ -59,23 +57,24 @@ def open_folder(root: Path, split: str) -> Split:
         check()
         return _read_files([files[name] for name in names[positions]], size, description)
 
-    known = {"depth_range_m": tuple(description.depth_range_m), "validation": validation}
-    if not description.colours:
-        known["label_values"] = tuple(description.by_value)
-    return Split(names, description.class_names, read, scene, **known)
+    return Split(
+        names,
+        description.class_names,
+        read,
+        scene,
+        tuple(description.depth_range_m),
+        validation="predefined" if "valid" in description.splits else usual,
+        label_values=None if description.colours else tuple(description.by_value),
+    )
 
 
 def _choose_scenes(description: Description, split: str, names: np.ndarray) -> tuple[np.ndarray | None, str]:
     """The scene of each image, None where nothing tells it, and the usual way to choose validation images."""
-    if description.scene is not None:
+    if description.scene is not None or "{scene}" in description.folders["image"]:
         return _name_scenes(description, names), "scenes"
-    if "{scene}" in description.folders["image"]:
-        return np.array([name.partition("/")[0] for name in names.tolist()]), "scenes"
-    together = names
-    if "valid" in description.splits and split != "test":  # a run may continue in the other split
-        other = "train" if split == "valid" else "valid"
-        together = np.append(names, list(_find_images(description, other)))
-    runs = number_runs(together)
+    other = {"train": "valid", "valid": "train"}.get(split)
+    beside = _find_images(description, other) if other in description.splits else {}
+    runs = number_runs(np.array([*names.tolist(), *beside]))  # a run may continue in the other split
     if runs is None:
         return None, "random"
     return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
@@ -88,10 +87,8 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
         DataError: a missing folder or partner, or an image that is also among those to train on.
     """
     images = _find_images(description, split)
-    found = {"image": images}
-    for kind in description.folders:
-        if kind != "image" and (paths := _match(description, split, kind)) is not None:
-            found[kind] = paths
+    partners = {kind: _match(description, split, kind) for kind in description.folders if kind != "image"}
+    found = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
     if split == "test" and not found.get("label", {}).keys() & images.keys():
         found.pop("label", None)  # held back
     names = images.keys()
@@ -101,8 +98,9 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
         missing = sorted(name for name in names if name not in paths)
         if missing:
             raise DataError(
-                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} files missing, "
-                f"the first is {missing[0]!r}; every image needs its {', '.join(found)} file under the same name"
+                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} "
+                f"files missing, the first is {missing[0]!r}; every image needs its {', '.join(found)} file "
+                "under the same name"
             )
     if split != "train" and "train" in description.splits:
         _check_apart(description, split, images)
@@ -114,12 +112,12 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
     root = description.root
     if split not in description.splits:
         raise MissingSplit(
-            f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in {root / FILE}"
+            f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in "
+            f"{root / FILE}"
         )
     found = _match(description, split, "image")
-    if not (root / description.splits[split]).is_file():
-        return found
-    return {name: found[name] for name in _listed(description, split, found)}
+    is_list = (root / description.splits[split]).is_file()
+    return {name: found[name] for name in _listed(description, split, found)} if is_list else found
 
 
 def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
@@ -132,22 +130,22 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
     if shared:
         place, other = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
-            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained on can't "
-            f"validate or test: give split {split!r} other images, or leave it out of `splits`"
+            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained "
+            f"on can't validate or test: give split {split!r} other images, or leave it out of `splits`"
         )
 
 
 def _base(description: Description, split: str) -> Path:
     """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says where."""
     place = description.root / description.splits[split]
-    by_kind = any("{split}" in value for value in description.folders.values())
-    return description.root if by_kind or place.is_file() else place
+    says_where = any("{split}" in value for value in description.folders.values())
+    return description.root if says_where or place.is_file() else place
 
 
 def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
     """The files of a kind by name, composed as in Unicode's NFC; None where there need be none."""
-    base, value = _base(description, split), description.folders[kind]
-    value = value.replace("{split}", description.splits[split])
+    base = _base(description, split)
+    value = description.folders[kind].replace("{split}", description.splits[split])
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
     top = base / os.path.dirname(pattern.partition("{")[0])
     if not top.is_dir():
@@ -156,19 +154,16 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
         error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
         raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
     whole = pattern.lower().endswith(SUFFIXES[kind])
-    wanted = _compile(pattern)
-    paths, others = {}, Counter()
+    wanted = _compile(pattern, "" if whole else r"\.[^./]+")
+    paths = {}
+    others = Counter()
     for path in walk_files(top):
-        relative = Path(os.path.relpath(path, base))
-        match = wanted.fullmatch((relative if whole else relative.with_suffix("")).as_posix())
-        if match is None:
-            continue
         if path.suffix.lower() not in SUFFIXES[kind]:
             others[path.suffix] += 1
-            continue
-        name = compose("/".join(match.groups()))
-        if paths.setdefault(name, path) != path:
-            raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
+        elif match := wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix()):
+            name = compose("/".join(match.groups()))
+            if paths.setdefault(name, path) != path:
+                raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
     if not paths and (others or kind == "image"):
         found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
         expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
@@ -176,7 +171,7 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     return paths
 
 
-def _compile(pattern: str) -> re.Pattern:
+def _compile(pattern: str, suffix: str) -> re.Pattern:
     """A value of `folders` as an expression with groups `scene`, where it has one, and `name`."""
     expression = re.escape(pattern)
     for group, what in (("scene", "[^/]+"), ("name", ".+")):
@@ -184,7 +179,7 @@ def _compile(pattern: str) -> re.Pattern:
         expression = expression.replace(placeholder, f"(?P<{group}>{what})", 1).replace(
             placeholder, f"(?P={group})"
         )
-    return re.compile(expression)
+    return re.compile(expression + suffix)
 
 
 def _explain_json(description: Description) -> str:
@@ -218,15 +213,17 @@ def compose(name: str) -> str:
 
 def _listed(description: Description, split: str, images: dict[str, Path]) -> list[str]:
     """The names in a list: as they are, or as paths of files, which may lack the suffix."""
-    place, known = description.root / description.splits[split], {}
+    place = description.root / description.splits[split]
+    known = {}
     for kind in description.folders:
         paths = images if kind == "image" else _match(description, split, kind) or {}
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
-            known |= {compose(relative.as_posix()): name, compose(relative.with_suffix("").as_posix()): name}
-    for name, path in images.items():
-        known |= {name: name, f"{name}{path.suffix}": name}
-    lines = _read_lines(place)
+            spelt = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
+            known |= dict.fromkeys(map(compose, spelt), name)
+    known |= {name: name for name in images}
+    stripped = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
+    lines = [compose(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
         what = "is empty"
@@ -237,30 +234,25 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
             f"{description.root / description.folders['image']}"
         )
     names = [known[line] for line in lines]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
         raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
     return sorted(names)
 
 
-def _read_lines(place: Path) -> list[str]:
-    lines = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
-    return [compose(os.path.normpath(line)) for line in lines if line]
-
-
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     """The scene of each image, from a table or from its name."""
-    file, text = description.root / FILE, description.scene
+    file = description.root / FILE
+    text = description.scene or "^([^/]+)/"
     if text.lower().endswith(".csv"):
         file = description.root / text
         try:
-            scenes = (
-                pd.read_csv(file, dtype=str, encoding="utf-8-sig").set_index("name").scene.dropna().to_dict()
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            table = pd.read_csv(file, dtype=str, encoding="utf-8-sig").dropna(subset=["name", "scene"])
+        except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
-        scenes = {compose(str(name)): scene for name, scene in scenes.items()}
+        scenes = dict(zip(map(compose, table["name"]), table["scene"], strict=True))
         found = [scenes.get(name) for name in names.tolist()]
     else:
         try:
@@ -284,12 +276,16 @@ def _map_files(
     description: Description, split: str, files: list[Files], size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """All images of a split, mapped; what was judged when they were kept is not judged again."""
-    states = [(path, path.stat()) for paths in files for path in paths.values()]
-    key = {"version": CACHE_VERSION, "kind": split, "size": list(size)}
     root = description.root  # however it is spelt
-    key["files"] = [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states]
-    text = description.root / FILE
-    key["description"] = text.read_bytes().hex() if text.exists() else None
+    text = root / FILE
+    states = [(path, path.stat()) for paths in files for path in paths.values()]
+    key = {
+        "version": CACHE_VERSION,
+        "kind": split,
+        "size": list(size),
+        "files": [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states],
+        "description": text.read_bytes().hex() if text.exists() else None,
+    }
     layout = {
         kind: (dtype, (len(files), *size, *axes))
         for kind, (dtype, axes) in CHANNELS.items()
@@ -300,7 +296,7 @@ def _map_files(
         check_files(description, split, files)
         yield from _read_blocks(files, size, description)
 
-    return map_arrays(description.root, key, layout, make)
+    return map_arrays(root, key, layout, make)
 
 
 def _read_files(
@@ -308,25 +304,19 @@ def _read_files(
 ) -> list[dict[str, np.ndarray]]:
     """Arrays in order; at their native size for each stretch of files of one size."""
     if not files:
-        height, width = size or (0, 0)
         return [
-            {kind: np.empty((0, height, width, *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
+            {kind: np.empty((0, *(size or (0, 0)), *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
         ]
-    sizes = [size] * len(files) if size else [upright_size(paths["image"]) for paths in files]
-    pieces, start = [], 0
-    for _, stretch in groupby(sizes):
-        end, stacks = start + len(list(stretch)), {}
-        for rows, arrays in _read_blocks(files[start:end], size, description):
-            for kind, array in arrays.items():
-                stacks.setdefault(kind, np.empty((end - start, *array.shape[1:]), array.dtype))[rows] = array
-        pieces.append(stacks)
-        start = end
+    pieces = []
+    for _, stretch in groupby(files, lambda paths: size or upright_size(paths["image"])):
+        blocks = [arrays for _, arrays in _read_blocks(list(stretch), size, description)]
+        pieces.append({kind: np.concatenate([arrays[kind] for arrays in blocks]) for kind in blocks[0]})
     return pieces
 
 
 def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: Description) -> Blocks:
     """Positions and arrays of block after block, decoded in parallel."""
-    read = partial(_read_sample, size=size, description=description)
+    read = partial(read_sample, size=size, description=description)
     bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for start in range(0, len(files), BLOCK):
@@ -338,9 +328,10 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
             bar.update(len(block))
 
 
-def _read_sample(
+def read_sample(
     paths: Files, size: tuple[int, int] | None, description: Description
 ) -> dict[str, np.ndarray]:
+    """The arrays of one image, by kind."""
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
         depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
@@ -352,8 +343,8 @@ def _read_sample(
         if array.shape[:2] != arrays["image"].shape[:2]:
             found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
             raise DataError(
-                f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth and label "
-                "must have one size"
+                f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth "
+                "and label must have one size"
             )
     if size is None:
         return arrays

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.decoding import SUFFIXES, decode_depth, decode_image, depth_to_mm
+from lib.data.decoding import SUFFIXES
 from lib.data.description import Description
-from lib.data.folder import compose, is_hidden
+from lib.data.folder import compose, is_hidden, read_sample
 from lib.data.samples import DataError, Split
-from lib.data.sanity import choose_evenly, guess_units, look_at_depth
+from lib.data.sanity import guess_units, look_at_depths
 from lib.data.synthetic import open_synthetic
 
 
@@ -25,62 +25,66 @@ def open_images(
     if images == "synthetic":
         return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
     if takes_depth != (depths is not None):
-        takes = "takes depth, too" if takes_depth else "takes RGB alone"
-        remedy = (
-            "give depths, or a run trained with inputs rgb" if takes_depth else "leave it out, or change run"
+        expected = (
+            "takes depth, too; give depths, or a run trained with inputs rgb"
+            if takes_depth
+            else "takes RGB alone; leave it out, or change run"
         )
-        raise ValueError(f"depths: found {depths!r}, but this network {takes}; {remedy}")
-    files, partners = _list_files("image", images), _list_files("depth", depths) if depths else {}
-    if len(files) == len(partners) == 1:  # whatever they are called
-        partners = dict(zip(files, partners.values(), strict=True))
-    if depths and (missing := [name for name in files if name not in partners]):
-        raise DataError(
-            f"depths: {len(missing)} files missing in {depths}, the first is that of image {missing[0]!r}; expected "
-            f"{missing[0]}.png, named like the image"
-        )
-    if depths and depth_unit_mm is None:
-        sample = choose_evenly([partners[name] for name in files])
-        medians = [look_at_depth(path, Description(root=path.parent))[0] for path in sample]
-        found, units = guess_units(np.array(medians))
-        if found:
-            options = [f"{unit} for {name}" for unit, name in units.items()] + ["1 if these are mm"]
-            raise DataError(f"depths: {depths} {found}: give depth_unit_mm {' or '.join(options)}")
+        raise ValueError(f"depths: found {depths!r}, but this network {expected}")
+    stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
+    description = Description(root=Path(images), **stated)
+    files = {name: {"image": path} for name, path in _list_files("image", images).items()}
+    data = str(Path(images).expanduser().resolve())
+    if depths is not None:
+        partners = _find_partners(list(files), depths)
+        if not stated:
+            _check_unit(depths, list(partners.values()), description)
+        files = {name: paths | {"depth": partners[name]} for name, paths in files.items()}
+        data += f", with depth of {depths} in units of {description.depth_unit_mm:g} mm"
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
-        return [_read(files[name], partners.get(name), depth_unit_mm) for name in names[positions]]
+        samples = (read_sample(files[name], size, description) for name in names[positions])
+        return [{kind: array[None] for kind, array in arrays.items()} for arrays in samples]
 
-    measured = f", with depth of {depths} in units of {depth_unit_mm or 1:g} mm" if depths else ""
-    data = f"{Path(images).expanduser().resolve()}{measured}"
     return Split(names, classes, read, batch_size=1, data=data)
 
 
+def _find_partners(names: list[str], depths: str) -> dict[str, Path]:
+    """The depth of each image; one of one may have any name."""
+    found = _list_files("depth", depths)
+    if len(names) == len(found) == 1:
+        return dict(zip(names, found.values(), strict=True))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(
+            f"depths: {len(missing)} files missing in {depths}, the first is that of image {missing[0]!r}; "
+            f"expected {missing[0]}.png, named like the image"
+        )
+    return {name: found[name] for name in names}
+
+
+def _check_unit(depths: str, paths: list[Path], description: Description) -> None:
+    found, units = guess_units(look_at_depths(paths, description)[:, 0])
+    if found:
+        options = " or ".join(f"{unit} {where_so}" for unit, where_so in units.items())
+        raise DataError(f"depths: {depths} {found}: give depth_unit_mm {options}")
+
+
 def _list_files(kind: str, place: str) -> dict[str, Path]:
-    root, files, suffixes = Path(place).expanduser(), {}, SUFFIXES[kind]
+    root = Path(place).expanduser()
     there = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+    files = {}
     for path in [root] if root.is_file() else there:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(
                 f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
             )
         name = compose(path.stem)
-        if path.suffix.lower() in suffixes and files.setdefault(name, path) != path:
+        if path.suffix.lower() in SUFFIXES[kind] and files.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:
         raise ValueError(
-            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(suffixes)}"
+            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(SUFFIXES[kind])}"
         )
     return files
-
-
-def _read(path: Path, depth_path: Path | None, unit_mm: float | None) -> dict[str, np.ndarray]:
-    image = decode_image(path)
-    if depth_path is None:
-        return {"image": image[None]}
-    depth_mm = depth_to_mm(decode_depth(depth_path, takes_bytes=unit_mm is not None), unit_mm or 1)
-    if depth_mm.shape != image.shape[:2]:
-        found, expected = ("x".join(map(str, array.shape[:2])) for array in (depth_mm, image))
-        raise DataError(
-            f"{depth_path}: {found}, but its picture {path.name} is {expected}; both must have one size"
-        )
-    return {"image": image[None], "depth": depth_mm[None]}

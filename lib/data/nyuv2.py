@@ -20,12 +20,7 @@ from lib.options import check_choice
 from lib.progress import progress_bar
 
 TABLES = Path(__file__).parent / "tables"
-ARRAYS = {
-    "images": ("uint8", 4),
-    "depths": ("float32", 3),
-    "rawDepths": ("float32", 3),
-    "labels": ("uint16", 3),
-}
+ARRAYS = {"images": "uint8", "depths": "float32", "rawDepths": "float32", "labels": "uint16"}
 CACHED = {
     "image": (np.uint8, (3,)),
     "depth": (np.uint16, ()),
@@ -48,10 +43,9 @@ def open_file(path: Path, split: str, classes: str | None) -> Split:
     class_set = classes or "nyuv2_13"
     check_choice("classes", class_set, CLASS_SETS)
     with _open(path) as file:
-        count, references = len(file["images"]), file["scenes"][:].ravel()
+        references = file["scenes"][:].ravel()
         scenes = np.array(["".join(map(chr, file[reference][:].ravel())) for reference in references])
-    table = _official_split(count)
-    ids = table.id[table.split == ("test" if split == "test" else "train")].to_numpy()
+    ids = _official_ids(len(scenes), "test" if split == "test" else "train")
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         return [_read_frames(path, ids[positions], size, class_set)]
@@ -67,8 +61,13 @@ def _read_frames(
     with _open(path) as file:
         count, width, height = file["labels"].shape
         status = path.stat()
-        key = {"version": CACHE_VERSION, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
-        key |= {"size": list(size or (height, width)), "kind": class_set}
+        key = {
+            "version": CACHE_VERSION,
+            "bytes": status.st_size,
+            "modified_ns": status.st_mtime_ns,
+            "size": list(size or (height, width)),
+            "kind": class_set,
+        }
         layout = {
             name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()
         }
@@ -76,16 +75,14 @@ def _read_frames(
     return select_rows(arrays, _rows(count)[ids])
 
 
-def _official_split(count: int) -> pd.DataFrame:
-    table = pd.read_csv(TABLES / "nyuv2_split.csv")
-    return table[table.id < count]
+def _official_ids(count: int, split: str) -> np.ndarray:
+    """The 0-based ids of the first frames of the official split `train` or `test`."""
+    return pd.read_csv(TABLES / "nyuv2_split.csv").query("id < @count and split == @split").id.to_numpy()
 
 
 def _rows(count: int) -> np.ndarray:
     """The row of each frame in the cache: the official training split first, then the test split."""
-    return np.argsort(
-        _official_split(count).sort_values(["split", "id"], ascending=[False, True]).id.to_numpy()
-    )
+    return np.argsort(np.append(_official_ids(count, "train"), _official_ids(count, "test")))
 
 
 def _open(path: Path) -> h5py.File:
@@ -94,16 +91,10 @@ def _open(path: Path) -> h5py.File:
     try:
         file = h5py.File(path, locking=False)  # which not every disk has, and reading needs none
     except OSError as error:
-        with open(path, "rb") as start:
-            older = start.read(10) == b"MATLAB 5.0"
-        remedy = (
-            "It is a file of version 5, as splits.mat"
-            if older
-            else "A download that was cut short has to be repeated"
-        )
         raise DataError(
-            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's "
-            f"version 7.3. {remedy}"
+            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of "
+            "MATLAB's version 7.3, not of version 5 as splits.mat. A download that was cut short has to be "
+            "repeated"
         ) from error
     _check_layout(path, file)
     return file
@@ -113,21 +104,21 @@ def _check_layout(path: Path, file: h5py.File) -> None:
     missing = [name for name in (*ARRAYS, "scenes") if name not in file]
     if missing:
         raise DataError(
-            f"{path}: found {', '.join(sorted(file)) or 'nothing'}, {', '.join(missing)} missing; expected the "
-            "labelled data set, nyu_depth_v2_labeled.mat"
+            f"{path}: found {', '.join(sorted(file)) or 'nothing'}, {', '.join(missing)} missing; expected "
+            "the labelled data set, nyu_depth_v2_labeled.mat"
         )
     count, *frame = file["labels"].shape
     if file["scenes"].size != count:
         raise DataError(
-            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has labels; "
-            "use the file as it was published"
+            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has "
+            "labels; use the file as it was published"
         )
-    for name, (dtype, dimensions) in ARRAYS.items():
-        shape = (count, 3, *frame) if dimensions == 4 else (count, *frame)
+    for name, dtype in ARRAYS.items():
+        shape = (count, 3, *frame) if name == "images" else (count, *frame)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
             raise DataError(
-                f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at most 1449 "
-                "frames as MATLAB writes them; use the file as it was published"
+                f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at "
+                "most 1449 frames as MATLAB writes them; use the file as it was published"
             )
 
 
@@ -145,18 +136,22 @@ def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Bloc
 def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.ndarray]:
     """`BLOCK` frames as they are published, in our layout and units."""
     images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
-    image, depth_m, label = images.transpose(0, 3, 2, 1), depths.transpose(0, 2, 1), labels.transpose(0, 2, 1)
-    if label.max() > 894:
-        raise DataError(f"{file.filename}: label {label.max()} in frames {start} on, expected raw ids 0..894")
-    if not (np.isfinite(depth_m).all() and 0.1 < np.median(depth_m) < 20):
+    if labels.max() > 894:
         raise DataError(
-            f"{file.filename}: median depth {np.median(depth_m):g} in frames {start} on, expected metres of an indoor "
-            "scene (0.1 to 20); use the file as it was published"
+            f"{file.filename}: label {labels.max()} in frames {start} on, expected raw ids 0..894"
         )
-    depth = np.rint(1000 * depth_m).clip(0, 65535).astype(np.uint16)
-    measured = raw_depths.transpose(0, 2, 1) > 0
-    arrays = {"image": image, "depth": depth, "label": _class_table(class_set)[label], "measured": measured}
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    if not (np.isfinite(depths).all() and 0.1 < np.median(depths) < 20):
+        raise DataError(
+            f"{file.filename}: median depth {np.median(depths):g} in frames {start} on, expected metres of "
+            "an indoor scene (0.1 to 20); use the file as it was published"
+        )
+    arrays = {
+        "image": images,
+        "depth": np.rint(1000 * depths).clip(0, 65535).astype(np.uint16),
+        "label": _class_table(class_set)[labels],
+        "measured": raw_depths > 0,
+    }
+    return {name: np.ascontiguousarray(np.moveaxis(array.T, -1, 0)) for name, array in arrays.items()}
 
 
 def _class_table(class_set: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Splits of a data set, RGB-D samples as arrays with one common index, and their resizing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -59,10 +59,8 @@ class Samples:
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Samples":
         """The same change to every array that is there."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
-        )
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **{name: change(array) for name, array in arrays.items()})
 
     @property
     def labels_or_ignored(self) -> np.ndarray:
@@ -77,8 +75,7 @@ class Samples:
     @property
     def measured_depth(self) -> np.ndarray:
         """`(N, H, W)` bool: where a sensor measured depth."""
-        there = self.depth_or_missing > 0
-        return there if self.measured is None else there & self.measured
+        return (self.depth_or_missing > 0) & (True if self.measured is None else self.measured)
 
 
 Read = Callable[[np.ndarray, tuple[int, int] | None], list[dict[str, np.ndarray]]]
@@ -124,16 +121,13 @@ class Split:
 
     def __getitem__(self, positions: np.ndarray) -> list[Samples]:
         """The images at these positions, as `Samples` of one size each."""
+        known = {name: getattr(self, name) for name in ("classes", "depth_range_m", "loaded_with")}
+        pieces = self.read(np.asarray(positions), self.size)
+        ends = np.cumsum([len(arrays["image"]) for arrays in pieces])
         samples = []
-        start = 0
-        for arrays in self.read(np.asarray(positions), self.size):
-            at = positions[start : start + len(arrays["image"])]
-            start += len(at)
+        for at, arrays in zip(np.split(positions, ends[:-1]), pieces, strict=True):
             scene = None if self.scene is None else self.scene[at]
-            known = {"classes": self.classes, "depth_range_m": self.depth_range_m}
-            samples.append(
-                Samples(self.names[at], **arrays, scene=scene, **known, loaded_with=self.loaded_with)
-            )
+            samples.append(Samples(self.names[at], **arrays, scene=scene, **known))
         return samples
 
     def select(self, chosen: np.ndarray) -> "Split":
@@ -152,15 +146,16 @@ class Split:
         first, *others = self[np.arange(len(self))]
         if others:
             raise DataError(
-                f"{self.data}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} is "
-                f"{'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their native "
-                "size into one array: give a size, or read them with iterate_samples"
+                f"{self.data}: {first.names[-1]} is {'x'.join(map(str, first.size))}, {others[0].names[0]} "
+                f"is {'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their "
+                "native size into one array: give a size, or read them with iterate_samples"
             )
         labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
         if self.split != "test" and len(first) and not labelled:
             raise DataError(
-                f"{self.data}: nothing is labelled in the {len(first)} images of split {self.split!r} (validation "
-                f"{self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and at limit"
+                f"{self.data}: nothing is labelled in the {len(first)} images of split {self.split!r} "
+                f"(validation {self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and "
+                "at limit"
             )
         return first
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,18 @@ import numpy as np
 from lib.classes import IGNORE_INDEX
 from lib.data.decoding import decode_depth, decode_label
 from lib.data.description import FILE, Description
-from lib.data.samples import DataError
+from lib.data.samples import DataError, choose_evenly
 
 SAMPLED = 50  # files of a split, at equal steps of their order
 # between these lies the median depth of a split of rooms: NYUv2 has 2552, its frames 1014 to 6125
 INDOORS_MM = (1250, 5000)
 LARGEST, OFTEN = 65535, 0.01
 UNITS = {
-    1000: "metres",
-    10: "centimetres",
-    0.25: "4000 units a metre",
-    0.2: "5000 units a metre",
-    0.1: "tenths of mm",
+    1000: "for metres",
+    10: "for centimetres",
+    0.25: "for 4000 units a metre",
+    0.2: "for 5000 units a metre",
+    0.1: "for tenths of mm",
 }
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
 # so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its objects
@@ -53,40 +53,44 @@ def check_files(description: Description, split: str, files: list[dict[str, Path
     Raises:
         DataError: they can't be meant as the defaults of `dataset.yaml` take them; it has the line to write there.
     """
-    sample = choose_evenly(files)
-    if sample and "depth" in sample[0]:
-        look = partial(look_at_depth, description=description)
-        _check_depth(description, split, np.array(_look_at(look, sample, "depth")))
-    if sample and "label" in sample[0]:
+    depths = [paths["depth"] for paths in files if "depth" in paths]
+    labels = [paths["label"] for paths in files if "label" in paths]
+    if depths:
+        _check_depth(description, split, look_at_depths(depths, description))
+    if labels:
         look = partial(_look_at_label, description=description)
-        seen = _look_at(look, sample, "label")
+        seen = _look_at(look, _choose_sample(labels))
         _check_values(description, seen)
         if not {"first_label", "ignore", "colours"} & description.stated:
             _check_shift(description, split, seen)
         if not {"ignore", "colours"} & description.stated and _find_binary(description, seen):
-            _check_binary(description, split, _look_at(look, files, "label"))
+            _check_binary(description, split, _look_at(look, labels))
 
 
-def choose_evenly(files: list) -> list:
-    """At most 50 at equal steps of their order."""
-    return files[:: -(-len(files) // SAMPLED) or 1]
+def _choose_sample(paths: list[Path]) -> list[Path]:
+    return [paths[at] for at in choose_evenly(len(paths), SAMPLED)]
 
 
-def _look_at(look: partial, files: Iterable[dict[str, Path]], kind: str) -> list:
+def _look_at(look: Callable[[Path], tuple], paths: list[Path]) -> list:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(look, [paths[kind] for paths in files]))
+        return list(pool.map(look, paths))
 
 
-def look_at_depth(path: Path, description: Description) -> tuple[float, float]:
-    """The median of what was measured, NaN where nothing was, and the share of the largest number."""
-    depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
-    depth = depth[::4, ::4].astype(np.float64)  # 16 bits may not hold the largest number
-    measured = depth[np.isfinite(depth) & ~np.isin(depth, description.depth_missing) & (depth != LARGEST)]
-    return np.median(measured) if measured.size else np.nan, (depth == LARGEST).mean()
+def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
+    """`(N, 2)` of a sample: the median of what was measured, NaN where nothing was, and the share of the largest number."""
+
+    def look(path: Path) -> tuple[float, float]:
+        depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
+        depth = depth[::4, ::4].astype(np.float64)  # 16 bits may not hold the largest number
+        measured = depth[np.isfinite(depth) & ~np.isin(depth, description.depth_missing) & (depth != LARGEST)]
+        return np.median(measured) if measured.size else np.nan, (depth == LARGEST).mean()
+
+    return np.array(_look_at(look, _choose_sample(paths)))
 
 
 def _check_depth(description: Description, split: str, seen: np.ndarray) -> None:
-    yaml, where = description.root / FILE, f"{description.root}: the depth of split {split!r}"
+    yaml = description.root / FILE
+    where = f"{description.root}: the depth of split {split!r}"
     if np.isnan(seen[:, 0]).all():
         raise DataError(
             f"{where} is missing everywhere in {len(seen)} files; export it again, or leave it out: write "
@@ -94,77 +98,78 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
         )
     if "depth_missing" not in description.stated and seen[:, 1].mean() > OFTEN:
         raise DataError(
-            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it means "
-            f"not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: [0]`"
+            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it "
+            f"means not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: "
+            "[0]`"
         )
     found, units = guess_units(seen[:, 0])
     if found and "depth_unit_mm" not in description.stated:
-        lines = [f"`depth_unit_mm: {unit}` for {name}" for unit, name in units.items()]
-        lines.append("`depth_unit_mm: 1` if these are mm")
+        lines = " or ".join(f"`depth_unit_mm: {unit}` {where_so}" for unit, where_so in units.items())
         raise DataError(
-            f"{where} {found}: write into {yaml} {' or '.join(lines)}. Depth that is not metric (disparity, relative, "
+            f"{where} {found}: write into {yaml} {lines}. Depth that is not metric (disparity, relative, "
             "normalised) can't be used: leave it out with `folders: {image: image, label: label}`"
         )
 
 
 def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
     """What the medians of depth files are, if they are no millimetres of rooms, and the units that would make them so."""
-    median, (near, far) = np.nanmedian(medians), INDOORS_MM
+    near, far = INDOORS_MM
+    median = np.nanmedian(medians)
     if near <= median <= far:
         return "", {}
+    units = {unit: name for unit, name in UNITS.items() if near / 2.5 <= median * unit <= far}
     found = f"has the median {median:g} in {len(medians)} files, expected {near} to {far} mm"
-    return found, {unit: name for unit, name in UNITS.items() if near / 2.5 <= median * unit <= far}
+    return found, units | {1: "if these are mm"}
 
 
 def _look_at_label(path: Path, description: Description) -> LabelLook:
     label = decode_label(path, bool(description.colours))
     values, counts = np.unique(label, return_counts=True)
-    one, other = label[:, 1:], label[:, :-1]
-    borders = one != other
-    along = borders & ((one == 0) | (other == 0))
-    pixels = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return LabelLook(path, pixels, borders.sum(), along.sum())
+    borders = label[:, 1:] != label[:, :-1]
+    along = borders & (np.minimum(label[:, 1:], label[:, :-1]) == 0)
+    pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return LabelLook(path, Counter(pixels), borders.sum(), along.sum())
 
 
 def _check_values(description: Description, seen: list[LabelLook]) -> None:
     """Name all values at once that are neither a class nor unlabelled."""
     pixels = sum((look.values for look in seen), Counter())
-    known = {value for value in pixels if value < len(description.table) and description.table[value] >= 0}
+    known = {*description.by_value, *description.unlabelled}
     unknown = {value: count / pixels.total() for value, count in pixels.items() if value not in known}
     if unknown and description.ignore != "others":
         first = next(look.path for look in seen if look.values.keys() & unknown.keys())
         description.refuse_values(first, unknown, len(seen))
 
 
-def _find_binary(description: Description, seen: list[LabelLook]) -> list[int]:
+def _find_binary(description: Description, seen: list[LabelLook]) -> set[int]:
     """The value of the only class that occurs beside 255, which may then be another class; else nothing."""
     values = set().union(*(look.values for look in seen))
-    found = list(values & description.by_value.keys())
-    return found if IGNORE_INDEX in values and len(found) == 1 else []
+    found = values & description.by_value.keys()
+    return found if IGNORE_INDEX in values and len(found) == 1 else set()
 
 
 def _check_binary(description: Description, split: str, seen: list[LabelLook]) -> None:
     for value in _find_binary(description, seen):
-        yaml = description.root / FILE
         raise DataError(
-            f"{description.root}: the labels of split {split!r} hold only {value} ({description.by_value[value]}) and 255, "
-            f"which means unlabelled by default. If these are binary masks, write `classes: {{{value}: background, 255: "
-            f"object}}` and `ignore: []` into {yaml}; if 255 means unlabelled, `ignore: [255]`"
+            f"{description.root}: the labels of split {split!r} hold only {value} "
+            f"({description.by_value[value]}) and 255, which means unlabelled by default. If these are "
+            f"binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into "
+            f"{description.root / FILE}; if 255 means unlabelled, `ignore: [255]`"
         )
 
 
 def _check_shift(description: Description, split: str, seen: list[LabelLook]) -> None:
     """0 that means unlabelled lies between all other values, and in nearly every image."""
     has_zero = np.mean([0 in look.values for look in seen])
-    along, borders = sum(look.along_zero for look in seen), sum(look.borders for look in seen)
-    shifted = (has_zero > 0.9 and along > BETWEEN * borders) or has_zero == 0
+    between = sum(look.along_zero - BETWEEN * look.borders for look in seen) > 0
+    shifted = (has_zero > 0.9 and between) or has_zero == 0
     has_255 = any(IGNORE_INDEX in look.values for look in seen)
     names = description.by_value
     if has_255 or not shifted or 0 not in names or names[0].lower() in BACKGROUND:
         return
     found = "0 lies between nearly all others" if has_zero else "0 is never there"
     raise DataError(
-        f"{description.root}: in the labels of split {split!r} {found}, and 255 is never there, as if 0 meant unlabelled "
-        f"and classes began with 1. If so, write `first_label: 1` into {description.root / FILE}; if 0 is "
-        f"{names[0]!r}, `first_label: 0`"
+        f"{description.root}: in the labels of split {split!r} {found}, and 255 is never there, as if 0 "
+        "meant unlabelled and classes began with 1. If so, write `first_label: 1` into "
+        f"{description.root / FILE}; if 0 is {names[0]!r}, `first_label: 0`"
     )

@@ -8,13 +8,19 @@ with their back towards -z, and its footprint (width, depth).
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from lib.classes import IGNORE_INDEX, NYUV2_13
 from lib.data.samples import Split, resize_stack
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
+NATIVE_SIZE = (96, 128)
+VIEW = np.dtype(
+    [("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)]
+)
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
 DISPARITY = 43.5  # focal length times baseline of the Kinect, in pixels times metres
 
@@ -38,30 +44,19 @@ TEXTURES = {
 }
 
 
-def open_synthetic(split: str, seed: int = 0, native_size: tuple[int, int] = (96, 128)) -> Split:
-    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name, size)."""
-    start, count = (TRAIN_COUNT, TEST_COUNT) if split == "test" else (0, TRAIN_COUNT)
-    ids = np.arange(start, start + count)
-    names = np.array(
-        [f"{scene + scene // VIEWS_PER_ROOM:06d}" for scene in ids]
-    )  # with a gap after each room
-    rooms = np.array([f"room_{scene // VIEWS_PER_ROOM:04d}" for scene in ids])
+def open_synthetic(split: str, seed: int = 0) -> Split:
+    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name)."""
+    ids = np.arange(TEST_COUNT) + TRAIN_COUNT if split == "test" else np.arange(TRAIN_COUNT)
+    rooms = ids // VIEWS_PER_ROOM
+    names = np.char.mod("%06d", ids + rooms)  # with a gap after each room
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
-        shape = len(positions), *native_size
-        image, depth, label = (
-            np.empty((*shape, 3), np.uint8),
-            np.empty(shape, np.uint16),
-            np.empty(shape, np.uint8),
-        )
+        render = partial(render_scene, seed, size=NATIVE_SIZE)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            views = pool.map(lambda index: render_scene(seed, index, native_size), ids[positions].tolist())
-            for row, view in enumerate(views):
-                image[row], depth[row], label[row] = view
-        arrays = {"image": image, "depth": depth, "label": label}
-        return [{name: resize_stack(stack, size or native_size) for name, stack in arrays.items()}]
+            views = np.array(list(pool.map(render, ids[positions].tolist())), VIEW)
+        return [{kind: resize_stack(views[kind], size or NATIVE_SIZE) for kind in VIEW.names}]
 
-    return Split(names, NYUV2_13, read, rooms, validation="blocks")
+    return Split(names, NYUV2_13, read, np.char.mod("room_%04d", rooms), validation="blocks")
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,9 +68,9 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarr
     origin, rays = _camera(rng, room, boxes, size)
     hit = _cast(origin, rays, boxes)
     image = _expose(rng, _shade(rng, origin, rays, boxes, room, hit).reshape(*size, 3))
-    box, label = hit["box"].reshape(size), boxes["label"][hit["box"]].reshape(size)
+    label = boxes["label"][hit["box"]].reshape(size)
     depth = _measure(rng, hit["depth"].reshape(size), label, hit["cosine"].reshape(size))
-    return image, depth, _annotate(rng, label, box)
+    return image, depth, _annotate(rng, label, hit["box"].reshape(size))
 
 
 def _pick(rng: np.random.Generator, choices):
@@ -95,12 +90,12 @@ def _clutter(rng, width, depth, height, most) -> list:
             rng.uniform(-0.4, 0.4, 2) * (width, depth),
             rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2)),
         )
-        name, texture = "objects", _pick(rng, ("plain", "fabric", "patches"))
+        look = ("objects", _pick(rng, ("plain", "fabric", "patches")))
         if rng.random() < 0.08:
-            name, texture, half = "books", "spines", half * (0.6, 0.3, 1)
-        parts.append(
-            (name, (x, height + half[1], z), half, _pick(rng, VIVID + PALE + DARK + WOOD + MUTED), texture)
-        )
+            look = ("books", "spines")
+            half = half * (0.6, 0.3, 1)
+        colour = _pick(rng, VIVID + PALE + DARK + WOOD + MUTED)
+        parts.append((look[0], (x, height + half[1], z), half, colour, look[1]))
     return parts
 
 
@@ -131,15 +126,12 @@ def _sofa(rng):
 
 def _chair(rng):
     width, colour = rng.uniform(0.4, 0.5), _pick(rng, WOOD + DARK + VIVID + PALE)
-    back = (
-        "chair",
-        (0, 0.7, -width / 2),
-        (width / 2, 0.24, 0.025),
-        colour,
-        _pick(rng, ("plain", "planks", "fabric")),
-    )
-    seat = ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain")
-    return [seat, back, *_legs("chair", width, width, 0.42, 0.022, colour)], (width, width)
+    back = _pick(rng, ("plain", "planks", "fabric"))
+    return [
+        ("chair", (0, 0.45, 0), (width / 2, 0.03, width / 2), colour, "plain"),
+        ("chair", (0, 0.7, -width / 2), (width / 2, 0.24, 0.025), colour, back),
+        *_legs("chair", width, width, 0.42, 0.022, colour),
+    ], (width, width)
 
 
 def _table(rng):
@@ -147,9 +139,11 @@ def _table(rng):
         rng.uniform((0.9, 0.6, 0.4), (1.9, 1.0, 0.78)),
         _pick(rng, WOOD + PALE + DARK),
     )
-    top = ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks")))
-    legs = _legs("table", width, depth, height, 0.04, colour)
-    return [top, *legs, *_clutter(rng, width, depth, height + 0.04, 6)], (width, depth)
+    return [
+        ("table", (0, height, 0), (width / 2, 0.04, depth / 2), colour, _pick(rng, ("plain", "planks"))),
+        *_legs("table", width, depth, height, 0.04, colour),
+        *_clutter(rng, width, depth, height + 0.04, 6),
+    ], (width, depth)
 
 
 def _cupboard(rng):
@@ -216,8 +210,8 @@ def _hung(rng, span, room_height) -> list:
 
 def _side(room, side: int) -> tuple[float, np.ndarray, float]:
     """Yaw, middle of the foot and length of one of the four walls."""
-    yaw, span, reach = side * np.pi / 2, room[2 * (side % 2)], room[2 - 2 * (side % 2)] / 2
-    return yaw, -reach * np.array((np.sin(yaw), np.cos(yaw))), span
+    yaw = side * np.pi / 2
+    return yaw, -room[[0, 2]] / 2 * (np.sin(yaw), np.cos(yaw)), room[2 * (side % 2)]
 
 
 def _walls(rng, room) -> list:
@@ -231,8 +225,8 @@ def _walls(rng, room) -> list:
     ]
     for side in range(4):
         yaw, foot, span = _side(room, side)
-        on_wall = [("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall), *_hung(rng, span, height)]
-        parts += [(part, yaw, foot) for part in on_wall]
+        plain = ("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall)
+        parts += [(part, yaw, foot) for part in (plain, *_hung(rng, span, height))]
     return parts
 
 
@@ -245,12 +239,9 @@ def _furniture(rng, room) -> list:
         for _ in range(8):
             if build in by_wall:
                 yaw, foot, span = _side(room, rng.integers(4))
-                along = (
-                    rng.uniform(-0.5, 0.5)
-                    * max(span - footprint[0], 0)
-                    * np.array((np.cos(yaw), -np.sin(yaw)))
-                )
-                foot = foot * (1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()) + along
+                along = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0)
+                clear = 1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()
+                foot = foot * clear + along * np.array((np.cos(yaw), -np.sin(yaw)))
             else:
                 yaw, foot = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
             extent = np.abs(((np.cos(yaw), np.sin(yaw)), (-np.sin(yaw), np.cos(yaw)))) @ footprint / 2
@@ -293,12 +284,11 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
         clear = np.abs(_turn(origin - boxes["centre"], boxes["yaw"])) > boxes["half"] + 0.3
         if np.hypot(ahead[0], ahead[2]) > 0.4 * min(room[0], room[2]) and clear.any(1).all():
             break
-    yaw, pitch, roll = np.arctan2(ahead[0], ahead[2]), rng.normal(0.23, 0.1), rng.normal(0, 0.03)
+    angles = rng.normal((0.23, 0), (0.1, 0.03))
+    turn = Rotation.from_euler("zxy", (-angles[1], angles[0], np.arctan2(ahead[0], ahead[2])))
     row, column = np.mgrid[: size[0], : size[1]] + 0.5
-    right, down = (column - size[1] / 2) / (FOCAL * size[1]), (row - size[0] / 2) / (FOCAL * size[1])
-    right, down = right * np.cos(roll) - down * np.sin(roll), right * np.sin(roll) + down * np.cos(roll)
-    up, forward = -down * np.cos(pitch) - np.sin(pitch), np.cos(pitch) - down * np.sin(pitch)
-    return origin, _turn(np.stack((right, up, forward), -1).reshape(-1, 3), -yaw)
+    view = np.stack((column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL * size[1])), -1)
+    return origin, turn.apply(view.reshape(-1, 3) / (FOCAL * size[1]))
 
 
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
@@ -324,15 +314,13 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     slabs = (-start[box] - np.sign(direction) * half[box]) / direction
     axis, depth = slabs.argmax(1, keepdims=True), slabs.max(1)
     face = np.take_along_axis(direction, axis, 1)[:, 0]
-    cosine = np.abs(face) / np.linalg.norm(rays, axis=1)
-    point = start[box] + depth[:, None] * direction
     return {
         "box": box,
         "depth": depth,
-        "point": point,
+        "point": start[box] + depth[:, None] * direction,
         "axis": axis,
         "side": -np.sign(face),
-        "cosine": cosine,
+        "cosine": np.abs(face) / np.linalg.norm(rays, axis=1),
     }
 
 
@@ -364,9 +352,9 @@ def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
     ambient = rng.uniform(0.35, 0.6)
     light = ambient + (1.1 - ambient) * np.clip(facing, 0, None) * 4 / (2 + distance**2 / 3)
     from_corner = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
-    light *= 0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)
     glows = boxes["label"][box] == NYUV2_13.index("window")
-    return np.clip(colour, 0.01, 1.2) * np.where(glows, 1.0, light)[:, None]
+    light = np.where(glows, 1.0, light * (0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)))
+    return np.clip(colour, 0.01, 1.2) * light[:, None]
 
 
 def _expose(rng, colour) -> np.ndarray:

@@ -49,8 +49,9 @@ def split_names(
         validates = runs % FOLDS == fold
     else:
         raise ValueError(
-            f"validation: 'blocks' needs numbers as file names that run on within a scene, found {', '.join(names[:3])}, "
-            f"...{'' if read_numbers(names) is None else ', most of them alone'}; use validation 'random' or 'none'"
+            "validation: 'blocks' needs numbers as file names that run on within a scene, found "
+            f"{', '.join(names[:3])}, ...{'' if read_numbers(names) is None else ', most of them alone'}; "
+            "use validation 'random' or 'none'"
         )
     return everything[~validates], everything[validates]
 
@@ -75,8 +76,7 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
     gaps = np.diff(ids[order])
     steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits have one id
     usual = steps[counts.argmax()] if len(steps) else 1
-    runs = np.empty(len(ids), int)
-    runs[order] = np.cumsum(np.append(0, gaps > 1.5 * usual))
+    runs = np.cumsum(np.append(0, gaps > 1.5 * usual))[np.argsort(order)]
     alone = np.bincount(runs)[runs] == 1
     return None if alone.mean() > 0.5 else runs
 
@@ -89,8 +89,9 @@ def choose_validation(validation: str, source: Split, fold: int) -> str:
     """
     if validation == "predefined" and source.validation != "predefined":
         raise ValueError(
-            "validation: 'predefined' needs a data set with its own valid split; name it in DATA/dataset.yaml, such as "
-            "`splits: {train: train, valid: valid, test: test}`, or use validation 'auto'"
+            "validation: 'predefined' needs a data set with its own valid split; name it in "
+            "DATA/dataset.yaml, such as `splits: {train: train, valid: valid, test: test}`, or use "
+            "validation 'auto'"
         )
     if validation != "auto" or source.validation == "predefined":
         return validation if validation != "auto" else "predefined"
@@ -110,7 +111,8 @@ def select_split(source: Split, split: str, validation: str, fold: int) -> np.nd
     train, valid = split_names(source.names, validation, source.scene, fold)
     if validation not in ("none", "predefined") and min(len(train), len(valid)) == 0:
         raise ValueError(
-            f"validation: {validation!r} leaves {len(train)} images to train and {len(valid)} to validate out of "
-            f"{len(source.names)}; raise limit, or use validation 'random' (2 images or more) or 'none'"
+            f"validation: {validation!r} leaves {len(train)} images to train and {len(valid)} to validate "
+            f"out of {len(source.names)}; raise limit, or use validation 'random' (2 images or more) or "
+            "'none'"
         )
     return train if split == "train" else valid

@@ -1,11 +1,12 @@
 """A run's folder: open it, say what is there of it, write and read it, report."""
 
 import datetime
+import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +32,19 @@ LONGEST_NAME = 200  # bytes of a run's name: disks take 255 with what is put bef
 
 def runs_folder() -> Path:
     """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
-    named = os.environ.get("RUNS_DIR")
-    return Path(named).expanduser() if named else ROOT / "runs"
+    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
+
+
+def list_runs(having: str = "parameters.json") -> str:
+    """Names of the runs that have a file, for a message."""
+    return ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{having}"))) or "none"
 
 
 @contextmanager
 def open_run(
     parameters: dict[str, object],
     resume: bool = False,
-    samples: Iterable[Samples] = (),
+    samples: Sequence[Samples] = (),
     wait_seconds: float = 0,
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
@@ -65,40 +70,36 @@ def open_run(
         or run_name[0] == "."
     ):
         raise ValueError(
-            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most {LONGEST_NAME} bytes"
+            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most "
+            f"{LONGEST_NAME} bytes"
         )
     run = runs_folder() / run_name
     saved = {name: value for name, value in parameters.items() if name != "resume"}
     saved |= weights_digests(parameters)
-    samples = tuple(samples)
-    for loaded in samples:
-        for name, value in (loaded.loaded_with or {}).items():
-            if name in saved and saved[name] != value:
-                raise ValueError(
-                    f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell that "
-                    "loads the data again, and then this one"
-                )
+    for name, value in itertools.chain(*((loaded.loaded_with or {}).items() for loaded in samples)):
+        if saved.get(name, value) != value:
+            raise ValueError(
+                f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell "
+                "that loads the data again, and then this one"
+            )
     if resume:
         _check_resumable(run, saved)
     with hold_run(run, wait_seconds):
         if not resume:
             _set_aside(run)
             run.mkdir()
-        state = run_state(run)
-        if not (
-            state.trained or (run / "last.pt").exists()
-        ):  # nothing has been computed with other parameters
+        if not (run_state(run).trained or (run / "last.pt").exists()):  # nothing has been computed yet
             write_json(saved | _record(), run / "parameters.json")
             _write_images(run, samples)
         yield run
 
 
-def _write_images(run: Path, samples: tuple[Samples, ...]) -> None:
+def _write_images(run: Path, samples: Sequence[Samples]) -> None:
     """Which images train and validate, for the day when the data set has others."""
     if len(samples) == 2 and samples[0].loaded_with is not None:
         train, valid = (one.names.tolist() for one in samples)
-        validation = samples[0].loaded_with["chosen_validation"]
-        write_json({"validation": validation, "train": train, "valid": valid}, run / "images.json")
+        chosen = {"validation": samples[0].loaded_with["chosen_validation"], "train": train, "valid": valid}
+        write_json(chosen, run / "images.json")
 
 
 def read_images(run: Path) -> dict:
@@ -108,60 +109,57 @@ def read_images(run: Path) -> dict:
 
 def _record() -> dict[str, object]:
     """The commit of the code, whether its tree was unchanged, and the processor; None for what is unknown."""
-    recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
-    if shutil.which("git") is None:
-        return recorded
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    if commit:
+    recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         recorded |= {"commit": commit.removesuffix("-dirty"), "tree_unchanged": not commit.endswith("-dirty")}
     return recorded
 
 
 def weights_digests(parameters: dict) -> dict[str, str]:
     """The digests of the files of weights that a run begins with, as parameters `NAME_digest`."""
-    files = {"encoder_weights": parameters.get("encoder_weights")}
-    if parameters.get("init_from"):
-        files["init_from"] = find_weights(parameters["init_from"])
-    digests = {f"{name}_digest": weights_digest(file) for name, file in files.items()}
+    init_from = parameters.get("init_from")
+    digests = {
+        "encoder_weights_digest": weights_digest(parameters.get("encoder_weights")),
+        "init_from_digest": weights_digest(find_weights(init_from)) if init_from else None,
+    }
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def _set_aside(run: Path) -> None:
     if run.exists():
-        finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
-        older = run.parent / "older" / f"{run.name}.{finished:%Y-%m-%dT%H-%M-%S}"
-        while older.exists():
-            older = older.with_name(older.name + "~")
+        older = run.parent / "older" / f"{run.name}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
         older.parent.mkdir(exist_ok=True)
         run.rename(older)
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     if not (run / "parameters.json").exists():
-        there = sorted(path.parent.name for path in run.parent.glob("*/parameters.json"))
         raise ValueError(
-            f"resume: no run {run.name!r} in {run.parent}, there are: {', '.join(there) or 'none'}; "
-            "start it with resume False"
+            f"resume: no run {run.name!r} in {run.parent}, there are: {list_runs()}; start it with resume "
+            "False"
         )
-    saved = read_json(run / "parameters.json")
-    for name in WEIGHTS:
-        digest = parameters.get(f"{name}_digest")
-        if digest is not None and digest == saved.get(f"{name}_digest"):  # the same file elsewhere
-            parameters = parameters | {name: saved[name]}
+    saved = read_parameters(run)
+    same_file = [  # perhaps elsewhere
+        name for name in WEIGHTS if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
+    ]
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *WHERE, *RECORDED)
+        if name not in (*MAY_CHANGE, *WHERE, *RECORDED, *same_file)
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
         hint = ""
         if saved.get("epochs") != parameters.get("epochs"):
-            hint = "; epochs can't change because the schedule has spread the learning rate over them from the start"
+            hint = (
+                "; epochs can't change because the schedule has spread the learning rate over them from the "
+                "start"
+            )
         raise ValueError(
-            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own parameters, or "
-            f"start another run_name with resume False{hint}"
+            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own "
+            f"parameters, or start another run_name with resume False{hint}"
         )
 
 
@@ -193,9 +191,9 @@ def run_state(run: Path) -> RunState:
     """See `RunState`; of any folder, also one that does not exist."""
     epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
     done = len(read_history(run)) if (run / "history.csv").exists() else 0
-    evaluated = tuple(sorted(path.stem for path in (run / "evaluation").glob("*.json")))
     trained = 0 < epochs <= done and (run / "report.md").exists()
-    return RunState(epochs, done, trained, evaluated)
+    evaluated = sorted(path.stem for path in (run / "evaluation").glob("*.json"))
+    return RunState(epochs, done, trained, tuple(evaluated))
 
 
 def write_history(run: Path, history: list[dict]) -> None:
@@ -215,10 +213,8 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
         scores |= {
             "valid_miou": mean_truth_iou(valid.counts),
             "valid_pixel_acc": pixel_accuracy(valid.counts),
-        }
-        scores |= {"averaged_classes": averaged_classes(valid.counts)}
-        scores |= {
-            "class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True))
+            "averaged_classes": averaged_classes(valid.counts),
+            "class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True)),
         }
         write_counts(run / "counts.npz", valid)
     shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
@@ -227,9 +223,8 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
 
 def write_counts(path: Path, evaluation: Evaluation) -> None:
     arrays = {"names": evaluation.names, "counts": evaluation.counts, "classes": np.array(evaluation.classes)}
-    if evaluation.scene is not None:
-        arrays["scene"] = evaluation.scene
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    scene = {} if evaluation.scene is None else {"scene": evaluation.scene}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays, **scene))
 
 
 class Counts(NamedTuple):
@@ -257,23 +252,22 @@ def read_parameters(run: Path) -> dict:
     return read_json(run / "parameters.json")
 
 
-def find_run(run: str) -> Path:
-    """The folder of a trained run: `latest`, a name, or a path.
+def find_run(run: str, parameter: str = "run") -> Path:
+    """The folder of a trained run: `latest`, a name, or a path, which a parameter of the notebook holds.
 
     Raises:
         ValueError: there is none; the message names the command that makes one.
     """
-    trained = sorted(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if run == "latest" and trained:
-        return trained[-1].parent
-    folder = runs_folder() / Path(run).expanduser()  # an absolute path stays what it is
-    if run == "latest" or not (folder / "best.pt").exists():
-        there = ", ".join(path.parent.name for path in trained) or "none"
+    file = runs_folder() / Path(run).expanduser() / "best.pt"  # an absolute path stays what it is
+    if run == "latest":
+        trained = runs_folder().glob("*/best.pt")
+        file = max(trained, key=lambda path: path.stat().st_mtime, default=file)
+    if not file.exists():
         raise ValueError(
-            f"run: found {run!r}, trained runs in {runs_folder()}: {there}. Make one with "
-            "`papermill train.ipynb out.ipynb`"
+            f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one "
+            "with `papermill train.ipynb out.ipynb`"
         )
-    return folder
+    return file.parent
 
 
 def find_weights(init_from: str) -> Path:
@@ -281,7 +275,4 @@ def find_weights(init_from: str) -> Path:
     path = Path(init_from).expanduser()
     if path.suffix == ".pt" and path.is_file():
         return path
-    try:
-        return find_run(init_from) / "best.pt"
-    except ValueError as error:
-        raise ValueError(str(error).replace("run: found", "init_from: found", 1)) from error
+    return find_run(init_from, "init_from") / "best.pt"

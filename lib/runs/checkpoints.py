@@ -5,7 +5,6 @@ import time
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -116,31 +115,27 @@ def fingerprint(computed: str, train: Samples, valid: Samples) -> dict[str, obje
 
 def _checksums(samples: Samples, split: str) -> dict[str, int]:
     """Of all pixels of each image, by `split/name`."""
-    sums = {}
-    for position, name in enumerate(samples.names.tolist()):
-        checksum = 0
-        for array in (samples.image, samples.depth, samples.label, samples.measured):
-            if array is not None:
-                checksum = zlib.crc32(np.ascontiguousarray(array[position]), checksum)
-        sums[f"{split}/{name}"] = checksum
-    return sums
+    kinds = (samples.image, samples.depth, samples.label, samples.measured)
+    by_image = zip(*(array for array in kinds if array is not None), strict=True)
+    sums = (zlib.crc32(b"".join(array.tobytes() for array in arrays)) for arrays in by_image)
+    return {f"{split}/{name}": checksum for name, checksum in zip(samples.names.tolist(), sums, strict=True)}
 
 
 def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
     if saved["computed"] != made_of["computed"]:
         raise ValueError(
             f"resume: {run_name!r} was trained on {saved['computed']}, and here it would continue on "
-            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a machine that has "
-            "them, or start another run_name with resume False"
+            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a "
+            "machine that has them, or start another run_name with resume False"
         )
     old, new = saved["data"], made_of["data"]
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = {name for name, _ in old.items() ^ new.items()}
     if changed:
-        name = changed[0]
+        name = min(changed)
         how = "is new"
         if name in old:
             how = "is not the same" if name in new else "is missing now"
         raise ValueError(
-            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the first is "
-            f"{name!r}, which {how}; put the data back, or start another run_name with resume False"
+            f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the "
+            f"first is {name!r}, which {how}; put the data back, or start another run_name with resume False"
         )

@@ -29,26 +29,27 @@ def write_report(run: Path) -> Path:
             sections.append(
                 "## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f")
             )
-    evaluated = sorted((run / "evaluation").glob("*.json"))
-    sections += [_evaluation_section(path.stem, read_json(path)) for path in evaluated]
+    for path in sorted((run / "evaluation").glob("*.json")):
+        sections.append(_evaluation_section(path.stem, read_json(path)))
     write_text(escape_html("\n\n".join(sections)) + "\n", run / "report.md")
     return run / "report.md"
 
 
 def summarise(run: Path) -> str:
     """One sentence in Markdown: the kept epoch, its scores, the classes learned best and least."""
-    scores, epochs = read_scores(run), len(read_history(run))
+    scores = read_scores(run)
+    epochs = len(read_history(run))
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; there are no validation images, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
     few = max(1, min(3, len(ranked) // 2))
-    ends = ranked[:few], ranked[-few:]
-    best, least = (", ".join(f"{name} ({value:.2f})" for name, value in end.items()) for end in ends)
+    named = [f"{name} ({value:.2f})" for name, value in ranked.items()]
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
-        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy {scores['valid_pixel_acc']:.3f}. "
-        f"Learned best: {best}. Learned least: {least}."
+        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
+        f"{scores['valid_pixel_acc']:.3f}. Learned best: {', '.join(named[:few])}. Learned least: "
+        f"{', '.join(named[-few:])}."
     )
 
 
@@ -64,7 +65,8 @@ def _summary(scores: dict) -> dict[str, str]:
         return {"best epoch": f"{scores['best_epoch']} (the last: no validation images)"}
     return {
         "best epoch": str(scores["best_epoch"]),
-        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} classes",
+        "mIoU": f"{scores['valid_miou']:.4f} over {scores['averaged_classes']} of {len(scores['class_iou'])} "
+        "classes",
         "pixel accuracy": f"{scores['valid_pixel_acc']:.4f}",
         "loss": f"{scores['valid_loss']:.4f}",
     }
@@ -96,15 +98,13 @@ def _evaluation_section(split: str, scores: dict) -> str:
     if not scores["labelled"]:
         how = f" with tta {scores['tta']}" if "tta" in scores else ""
         return f"{text}, predicted{how}; their labels are held back."
-    columns = [name for name in ("plain", "augmented") if name in scores]
-    overall = pd.DataFrame({name: scores[name] for name in columns}).drop("averaged_classes")
+    overall = pd.DataFrame({name: scores[name] for name in ("plain", "augmented") if name in scores})
     by_class = pd.DataFrame(scores["classes"]).T
-    low, high = scores["intervals"]["plain"]
     digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
     return (
         f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
-        f"({describe_interval(low, high, scores['scenes'])}).\n\n"
-        f"{_table(overall, '.4f')}\n\n{_table(by_class, digits)}"
+        f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}).\n\n"
+        f"{_table(overall.drop('averaged_classes'), '.4f')}\n\n{_table(by_class, digits)}"
     )
 
 
@@ -118,8 +118,8 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
     if low is None or np.isnan(low):
         if scenes == 1:
             return (
-                "no interval: all images are of one scene; if each shows one of its own, write `scene: '^(.*)$'` into "
-                "dataset.yaml, else name there a .csv of name,scene"
+                "no interval: all images are of one scene; if each shows one of its own, write `scene: "
+                "'^(.*)$'` into dataset.yaml, else name there a .csv of name,scene"
             )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

@@ -3,10 +3,10 @@
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from lib.runs import (
     MAY_CHANGE,
     PLACES,
     RECORDED,
+    list_runs,
     read_counts,
     read_history,
     read_parameters,
@@ -130,23 +131,25 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     Raises:
         ValueError: it is not scored on that split.
     """
-    path = run / "evaluation" / f"{split}.npz"
-    if path.with_suffix(".json").exists() and not read_json(path.with_suffix(".json"))["labelled"]:
-        raise ValueError(
-            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs on split valid"
-        )
-    if not (path.exists() and path.with_suffix(".json").exists()):  # which is written last
+    path = run / "evaluation" / f"{split}.json"  # which is written last
+    if not path.exists():
         raise ValueError(
             f"runs: {run.name!r} is not evaluated on split {split!r}; run "
             f"`papermill evaluate.ipynb evaluate.out.ipynb -p run {run.name} -p split {split}`"
         )
+    facts = read_json(path)
+    if not facts["labelled"]:
+        raise ValueError(
+            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs "
+            "on split valid"
+        )
     parameters = read_parameters(run)
     if is_of_older_version(parameters):
         raise ValueError(
-            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no `validation`; "
-            "train it again"
+            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no "
+            "`validation`; train it again"
         )
-    facts = read_json(path.with_suffix(".json"))
+    strata = path.with_suffix(".strata.npz")
     return ScoredRun(
         name=run.name,
         group=None,
@@ -156,17 +159,10 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         validation=facts["validation"],
         history=read_history(run) if (run / "history.csv").exists() else None,
         folder=run,
-        strata=_read_arrays(path.with_suffix(".strata.npz")),
+        strata=dict(np.load(strata)) if strata.exists() else None,
         **{name: parameters.get(name) for name in RECORDED},
-        **read_counts(path)._asdict(),
+        **read_counts(path.with_suffix(".npz"))._asdict(),
     )
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
-    with np.load(path) as saved:
-        return dict(saved)
 
 
 def is_of_older_version(parameters: dict[str, object]) -> bool:
@@ -186,20 +182,20 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
 
     Paths of data and weights are cut to their last component.
     """
-    lines, arrays = [], {}
+    lines = []
+    arrays = {}
     lists: dict[tuple, str] = {}
     for run in runs:
-        scene = None if run.scene is None else tuple(run.scene.tolist())
-        images = lists.setdefault((tuple(run.names.tolist()), scene, run.classes), f"images{len(lists)}")
-        arrays |= {f"{images}/names": run.names, f"{images}/classes": np.array(run.classes)}
-        if scene is not None:
-            arrays[f"{images}/scene"] = run.scene
+        listed = {"names": run.names, "classes": np.array(run.classes)}
+        listed |= {} if run.scene is None else {"scene": run.scene}
+        content = tuple((name, *array.tolist()) for name, array in listed.items())
+        images = lists.setdefault(content, f"images{len(lists)}")
         key = run.name
         while f"counts/{key}" in arrays:  # another run of that name, or the same run on another split
             key += "+"
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
-        arrays |= {f"masks/{key}/{name}": mask for name, mask in (run.masks or {}).items()}
-        arrays |= {f"strata/{key}/{name}": counts for name, counts in (run.strata or {}).items()}
+        for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
+            arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
         lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
@@ -208,8 +204,7 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
 
 def _describe_run(run: ScoredRun) -> dict:
     """What `runs.jsonl` says of a run, paths cut to their last component."""
-    parameters = dict(run.parameters)
-    parameters.pop("run_name", None)
+    parameters = {name: value for name, value in run.parameters.items() if name != "run_name"}
     for name in (*PLACES, "predictions"):
         if parameters.get(name) is not None:
             parameters[name] = Path(parameters[name]).name
@@ -236,10 +231,10 @@ def read_results(folder: Path) -> list[ScoredRun]:
         lines = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
         with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as saved:
             return [_read_line(line, saved) for line in lines]
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
         raise ValueError(
-            f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and {COUNTS_FILE}, "
-            "as `sweep.ipynb -p results` writes them"
+            f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and "
+            f"{COUNTS_FILE}, as `sweep.ipynb -p results` writes them"
         ) from error
 
 
@@ -289,7 +284,8 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between; or
+        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between (a path
+            may have commas of its own in the folder of runs alone); or
             `all`: every run in the folder of runs that is scored on the split. Where these are fewer than two, `all`
             takes the committed example, and beside it a run of one's own on the same images.
         split: `train`, `valid` or `test`.
@@ -306,19 +302,10 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
             example = [run for run in read_results(EXAMPLE) if run.split == split]
             found = example + [run for run in found if not example or run.shows_same_images(example[0])]
     else:
-        found = [run for entry in _split_entries(runs) for run in read_entry(entry, split)]
+        home = re.escape(str(runs_folder()))  # may have commas; the names of runs in it stay
+        entries = re.sub(rf"(^|,)\s*{home}[/\\]", r"\1", runs).split(",")
+        found = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
     return found if where is None else select_runs(found, where)
-
-
-def _split_entries(runs: str) -> list[str]:
-    """The entries between commas; a path may itself have commas."""
-    entries, begun = [], ""
-    for part in runs.split(","):
-        begun = f"{begun},{part}" if begun else part.strip()
-        if Path(begun.strip()).expanduser().is_dir() or not begun.startswith(("/", "~", ".")):
-            entries.append(begun.strip())
-            begun = ""
-    return [entry for entry in (*entries, begun) if entry]
 
 
 def read_own(split: str, data: str | None) -> list[ScoredRun]:
@@ -336,14 +323,14 @@ def read_entry(entry: str, split: str) -> list[ScoredRun]:
             return [read_scored(folder, split)]
         if (folder / RUNS_FILE).exists():
             results = read_results(folder)
-            found = [run for run in results if run.split == split]
-            if results and not found:
-                there = ", ".join(sorted({run.split for run in results}))
+            splits = {run.split for run in results}
+            if splits and split not in splits:
+                there = ", ".join(sorted(splits))
                 raise ValueError(f"split: found {split!r}, the runs of {entry} were scored on {there}")
-            return found
-    there = ", ".join(sorted(path.parent.name for path in runs_folder().glob("*/parameters.json"))) or "none"
+            return [run for run in results if run.split == split]
     raise ValueError(
-        f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in {runs_folder()}: {there}"
+        f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in "
+        f"{runs_folder()}: {list_runs()}"
     )
 
 
@@ -359,22 +346,18 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
     )
     try:
         is_matching = table.eval(where, engine="python")
-        is_condition = is_matching.map(lambda value: isinstance(value, (bool, np.bool_))).all()
-        matched = table.index[is_matching.astype(bool)] if is_condition else None
+        if not is_matching.map(type).isin((bool, np.bool_)).all():
+            raise ValueError("it is no condition")
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
             f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
             f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
-    if matched is None:
-        raise ValueError(
-            f'where: found {where!r}, which is no condition; expected one such as "soft_iou_weight == 0.5"'
-        )
-    if not len(matched):
+    if not is_matching.any():
         values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}
         listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items())
         raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {listed}")
-    return [runs[position] for position in matched]
+    return list(itertools.compress(runs, is_matching))
 
 
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
@@ -412,20 +395,20 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
     """A seed counts once, however often it was trained or named: another run of it is no other draw."""
     seen: dict[tuple, ScoredRun] = {}
     for run in runs:
-        seed, fold = run.parameters.get("seed"), run.parameters.get("fold")
+        seed = run.parameters.get("seed")
+        fold = run.parameters.get("fold")
         other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
         if other is not run:
             raise ValueError(
-                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, and a seed "
-                "counts once; name one of them, or train or score the other with another seed (or, for external "
-                "predictions, under another recipe)"
+                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, "
+                "and a seed counts once; name one of them, or train or score the other with another seed "
+                "(or, for external predictions, under another recipe)"
             )
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
-    rows = [_row(dict(kept), members[0]) for (_, kept), members in by_recipe.items()]
-    names = dict.fromkeys(name for row in rows for name in row)
-    differing = [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+    table = pd.DataFrame([_row(members[0]) for members in by_recipe.values()], dtype=object)
+    differing = table.columns[table.nunique() > 1]  # among the recipes that know them
     groups = [group for group, _ in by_recipe]
     named = {}
     for (group, _), members in by_recipe.items():
@@ -436,22 +419,22 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
     return named
 
 
-def _row(kept: dict, run: ScoredRun) -> dict:
+def _row(run: ScoredRun) -> dict[str, str]:
     """The parameters that make the recipe, and those that are None, which is a value of them, too."""
-    return kept | {
-        name: None for name, value in run.parameters.items() if value is None and name not in NO_RECIPE
-    }
+    kept = dict(recipe(run.parameters))
+    nothing = (name for name, value in run.parameters.items() if value is None and name not in NO_RECIPE)
+    return kept | dict.fromkeys(nothing, "None")
 
 
-def _label(members: list[ScoredRun], differing: list[str]) -> str:
-    parameters = members[0].parameters
-    if "recipe" in parameters:  # of external predictions
-        return parameters["recipe"]
-    kept = _row(dict(recipe(parameters)), members[0])
-    values = parameters | {name: Path(str(parameters[name])).name for name in PLACES if name in kept}
-    label = ", ".join(f"{name} {values[name]}" for name in differing if name in kept)
-    if not label or (len(members) == 1 and len(members[0].name) <= len(label)):
-        return members[0].name
+def _label(members: list[ScoredRun], differing: Iterable[str]) -> str:
+    run = members[0]
+    if "recipe" in run.parameters:  # of external predictions
+        return run.parameters["recipe"]
+    values = {name: run.parameters[name] for name in differing if name in _row(run)}
+    values |= {name: Path(str(value)).name for name, value in values.items() if name in PLACES}
+    label = ", ".join(f"{name} {value}" for name, value in values.items())
+    if not label or (len(members) == 1 and len(run.name) <= len(label)):
+        return run.name
     return label
 
 
@@ -489,20 +472,19 @@ def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
 def _pool(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
-    ordered = names[order]
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    twice = np.sort(names[pd.Index(names).duplicated()])
     if len(twice):
         raise ValueError(
-            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; folds are "
-            "pooled over their validation images, so use split valid, or name runs of one fold"
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; "
+            "folds are pooled over their validation images, so use split valid, or name runs of one fold"
         )
-    known = all(run.scene is not None for run in folds)
+    unknown = any(run.scene is None for run in folds)
     return replace(
         folds[-1],
         name=f"five folds, seed {folds[-1].parameters['seed']}",
-        names=ordered,
+        names=names[order],
         counts=np.concatenate([run.counts for run in folds])[order],
-        scene=np.concatenate([run.scene for run in folds])[order] if known else None,
+        scene=None if unknown else np.concatenate([run.scene for run in folds])[order],
         strata=_pool_strata(folds),
         image_fold=np.repeat(range(FOLDS), [len(run.names) for run in folds])[order],
         history=None,
@@ -524,15 +506,19 @@ def _pool_strata(folds: list[ScoredRun]) -> dict[str, np.ndarray] | None:
 
 def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
     check_same_classes(first.classes, other.classes, f"the run {first.name!r}", f"the run {other.name!r}")
-    pair = f"runs: {first.name!r} and {other.name!r} can't be compared: "
-    remedy = "; evaluate both on the same data, split and fold"
+    if first.shows_same_images(other):
+        return
     if list(first.names) != list(other.names):
         only = sorted(set(first.names) ^ set(other.names))
-        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only"
-        raise ValueError(f"{pair}{found}{', such as ' + only[0] if only else ', in another order'}{remedy}")
-    differing = (first.counts.sum(2) != other.counts.sum(2)).any(1)
-    if differing.any():
-        raise ValueError(
-            f"{pair}the labels of {differing.sum()} of {len(differing)} images differ, such as those of "
-            f"{first.names[differing.argmax()]}{remedy}"
+        which = f"such as {only[0]}" if only else "in another order"
+        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only, {which}"
+    else:
+        differing = first.names[(first.counts.sum(2) != other.counts.sum(2)).any(1)]
+        found = (
+            f"the labels of {len(differing)} of {len(first.names)} images differ, such as those of "
+            f"{differing[0]}"
         )
+    raise ValueError(
+        f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same "
+        "data, split and fold"
+    )

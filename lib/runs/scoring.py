@@ -1,7 +1,6 @@
 """Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its folder."""
 
 import shutil
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from lib.classes import IGNORE_INDEX
 from lib.data import DataError, Samples, Split, iterate_samples
 from lib.data.decoding import decode_label
+from lib.data.folder import compose, walk_files
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
 from lib.files import hold_run, write_atomically, write_json
@@ -76,53 +76,47 @@ def iterate_split(
     Raises:
         DataError: the data lack images that the run was trained with.
     """
-    selected = {name: value for name, value in parameters.items() if name in READ_WITH}
-    own = {} if run is None else read_images(run)
-    if data is not None:
-        if Path(data).name != Path(selected["data"]).name:
-            own = {}
-        selected["data"] = data
-    if split == "test":
-        selected.pop("limit", None)
+    source = parameters["data"] if data is None else data
+    own = {}
+    if run is not None and Path(source).name == Path(parameters["data"]).name:
+        own = read_images(run)
     if split in own:
-        return _select_own(run, split, selected, own, batch_size)
-    return iterate_samples(selected.pop("data"), split, batch_size=batch_size, **selected)
+        return _select_own(run, split, source, parameters, batch_size)
+    selected_by = {name: parameters[name] for name in READ_WITH[1:] if name in parameters}
+    if split == "test":
+        selected_by["limit"] = None
+    return iterate_samples(source, split, batch_size=batch_size, **selected_by)
 
 
-def _select_own(run: Path, split: str, selected: dict, own: dict, batch_size: int) -> Split:
+def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size: int) -> Split:
     """The images that a run was trained or validated on; says how many the data set has beside them."""
-    source, validation = selected["data"], own["validation"]
-    predefined = validation == "predefined"
-    pool = iterate_samples(
-        source,
-        split if predefined else "train",
-        validation if predefined else "none",
-        classes=selected.get("classes"),
-        batch_size=batch_size,
-    )
+    own = read_images(run)
+    predefined = own["validation"] == "predefined"
+    drawn_from = (split, "predefined") if predefined else ("train", "none")
+    pool = iterate_samples(source, *drawn_from, classes=parameters.get("classes"), batch_size=batch_size)
     position = {name: at for at, name in enumerate(pool.names.tolist())}
     missing = [name for name in own[split] if name not in position]
     if missing:
         raise DataError(
-            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run {run.name!r} are "
-            f"missing, the first is {missing[0]!r}; put them back, or train again"
+            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run "
+            f"{run.name!r} are missing, the first is {missing[0]!r}; put them back, or train again"
         )
     new = position.keys() - {*own["train"], *own["valid"]}
-    if new and selected.get("limit") is None:
+    if new and parameters.get("limit") is None:
         print(
-            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its own "
-            f"{len(own[split])} {split} images are taken."
+            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its "
+            f"own {len(own[split])} {split} images are taken."
         )
-    chosen = np.array([position[name] for name in own[split]], int)
-    return replace(pool.select(chosen), split=split, validation=validation)
+    chosen = pool.select(np.array([position[name] for name in own[split]], int))
+    return replace(chosen, split=split, validation=own["validation"])
 
 
 def check_labelled(parameters: dict, split: str) -> None:
     """Raise a ValueError where the labels of a split are held back, so that nothing could be scored on it."""
     if not is_labelled(iterate_split(parameters, split)):
         raise ValueError(
-            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't be scored "
-            "on it; use split valid, or data whose labels are there"
+            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't "
+            "be scored on it; use split valid, or data whose labels are there"
         )
 
 
@@ -145,50 +139,52 @@ def score_run(
         What `SPLIT.json` holds.
     """
     with hold_run(run):
-        return _score(run, split, pieces, tta, device)
+        labelled = is_labelled(pieces)
+        _remove_evaluation(run, split)
+        facts = {
+            "data": pieces.data,
+            "images": len(pieces),
+            "labelled": labelled,
+            "validation": None if split == "test" else pieces.validation,
+        }
+        found, passes = _predict_passes(run, pieces, labelled, tta, device)
+        first = next(iter(passes))
+        passes[first] = _saved(passes[first], masks_folder(run, split))
+        counted = {
+            name: count_predictions(_watched(f"predicting, {name}", len(pieces), batches), thorough=True)
+            for name, batches in passes.items()
+        }
+        if not labelled:
+            masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
+            if len({mask.shape for mask in masks}) == 1:
+                write_atomically(_submission(run, split), lambda file: np.save(file, np.stack(masks)))
+        return write_evaluation(run, split, facts | found, counted if labelled else {})
 
 
-def _score(run: Path, split: str, pieces: Split, tta: str, device: str) -> dict[str, object]:
+def _predict_passes(
+    run: Path, pieces: Split, labelled: bool, tta: str, device: str
+) -> tuple[dict[str, object], dict[str, Iterator[Predicted]]]:
+    """What is recorded of how a run predicts, and its predictions by pass: `plain`, `augmented` or both."""
     parameters = read_parameters(run)
-    labelled = is_labelled(pieces)
-    _remove_evaluation(run, split)
-    facts = {"data": pieces.data, "images": len(pieces), "labelled": labelled}
-    facts |= {"validation": None if split == "test" else pieces.validation}
     if "predictions" in parameters:
         folder = Path(parameters["predictions"]).expanduser()
-        passes = {"plain": read_external(folder, pieces, parameters["mask_values"])}
-    else:
-        model = load_model(run / "best.pt", choose_device(device))
-        facts |= {"tta": tta, "working_size": model.config.size}
-        views = {"plain": "none"} if labelled else {}
-        views |= {"augmented": tta} if tta != "none" or not labelled else {}
-        passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
-    first = next(iter(passes))
-    passes[first] = _saved(passes[first], masks_folder(run, split))
-    counted = {
-        name: count_predictions(_watched(f"predicting, {name}", len(pieces), batches), thorough=True)
-        for name, batches in passes.items()
-    }
-    if not labelled:
-        masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
-        if len({mask.shape for mask in masks}) == 1:
-            write_atomically(_submission(run, split), lambda file: np.save(file, np.stack(masks)))
-    return write_evaluation(run, split, facts, counted if labelled else {})
+        return {}, {"plain": read_external(folder, pieces, parameters["mask_values"])}
+    model = load_model(run / "best.pt", choose_device(device))
+    views = {"plain": "none"} if labelled else {}
+    if tta != "none" or not labelled:
+        views["augmented"] = tta
+    passes = {name: predict(model, pieces, pieces.batch_size, view) for name, view in views.items()}
+    return {"tta": tta, "working_size": model.config.size}, passes
 
 
 def _submission(run: Path, split: str) -> Path:
     return run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
 
 
-def _strata(run: Path, split: str) -> Path:
-    return run / "evaluation" / f"{split}.strata.npz"
-
-
 def _remove_evaluation(run: Path, split: str) -> None:
     """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is there."""
-    for suffix in (".json", ".npz", ".strata.npz"):
-        (run / "evaluation" / f"{split}{suffix}").unlink(missing_ok=True)
-    _submission(run, split).unlink(missing_ok=True)
+    for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission(run, split)):
+        path.unlink(missing_ok=True)  # .json comes before .npz
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
@@ -200,7 +196,8 @@ def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Eval
         write_counts(run / "evaluation" / f"{split}.npz", counted["plain"])
         strata = counted["plain"].strata
         if strata is not None:
-            write_atomically(_strata(run, split), lambda file: np.savez_compressed(file, **strata))
+            path = run / "evaluation" / f"{split}.strata.npz"
+            write_atomically(path, lambda file: np.savez_compressed(file, **strata))
     write_json(facts, run / "evaluation" / f"{split}.json")
     write_report(run)
     return facts
@@ -213,29 +210,28 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     """
     plain = counted["plain"]
     truth = plain.counts.sum(2)
+    intervals = {name: score_interval(each.counts, each.scene) for name, each in counted.items()}
+    low, high = intervals["plain"].class_interval
     columns = {
         "images": (truth > 0).sum(0),
         "support": truth.sum(0) / max(truth.sum(), 1),
         "IoU": truth_iou(plain.counts),
+        "low": low,
+        "high": high,
     }
-    described = {"intervals": {}, "depth": depth_scores(plain.depth)}
-    for name, evaluation in counted.items():
-        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)[truth.any(0)]))
-        interval = score_interval(evaluation.counts, evaluation.scene)
-        described[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
-        described["intervals"][name] = interval.interval
-        if name == "plain":
-            columns |= dict(zip(("low", "high"), interval.class_interval, strict=True))
-            described["scenes"] = interval.scene_count if evaluation.scene is not None else None
+    described = {
+        "intervals": {name: found.interval for name, found in intervals.items()},
+        "depth": depth_scores(plain.depth),
+        "scenes": None if plain.scene is None else intervals["plain"].scene_count,
+    }
+    for name, each in counted.items():
+        boundary = float(np.nanmean(boundary_iou(each.boundary)[truth.any(0)]))
+        described[name] = all_scores(each.counts) | {"boundary_miou": boundary}
     if "augmented" in counted:
-        augmented = counted["augmented"]
-        columns["IoU, augmented"] = truth_iou(augmented.counts)
-        gain = compare_checkpoints(plain.counts, augmented.counts, plain.scene)
-        described["gain"] = {
-            "difference": gain.difference,
-            "interval": gain.interval,
-            "p_value": gain.p_value,
-        }
+        augmented = counted["augmented"].counts
+        columns["IoU, augmented"] = truth_iou(augmented)
+        gain = compare_checkpoints(plain.counts, augmented, plain.scene)
+        described["gain"] = {name: getattr(gain, name) for name in ("difference", "interval", "p_value")}
     columns["boundary IoU"] = boundary_iou(plain.boundary)
     by_class = pd.DataFrame(columns, index=list(plain.classes)).sort_values("support", ascending=False)
     return described | {"classes": by_class.to_dict("index")}
@@ -279,62 +275,51 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
         DataError: a mask that is missing or damaged, of another size than its image, or with a value that is
             no class; where the values mean classes only in the other reading, it says so.
     """
-    paths = {name: _find_mask(folder, name) for name in pieces.names.tolist()}
-    index_of = _check_values(paths.values(), pieces, mask_values)
-    return _read_masks(paths, pieces, index_of)
-
-
-def _find_mask(folder: Path, name: str) -> Path:
-    for form in ("NFC", "NFD"):  # a Mac may decompose names
-        path = folder / f"{unicodedata.normalize(form, name)}.png"
-        if path.exists():
-            return path
-    path = folder / f"{name}.png"
-    raise DataError(f"{path}: no such file; predictions need a PNG mask for every image, named like it")
-
-
-def _check_values(paths: Iterable[Path], pieces: Split, mask_values: str) -> dict[int, int]:
-    """The class index of each value of the masks, all of which are looked at before any is taken."""
-    count = len(pieces.classes)
-    labels = pieces.label_values or range(count)
-    readings = {
-        "indices": {index: index for index in range(count)},
-        "labels": {value: index for index, value in enumerate(labels)},
+    there = {
+        compose(path.relative_to(folder).with_suffix("").as_posix()): path
+        for path in walk_files(folder)
+        if path.suffix.lower() == ".png"
     }
-    taken, other = readings[mask_values], "labels" if mask_values == "indices" else "indices"
-    first_with = {}
-    for path in paths:
-        for value in np.unique(decode_label(path)).tolist():
-            first_with.setdefault(value, path)
-    unknown = sorted(first_with.keys() - taken.keys())
-    fits_other = first_with.keys() <= readings[other].keys()
-    if unknown:
-        expected = (
-            f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {sorted(taken)}"
-        )
-        hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
+    missing = [name for name in pieces.names.tolist() if compose(name) not in there]
+    if missing:
         raise DataError(
-            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; an unlabelled "
-            f"pixel is no prediction{hint}"
+            f"{folder / missing[0]}.png: no such file; predictions need a PNG mask for every image, named "
+            "like it"
         )
-    if fits_other and any(readings[other][value] != taken[value] for value in first_with):
-        print(
-            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean other classes."
-        )
-    return taken
-
-
-def _read_masks(paths: dict[str, Path], pieces: Split, index_of: dict[int, int]) -> Iterator[Predicted]:
-    table = np.zeros(max(index_of) + 1, np.uint8)
-    table[list(index_of)] = list(index_of.values())
+    paths = {name: there[compose(name)] for name in pieces.names.tolist()}
+    index_of = _index_values(list(paths.values()), pieces, mask_values)
     for piece in pieces:
-        masks = []
-        for name in piece.names.tolist():
-            mask = decode_label(paths[name])
+        masks = [decode_label(paths[name]) for name in piece.names.tolist()]
+        for name, mask in zip(piece.names.tolist(), masks, strict=True):
             if mask.shape != piece.size:
                 found, expected = ("x".join(map(str, shape)) for shape in (mask.shape, piece.size))
                 raise DataError(
                     f"{paths[name]}: found a mask of {found}, expected {expected}, the size of its image"
                 )
-            masks.append(table[mask])
-        yield Predicted(piece, np.stack(masks))
+        yield Predicted(piece, index_of[np.stack(masks)])
+
+
+def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndarray:
+    """The uint8 class index of each value of the masks, all of which are looked at before any is taken."""
+    count = len(pieces.classes)
+    readings = {"indices": list(range(count)), "labels": list(pieces.label_values or range(count))}
+    taken = readings.pop(mask_values)
+    ((other, others),) = readings.items()
+    first_with = {value: path for path in reversed(paths) for value in np.unique(decode_label(path)).tolist()}
+    unknown = sorted(first_with.keys() - set(taken))
+    fits_other = first_with.keys() <= set(others)
+    if unknown:
+        expected = f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {taken}"
+        hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
+        raise DataError(
+            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
+            f"an unlabelled pixel is no prediction{hint}"
+        )
+    if fits_other and any(taken.index(value) != others.index(value) for value in first_with):
+        print(
+            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean "
+            "other classes."
+        )
+    index_of = np.zeros(max(taken) + 1, np.uint8)
+    index_of[taken] = range(count)
+    return index_of

@@ -112,7 +112,8 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
     assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # what is stated is believed
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)
     with pytest.raises(
-        DataError, match="room.png: 20x30, but its picture room.jpg is 40x60; both must have one size"
+        DataError,
+        match="room.png: 20x30, but its image room.jpg is 40x60; image, depth and label must have one size",
     ):
         read(tmp_path, folder)
     Image.fromarray(picture).save(tmp_path / "other.jpg")

@@ -195,7 +195,8 @@ def test_a_file_of_matlab_5_is_named(tmp_path):
         load_samples(path, "train")
     assert str(error.value).startswith(f"{path}: can't be opened as HDF5 (")
     assert str(error.value).endswith(
-        "); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's version 7.3. It is a file of version 5, as splits.mat"
+        "); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's version 7.3, not of version 5 as splits.mat. A download "
+        "that was cut short has to be repeated"
     )
 
 

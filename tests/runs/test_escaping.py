@@ -31,7 +31,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     counts = np.full((2, 3, 3), 5)
     scored = evaluation(counts, (EVIL, "b|c"), None, CLASSES)
-    with open_run({"run_name": "r", "seed": 0, "recipe": EVIL, "data": EVIL}) as run:
+    parameters = {"run_name": "r", "seed": 0, "recipe": EVIL, "data": EVIL, "validation": "random"}
+    with open_run(parameters) as run:
         (run / "best.pt").touch()
         write_history(run, history(1))
         write_scores(run, history(1)[0], scored)

@@ -16,7 +16,7 @@ def trained(monkeypatch, tmp_path):
 
     def make(name, **parameters):
         scored = evaluation(np.full((2, 2, 2), 5), classes=("x", "y"))
-        with open_run({"run_name": name, "data": "d"} | parameters) as run:
+        with open_run({"run_name": name, "data": "d", "validation": "random"} | parameters) as run:
             write_history(run, history(1))
             write_scores(run, history(1)[0], scored)
             facts = {"data": "d", "images": 2, "labelled": True, "validation": None}

@@ -91,7 +91,7 @@ def test_a_run_records_its_code_and_its_processor(runs, tmp_path_factory, monkey
     assert recorded() == (head, True)
     (root / "code").write_text("two")
     assert recorded() == (head, False)
-    monkeypatch.setattr("lib.runs.shutil.which", lambda name: None)
+    monkeypatch.setenv("PATH", str(root))
     assert recorded() == (None, None)  # no git
 
 

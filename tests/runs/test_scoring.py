@@ -496,6 +496,13 @@ def test_which_reading_was_taken_is_said_where_both_are_possible(
     assert said in capsys.readouterr().out
 
 
+def test_other_files_beside_the_masks_are_left_alone(masks):
+    read, place, samples = masks
+    (place / f"{samples.names[0]}.txt").write_text("not a mask")
+    (place / "notes.txt").write_text("neither")
+    assert sum(len(batch.samples) for batch in read()) == 12
+
+
 def test_names_of_masks_may_be_decomposed(masks):
     read, place, _ = masks
     for path in (place.parent / "train").rglob("*.png"):

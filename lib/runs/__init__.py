@@ -49,7 +49,8 @@ def open_run(
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
-    An older run of that name is kept under a dated name in `older/`.
+    An older run of that name is kept under a dated name in `older/`, and comes back where the block fails before anything
+    was computed.
 
     Args:
         parameters: of the notebook, `run_name` among them.
@@ -85,13 +86,23 @@ def open_run(
     if resume:
         _check_resumable(run, saved)
     with hold_run(run, wait_seconds):
-        if not resume:
-            _set_aside(run)
-            run.mkdir()
-        if not (run_state(run).trained or (run / "last.pt").exists()):  # nothing has been computed yet
+        older = None if resume else _set_aside(run)
+        run.mkdir(exist_ok=True)
+        if not _is_begun(run):
             write_json(saved | _record(), run / "parameters.json")
             _write_images(run, samples)
-        yield run
+        try:
+            yield run
+        except BaseException:
+            if older is not None and not _is_begun(run):
+                shutil.rmtree(run)
+                older.rename(run)
+            raise
+
+
+def _is_begun(run: Path) -> bool:
+    """Whether anything has been computed."""
+    return run_state(run).trained or (run / "last.pt").exists()
 
 
 def _write_images(run: Path, samples: Sequence[Samples]) -> None:
@@ -127,11 +138,14 @@ def weights_digests(parameters: dict) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
-def _set_aside(run: Path) -> None:
-    if run.exists():
-        older = run.parent / "older" / f"{run.name}.{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
-        older.parent.mkdir(exist_ok=True)
-        run.rename(older)
+def _set_aside(run: Path) -> Path | None:
+    """Where an older run of that name is now, with the time at which it was finished; None if there was none."""
+    if not run.exists():
+        return None
+    finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
+    older = run.parent / "older" / f"{run.name}.{finished:%Y-%m-%dT%H-%M-%S.%f}"
+    older.parent.mkdir(exist_ok=True)
+    return run.rename(older)
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:

@@ -66,6 +66,18 @@ def test_older_runs_of_the_name_are_kept(runs):
     assert {path.name for path in runs.iterdir()} == {"trial", "older", ".trial.lock"}
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_run_that_fails_before_anything_was_computed_leaves_the_older_one_in_place(runs, computed):
+    with open_run(START | {"seed": 0}):
+        pass
+    with pytest.raises(MemoryError), open_run(START | {"seed": 1}) as run:
+        if computed:
+            (run / "last.pt").touch()
+        raise MemoryError
+    assert read_parameters(run)["seed"] == computed
+    assert len(list((runs / "older").iterdir())) == computed
+
+
 def test_a_run_records_its_code_and_its_processor(runs, tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("repository")
     monkeypatch.setattr("lib.runs.ROOT", root)

@@ -28,10 +28,9 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
     columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
     rows = []
     for name, members in recipes.items():
-        seeds = [run.parameters["seed"] for run in members]
-        by_seed = len(set(seeds)) == len(seeds) > 1
-        for seed, run in zip(seeds, members, strict=True):
-            label = f"seed {seed}" if by_seed else f"{run.name}, seed {seed}"
+        for run in members:
+            seed = f"seed {run.parameters['seed']}"
+            label = seed if len(members) > 1 else f"{run.name}, {seed}"
             scored = score_interval(run.counts, run.scene)
             rows.append((name, label, scored.score, *scored.interval, pixel_accuracy(run.counts)))
     return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
@@ -57,11 +56,10 @@ def introduce_runs(runs: list[ScoredRun], split: str, where: str | None = None) 
     data = ", ".join(sorted({run.data for run in runs}))
     lines = [f"{len(runs)} runs{' match' if where else ''}, scored on split {split} of {data or 'no data'}."]
     if any(run.group == A_A_ARM for run in runs):
-        shown = {run.name for run in runs}
-        absent = [run.name for run in read_own(split, None) if run.name not in shown]
+        lines.append(EXPLAINED)
+        absent = {run.name for run in read_own(split, None)} - {run.name for run in runs}
         lines += [
-            EXPLAINED,
-            *(f"Your run {name} was scored on other images, so it is not shown here." for name in absent),
+            f"Your run {name} was scored on other images, so it is not shown here." for name in sorted(absent)
         ]
     return "\n\n".join(lines)
 
@@ -81,9 +79,8 @@ def plot_comparison(
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
     thickness = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
-    figure, (left, right) = plots.new_figure(
-        1 + thickness * (1 + len(order)), 1, 2, sharey=True, width_ratios=(1.2, 1)
-    )
+    height = 1 + thickness * (1 + len(order))
+    figure, (left, right) = plots.new_figure(height, 1, 2, sharey=True, width_ratios=(1.2, 1))
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
@@ -91,46 +88,24 @@ def plot_comparison(
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
         _draw_differences(right, result, order, offset, colours[name], floor)
-        if len(differences) == 1:
-            _write_differences(right, np.append(result.difference, result.class_difference[order]))
-    _mark_unpredicted(right, recipes, order)
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
     _label_classes(left, members[0], order)
-    left.set(
-        title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(order) + 0.5, -0.5)
-    )
+    limits = {"xlim": (-0.03, 1), "ylim": (len(order) + 0.5, -0.5)}
+    left.set(title="IoU by class (images with it)", xlabel="IoU", **limits)
     right.axvline(0, color=plots.GREY, linewidth=1)
-    baseline = baseline if len(baseline) <= 28 else "the first recipe"
-    right.set(
-        title=f"Difference to {baseline}",
-        xlabel="difference in IoU, 95 % interval\n(triangle: cut at IoU 0 or 1)",
-    )
+    xlabel = "difference in IoU, 95 % interval\n(triangle: cut at IoU 0 or 1)"
+    right.set(title=f"Difference to {plots.shorten(baseline, 20)}", xlabel=xlabel)
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:
-    """Names of classes with their numbers of images, and a swatch in the colour of each."""
+    """Names of classes with their numbers of images."""
     images = (run.counts.sum(2) > 0).sum(0)
     names = ["mIoU", *(f"{plots.shorten(run.classes[index], 20)} ({images[index]})" for index in order)]
     axes.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= plots.FEW else "x-small")
-    swatches = plots.class_colours(run.classes)
-    style = {"markeredgecolor": plots.GREY, "markersize": 7, "clip_on": False, "zorder": 4}
-    for row, index in enumerate(order, start=1):
-        axes.plot(-0.03, row, "s", color=swatches[run.classes[index]], **style)
-
-
-def _mark_unpredicted(axes: Axes, recipes: dict[str, list[ScoredRun]], order: np.ndarray) -> None:
-    """Say so where a class has IoU 0 because no run predicts it."""
-    counts = [run.counts.sum(0) for runs in recipes.values() for run in runs]
-    unpredicted = (counts[0].sum(1) > 0) & (sum(counts).sum(0) == 0)
-    low, high = axes.get_xlim()
-    side = "right" if high < -low else "left"  # of 0, where there is more room
-    for row in 1 + np.flatnonzero(unpredicted[order]):
-        text = f"   not predicted by {'either' if len(recipes) == 2 else 'any'}   "
-        axes.annotate(text, (0, row), ha=side, va="center", fontsize="small", color=plots.GREY)
 
 
 def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
@@ -163,24 +138,3 @@ def _draw_differences(
         axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
     for filled, face in ((significant, colour), (~significant, "white")):
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
-
-
-def _write_differences(axes: Axes, differences: np.ndarray) -> None:
-    for row in np.flatnonzero(np.isfinite(differences)):
-        place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
-        axes.annotate(f"{round(differences[row], 3) + 0:+.3f}", color=plots.GREY, **place)
-
-
-@plots.styled
-def plot_published(table: pd.DataFrame, colours: dict[str, tuple]) -> Figure:
-    """IoU by class (rows) of published experiments (columns), a hollow mark each."""
-    table = table.iloc[np.argsort(table.mean(axis=1))]
-    figure, axes = plots.new_figure(plots.rows_height(len(table)))
-    for number, name in enumerate(table):
-        style = {"color": colours[name], "label": f"{name}: mean {table[name].mean():.3f}"}
-        axes.plot(table[name], range(len(table)), "os^D"[number % 4], markerfacecolor="none", **style)
-    plots.label_rows(axes, table.index)
-    axes.grid(color="0.92")
-    axes.set(title="Published: single runs on 159 validation images of NYUv2", xlabel="IoU", xlim=(0, 1))
-    plots.add_legend(figure, axes.get_legend_handles_labels()[0])
-    return figure

@@ -11,6 +11,7 @@ from PIL import Image
 
 from figures import SETS, class_names, draw, relabel
 from lib.classes import NYUV2_13, NYUV2_40
+from lib.notebooks.browse import plot_predictions
 from lib.notebooks.plots import (
     CLASS_COLOURS,
     DIMMED,
@@ -30,7 +31,6 @@ from lib.notebooks.plots import (
     plot_curves,
     plot_grid,
     plot_history,
-    plot_predictions,
     run_colours,
     shorten,
     small_png,
@@ -189,7 +189,7 @@ def test_names_lose_their_middle():
 
 
 @pytest.mark.parametrize(
-    ("columns", "width", "shown"), [(3, 128, 256), (4, 128, 256), (4, 640, 214), (3, 640, 320), (5, 30, 270)]
+    ("columns", "width", "shown"), [(3, 128, 256), (4, 128, 256), (4, 640, 214), (3, 640, 320)]
 )
 def test_images_are_scaled_by_whole_factors_to_200_pixels_or_more(columns, width, shown):
     rows = [{str(column): np.zeros((10, width, 3), np.uint8) for column in range(columns)}]
@@ -243,14 +243,6 @@ def test_predictions_of_different_sizes_and_without_truth(scenes):
 def test_columns_that_are_not_there_are_left_out():
     rows = [{"a": np.zeros((4, 6, 3), np.uint8), "b": None}] * 2
     assert sorted(draw(plot_grid(rows, ["first", "second"]))) == ["a", "first", "second"]
-
-
-def test_more_than_four_images_of_a_row_take_lines_of_three():
-    row = {name: np.zeros((4, 6, 3), np.uint8) for name in "abcde"}
-    figure = plot_grid([row, row], ["first", "second"])
-    assert sorted(draw(figure)) == [*"aabbccddee", "first", "second"]
-    left = [round(axes.get_window_extent().x0) for axes in figure.axes]
-    assert left == [left[0], left[1], left[2], left[0], left[1]] * 2
 
 
 def test_history_marks_the_best_epoch_and_shows_each_term_in_use():

@@ -209,11 +209,10 @@ def browse_samples(
     )
     choices = {ALL: np.ones(len(samples), bool)}
     choices |= {name: pixels[:, index] > 0 for index, name in enumerate(samples.classes)}
-    by_name = np.arange(len(samples))
     orders = {
-        "file name": lambda _: by_name,
+        "file name": lambda _: np.arange(len(samples)),
         "pixels of the class": lambda only: (
-            -pixels[:, samples.classes.index(only)] if only != ALL else by_name
+            np.arange(len(samples)) if only == ALL else -pixels[:, samples.classes.index(only)]
         ),
     }
     return browse(
@@ -296,11 +295,10 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
     wrong = pooled * ~np.eye(len(pooled), dtype=bool)
     fewer = np.maximum(union - wrong, 1)  # union of the predicted class without these pixels
     gain = wrong / union[:, None] + np.where(present, hits / fewer - iou, 0)
-    cost = gain / max(present.sum(), 1)
     truth, predicted = np.nonzero(wrong)
     table = pd.DataFrame(
         {
-            "cost": cost[truth, predicted],
+            "cost": gain[truth, predicted] / max(present.sum(), 1),
             "pixels": wrong[truth, predicted],
             "share": wrong[truth, predicted] / max(wrong.sum(), 1),
             "images": (counts[:, truth, predicted] > 0).sum(0),
@@ -334,7 +332,7 @@ def view_sample(
     if runs and truth:
         title, colour = DIFFERENCES[len(runs)]
         panels[title] = colour(image, *masks.values())
-    shown = tuple(panels)[-3:] if runs else ("RGB", plots.DEPTH, "labels")
+    shown = tuple(panels)[-3:]
     panels["RGB"] = image
     if shades is not None:
         panels[plots.DEPTH] = plots.colour_depth(sample.depth_or_missing[0], shades)
@@ -343,7 +341,13 @@ def view_sample(
     sure = {
         f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None
     }
-    return View(panels, masks | sure | {"depth": sample.depth_or_missing[0]}, classes, shown, shades)
+    return View(
+        panels,
+        masks | sure | {"depth": sample.depth_or_missing[0]},
+        classes,
+        shown if runs else tuple(panels),
+        shades,
+    )
 
 
 def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
@@ -355,7 +359,7 @@ def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
 
 def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
     """A row for each view: RGB and the panels that are shown at first."""
-    rows = [{title: view.panels.get(title) for title in ("RGB", *view.shown)} for view in views]
+    rows = [{title: view.panels[title] for title in dict.fromkeys(("RGB", *view.shown))} for view in views]
     labels = [value for view in views for value in view.values.values() if value.dtype == np.uint8]
     legend = plots.class_patches(views[0].classes, labels)
     return plots.plot_grid(rows, captions, legend, views[0].shades if plots.DEPTH in views[0].shown else None)

@@ -29,8 +29,7 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
     rows = []
     for name, members in recipes.items():
         for run in members:
-            seed = f"seed {run.parameters['seed']}"
-            label = seed if len(members) > 1 else f"{run.name}, {seed}"
+            label = f"{'' if len(members) > 1 else run.name + ', '}seed {run.parameters['seed']}"
             scored = score_interval(run.counts, run.scene)
             rows.append((name, label, scored.score, *scored.interval, pixel_accuracy(run.counts)))
     return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
@@ -71,23 +70,20 @@ def plot_comparison(
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     By the recipe test where there is one, else by the checkpoint test of the pair of runs. A filled mark is
-    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one. Intervals end where an
-    IoU would leave 0..1; a triangle marks such an end.
+    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
-    thickness = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
-    height = 1 + thickness * (1 + len(order))
+    height = plots.rows_height(1 + len(order)) + 0.06 * len(differences) * len(order)
     figure, (left, right) = plots.new_figure(height, 1, 2, sharey=True, width_ratios=(1.2, 1))
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
-    floor = _scores_by_class(members).mean(0)[shown]
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
-        _draw_differences(right, result, order, offset, colours[name], floor)
+        _draw_differences(right, result, order, offset, colours[name])
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
@@ -95,8 +91,7 @@ def plot_comparison(
     limits = {"xlim": (-0.03, 1), "ylim": (len(order) + 0.5, -0.5)}
     left.set(title="IoU by class (images with it)", xlabel="IoU", **limits)
     right.axvline(0, color=plots.GREY, linewidth=1)
-    xlabel = "difference in IoU, 95 % interval\n(triangle: cut at IoU 0 or 1)"
-    right.set(title=f"Difference to {plots.shorten(baseline, 20)}", xlabel=xlabel)
+    right.set(title=f"Difference to {plots.shorten(baseline, 20)}", xlabel="difference in IoU, 95 % interval")
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
@@ -124,17 +119,13 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
 
 
 def _draw_differences(
-    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, floor: np.ndarray
+    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple
 ) -> None:
-    """A mark and an interval per row; `floor` is the baseline's IoU, below which no class can fall."""
+    """A mark and an interval per row."""
     middle = np.append(result.difference, result.class_difference[order])
-    interval = np.column_stack((result.interval, result.class_interval[:, order]))
-    possible = interval.clip(-floor, 1 - floor)
+    low, high = np.column_stack((result.interval, result.class_interval[:, order]))
     significant = np.append(result.p_value, result.class_p_value[order]) < LEVEL
     rows = np.arange(len(middle)) + offset
-    axes.hlines(rows, *possible, color=colour, linewidth=1.5)
-    for end, cut, marker in zip(possible, possible != interval, "<>", strict=True):
-        cut &= np.isfinite(end)
-        axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
+    axes.hlines(rows, low, high, color=colour, linewidth=1.5)
     for filled, face in ((significant, colour), (~significant, "white")):
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)

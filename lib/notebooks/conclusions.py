@@ -248,11 +248,11 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
     rows = []
     for result in results.values():
         test = result.recipe_test
-        found = (np.nan, np.nan, np.nan, np.nan, 1)
+        found = [np.nan] * 4 + [1]
         if test is not None:
-            found = (test.difference, *test.interval, test.p_value, test.comparisons)
-        made_of = (result.scene_count, _say_runs(result.runs))
-        rows.append((result.recipe, result.against, *found, *made_of, result.conclusion))
+            found = [test.difference, *test.interval, test.p_value, test.comparisons]
+        found += [result.scene_count, _say_runs(result.runs), result.conclusion]
+        rows.append([result.recipe, result.against, *found])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

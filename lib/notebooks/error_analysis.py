@@ -238,11 +238,12 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     pixels, confidence, right = errors.calibration[errors.calibration[:, 0] > 0].T
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
     figure, axes = plots.new_figure(3.6, width=5)
-    shares = errors.calibration[:, 0] / pixels.sum()
-    axes.stairs(shares, edges, fill=True, color="0.9", label="share of the pixels")
+    axes.stairs(
+        errors.calibration[:, 0] / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels"
+    )
     axes.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-    line = {"color": plots.VALID_COLOUR, "marker": ".", "label": "this network"}
-    axes.plot(confidence / pixels, right / pixels, **line)
+    line = {"color": plots.VALID_COLOUR, "marker": "."}
+    axes.plot(confidence / pixels, right / pixels, **line, label="this network")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     axes.legend(loc="upper left")
     axes.set_title(f"The network is {_describe_gap(errors.calibration)}")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # it needs torch, which takes seconds to import
 
 DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
-FEW_IMAGES = 10
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
 COMPARED = 1000  # images, at equal steps, whose pairs with all others say what is unrelated
 MANY, NEARLY_ALL = 20, 0.9  # images, and the share of them in one scene that is no use
@@ -145,19 +144,15 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
         images.append(valid.load())
         chosen["predefined"] = np.split(np.arange(len(samples) + len(valid)), [len(samples)])
     signatures = np.concatenate([_colour_signatures(each.image) for each in images])
-    checksums = np.concatenate([_checksums(each.image) for each in images])
+    checksums = [hashlib.sha256(image.tobytes()).hexdigest() for each in images for image in each.image]
     known = all(each.scene is not None for each in images)
     scene = np.concatenate([each.scene for each in images]) if known else None
     limit = _near_duplicate_limit(signatures[: len(samples)])
     return {
-        validation: _compare(signatures, checksums, scene, *sides, limit)
+        validation: _compare(signatures, np.array(checksums), scene, *sides, limit)
         for validation, sides in chosen.items()
         if all(map(len, sides))
     }
-
-
-def _checksums(image: np.ndarray) -> np.ndarray:
-    return np.array([hashlib.sha256(each.tobytes()).hexdigest() for each in image])
 
 
 def _near_duplicate_limit(signatures: np.ndarray) -> float:
@@ -204,11 +199,7 @@ def _colour_signatures(image: np.ndarray) -> np.ndarray:
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
-    images = (counts.pixels[:, :-1] > 0).sum(0)
-    few = ((images > 0) & (images < FEW_IMAGES)).sum()
     facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
-    if few:
-        facts.append(f"{few} of them in fewer than {FEW_IMAGES} images")
     unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
     facts += [_describe_depth(counts), f"{unlabelled:.1%} unlabelled"]
     shared = _describe_scenes(train.scene, valid.scene)
@@ -289,8 +280,12 @@ def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | Non
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth in each class; of all pixels, where nine in ten lie."""
     total = counts.depth.sum(0)
-    rows = zip(counts.classes, counts.depth, strict=False)
-    boxes = {name: _box(row, counts.steps_m) for name, row in rows if row[1:].any()}
+    ends = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
+    boxes = {
+        name: dict(zip(ends, depth_quantiles(row, (*ends.values(),), counts.steps_m), strict=True))
+        for name, row in zip(counts.classes, counts.depth, strict=False)
+        if row[1:].any()
+    }
     names = sorted(boxes, key=lambda name: -boxes[name]["med"])
     figure, axes = plots.new_figure(plots.rows_height(len(names)))
     axes.bxp(
@@ -305,11 +300,6 @@ def plot_depth(counts: DataCounts) -> Figure:
     axes.set(xlabel=f"{plots.DEPTH}: half of a class in the box, nine in ten on the line", title=title)
     axes.set_xlim(0, farthest)
     return figure
-
-
-def _box(histogram: np.ndarray, steps_m: np.ndarray) -> dict[str, float]:
-    quantiles = depth_quantiles(histogram, (0.05, 0.25, 0.5, 0.75, 0.95), steps_m)
-    return dict(zip(("whislo", "q1", "med", "q3", "whishi"), quantiles.tolist(), strict=True))
 
 
 def plot_adjacency(counts: DataCounts) -> Figure:

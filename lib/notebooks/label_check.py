@@ -39,10 +39,8 @@ def find_folds(run: Path) -> list[Path]:
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:
     """The images that `check_labels` looks at: the validation images, with five folds all labelled images."""
-    parameters = read_parameters(runs[0])
-    if len(runs) == 1:
-        return iterate_split(parameters, "valid", data)
-    return iterate_split(parameters | {"validation": "none"}, "train", data)
+    split, whole = ("train", {"validation": "none"}) if len(runs) > 1 else ("valid", {})
+    return iterate_split(read_parameters(runs[0]) | whole, split, data)
 
 
 def check_labels(

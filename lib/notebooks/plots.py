@@ -146,10 +146,8 @@ def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
     return ScalarMappable(Normalize(*np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000), "viridis_r")
 
 
-def colour_depth(depth: np.ndarray, shades: ScalarMappable | None) -> np.ndarray | None:
-    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8; None without shades."""
-    if shades is None:
-        return None
+def colour_depth(depth: np.ndarray, shades: ScalarMappable) -> np.ndarray:
+    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8."""
     table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
     table[0] = 255
     return table[depth]
@@ -213,7 +211,7 @@ def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
 
 @styled
 def plot_grid(
-    rows: Sequence[dict[str, np.ndarray | None]],
+    rows: Sequence[dict[str, np.ndarray]],
     captions: Sequence[str] = (),
     legend: Sequence[Patch] = (),
     shades: ScalarMappable | None = None,
@@ -222,15 +220,14 @@ def plot_grid(
     """Coloured pictures, of which sizes may differ, in whole pixels, so that class colours stay exact.
 
     Args:
-        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows; None leaves one out.
+        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows.
         captions: written below the rows.
         legend: see `class_patches`.
         shades: of depth, for its colour bar.
         shades_label: beside the colour bar.
     """
-    drawn = [{title: tile for title, tile in row.items() if tile is not None} for row in rows]
-    least = TILE if len(drawn[0]) > 3 else WIDE_TILE
-    tiles = [{title: fit_tile(tile, least) for title, tile in row.items()} for row in drawn]
+    least = TILE if len(rows[0]) > 3 else WIDE_TILE
+    tiles = [{title: fit_tile(tile, least) for title, tile in row.items()} for row in rows]
     width = max(sum(tile.shape[1] + GAP for tile in row.values()) - GAP for row in tiles)
     legend_lines, columns = _legend_lines(legend, width / DPI)
     below = GAP + LINE * (legend_lines + 2 * (shades is not None))

@@ -108,11 +108,11 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
     shades = ScalarMappable(Normalize(0, 1), "gray")
     rows = []
     for batch, mask in zip(predicted, masks, strict=True):
+        coloured = {"prediction": plots.colour_labels(mask, classes)}
         grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
-        coloured = plots.colour_labels(mask, classes)
-        rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
-    names = [batch.samples.names[0] for batch in predicted]
-    figure = plots.plot_grid(rows, names, plots.class_patches(classes, masks), shades, CONFIDENCE)
+        rows.append({"RGB": batch.samples.image[0], **coloured, CONFIDENCE: grey})
+    captions = [batch.samples.names[0] for batch in predicted]
+    figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), shades, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):
         plots.write_names(axes, plots.fit_tile(mask), classes)
     return figure

@@ -18,7 +18,6 @@ import pandas as pd
 import papermill
 import ray
 import yaml
-from papermill.exceptions import PapermillExecutionError
 
 from lib.files import ROOT, wait_for_run
 from lib.model import is_file
@@ -153,12 +152,13 @@ class Finished:
         self.planned = {name: identity(parameters) for name, parameters in runs.items()}
         self.split = split
         self.folder = None if results is None else _find_results(results)
-        self.kept = _read_kept(self.folder)
         self.update()
 
     def update(self) -> None:
-        """Look for finished runs and add new ones to the results."""
-        known = {identity(run.parameters): run for run in self.kept if run.split == self.split}
+        """Look for finished runs and add new ones to the results, to which another sweep may have added, too."""
+        has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
+        kept = read_results(self.folder) if has_results else []
+        known = {identity(run.parameters): run for run in kept if run.split == self.split}
         own = [
             read_scored(folder, self.split)
             for folder in scored_folders(self.split)
@@ -168,12 +168,7 @@ class Finished:
         self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
         new = [run for run in self.runs.values() if identity(run.parameters) not in known]
         if self.folder is not None and new:
-            self.kept = [*_read_kept(self.folder), *new]  # another sweep may have added to them
-            write_results(self.folder, self.kept)
-
-
-def _read_kept(folder: Path | None) -> list[ScoredRun]:
-    return read_results(folder) if folder is not None and (folder / RUNS_FILE).exists() else []
+            write_results(self.folder, [*kept, *new])
 
 
 def _find_results(results: str) -> Path:
@@ -317,10 +312,8 @@ def try_run(parameters: dict, split: str) -> str | None:
     """`execute_run`; returns its error in one line instead of raising it."""
     try:
         return execute_run(parameters, split)
-    except PapermillExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # that of a notebook holds the name and the text of its own
+        return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
 def _error(task: ray.ObjectRef) -> str | None:

@@ -155,27 +155,3 @@ def test_marks_are_filled_where_the_adjusted_test_is_significant():
             test = result.recipe_test
             expected = [test.p_value < 0.05, *(test.class_p_value[order] < 0.05)]
             assert found[to_rgb(colours[name])] == expected
-
-
-def test_intervals_end_where_an_iou_would_leave_its_range():
-    """Class 2 has an IoU next to 0 in the baseline; its interval is cut there and says so."""
-    sides = [[some_counts(0.7, seed) for seed in seeds] for seeds in ((1, 2), (3, 4))]
-    rng = np.random.default_rng(0)
-    for counts in (*sides[0], *sides[1]):
-        kept = (counts[:, 2, 2] * 0.02 * rng.random(24) * (rng.random(24) < 0.2)).astype(int)
-        counts[:, 2, 0] += counts[:, 2, 2] - kept
-        counts[:, 2, 2] = kept
-    recipes = {
-        name: [scored_run(f"{name}{seed}", each, seed=seed) for seed, each in enumerate(side)]
-        for name, side in zip("ab", sides, strict=True)
-    }
-    tests = run_tests(recipes)
-    lowest = -np.mean([iou(run.counts)[2] for run in recipes["a"]])
-    assert tests["b"].recipe_test.class_interval[0, 2] < lowest
-    figure = plot_comparison(recipes, tests, run_colours(recipes))
-    (cut,) = [line for line in figure.axes[1].lines if line.get_marker() == "<" and len(line.get_xdata())]
-    assert cut.get_xdata() == pytest.approx([lowest])
-    (strokes,) = figure.axes[1].collections
-    ends = np.array([segment[:, 0] for segment in strokes.get_segments()])
-    assert ends.min() >= -1
-    assert ends[3, 0] == pytest.approx(lowest)

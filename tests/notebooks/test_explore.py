@@ -187,7 +187,7 @@ def made_up_samples(depth=2750):
 def test_warnings_about_the_data():
     samples = made_up_samples()
     assert describe(samples) == (
-        "**4 images, 3 classes, 2 of them in fewer than 10 images, median depth 2.8 m, depth missing in 6.2%, "
+        "**4 images, 3 classes, median depth 2.8 m, depth missing in 6.2%, "
         "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because they are "
         "unknown.**\n- These classes are in no image: tv. If label values that are read as unlabelled mean one of them, such as "
         "255, say so under `classes` and `ignore`."
@@ -199,7 +199,7 @@ def test_warnings_about_the_data():
         replace(samples, scene=np.array(["u", "u", "v", "w"]))
     )
     no_depth = describe(replace(samples, depth=None))
-    assert "in fewer than 10 images, no depth, 12.5% unlabelled; validation" in no_depth
+    assert "3 classes, no depth, 12.5% unlabelled; validation" in no_depth
     assert no_depth.count("depth") == 1
     label = np.full_like(samples.label, 255)
     label[1] = 0

@@ -111,9 +111,10 @@ class Browser(ipywidgets.VBox):
         self.slider = ipywidgets.IntSlider(min=1, continuous_update=False, readout=False)
         self.message = ipywidgets.Label()
         back, on = (ipywidgets.Button(description=words) for words in ("Previous", "Next"))
-        rows = ([self.only, self.order, self.name], [back, on, self.slider, self.message])
-        boxes = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
-        super().__init__([*boxes, self.panels, self.picture])
+        wrapped = {"flex_flow": "row wrap"}
+        above = ipywidgets.HBox([self.only, self.order, self.name], layout=wrapped)
+        below = ipywidgets.HBox([back, on, self.slider, self.message], layout=wrapped)
+        super().__init__([above, below, self.panels, self.picture])
         self.add_class("browse")
         back.on_click(lambda _: self.step(-1))
         on.on_click(lambda _: self.step(1))
@@ -351,7 +352,7 @@ def view_sample(
 
 
 def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
-    """`(H, W)` bool: where a class is in ground truth or prediction, or where the first is predicted as the second."""
+    """`(H, W)` bool: where a class is in ground truth or prediction, or the first is predicted as the second."""
     if len(indices) == 1:
         return np.any([mask == indices[0] for mask in masks], axis=0)
     return (masks[0] == indices[0]) & np.any([mask == indices[1] for mask in masks[1:]], axis=0)
@@ -376,7 +377,7 @@ def plot_predictions(
 ) -> Figure:
     """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
 
-    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each image.
+    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each.
     """
     from lib.evaluation import Predicted  # here: it needs torch, see above
 

@@ -25,14 +25,14 @@ EXPLAINED = (
 
 def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
     """A row for each run, named by its seed: mIoU with its interval over scenes, pixel accuracy."""
-    columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
     rows = []
     for name, members in recipes.items():
         for run in members:
             label = f"{'' if len(members) > 1 else run.name + ', '}seed {run.parameters['seed']}"
             scored = score_interval(run.counts, run.scene)
             rows.append((name, label, scored.score, *scored.interval, pixel_accuracy(run.counts)))
-    return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
+    columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
+    return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"])
 
 
 def show_scores(table: pd.DataFrame) -> Styler:
@@ -88,8 +88,9 @@ def plot_comparison(
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
     _label_classes(left, members[0], order)
-    limits = {"xlim": (-0.03, 1), "ylim": (len(order) + 0.5, -0.5)}
-    left.set(title="IoU by class (images with it)", xlabel="IoU", **limits)
+    left.set(
+        title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(order) + 0.5, -0.5)
+    )
     right.axvline(0, color=plots.GREY, linewidth=1)
     right.set(title=f"Difference to {plots.shorten(baseline, 20)}", xlabel="difference in IoU, 95 % interval")
     plots.add_legend(figure, left.get_legend_handles_labels()[0])

@@ -148,10 +148,8 @@ class Result:
         """Of the recipe test."""
         test = self.recipe_test
         if min(self.runs) < 2:
-            single = [
-                name for name, count in zip((self.against, self.recipe), self.runs, strict=True) if count == 1
-            ]
-            return f"One run of {'each' if len(single) == 2 else single[0]}: nothing can be said about the recipes"
+            _, single = min(zip(self.runs, (self.against, self.recipe), strict=True))
+            return f"One run of {'each' if max(self.runs) == 1 else single}: nothing can be said about the recipes"
         if self.scene_count < MIN_SCENES:
             return f"no result: {self.scene_count} scenes, at least {MIN_SCENES} are needed"
         if test is None:
@@ -334,12 +332,16 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     source, spread = next(iter(known.items()))
     folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
     share = folds / spread.folds
-    scenes = round(share * spread.scenes)
-    facts = {"folds": folds, "scenes": scenes, "paired": paired}
-    spread = replace(spread, scene_degrees=share * spread.scene_degrees, **facts)
+    spread = replace(
+        spread,
+        folds=folds,
+        scenes=round(share * spread.scenes),
+        scene_degrees=share * spread.scene_degrees,
+        paired=paired,
+    )
     return (
-        f"{seeds} seeds of each recipe, {scenes} scenes{_say_adjusted(', ', comparisons)}: if runs vary as those in "
-        f"{source} did, {spread.say_detectable(seeds, comparisons)}."
+        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs vary as "
+        f"those in {source} did, {spread.say_detectable(seeds, comparisons)}."
     )
 
 
@@ -378,8 +380,8 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
         f"- Seeds alone: {larger} of {len(pairs)} pairs of runs that differ in nothing but the seed "
-        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, split {run.split}) "
-        "differ by at least as much."
+        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, "
+        f"split {run.split}) differ by at least as much."
     ]
 
 
@@ -390,7 +392,7 @@ def read_defaults() -> dict[str, object]:
 
 
 def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
-    """The sweep that trains new seeds of both recipes; two sweeps where a grid would make other recipes, too."""
+    """The sweep that trains new seeds of both recipes; two where a grid would make other recipes, too."""
     sides = [run.parameters for run in (first, other)]
     if any("recipe" in parameters for parameters in sides):
         return "To answer, score predictions of two or more seeds of each recipe with `evaluate.ipynb`."
@@ -402,7 +404,7 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     if len(grid) > 1:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": {}} for side in sides]
     used = {run.parameters["seed"] for run in (first, other)}
-    seeds = [seed for seed in range(1, NEW_SEEDS + 3) if seed not in used][:NEW_SEEDS]
+    seeds = sorted(set(range(1, NEW_SEEDS + 3)) - used)[:NEW_SEEDS]
     given = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
     texts = [
         yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
@@ -480,7 +482,6 @@ def _say_runs(runs: tuple[int, int]) -> str:
 
 def _caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
-    few = [result.recipe for result in results.values() if result.recipe_test and min(result.runs) == 2]
     caveats = {
         "The scenes of these images are unknown, so images were taken as independent: if several show one scene, every "
         "interval is too narrow.": any(run.scene is None for run in runs),
@@ -491,6 +492,8 @@ def _caveats(results: dict[str, Result]) -> list[str]:
             run.is_pooled for run in runs
         ),
         "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a difference "
-        "where there is none, instead of 5 %. Use three seeds or more.": len(few) > 2,
+        "where there is none, instead of 5 %. Use three seeds or more.": (
+            sum(result.recipe_test is not None and min(result.runs) == 2 for result in results.values()) > 2
+        ),
     }
     return [caveat for caveat, holds in caveats.items() if holds]

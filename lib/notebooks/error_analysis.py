@@ -92,10 +92,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
 def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges: dict) -> None:
     """Add the labelled pixels of a batch to the counts."""
     count = len(batch.samples.classes)
-    images = zip(
+    for label, depth, predicted, confidence in zip(
         batch.samples.label, batch.samples.depth_or_missing, batch.labels, batch.confidence, strict=True
-    )
-    for label, depth, predicted, confidence in images:
+    ):
         for name, counts in strata_counts(predicted, label, depth, count, edges).items():
             strata[name] += counts
         labelled = label != IGNORE_INDEX
@@ -177,11 +176,9 @@ def suggest_experiment(errors: ErrorCounts) -> list[str]:
     truth, predicted = map(errors.classes.index, worst.name.split(CONFUSED))
     support = errors.confusion.sum((0, 2))
     near, small = (errors.strata[name][:2, truth, predicted].sum() for name in (DISTANCE, REGION))
-    reverse = errors.confusion[:, predicted, truth].sum()
     causes = {
-        "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, `image_width`)": (
-            near > worst.pixels / 2
-        ),
+        "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, "
+        "`image_width`)": (near > worst.pixels / 2),
         "mostly in regions below 1 % of the image: try a higher resolution, or `-p augment zooms`": (
             small > worst.pixels / 2
         ),
@@ -189,7 +186,7 @@ def suggest_experiment(errors: ErrorCounts) -> list[str]:
             support[truth] < np.median(support[support > 0])
         ),
         "in both directions: look at the labels of these two, then try pretrained `encoder_weights`": (
-            reverse > worst.pixels / 2
+            errors.confusion[:, predicted, truth].sum() > worst.pixels / 2
         ),
         "in large regions of a common class: try more `epochs`, or pretrained `encoder_weights`": True,
     }
@@ -208,10 +205,10 @@ def plot_confusion(errors: ErrorCounts) -> Figure:
     """Of each true class (rows), the share that was given each name."""
     images = (errors.confusion.sum(2) > 0).sum(0)
     truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
-    rows, columns = pd.Index(truth, name="ground truth (images)"), pd.Index(errors.classes, name="prediction")
-    table = pd.DataFrame(errors.confusion.sum(0), rows, columns)
-    title = "What each class was predicted as, in % of its pixels"
-    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
+    rows = pd.Index(truth, name="ground truth (images)")
+    table = pd.DataFrame(errors.confusion.sum(0), rows, pd.Index(errors.classes, name="prediction"))
+    shares = table.div(table.sum(axis=1), axis=0)
+    return plots.plot_matrix(shares, "What each class was predicted as, in % of its pixels")
 
 
 @plots.styled

@@ -25,7 +25,8 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
     over = describe_classes(iou)
     best, worst = iou.idxmax(), iou.idxmin()
     return (
-        f"On {scores['images']} {split} images **{run.name}** has an mIoU of **{scores['plain']['miou']:.3f}** {over} "
+        f"On {scores['images']} {split} images **{run.name}** has an mIoU of "
+        f"**{scores['plain']['miou']:.3f}** {over} "
         f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}) and a pixel accuracy of "
         f"{scores['plain']['pixel_accuracy']:.3f}. Best class: {best} (IoU {iou[best]:.2f}); worst: {worst} "
         f"({iou[worst]:.2f}). {saved}"

@@ -24,7 +24,6 @@ DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
 NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
 CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
 COMPARED = 1000  # images, at equal steps, whose pairs with all others say what is unrelated
-MANY, NEARLY_ALL = 20, 0.9  # images, and the share of them in one scene that is no use
 ROWS = 256  # of a matrix of pairs in memory at a time
 
 
@@ -89,10 +88,10 @@ def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
     """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
-    pixels, total = counts.pixels[:, :-1], counts.pixels[:, :-1].sum(0)
-    shares = {"pixels": total / max(total.sum(), 1), "images": (pixels > 0).mean(0)}
+    total = counts.pixels[:, :-1].sum(0)
+    shares = {"pixels": total / max(total.sum(), 1), "images": (counts.pixels[:, :-1] > 0).mean(0)}
     if counts.has_depth:
-        shares["without depth"] = np.where(total > 0, counts.depth[:-1, 0] / np.maximum(total, 1), np.nan)
+        shares["without depth"] = counts.depth[:-1, 0] / np.where(total > 0, total, np.nan)
     return pd.DataFrame(shares, index=list(counts.classes)).sort_values("pixels", ascending=False)
 
 
@@ -220,9 +219,8 @@ def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
     """Whether images of one scene are on both sides; `RUN` begins scenes that nothing but the ids names."""
     if train is None or valid is None:
         return "may share scenes with training, because they are unknown"
-    words = ("scene", "scenes")
-    if train[0].startswith(RUN):
-        words = ("run of neighbouring ids", "runs of neighbouring ids")
+    by_ids = train[0].startswith(RUN)
+    words = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
     shared = np.isin(valid, train).sum()
     return (
         f"shares {words[1]} with training in {shared} of them"
@@ -236,8 +234,8 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
     explained = (
-        " If label values that are read as unlabelled mean one of them, such as 255, say so under `classes` and "
-        "`ignore`."
+        " If label values that are read as unlabelled mean one of them, such as 255, say so under `classes` "
+        "and `ignore`."
     )
     empty = (~counts.pixels[:, :-1].any(1)).sum()
     sizes = np.ones(1) if scene is None else np.unique(scene, return_counts=True)[1]
@@ -246,10 +244,10 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = {
         f"These classes are in no image: {', '.join(absent)}.{explained if unlabelled else ''}": len(absent),
-        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so that nothing can be concluded about new "
-        "scenes. (Names that are numbers are read as frames of a video.) If each image shows a scene of its own, "
-        "write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with the columns name,scene.": (
-            sizes.sum() >= MANY and sizes.max() >= NEARLY_ALL * sizes.sum()
+        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so that nothing can be concluded about "
+        "new scenes. (Names that are numbers are read as frames of a video.) If each image shows a scene of its "
+        "own, write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with the columns name,scene.": (
+            sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()
         ),
         f"{empty} images have no labelled pixel.": empty,
         f"{unlabelled:.1%} of the pixels are unlabelled.": unlabelled > 0.5,
@@ -306,8 +304,7 @@ def plot_adjacency(counts: DataCounts) -> Figure:
     """Of the neighbours of each class (rows), the share of each other class (columns)."""
     names = counts.classes
     table = pd.DataFrame(counts.adjacency, pd.Index(names, name="class"), pd.Index(names, name="adjacent to"))
-    title = "What each class borders on, in %"
-    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), title)
+    return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), "What each class borders on, in %")
 
 
 def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:

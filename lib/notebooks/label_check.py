@@ -76,8 +76,9 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
     rows = []
     votes = []
     for batch in predictions:
-        images = zip(batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True)
-        for name, label, predicted, confidence in images:
+        for name, label, predicted, confidence in zip(
+            batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True
+        ):
             for index, box, inside in _regions(label):
                 rows.append((name, *box, index, inside.mean()))
                 votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
@@ -89,10 +90,9 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
     predicted = votes.argmax(1)
     confidence = votes.max(1)
     surprise = -np.log((usual[np.arange(len(table)), predicted] + 1e-3) / (1 + 1e-3))
-    names = np.array(classes)
-    table = table.assign(labelled=names[labelled], predicted=names[predicted], confidence=confidence)
+    words = {"labelled": np.array(classes)[labelled], "predicted": np.array(classes)[predicted]}
     order = np.argsort(-confidence * surprise * table.share**0.3, kind="stable")
-    ranked = table.iloc[order[(labelled != predicted)[order]]]
+    ranked = table.assign(**words, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
     return ranked.drop(columns="share").reset_index(drop=True)
 
 

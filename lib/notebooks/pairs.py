@@ -1,7 +1,6 @@
 """Two runs, image by image: on which images B scores higher than A, and what it fixes and breaks there."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,28 +16,19 @@ from lib.runs.results import ScoredRun
 from lib.runs.scoring import iterate_split
 
 
-class Pair(NamedTuple):
-    """Two runs on the same images, and what their recipes are called."""
+def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
+    """By name a run of the baseline (A) and of another recipe (B), the last by default, of one seed if possible.
 
-    a: ScoredRun
-    b: ScoredRun
-    a_name: str
-    b_name: str
-
-
-def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> Pair | None:
-    """A run of the baseline (A) and of another recipe (B), of one seed if possible, by default the last recipe.
-
-    None if there is one recipe only.
+    Nothing if there is one recipe only.
     """
     if len(recipes) < 2:
-        return None
+        return {}
     baseline, *others = recipes
     other = compare_with or others[-1]
     check_choice("compare_with", other, others)
     sides = [recipes[baseline], recipes[other]]
     first, second = (*match_seeds(*sides), [side[0] for side in sides])[0]
-    return Pair(first, second, name_run(first, baseline), name_run(second, other))
+    return {name_run(first, baseline): first, name_run(second, other): second}
 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
@@ -47,15 +37,15 @@ def image_scores(counts: np.ndarray) -> np.ndarray:
 
 
 @plots.styled
-def plot_pair(pair: Pair) -> Figure:
+def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     """B against A, a dot for each image; above the line B scores higher."""
-    first, second = (image_scores(run.counts) for run in (pair.a, pair.b))
+    first, second = (image_scores(run.counts) for run in pair.values())
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
     axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
     there = np.isfinite(first).sum()
     title = f"B higher on {(second > first).sum()} of {there} images, lower on {(second < first).sum()}"
-    a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in (pair.a_name, pair.b_name))
+    a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
     limit = (0, min(1, 0.05 + np.nanmax((first, second))))
     axes.set(
         title=title, xlabel=f"A: {a_words}", ylabel=f"B: {b_words}", xlim=limit, ylim=limit, aspect="equal"
@@ -63,27 +53,27 @@ def plot_pair(pair: Pair) -> Figure:
     return figure
 
 
-def browse_pair(pair: Pair, interactive: bool | None = None) -> Browser | Figure | Markdown:
+def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> Browser | Figure | Markdown:
     """Goes through the images of both runs, from the largest gain of B on; or says what is missing.
 
     A study keeps the predictions of a few images; these are shown.
     """
-    runs = {pair.a_name: pair.a, pair.b_name: pair.b}
-    kept = [list(run.masks) for run in runs.values() if run.masks is not None]
-    there = np.flatnonzero(np.all([np.isin(pair.a.names, names) for names in [pair.a.names, *kept]], axis=0))
-    names = pair.a.names[there].tolist()
+    first = next(iter(pair.values()))
+    kept = [list(run.masks) for run in pair.values() if run.masks is not None]
+    there = np.flatnonzero(np.all([np.isin(first.names, names) for names in [first.names, *kept]], axis=0))
+    names = first.names[there].tolist()
     try:
-        for run in runs.values():
+        for run in pair.values():
             run.read_masks(names)
-        every = iterate_split(pair.a.parameters, pair.a.split, pair.a.data, run=pair.a.folder)
+        every = iterate_split(first.parameters, first.split, first.data, run=first.folder)
         split = select_names(every, names)
     except FileNotFoundError as error:
         missing = f"`{error.filename}` was not saved"
         return Markdown(f"No images: {missing}; pooled folds and studies have no predictions.")
     except ValueError as error:
         return Markdown(f"No images: {error}.")
-    counts = {name: run.counts[there] for name, run in runs.items()}
-    looks = {name: saved_look(run.read_masks) for name, run in runs.items()}
+    counts = {name: run.counts[there] for name, run in pair.items()}
+    looks = {name: saved_look(run.read_masks) for name, run in pair.items()}
     return browse_results(split, counts, looks, interactive=interactive)
 
 

@@ -18,8 +18,8 @@ def check_parameters() -> dict[str, object]:
         The values in force, by name, of everything that the notebook declares as `name: type = value`.
 
     Raises:
-        ValueError: names that are not declared and values of another type than declared, all at once; else a value
-            that `lib.options` does not allow.
+        ValueError: names that are not declared and values of another type than declared, all at once; else a
+            value that `lib.options` does not allow.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
     annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on

@@ -32,8 +32,8 @@ CLASS_COLOURS = {
     "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
     "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
-# Of all other classes in their order, each farthest in CIELAB, with the chroma compressed as vivid colours differ
-# less to the eye, from those before it, from the above and from the greys of pictures; from the 97th on they repeat.
+# Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ less to
+# the eye) from those before it, from the above and from the greys of pictures; from the 97th on they repeat.
 OTHER_COLOURS = [
     "#446677", "#33cc11", "#11eecc", "#ee88ee", "#668811", "#bb1111", "#551111", "#1177ee", "#bb9988",
     "#1111ee", "#997788", "#334477", "#dd6633", "#33ccdd", "#99aa77", "#2299aa", "#667766", "#eeaabb",
@@ -170,9 +170,10 @@ def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[
     """The classes in arrays of labels, for a legend; and unlabelled, if 255 is in one."""
     colours = class_colours(classes)
     present = sorted(set().union(*(np.unique(label).tolist() for label in labels)))
-    edge = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
     named = [(classes[index], colours[classes[index]]) for index in present if index != IGNORE_INDEX]
-    patches = [Patch(facecolor=colour, label=shorten(name), **edge) for name, colour in named]
+    patches = [  # edged, so that pale classes stand out from the page
+        Patch(facecolor=colour, label=shorten(name), edgecolor=GREY, linewidth=0.5) for name, colour in named
+    ]
     if IGNORE_INDEX in present:
         patches.append(
             Patch(label="unlabelled", facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5)
@@ -248,8 +249,9 @@ def plot_grid(
         top -= row_height
         figure.text(0, (top + GAP) / height, shorten(caption, width // 7), fontsize="small")
     if shades is not None:
-        place = (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
-        bar = figure.add_axes(place)
+        bar = figure.add_axes(
+            (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
+        )
         figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
         bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
     if legend:
@@ -274,8 +276,8 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
             room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
             row, column = np.unravel_index(room.argmax(), room.shape)
             side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
-            place = {"ha": side, "va": "center"}
-            axes.text(column - 1, row - 1, shorten(classes[index], 14), fontsize=8, bbox=box, **place)
+            style = {"ha": side, "va": "center", "fontsize": 8, "bbox": box}
+            axes.text(column - 1, row - 1, shorten(classes[index], 14), **style)
 
 
 def rows_height(count: int) -> float:
@@ -362,11 +364,18 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
         _draw_intervals(axes, table.low, table.high)
-        guess = table.support / (2 - table.support)
-        axes.plot(guess, rows, "|", color="#e8a06c", ms=9, mew=1.5, label="chance level")
+        axes.plot(
+            table.support / (2 - table.support),
+            rows,
+            "|",
+            color="#e8a06c",
+            ms=9,
+            mew=1.5,
+            label="chance level",
+        )
     for row, value in enumerate(table.IoU):
-        text = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.text(1.03, row, text, va="center", color=GREY, fontsize="small")
+        words = "none seen" if np.isnan(value) else f"{value:.2f}"
+        axes.text(1.03, row, words, va="center", color=GREY, fontsize="small")
     label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
     add_title(figure, title)
@@ -382,8 +391,10 @@ def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
     for marker, ends, limit in (("<", low, 0), (">", high, 1)):
         cut = rows[ends == limit]
         if len(cut):
-            style = {"color": "black", "clip_on": False, "markersize": 5, "linestyle": "none"}
-            axes.plot(np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}", **style)
+            axes.plot(
+                np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}",
+                color="black", clip_on=False, markersize=5, linestyle="none",
+            )  # fmt: skip
 
 
 @styled
@@ -392,10 +403,11 @@ def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: d
     figure, axes = new_figure(2.8)
     for name, runs in histories.items():
         for number, history in enumerate(runs):
-            label = "_" if number else shorten(name, 60)  # once in the legend
-            axes.plot(
-                history.epoch, history.valid_miou, marker=".", linewidth=1, color=colours[name], label=label
-            )
+            line = {
+                "color": colours[name],
+                "label": "_" if number else shorten(name, 60),
+            }  # once in the legend
+            axes.plot(history.epoch, history.valid_miou, marker=".", linewidth=1, **line)
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

@@ -108,9 +108,9 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
     shades = ScalarMappable(Normalize(0, 1), "gray")
     rows = []
     for batch, mask in zip(predicted, masks, strict=True):
-        coloured = {"prediction": plots.colour_labels(mask, classes)}
+        coloured = plots.colour_labels(mask, classes)
         grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
-        rows.append({"RGB": batch.samples.image[0], **coloured, CONFIDENCE: grey})
+        rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
     captions = [batch.samples.names[0] for batch in predicted]
     figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), shades, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):
@@ -124,11 +124,14 @@ def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
     named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
     sure = table[CONFIDENT]
-    took = table.attrs[MILLISECONDS]
-    speed = "" if np.isnan(took) else f" An image took {took:.0f} ms."
-    where = "No masks were written; `-p save_to FOLDER` writes them."
-    if save_to:
-        where = f"The masks are in `{save_to}`."
+    speed = (
+        "" if np.isnan(table.attrs[MILLISECONDS]) else f" An image took {table.attrs[MILLISECONDS]:.0f} ms."
+    )
+    where = (
+        f"The masks are in `{save_to}`."
+        if save_to
+        else "No masks were written; `-p save_to FOLDER` writes them."
+    )
     return (
         f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. Its mean "
         f"confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` ({sure.min():.2f}).{speed} {where}"

@@ -37,7 +37,6 @@ from lib.runs.results import (
 from lib.runs.scoring import check_labelled, iterate_split, score_run
 
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
-LONGEST_TMPDIR = 40  # characters: Ray puts sockets there, whose paths may have 107
 STARTS = 3  # of Ray
 
 
@@ -155,7 +154,7 @@ class Finished:
         self.update()
 
     def update(self) -> None:
-        """Look for finished runs and add new ones to the results, to which another sweep may have added, too."""
+        """Look for finished runs and add new ones to the results, to which another sweep may add, too."""
         has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
         kept = read_results(self.folder) if has_results else []
         known = {identity(run.parameters): run for run in kept if run.split == self.split}
@@ -234,7 +233,8 @@ def _connected(cluster: str) -> Iterator[None]:
     if cluster == "local":
         # results travel over the disk, so Ray needs little shared memory
         address |= {"include_dashboard": False, "object_store_memory": 100_000_000}
-        if os.name == "posix" and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        # Ray puts sockets there, whose paths may have 107 characters
+        if os.name == "posix" and len(tempfile.gettempdir()) > 40:
             address["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         if ":" in cluster:  # Ray would try for two minutes
@@ -261,8 +261,8 @@ def _start_ray(address: dict) -> None:
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for its other "
-        "jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
+        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for its "
+        "other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
     )
 
 

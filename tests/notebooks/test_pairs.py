@@ -31,13 +31,13 @@ def test_of_several_recipes_the_last_is_compared_with_the_first():
     recipes = group_recipes(
         [scored_run(name, learning_rate=rate) for name, rate in zip("abc", (1, 2, 3), strict=True)]
     )
-    assert [choose_pair(recipes).a_name, choose_pair(recipes).b_name] == ["a, seed 0", "c, seed 0"]
-    assert choose_pair(recipes, "b").b_name == "b, seed 0"
+    assert list(choose_pair(recipes)) == ["a, seed 0", "c, seed 0"]
+    assert list(choose_pair(recipes, "b")) == ["a, seed 0", "b, seed 0"]
     recipes["b"] = [scored_run("b", learning_rate=2, seed=seed) for seed in (9, 10)]
     recipes["a"] = [scored_run("a", learning_rate=1, seed=seed) for seed in (1, 10)]
     pair = choose_pair(recipes, "b")
-    assert [pair.a_name, pair.b_name] == ["a, seed 10", "b, seed 10"]  # which both have
-    assert choose_pair({"a": recipes["a"]}) is None
+    assert list(pair) == ["a, seed 10", "b, seed 10"]  # which both have
+    assert choose_pair({"a": recipes["a"]}) == {}
     with pytest.raises(ValueError, match="compare_with: found 'd', expected one of b, c"):
         choose_pair(recipes, "d")
 
@@ -69,6 +69,12 @@ def pair(tmp_path, scenes):
     return choose_pair(recipes)
 
 
+def moved(pair, data):
+    """The same pair with its data elsewhere."""
+    (a, first), (b, second) = pair.items()
+    return {a: replace(first, data=str(data)), b: second}
+
+
 def panels_of(browser):
     """What the page shows, as it was drawn."""
     view, _ = next(iter(browser.coming.values())).result()
@@ -80,7 +86,7 @@ def test_what_b_fixes_and_breaks(pair, scenes):
     texts = draw(figure)
     assert {"RGB", "A: a, seed 0", "B: b, seed 0", CHANGED} <= set(texts)
     assert any(text.startswith(f"{scenes.names[0]} · 1 of 12") for text in texts)
-    a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in (pair.a, pair.b))
+    a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in pair.values())
     expected = colour_changes(scenes.image[0], scenes.label[0], a, b)
     np.testing.assert_array_equal(panels_of(browse_pair(pair, interactive=True))[CHANGED], expected)
 
@@ -93,9 +99,10 @@ def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
 
 
 def test_without_predictions_or_data_a_sentence_says_so(pair):
-    elsewhere = pair._replace(a=replace(pair.a, data="/no/such/place"))
+    elsewhere = moved(pair, "/no/such/place")
     assert browse_pair(elsewhere).data.startswith("No images: /no/such/place: ")
-    gone = masks_folder(pair.b.folder, "test") / f"{pair.a.names[0]}.png"
+    b = pair["b, seed 0"]
+    gone = masks_folder(b.folder, "test") / f"{b.names[0]}.png"
     gone.unlink()
     assert browse_pair(pair).data == (
         f"No images: `{gone}` was not saved; pooled folds and studies have no predictions."
@@ -105,7 +112,7 @@ def test_without_predictions_or_data_a_sentence_says_so(pair):
 def test_images_of_other_data_are_missed_by_name(pair, scenes, tmp_path):
     """A data set of the same name may hold other images."""
     write_folder(tmp_path / "fewer", scenes[2:], "test")
-    elsewhere = pair._replace(a=replace(pair.a, data=str(tmp_path / "fewer")))
+    elsewhere = moved(pair, tmp_path / "fewer")
     assert browse_pair(elsewhere).data == f"No images: {tmp_path / 'fewer'} has no {scenes.names[0]}."
 
 
@@ -114,11 +121,11 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     names = scenes.names[:2].tolist()
     kept = [
         replace(run, masks=dict(zip(names, run.read_masks(names), strict=True)), group=name)
-        for name, run in (("a", pair.a), ("b", pair.b))
+        for name, run in zip("ab", pair.values(), strict=True)
     ]
     write_results(tmp_path / "study", kept)
     study = choose_pair(group_recipes(read_results(tmp_path / "study")))
-    study = study._replace(a=replace(study.a, data=str(tmp_path / "data")))
+    study = moved(study, tmp_path / "data")
     browser = browse_pair(study, interactive=True)
     assert len(browser.names) == 2
     shown = panels_of(browse_pair(pair, interactive=True))
@@ -135,7 +142,7 @@ def test_the_committed_example_keeps_the_predictions_that_are_shown():
     recipes = group_recipes(read_runs(str(EXAMPLE), "test"), "baseline")
     pair = choose_pair(recipes, "tenth_learning_rate")
     assert CHANGED in draw(browse_pair(pair))
-    for run in (pair.a, pair.b):
+    for run in pair.values():
         assert len(run.masks) == 3
         at = np.flatnonzero(np.isin(run.names, list(run.masks)))
         label = iterate_split(run.parameters, "test", run.data)[at][0].label

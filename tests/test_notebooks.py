@@ -182,7 +182,7 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     outputs = outputs_of(tmp_path / "out.ipynb")
     assert "**baseline_again** against **baseline**" in texts_of(outputs)
     assert "Prefer baseline." in texts_of(outputs)  # than a tenth of its learning rate
-    assert len(pictures_of(outputs)) == 6  # the browser leaves a picture, too
+    assert len(pictures_of(outputs)) == 4  # the browser leaves a picture, too
 
 
 @pytest.mark.parametrize("depth", [True, False])

@@ -20,15 +20,18 @@ from lib.classes import IGNORE_INDEX
 from lib.data import Samples, Split
 from lib.data.samples import choose_evenly
 from lib.notebooks import plots
+from lib.options import check_choice
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to import; explore browses without
     from lib.evaluation import Predicted
 
 ALL = "all images"
 CONFUSED = " confused with "
-CONFUSIONS = 20  # that can be chosen, the most costly first
-PREDICTION = "prediction"
 PHOTOGRAPHS = ("RGB", plots.DEPTH)
+DIFFERENCES = {
+    1: (plots.WRONG, plots.colour_errors),
+    2: (plots.CHANGED, plots.colour_changes),
+}  # by number of runs
 Look = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
@@ -50,30 +53,21 @@ class View(NamedTuple):
     shown: tuple[str, ...]
     shades: ScalarMappable | None
 
-    def plot(self, caption: str) -> Figure:
-        """The panels that are shown at first."""
-        labels = [value for value in self.values.values() if value.dtype == np.uint8]
-        row = {title: self.panels[title] for title in self.shown if title in self.panels}
-        legend = plots.class_patches(self.classes, labels)
-        return plots.plot_grid([row], [caption], legend, self.shades if plots.DEPTH in row else None)
-
     def encode(self) -> dict[str, object]:
         """What browse.js takes: photographs as JPEG, other panels as PNG, values as bytes."""
-        panels = []
-        for title, panel in self.panels.items():
-            kind = ".jpg" if title in PHOTOGRAPHS else ".png"
-            panels.append({"title": title, "bytes": cv2.imencode(kind, panel[..., ::-1])[1].tobytes()})
-        values = [
-            {"name": name, "kind": value.dtype.name, "bytes": value.tobytes()}
-            for name, value in self.values.items()
-        ]
-        colours = plots.class_colours(self.classes)
+        kinds = {title: ".jpg" if title in PHOTOGRAPHS else ".png" for title in self.panels}
+        coded = {
+            title: cv2.imencode(kinds[title], panel[..., ::-1])[1] for title, panel in self.panels.items()
+        }
+        values = self.values.items()
         return {
-            "panels": panels,
-            "values": values,
-            "size": panel.shape[1::-1],
+            "panels": [{"title": title, "bytes": picture.tobytes()} for title, picture in coded.items()],
+            "values": [
+                {"name": name, "kind": value.dtype.name, "bytes": value.tobytes()} for name, value in values
+            ],
+            "size": self.panels["RGB"].shape[1::-1],
             "classes": self.classes,
-            "colours": [colours[name] for name in self.classes],
+            "colours": [plots.class_colours(self.classes)[name] for name in self.classes],
             "shown": self.shown,
         }
 
@@ -108,7 +102,6 @@ class Browser(ipywidgets.VBox):
         self.draw = draw
         self.coming: dict[tuple[int, str], Future] = {}
         self.thread = ThreadPoolExecutor(1)
-        self.drawn = None
         self.panels = Panels(layout={"width": "100%"})
         self.picture = ipywidgets.Image(layout={"align_self": "flex-start", "max_width": "100%"})
         wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "max_width": "100%"}}
@@ -128,14 +121,13 @@ class Browser(ipywidgets.VBox):
         self.panels.on_msg(self._hear)
         self.slider.observe(self._show, "value")
         self.name.observe(self._find, "value")
-        for control in (self.only, self.order):
-            control.observe(self._list, "value")
+        self.only.observe(self._list, "value")
+        self.order.observe(self._list, "value")
         self._list()
 
     def choose(self, only: str) -> "Browser":
         """Show the images of one of the choices, such as `tv` or `tv confused with wall`."""
-        if only not in self.choices:
-            raise ValueError(f"only: found {only!r}, expected one of: {', '.join(self.choices)}")
+        check_choice("only", only, self.choices)
         self.only.value = only
         return self
 
@@ -154,21 +146,16 @@ class Browser(ipywidgets.VBox):
         self._show()
 
     def _show(self, _: object = None) -> None:
-        """Draw the current image, unless that is what is shown; the one after it is drawn in the meantime."""
+        """Draw the current image, unless it is drawn; the one after it is drawn in the meantime."""
         place = self.slider.value
-        this, *after = [(image, self.only.value) for image in self.images[place - 1 : place + 1]]
-        caption = f"{self.names[this[0]]} · {place} of {len(self.images)} · {this[1]}, by {self.order.value}"
+        keys = [(image, self.only.value) for image in self.images[place - 1 : place + 1]]
+        self.coming = {key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in keys}
+        name = self.names[self.images[place - 1]]
+        caption = f"{name} · {place} of {len(self.images)} · {self.only.value}, by {self.order.value}"
         self.message.value = caption
-        if this == self.drawn:
-            return
-        self.drawn = this
-        self.coming = {
-            key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in (this, *after)
-        }
-        view, encoded = self.coming[this].result()
-        self.panels.image = encoded
+        view, self.panels.image = self.coming[keys[0]].result()
         if self.picture.layout.display != "none":
-            self.picture.value = plots.small_png(view.plot(caption))
+            self.picture.value = plots.small_png(plot_views([view], [caption]))
 
     def _draw(self, image: int, only: str) -> tuple[View, dict[str, object]]:
         view = self.draw(image, only)
@@ -211,22 +198,22 @@ def browse(
         )
     order, keys = next(iter(orders.items()))
     first = np.argsort(np.where(choices[ALL], keys(ALL), np.inf))[0]
-    return draw(first, ALL).plot(f"{names[first]} · 1 of {choices[ALL].sum()} · {ALL}, by {order}")
+    return plot_views([draw(first, ALL)], [f"{names[first]} · 1 of {choices[ALL].sum()} · {ALL}, by {order}"])
 
 
 def browse_samples(
     samples: Samples, shades: ScalarMappable | None = None, interactive: bool | None = None
 ) -> Browser | Figure:
     """Goes through labelled samples; `shades` of depth."""
-    bins = {"minlength": IGNORE_INDEX + 1}
-    pixels = np.array([np.bincount(label.ravel(), **bins) for label in samples.labels_or_ignored])
+    pixels = np.array(
+        [np.bincount(each.ravel(), minlength=IGNORE_INDEX + 1) for each in samples.labels_or_ignored]
+    )
     choices = {ALL: np.ones(len(samples), bool)}
     choices |= {name: pixels[:, index] > 0 for index, name in enumerate(samples.classes)}
-    by_name = np.arange(len(samples))
     orders = {
-        "file name": lambda _: by_name,
+        "file name": lambda _: np.arange(len(samples)),
         "pixels of the class": lambda only: (
-            -pixels[:, samples.classes.index(only)] if only != ALL else by_name
+            np.arange(len(samples)) if only == ALL else -pixels[:, samples.classes.index(only)]
         ),
     }
     return browse(
@@ -268,12 +255,12 @@ def browse_results(
         (sample,) = split[np.array([index])]
         return view_sample(sample, {name: look(sample) for name, look in looks.items()}, shades, only)
 
-    a, *b = counts.values()
+    a, b = (*counts.values(), *counts.values())[:2]
     orders = {"wrong pixels": lambda only: -(a * (cells[only] & ~correct)).sum((1, 2))}
     orders |= {"IoU": lambda only: score(a, only)}
-    if b:
-        orders = {"gain of B": lambda only: score(a, only) - score(b[0], only)}
-        orders |= {"loss of B": lambda only: score(b[0], only) - score(a, only)}
+    if len(counts) > 1:
+        orders = {"gain of B": lambda only: score(a, only) - score(b, only)}
+        orders |= {"loss of B": lambda only: score(b, only) - score(a, only)}
     orders |= {words: lambda _, key=key: key for words, key in (keys or {}).items()}
     return browse(split.names, choices, orders, draw, interactive)
 
@@ -281,7 +268,7 @@ def browse_results(
 def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
     """By words, the `(C, C)` cells of confusion matrices that are meant: of a class its row and its column."""
     cells = {ALL: np.ones((len(classes), len(classes)), bool)}
-    for words in (*classes, *rank_confusions(counts, classes).index[:CONFUSIONS]):
+    for words in (*classes, *rank_confusions(counts, classes).index[:20]):  # the most costly
         truth, predicted = (classes.index(name) for name in (words.split(CONFUSED) * 2)[:2])
         cells[words] = np.zeros_like(cells[ALL])
         cells[words][truth, predicted] = True
@@ -309,11 +296,10 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
     wrong = pooled * ~np.eye(len(pooled), dtype=bool)
     fewer = np.maximum(union - wrong, 1)  # union of the predicted class without these pixels
     gain = wrong / union[:, None] + np.where(present, hits / fewer - iou, 0)
-    cost = gain / max(present.sum(), 1)
     truth, predicted = np.nonzero(wrong)
     table = pd.DataFrame(
         {
-            "cost": cost[truth, predicted],
+            "cost": gain[truth, predicted] / max(present.sum(), 1),
             "pixels": wrong[truth, predicted],
             "share": wrong[truth, predicted] / max(wrong.sum(), 1),
             "images": (counts[:, truth, predicted] > 0).sum(0),
@@ -331,50 +317,74 @@ def view_sample(
     `only` is `ALL`, a class, or two with `CONFUSED` between them, whose pixels are outlined.
     """
     image, classes = sample.image[0], sample.classes
-    runs = dict(zip(_run_titles(predicted), predicted.values(), strict=True))
-    masks = {"ground truth" if runs else "labels": sample.labels_or_ignored[0]}
-    masks |= {title: run.labels[0] for title, run in runs.items()}
-    panels = {title: plots.colour_labels(mask, classes) for title, mask in masks.items()}
-    chosen = (
-        {} if only == ALL else _choose_pixels(masks, [classes.index(name) for name in only.split(CONFUSED)])
+    titles = (
+        ["prediction"]
+        if len(predicted) == 1
+        else [f"{letter}: {name}" for letter, name in zip("AB", predicted, strict=False)]
     )
-    faded = plots.fade(image)
-    for title, where in chosen.items():
-        panels[title] = np.where(where[..., None], panels[title], faded)
-    shown = ["RGB", plots.DEPTH, *panels]
-    if len(runs) == 1:
-        panels[plots.WRONG] = plots.colour_errors(image, *masks.values())
-        shown = [*panels]
-    elif runs:
-        panels[plots.CHANGED] = plots.colour_changes(image, *masks.values())
-        shown = [*panels][1:]
-    panels |= {"RGB": image}
+    runs = dict(zip(titles, predicted.values(), strict=True))
+    truth = {} if sample.label is None else {"ground truth" if runs else "labels": sample.label[0]}
+    masks = truth | {title: run.labels[0] for title, run in runs.items()}
+    panels = {title: plots.colour_labels(mask, classes) for title, mask in masks.items()}
+    if only != ALL:
+        chosen = _choose_pixels([*masks.values()], [classes.index(name) for name in only.split(CONFUSED)])
+        faded = plots.fade(image)
+        panels = {title: np.where(chosen[..., None], panel, faded) for title, panel in panels.items()}
+    if runs and truth:
+        title, colour = DIFFERENCES[len(runs)]
+        panels[title] = colour(image, *masks.values())
+    shown = tuple(panels)[-3:]
+    panels["RGB"] = image
     if shades is not None:
-        panels |= {plots.DEPTH: plots.colour_depth(sample.depth_or_missing[0], shades)}
-    everywhere = np.logical_or.reduce([*chosen.values()]) if chosen else None
-    for title in panels if chosen else ():
-        panels[title] = plots.outline(panels[title], chosen.get(title, everywhere))
+        panels[plots.DEPTH] = plots.colour_depth(sample.depth_or_missing[0], shades)
+    if only != ALL:
+        panels = {title: plots.outline(panel, chosen) for title, panel in panels.items()}
     sure = {
         f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None
     }
-    return View(panels, masks | sure | {"depth": sample.depth_or_missing[0]}, classes, tuple(shown), shades)
-
-
-def _run_titles(names: Sequence[str]) -> list[str]:
-    return (
-        [PREDICTION]
-        if len(names) == 1
-        else [f"{letter}: {name}" for letter, name in zip("AB", names, strict=False)]
+    return View(
+        panels,
+        masks | sure | {"depth": sample.depth_or_missing[0]},
+        classes,
+        shown if runs else tuple(panels),
+        shades,
     )
 
 
-def _choose_pixels(masks: dict[str, np.ndarray], indices: list[int]) -> dict[str, np.ndarray]:
-    """Of ground truth and predictions, the pixels of a class; of a confusion in all of them the same pixels."""
-    truth, *predicted = masks.values()
+def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
+    """`(H, W)` bool: where a class is in ground truth or prediction, or the first is predicted as the second."""
     if len(indices) == 1:
-        return {title: mask == indices[0] for title, mask in masks.items()}
-    confused = np.logical_or.reduce([mask == indices[1] for mask in predicted]) & (truth == indices[0])
-    return dict.fromkeys(masks, confused)
+        return np.any([mask == indices[0] for mask in masks], axis=0)
+    return (masks[0] == indices[0]) & np.any([mask == indices[1] for mask in masks[1:]], axis=0)
+
+
+def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
+    """A row for each view: RGB and the panels that are shown at first."""
+    rows = [{title: view.panels[title] for title in dict.fromkeys(("RGB", *view.shown))} for view in views]
+    labels = [value for view in views for value in view.values.values() if value.dtype == np.uint8]
+    legend = plots.class_patches(views[0].classes, labels)
+    return plots.plot_grid(rows, captions, legend, views[0].shades if plots.DEPTH in views[0].shown else None)
+
+
+def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
+    """A row for each sample: RGB, depth, labels."""
+    views = [view_sample(samples[[at]], {}, shades) for at in range(len(samples))]
+    return plot_views(views, samples.names.tolist())
+
+
+def plot_predictions(
+    samples: Samples | Sequence[Samples], predicted: Sequence[np.ndarray], captions: Sequence[str] = ()
+) -> Figure:
+    """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
+
+    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each.
+    """
+    from lib.evaluation import Predicted  # here: it needs torch, see above
+
+    pieces = [samples] if isinstance(samples, Samples) else samples
+    images = [piece[[at]] for piece in pieces for at in range(len(piece))]
+    looks = [{"": Predicted(image, mask[None])} for image, mask in zip(images, predicted, strict=True)]
+    return plot_views([view_sample(*view, None) for view in zip(images, looks, strict=True)], captions)
 
 
 def runs_in_editor() -> bool:

@@ -4,6 +4,7 @@ import ast
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import harmonic_mean
 
 import numpy as np
 import pandas as pd
@@ -66,7 +67,6 @@ TABLE_STYLES = [
     {"selector": "th", "props": "overflow-wrap: normal"},
     {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
 ]
-KINDS = ("recipe_test", "seed_test", "checkpoint_test")
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,15 @@ class Result:
     def scene_count(self) -> int:
         """Where scenes are unknown, every image is taken as its own."""
         first = self.pair[0]
-        return len(first.names if first.scene is None else np.unique(first.scene))
+        return len(np.unique(first.names if first.scene is None else first.scene))
 
     @property
     def conclusion(self) -> str:
         """Of the recipe test."""
         test = self.recipe_test
         if min(self.runs) < 2:
-            single = "each" if max(self.runs) == 1 else self.recipe if self.runs[1] == 1 else self.against
-            return f"One run of {single}: nothing can be said about the recipes"
+            _, single = min(zip(self.runs, (self.against, self.recipe), strict=True))
+            return f"One run of {'each' if max(self.runs) == 1 else single}: nothing can be said about the recipes"
         if self.scene_count < MIN_SCENES:
             return f"no result: {self.scene_count} scenes, at least {MIN_SCENES} are needed"
         if test is None:
@@ -158,20 +158,14 @@ class Result:
             return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
-        found = self.spread.say_detectable(self.mean_runs, test.comparisons)
+        found = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
         return f"inconclusive: if runs vary as these did, {found}"
-
-    @property
-    def mean_runs(self) -> float:
-        """Runs of each recipe, as a harmonic mean."""
-        return 2 / sum(1 / count for count in self.runs)
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
     """Every recipe compared with the first; if `paired`, runs of one seed belong together and others are left out."""
-    (against, baseline), *others = recipes.items() if recipes else [(None, [])]
-    results = [_test(against, baseline, name, members, paired) for name, members in others]
-    for kind in KINDS:
+    results = [_test(recipes, name, paired) for name in list(recipes)[1:]]
+    for kind in ("recipe_test", "seed_test", "checkpoint_test"):
         tests = [getattr(result, kind) for result in results]
         tested = sum(test is not None for test in tests)
         results = [
@@ -181,18 +175,17 @@ def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict
     return {result.recipe: result for result in results}
 
 
-def _test(
-    against: str, baseline: list[ScoredRun], name: str, members: list[ScoredRun], paired: bool
-) -> Result:
-    """The tests that the runs allow, not yet adjusted."""
+def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Result:
+    """The tests of a recipe against the first that the runs allow, not yet adjusted."""
+    against, baseline = next(iter(recipes.items()))
+    members = recipes[name]
     shared = match_seeds(baseline, members)
-    first, other = shared[0] if shared else (baseline[0], members[0])
+    first, other = (*shared, (baseline[0], members[0]))[0]
     sides = list(map(list, zip(*shared, strict=True))) if paired else [baseline, members]
     result = Result(name, against, (len(baseline), len(members)), (first, other))
     tests = {}
     if min(result.runs) >= 2:
-        scores = [[run.score for run in side] for side in (baseline, members)]
-        tests["seed_test"] = compare_seeds(*scores)
+        tests["seed_test"] = compare_seeds(*([run.score for run in side] for side in (baseline, members)))
     if result.scene_count >= MIN_SCENES and not first.is_pooled:
         tests["checkpoint_test"] = compare_checkpoints(first.counts, other.counts, first.scene)
     if result.scene_count >= MIN_SCENES and sides and min(map(len, sides)) >= 2:
@@ -240,11 +233,8 @@ def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) ->
 
 def _fold_scores(runs: list[ScoredRun]) -> np.ndarray:
     """mIoU `(F, S)` on the images of each fold, or of the only one."""
-    if not runs[0].is_pooled:
-        return np.array([[run.score for run in runs]])
-    return np.array(
-        [[run.select(run.image_fold == fold).score for run in runs] for fold in np.unique(runs[0].image_fold)]
-    )
+    fold = runs[0].image_fold if runs[0].is_pooled else np.zeros(len(runs[0].names))
+    return np.array([[run.select(fold == each).score for run in runs] for each in np.unique(fold)])
 
 
 def result_table(results: dict[str, Result]) -> pd.DataFrame:
@@ -256,19 +246,11 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
     rows = []
     for result in results.values():
         test = result.recipe_test
-        found = (np.nan, np.nan, np.nan, np.nan, 1)
+        found = [np.nan] * 4 + [1]
         if test is not None:
-            found = (test.difference, *test.interval, test.p_value, test.comparisons)
-        rows.append(
-            (
-                result.recipe,
-                result.against,
-                *found,
-                result.scene_count,
-                _say_runs(result.runs),
-                result.conclusion,
-            )
-        )
+            found = [test.difference, *test.interval, test.p_value, test.comparisons]
+        found += [result.scene_count, _say_runs(result.runs), result.conclusion]
+        rows.append([result.recipe, result.against, *found])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -276,15 +258,14 @@ def show_results(table: pd.DataFrame) -> Styler:
     """The table of `result_table` for a notebook; significant results are bold."""
     limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
     bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
-    compared = max(table.comparisons, default=1)
-    caption = "Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval."
-    if compared > 1:
-        caption += f" Interval and p are Bonferroni-adjusted for {compared} comparisons."
+    adjusted = _say_adjusted(" Interval and p are ", max(table.comparisons, default=1))
     return (
         table.style.format(limits, na_rep="")
         .hide(axis="index")
         .apply(lambda column: bold, subset=["conclusion"])
-        .set_caption(caption)
+        .set_caption(
+            f"Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval.{adjusted}"
+        )
         .set_table_styles(TABLE_STYLES)
     )
 
@@ -293,17 +274,15 @@ def describe_single_runs(results: dict[str, Result]) -> str:
     """What single runs allow: the checkpoint test, how much seeds alone change, and the sweep that would answer."""
     texts = []
     for result in results.values():
-        if min(result.runs) > 1:
-            continue
-        first, other = result.pair
-        texts += [
-            f"**{result.conclusion}.** Only these two checkpoints can be compared:",
-            "",
-            f"- {_say_checkpoints(result)}",
-            *_say_seed_pairs(other, abs(other.score - first.score)),
-            f"- {_say_sweep(first, other)}",
-            "",
-        ]
+        if min(result.runs) < 2:
+            texts += [
+                f"**{result.conclusion}.** Only these two checkpoints can be compared:",
+                "",
+                f"- {_say_checkpoints(result)}",
+                *_say_seed_pairs(*result.pair),
+                f"- {_say_sweep(*result.pair)}",
+                "",
+            ]
     return "\n".join(texts)
 
 
@@ -311,16 +290,18 @@ def describe_details(results: dict[str, Result]) -> str:
     """Below the table: classes, the seed test, where the variance comes from, the checkpoint test, caveats."""
     texts = []
     for result in results.values():
-        if result.recipe_test is None:
-            continue
-        texts += [
-            f"**{result.recipe}** against **{result.against}**:",
-            "",
-            f"- {_say_classes(result.recipe_test, result.pair[0].classes)}",
-            f"- Seed test, on these very images: {_say_test(result.seed_test)}. {_say_variance(result.recipe_test)}",
-            *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
-            "",
-        ]
+        test = result.recipe_test
+        if test is not None:
+            seeds = test.seed_variance / (test.seed_variance + test.scene_variance or 1)
+            texts += [
+                f"**{result.recipe}** against **{result.against}**:",
+                "",
+                f"- {_say_classes(test, result.pair[0].classes)}",
+                f"- Seed test, on these very images: {_say_test(result.seed_test)}.",
+                f"- In the recipe test {seeds:.0%} of the variance is due to seeds, the rest to scenes.",
+                *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
+                "",
+            ]
     return "\n".join(texts + _caveats(results))
 
 
@@ -328,11 +309,13 @@ def conclude(results: dict[str, Result]) -> str:
     """For each recipe: what was found, what follows from it, what to do next."""
     lines = []
     for result in results.values():
-        lines.append(f"- {result.recipe} against {result.against}: **{result.conclusion}.**")
-        if result.recipe_test is not None:
-            evidence = f"{_say_runs(result.runs)} seeds, {result.scene_count} scenes"
-            lines.append(f"  - Recipe test, {evidence}: {_say_test(result.recipe_test)}.")
-        lines.append(f"  - {_say_consequence(result)}")
+        evidence = f"{_say_runs(result.runs)} seeds, {result.scene_count} scenes"
+        test = result.recipe_test
+        lines += [
+            f"- {result.recipe} against {result.against}: **{result.conclusion}.**",
+            *([f"  - Recipe test, {evidence}: {_say_test(test)}."] if test else []),
+            f"  - {_say_consequence(result)}",
+        ]
     return "\n".join(lines) or "Only one recipe found: there is nothing to compare."
 
 
@@ -343,20 +326,22 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     comparisons = len({recipe(each) for each in parameters}) - 1
     earlier = find_earlier(parameters[0], split)
     spreads = {source: measure_spread(group_recipes(found)) for source, found in earlier.items()}
-    known = [source for source, spread in spreads.items() if spread]
+    known = {source: spread for source, spread in spreads.items() if spread}
     if not known or seeds < 2 or comparisons < 1:
         return "No plan: it needs two recipes, two seeds, and earlier runs of several seeds on this data at this size."
-    spread = spreads[known[0]]
+    source, spread = next(iter(known.items()))
     folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
     share = folds / spread.folds
-    scenes = round(share * spread.scenes)
     spread = replace(
-        spread, folds=folds, scenes=scenes, scene_degrees=share * spread.scene_degrees, paired=paired
+        spread,
+        folds=folds,
+        scenes=round(share * spread.scenes),
+        scene_degrees=share * spread.scene_degrees,
+        paired=paired,
     )
-    adjusted = f", Bonferroni-adjusted for {comparisons} comparisons" if comparisons > 1 else ""
     return (
-        f"{seeds} seeds of each recipe, {scenes} scenes{adjusted}: if runs vary as those in {known[0]} did, "
-        f"{spread.say_detectable(seeds, comparisons)}."
+        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs vary as "
+        f"those in {source} did, {spread.say_detectable(seeds, comparisons)}."
     )
 
 
@@ -365,13 +350,17 @@ def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
     studies = sorted(STUDIES.glob(f"*/{RUNS_FILE}"))
     sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
     sources["earlier runs"] = read_own(split, parameters["data"])
+    wanted = _setting(parameters, split, parameters["data"])
+    found = {
+        source: [run for run in runs if _setting(run.parameters, run.split, run.data) == wanted]
+        for source, runs in sources.items()
+    }
+    return {source: runs for source, runs in found.items() if runs}
 
-    def matches(run: ScoredRun) -> bool:
-        same_size = all(run.parameters.get(name) == parameters.get(name) for name in SIZE)
-        return same_size and run.split == split and Path(run.data).name == Path(parameters["data"]).name
 
-    matching = {source: list(filter(matches, runs)) for source, runs in sources.items()}
-    return {source: runs for source, runs in matching.items() if runs}
+def _setting(parameters: dict, split: str, data: str) -> tuple:
+    """What runs must share for one to say how the other may vary."""
+    return (split, Path(data).name, *(parameters.get(name) for name in SIZE))
 
 
 def name_run(run: ScoredRun, recipe_name: str) -> str:
@@ -379,63 +368,49 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
     return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
 
 
-def _say_seed_pairs(run: ScoredRun, difference: float) -> list[str]:
-    """How often runs of one recipe differ by as much."""
-    cells: dict[tuple, list[float]] = {}
-    for earlier in itertools.chain(*find_earlier(run.parameters, run.split).values()):
-        cells.setdefault((recipe(earlier.parameters), earlier.parameters.get("fold")), []).append(
-            earlier.score
-        )
-    pairs = [abs(a - b) for scores in cells.values() for a, b in itertools.combinations(scores, 2)]
+def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
+    """How often runs of one recipe differ by as much as these two."""
+    earlier = list(itertools.chain(*find_earlier(run.parameters, run.split).values()))
+    cells = [str((recipe(each.parameters), each.parameters.get("fold"))) for each in earlier]
+    scores = pd.Series([each.score for each in earlier]).groupby(cells).apply(list)
+    pairs = [abs(a - b) for cell in scores for a, b in itertools.combinations(cell, 2)]
     if not pairs:
         return []
+    larger = sum(pair >= abs(run.score - first.score) for pair in pairs)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
-    count = sum(len(scores) for scores in cells.values() if len(scores) > 1)
     return [
-        f"- Seeds alone: {sum(pair >= difference for pair in pairs)} of {len(pairs)} pairs of runs that differ in nothing "
-        f"but the seed ({count} runs on {Path(run.data).name}, {size} pixels, split {run.split}) differ by at least as much."
+        f"- Seeds alone: {larger} of {len(pairs)} pairs of runs that differ in nothing but the seed "
+        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, "
+        f"split {run.split}) differ by at least as much."
     ]
+
+
+def read_defaults() -> dict[str, object]:
+    """The parameters of `train.ipynb`."""
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
 
 
 def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
-    """The sweep that trains new seeds of both recipes, and its time."""
+    """The sweep that trains new seeds of both recipes; two where a grid would make other recipes, too."""
     sides = [run.parameters for run in (first, other)]
     if any("recipe" in parameters for parameters in sides):
         return "To answer, score predictions of two or more seeds of each recipe with `evaluate.ipynb`."
-    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
-    first_set, other_set = (
-        {name: (defaults | side)[name] for name in defaults if name not in CHOSEN_BY_SWEEP} for side in sides
-    )
-    differing = [name for name in first_set if first_set[name] != other_set[name]]
-    fixed = {
-        name: value for name, value in first_set.items() if name not in differing and value != defaults[name]
-    }
-    sweeps = [{"fixed": fixed, "grid": {name: [first_set[name], other_set[name]] for name in differing}}]
-    if len(differing) > 1:  # a grid would make all combinations
-        sweeps = [
-            {"fixed": fixed | {name: values[name] for name in differing}, "grid": {}}
-            for values in (first_set, other_set)
-        ]
-    used = {parameters["seed"] for parameters in sides}
-    seeds = [seed for seed in range(1, NEW_SEEDS + 3) if seed not in used][:NEW_SEEDS]
+    defaults = {name: value for name, value in read_defaults().items() if name not in CHOSEN_BY_SWEEP}
+    sides = [{name: side.get(name, value) for name, value in defaults.items()} for side in sides]
+    grid = {name: [side[name] for side in sides] for name in defaults if sides[0][name] != sides[1][name]}
+    fixed = {name: value for name, value in sides[0].items() if name not in grid and value != defaults[name]}
+    sweeps = [{"fixed": fixed, "grid": grid}]
+    if len(grid) > 1:
+        sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": {}} for side in sides]
+    used = {run.parameters["seed"] for run in (first, other)}
+    seeds = sorted(set(range(1, NEW_SEEDS + 3)) - used)[:NEW_SEEDS]
+    given = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
     texts = [
-        yaml.safe_dump(
-            given | {"seeds": seeds, "split": first.split},
-            default_flow_style=True,
-            width=10**6,
-            sort_keys=False,
-        )
-        for given in sweeps
+        yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
     ]
-    commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text.strip()}"`' for text in texts)
-    histories = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
-    time = (
-        f", about {2 * NEW_SEEDS * np.mean(histories) / 60:.0f} minutes one after the other"
-        if histories
-        else ""
-    )
-    return f"To answer, train {NEW_SEEDS} new seeds of both{time}: {commands}"
+    commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
+    return f"To answer, train {NEW_SEEDS} new seeds of both: {commands}"
 
 
 def _say_consequence(result: Result) -> str:
@@ -448,7 +423,7 @@ def _say_consequence(result: Result) -> str:
         return f"Prefer {better}. This holds for new seeds and scenes like these, not for other data or image sizes."
     if spread is None:
         return "Every run has the same confusion matrices: check whether one run is given twice."
-    aim = spread.plan(result.mean_runs).adjusted(test.comparisons).detectable / 2
+    aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
     return (
         f"Inconclusive is not equal: true differences from {low} to {high} agree with these runs. To find a true "
@@ -463,22 +438,15 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
     return f"Significant classes, Bonferroni-adjusted for {tested}: {', '.join(significant) or 'none'}."
 
 
-def _say_variance(test: RecipeComparison) -> str:
-    if not test.scene_variance:
-        return "No variance over scenes was found, so the recipe test equals the seed test."
-    share = test.seed_variance / (test.seed_variance + test.scene_variance)
-    return f"In the recipe test {share:.0%} of the variance is due to seeds, the rest to scenes."
-
-
 def _say_checkpoints(result: Result) -> str:
     test = result.checkpoint_test
     if test is None:
         return f"No checkpoint test: it needs {MIN_SCENES} scenes or more, and runs of one fold."
-    first, other = map(name_run, result.pair, (result.against, result.recipe))
+    against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
     differ = "the two checkpoints differ on scenes like these" if test.p_value < LEVEL else "inconclusive"
     return (
-        f"Checkpoint test, not about recipes ({other}, against {first}; {test.scene_count} scenes): {_say_test(test)}: "
-        f"{differ}."
+        f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
+        f"{_say_test(test)}: {differ}."
     )
 
 
@@ -486,8 +454,12 @@ def _say_test(test: Comparison) -> str:
     low, high = map(_say_number, test.interval)
     p_value = _say_p(test.p_value)
     p_value = p_value if p_value[0] in "<≥" else f"= {p_value}"
-    adjusted = f"; Bonferroni-adjusted for {test.comparisons} comparisons" if test.comparisons > 1 else ""
+    adjusted = _say_adjusted("; ", test.comparisons)
     return f"{_say_number(test.difference)} mIoU (95 % interval {low} to {high}, p {p_value}{adjusted})"
+
+
+def _say_adjusted(before: str, comparisons: int) -> str:
+    return f"{before}Bonferroni-adjusted for {comparisons} comparisons" if comparisons > 1 else ""
 
 
 def _say_number(value: float) -> str:
@@ -510,7 +482,6 @@ def _say_runs(runs: tuple[int, int]) -> str:
 
 def _caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
-    few = [result.recipe for result in results.values() if result.recipe_test and min(result.runs) == 2]
     caveats = {
         "The scenes of these images are unknown, so images were taken as independent: if several show one scene, every "
         "interval is too narrow.": any(run.scene is None for run in runs),
@@ -521,6 +492,8 @@ def _caveats(results: dict[str, Result]) -> list[str]:
             run.is_pooled for run in runs
         ),
         "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a difference "
-        "where there is none, instead of 5 %. Use three seeds or more.": len(few) > 2,
+        "where there is none, instead of 5 %. Use three seeds or more.": (
+            sum(result.recipe_test is not None and min(result.runs) == 2 for result in results.values()) > 2
+        ),
     }
     return [caveat for caveat, holds in caveats.items() if holds]

@@ -40,7 +40,7 @@ class ErrorCounts:
         names: `(N,)` of the images.
         confusion: `(N, C, C)` pixels of each image.
         strata: `{name: (bins, C, C)}` for the bins between `edges`.
-        calibration: `(C, 15, 3)` by predicted class and confidence: pixels, their summed confidence, correct ones.
+        calibration: `(15, 3)` by confidence: pixels, their summed confidence, correct ones.
         confidence: `(N,)` mean of each image.
         depth_error: `(N,)` mean relative error of the depth head in each image; NaN without one.
         edges: see `strata_edges`; those of the depth follow the range that the network was made for.
@@ -65,62 +65,53 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     count = len(model.config.classes)
     edges = strata_edges(model.config.depth_range_m[1])
     strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
-    calibration = np.zeros((count, CONFIDENCE_BINS, 3))
-    by_image = {name: [] for name in ("names", "confusion", "confidence", "depth_error")}
+    calibration = np.zeros((CONFIDENCE_BINS, 3))
+    by_image = []
     with progress_bar("predicting", len(samples)) as bar:
         for batch in predict(model, samples, batch_size, confidence=True):
             if batch.samples.label is None:
                 raise ValueError(
                     "split: these images have no labels, so errors can't be counted; use another split"
                 )
-            by_image["names"].append(batch.samples.names)
-            by_image["confusion"].append(metrics.confusion_counts(batch.labels, batch.samples.label, count))
-            by_image["confidence"].append(batch.confidence.mean((1, 2)))
-            by_image["depth_error"].append(_depth_errors(batch))
+            confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
+            by_image.append(
+                (batch.samples.names, confusion, batch.confidence.mean((1, 2)), _depth_errors(batch))
+            )
             _count_pixels(batch, strata, calibration, edges)
             bar.update(len(batch.samples))
-    if not by_image["names"]:
+    if not by_image:
         raise ValueError(
             "split: found no image; with validation none there are no validation images, use another split"
         )
-    whole = {name: np.concatenate(values) for name, values in by_image.items()}
+    names, confusion, confidence, depth_error = map(np.concatenate, zip(*by_image, strict=True))
     return ErrorCounts(
-        classes=model.config.classes, strata=strata, calibration=calibration, edges=edges, **whole
+        model.config.classes, names, confusion, strata, calibration, confidence, depth_error, edges
     )
 
 
 def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges: dict) -> None:
     """Add the labelled pixels of a batch to the counts."""
-    samples = batch.samples
-    images = zip(samples.label, samples.depth_or_missing, batch.labels, batch.confidence, strict=True)
-    for label, depth, predicted, confidence in images:
-        for name, counts in strata_counts(predicted, label, depth, len(calibration), edges).items():
+    count = len(batch.samples.classes)
+    for label, depth, predicted, confidence in zip(
+        batch.samples.label, batch.samples.depth_or_missing, batch.labels, batch.confidence, strict=True
+    ):
+        for name, counts in strata_counts(predicted, label, depth, count, edges).items():
             strata[name] += counts
         labelled = label != IGNORE_INDEX
-        calibration += _count_confidence(
-            label[labelled], predicted[labelled], confidence[labelled], len(calibration)
-        )
+        sure = confidence[labelled]
+        bins = np.minimum((sure * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        for column, weights in enumerate((None, sure, (label == predicted)[labelled])):
+            calibration[:, column] += np.bincount(bins, weights, CONFIDENCE_BINS)
 
 
 def _depth_errors(batch: Predicted) -> np.ndarray:
     """`(B,)` mean relative error where depth was measured; NaN elsewhere, and without a depth head."""
     if batch.depth_m is None:
         return np.full(len(batch.samples), np.nan)
-    truth_m = np.maximum(batch.samples.depth_or_missing, 1) / 1000
-    relative = np.abs(batch.depth_m - truth_m) / truth_m
-    return np.ma.masked_array(relative, ~batch.samples.measured_depth).mean((1, 2)).filled(np.nan)
-
-
-def _count_confidence(
-    label: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, count: int
-) -> np.ndarray:
-    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-    cell = predicted.astype(np.int64) * CONFIDENCE_BINS + bins
-    sums = [
-        np.bincount(cell, weights, count * CONFIDENCE_BINS)
-        for weights in (None, confidence, label == predicted)
-    ]
-    return np.stack(sums, -1).reshape(count, CONFIDENCE_BINS, 3)
+    images = zip(
+        batch.depth_m, batch.samples.depth_or_missing / 1000, batch.samples.measured_depth, strict=True
+    )
+    return np.array([metrics.depth_scores(metrics.depth_sums(*image))["abs_rel"] for image in images])
 
 
 def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
@@ -137,25 +128,22 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
     The mIoU averages the classes that are in the bin's truth, or one stray pixel of another class would count
     as a whole class missed.
     """
-    rows = []
-    for bin_counts in counts:
-        total, present = bin_counts.sum(), bin_counts.any(1)
-        scores = (
-            (np.trace(bin_counts) / total, metrics.iou(bin_counts)[present].mean())
-            if total
-            else (np.nan, np.nan)
-        )
-        rows.append((total / max(counts.sum(), 1), *scores))
-    return pd.DataFrame(rows, columns=["pixels", "pixel accuracy", "mIoU"])
+    total = pd.Series(counts.sum((1, 2)))
+    scores = {
+        "pixels": total / max(total.sum(), 1),
+        "pixel accuracy": np.trace(counts, axis1=1, axis2=2) / total,
+        "mIoU": [metrics.mean_truth_iou(one) if one.any() else np.nan for one in counts],
+    }
+    return pd.DataFrame(scores)
 
 
 def calibration_error(calibration: np.ndarray) -> float:
-    """Expected calibration error (ECE) of `(..., 15, 3)` counts; NaN without a pixel.
+    """Expected calibration error (ECE) of `(15, 3)` counts; NaN without a pixel.
 
     The gap between confidence and accuracy, averaged over bins by their pixels (Guo et al., "On
     calibration of modern neural networks", ICML 2017).
     """
-    pixels, confidence, right = np.moveaxis(calibration.reshape(-1, CONFIDENCE_BINS, 3).sum(0), -1, 0)
+    pixels, confidence, right = calibration.T
     return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
@@ -188,22 +176,26 @@ def suggest_experiment(errors: ErrorCounts) -> list[str]:
     truth, predicted = map(errors.classes.index, worst.name.split(CONFUSED))
     support = errors.confusion.sum((0, 2))
     near, small = (errors.strata[name][:2, truth, predicted].sum() for name in (DISTANCE, REGION))
-    reverse = errors.confusion[:, predicted, truth].sum()
-    if near > worst.pixels / 2:
-        why = "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, `image_width`)"
-    elif small > worst.pixels / 2:
-        why = "mostly in regions below 1 % of the image: try a higher resolution, or `-p augment zooms`"
-    elif support[truth] < np.median(support[support > 0]):
-        why = f"and {errors.classes[truth]} is rare: try `-p class_weights median`, or label more images with it"
-    elif reverse > worst.pixels / 2:
-        why = "in both directions: look at the labels of these two, then try pretrained `encoder_weights`"
-    else:
-        why = "in large regions of a common class: try more `epochs`, or pretrained `encoder_weights`"
+    causes = {
+        "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, "
+        "`image_width`)": (near > worst.pixels / 2),
+        "mostly in regions below 1 % of the image: try a higher resolution, or `-p augment zooms`": (
+            small > worst.pixels / 2
+        ),
+        f"and {errors.classes[truth]} is rare: try `-p class_weights median`, or label more images with it": (
+            support[truth] < np.median(support[support > 0])
+        ),
+        "in both directions: look at the labels of these two, then try pretrained `encoder_weights`": (
+            errors.confusion[:, predicted, truth].sum() > worst.pixels / 2
+        ),
+        "in large regions of a common class: try more `epochs`, or pretrained `encoder_weights`": True,
+    }
+    why = next(words for words, applies in causes.items() if applies)
     return [f"The most costly confusion is **{worst.name}** ({worst.cost:.3f} of mIoU), {why}."]
 
 
 def _describe_gap(calibration: np.ndarray) -> str:
-    pixels, confidence, right = calibration.sum((0, 1))
+    pixels, confidence, right = calibration.sum(0)
     gap = 100 * (confidence - right) / pixels
     over = "over" if gap > 0 else "under"
     return f"{over}confident by {abs(gap):.1f} points (ECE {calibration_error(calibration):.3f})"
@@ -213,11 +205,10 @@ def plot_confusion(errors: ErrorCounts) -> Figure:
     """Of each true class (rows), the share that was given each name."""
     images = (errors.confusion.sum(2) > 0).sum(0)
     truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
-    rows, columns = pd.Index(truth, name="ground truth (images)"), pd.Index(errors.classes, name="prediction")
-    table = pd.DataFrame(errors.confusion.sum(0), rows, columns)
-    return plots.plot_matrix(
-        table.div(table.sum(axis=1), axis=0), "What each class was predicted as, in % of its pixels"
-    )
+    rows = pd.Index(truth, name="ground truth (images)")
+    table = pd.DataFrame(errors.confusion.sum(0), rows, pd.Index(errors.classes, name="prediction"))
+    shares = table.div(table.sum(axis=1), axis=0)
+    return plots.plot_matrix(shares, "What each class was predicted as, in % of its pixels")
 
 
 @plots.styled
@@ -225,14 +216,13 @@ def plot_strata(errors: ErrorCounts) -> Figure:
     """Pixel accuracy and mIoU by depth, where it is known, distance to a boundary and size of the segment."""
     known = {name: counts for name, counts in errors.strata.items() if name != DEPTH or counts[1:].any()}
     figure, grid = plots.new_figure(3, 1, len(known), sharey=True, squeeze=False)
+    line = {"color": plots.VALID_COLOUR, "marker": "."}
     for axes, (name, counts) in zip(grid[0], known.items(), strict=True):
-        table = score_strata(counts)
-        kept = table.pixels > 0
-        table, bins = table[kept], np.array(name_bins(name, errors.edges[name]))[kept]
-        axes.bar(bins, table.pixels, color="0.9", label="share of the pixels")
-        line = {"color": plots.VALID_COLOUR, "marker": "."}
-        axes.plot(bins, table["pixel accuracy"], **line, linestyle="--", label="pixel accuracy")
-        axes.plot(bins, table["mIoU"], **line, label="mIoU")
+        table = score_strata(counts).set_axis(name_bins(name, errors.edges[name]))
+        table = table[table.pixels > 0]
+        axes.bar(table.index, table.pixels, color="0.9", label="share of the pixels")
+        axes.plot(table["pixel accuracy"], **line, linestyle="--", label="pixel accuracy")
+        axes.plot(table["mIoU"], **line, label="mIoU")
         axes.set(title=f"by {name}".replace(" (", "\n("), ylim=(0, 1))
         axes.tick_params(axis="x", labelsize="small", rotation=60)
     plots.add_legend(figure, grid[0, 0].get_legend_handles_labels()[0])
@@ -241,26 +231,17 @@ def plot_strata(errors: ErrorCounts) -> Figure:
 
 @plots.styled
 def plot_calibration(errors: ErrorCounts) -> Figure:
-    """Reliability diagram of all classes together; by class, confidence minus accuracy."""
-    pixels, confidence, right = np.moveaxis(errors.calibration.sum(0), -1, 0)
-    used = pixels > 0
-    columns = ["pixels", "confidence", "right"]
-    by_class = pd.DataFrame(errors.calibration.sum(1), list(errors.classes), columns)
-    by_class = by_class[by_class.pixels > 0]
-    gap = (100 * (by_class.confidence - by_class.right) / by_class.pixels).sort_values()
-    figure, (diagram, bars) = plots.new_figure(max(3.4, plots.rows_height(len(gap))), 1, 2)
+    """Reliability diagram: accuracy by confidence, over the share of the pixels with it."""
+    pixels, confidence, right = errors.calibration[errors.calibration[:, 0] > 0].T
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
-    diagram.stairs(pixels / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels")
-    diagram.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-    diagram.plot(confidence[used] / pixels[used], right[used] / pixels[used], color=plots.VALID_COLOUR, marker=".",
-                 label="this network")  # fmt: skip
-    diagram.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-    diagram.legend(loc="upper left")
-    drawn = bars.barh(range(len(gap)), gap, color=plots.BAR_COLOUR)
-    bars.bar_label(drawn, fmt="{:+.1f}", padding=2, fontsize="small", color=plots.GREY)
-    bars.axvline(0, color=plots.GREY, linewidth=1)
-    bars.margins(x=0.2)
-    plots.label_rows(bars, gap.index)
-    bars.set(title="by predicted class", xlabel="confidence minus accuracy (points)")
-    plots.add_title(figure, f"The network is {_describe_gap(errors.calibration)}")
+    figure, axes = plots.new_figure(3.6, width=5)
+    axes.stairs(
+        errors.calibration[:, 0] / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels"
+    )
+    axes.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
+    line = {"color": plots.VALID_COLOUR, "marker": "."}
+    axes.plot(confidence / pixels, right / pixels, **line, label="this network")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    axes.legend(loc="upper left")
+    axes.set_title(f"The network is {_describe_gap(errors.calibration)}")
     return figure

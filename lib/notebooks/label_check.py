@@ -15,7 +15,7 @@ from lib.device import choose_device
 from lib.evaluation import Predicted, predict
 from lib.model import load_model
 from lib.notebooks import plots
-from lib.notebooks.pairs import read_images
+from lib.notebooks.pairs import select_names
 from lib.progress import progress_bar
 from lib.runs import read_parameters, runs_folder
 from lib.runs.results import recipe
@@ -34,15 +34,13 @@ def find_folds(run: Path) -> list[Path]:
         if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
             folds[other["fold"]] = path.parent
     pooled = len(folds) == FOLDS and parameters["validation"] not in ("random", "predefined", "none")
-    return [folds[fold] for fold in sorted(folds)] if pooled else [run]
+    return [folds[fold] for fold in range(FOLDS)] if pooled else [run]
 
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:
     """The images that `check_labels` looks at: the validation images, with five folds all labelled images."""
-    parameters = read_parameters(runs[0])
-    if len(runs) == 1:
-        return iterate_split(parameters, "valid", data)
-    return iterate_split(parameters | {"validation": "none"}, "train", data)
+    split, whole = ("train", {"validation": "none"}) if len(runs) > 1 else ("valid", {})
+    return iterate_split(read_parameters(runs[0]) | whole, split, data)
 
 
 def check_labels(
@@ -75,56 +73,47 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
         A row each: `image`, its box (`left`, `top`, `right`, `bottom`, pixels, ends excluded), `labelled`, `predicted`,
         `confidence`.
     """
-    count = len(classes)
-    rows, votes = [], []
+    rows = []
+    votes = []
     for batch in predictions:
-        images = zip(batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True)
-        for name, label, predicted, confidence in images:
+        for name, label, predicted, confidence in zip(
+            batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True
+        ):
             for index, box, inside in _regions(label):
-                pixels = inside.sum()
-                found = np.bincount(predicted[box][inside], confidence[box][inside], count) / pixels
-                (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
-                rows.append((name, left, top, right, bottom, index, pixels / label.size))
-                votes.append(found)
+                rows.append((name, *box, index, inside.mean()))
+                votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
     table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
-    votes = np.array(votes).reshape(-1, count)
+    votes = np.array(votes).reshape(-1, len(classes))
+    usual = pd.DataFrame(votes * table[["share"]].to_numpy(float)).groupby(table.labelled).transform("sum")
+    usual = usual.div(usual.sum(axis=1), axis=0).to_numpy()
     labelled = table.labelled.to_numpy(int)
-    usual = np.zeros((count, count))
-    np.add.at(usual, labelled, votes * table.share.to_numpy(float)[:, None])
-    usual /= np.maximum(usual.sum(1, keepdims=True), 1e-9)
-    every = np.arange(len(table))
-    own = votes[every, labelled]
-    votes[every, labelled] = 0
-    table["predicted"] = other = votes.argmax(1)
-    table["confidence"] = votes[every, other]
-    surprise = -np.log((usual[labelled, other] + 1e-3) / (1 + 1e-3))
-    order = np.argsort(-table.confidence * surprise * table.share**0.3, kind="stable")
-    ranked = table.iloc[order][(table.confidence > own).iloc[order]]
-    names = {column: np.array(classes)[ranked[column]] for column in ("labelled", "predicted")}
-    return ranked.assign(**names)[["image", *BOX, "labelled", "predicted", "confidence"]].reset_index(
-        drop=True
-    )
+    predicted = votes.argmax(1)
+    confidence = votes.max(1)
+    surprise = -np.log((usual[np.arange(len(table)), predicted] + 1e-3) / (1 + 1e-3))
+    words = {"labelled": np.array(classes)[labelled], "predicted": np.array(classes)[predicted]}
+    order = np.argsort(-confidence * surprise * table.share**0.3, kind="stable")
+    ranked = table.assign(**words, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
+    return ranked.drop(columns="share").reset_index(drop=True)
 
 
-def _regions(label: np.ndarray) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray]]:
-    """Of `(H, W)`: class, box and, within the box, the pixels of each region that is large enough."""
+def _regions(label: np.ndarray) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
+    """Of `(H, W)`: class, box and, as `(H, W)` bool, the pixels of each region that is large enough."""
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
         same = (label == index).astype(np.uint8)
         _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=4)
         for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= LEAST_SHARE * label.size):
             left, top, width, height = stats[number, :4].tolist()
-            box = slice(top, top + height), slice(left, left + width)
-            yield index, box, region[box] == number
+            yield index, (left, top, left + width, top + height), region == number
 
 
 def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:
     """The RGB images of these rows of `rank_regions`, the boxes outlined; None without a row."""
     tiles = {}
-    images = read_images(split, regions.image.tolist())
-    for (number, row), sample in zip(regions.iterrows(), images, strict=True):
+    for number, row in regions.iterrows():
+        sample = next(iter(select_names(split, [row.image])))
+        box = np.s_[row.top : row.bottom, row.left : row.right]
         inside = np.zeros(sample.size, bool)
-        inside[row.top : row.bottom, row.left : row.right] = True
-        inside &= sample.label[0] == sample.classes.index(row.labelled)
+        inside[box] = sample.label[0][box] == sample.classes.index(row.labelled)
         title = f"{number + 1}: {row.labelled}, predicted {row.predicted}"
         tiles[title] = plots.outline(sample.image[0], inside)
     return plots.plot_grid([tiles]) if tiles else None

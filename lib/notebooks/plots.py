@@ -5,7 +5,6 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import cv2
 import matplotlib
@@ -14,10 +13,9 @@ import pandas as pd
 from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex, to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from lib.classes import IGNORE_INDEX
@@ -34,6 +32,21 @@ CLASS_COLOURS = {
     "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
     "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
+# Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ less to
+# the eye) from those before it, from the above and from the greys of pictures; from the 97th on they repeat.
+OTHER_COLOURS = [
+    "#446677", "#33cc11", "#11eecc", "#ee88ee", "#668811", "#bb1111", "#551111", "#1177ee", "#bb9988",
+    "#1111ee", "#997788", "#334477", "#dd6633", "#33ccdd", "#99aa77", "#2299aa", "#667766", "#eeaabb",
+    "#554444", "#554411", "#ccbbee", "#ee22aa", "#99ee88", "#aabb11", "#117733", "#771177", "#441133",
+    "#8888bb", "#bbeeee", "#44cc88", "#eebb88", "#112244", "#114455", "#116655", "#88bbaa", "#cc55ee",
+    "#773311", "#aa5555", "#aa7711", "#775577", "#11aa44", "#cc1166", "#666622", "#ee8877", "#556699",
+    "#bb99bb", "#99ccee", "#1188bb", "#dd77aa", "#aaddbb", "#888888", "#5544aa", "#553355", "#aa9944",
+    "#aa88ee", "#776666", "#ee2233", "#aa5511", "#779988", "#aa5588", "#6655ee", "#99dd22", "#eecc55",
+    "#333322", "#555544", "#eeccdd", "#998866", "#aacc88", "#77aa33", "#aa7766", "#112211", "#881122",
+    "#eeddcc", "#113333", "#11ccbb", "#333344", "#221122", "#668855", "#99aaee", "#aaaa99", "#335555",
+    "#661133", "#22ee99", "#22ee22", "#1111aa", "#331111", "#447777", "#8811dd", "#668899", "#cc8855",
+    "#553322", "#774444", "#ddeedd", "#aa1177", "#335511", "#66aa77",
+]  # fmt: skip
 FADED = 204  # darkest grey of images under class colours
 DIMMED = 130  # darkest grey of images under colours that are no class's
 HATCH = (187, 255)  # greys of the stripes on unlabelled pixels
@@ -42,7 +55,6 @@ VALID_COLOUR = "#0072b2"
 WRONG_COLOUR = "#cc0000"
 BAR_COLOUR = "#c8c8c8"  # where names stand beside the bars
 GREY = "#666666"
-EDGED = {"edgecolor": GREY, "linewidth": 0.5}  # so that pale classes stand out from the page
 WIDTH = 8  # inches, so that a figure fits a notebook
 TILE = 200  # pixels that an image in a figure is wide, at least
 WIDE_TILE = 256  # where there are at most three in a line
@@ -55,7 +67,6 @@ CHANGED = "B fixes (blue), breaks (red)"
 TERMS = {  # of the loss, as they are drawn
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
 }  # fmt: skip
-HALO = [withStroke(linewidth=3, foreground="white")]  # so that black lines are seen on dark colours
 FEW = 20  # classes up to which matrices show numbers and rows are wide
 styled = matplotlib.rc_context({  # a decorator
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
@@ -64,47 +75,10 @@ styled = matplotlib.rc_context({  # a decorator
 })  # fmt: skip
 
 
-class _Line(NamedTuple):
-    """Tiles side by side in a figure, by title."""
-
-    tiles: list[tuple[str, np.ndarray]]
-    titled: bool
-    caption: str
-
-    @property
-    def width(self) -> int:
-        return sum(tile.shape[1] + GAP for _, tile in self.tiles) - GAP
-
-    @property
-    def height(self) -> int:
-        return max(len(tile) for _, tile in self.tiles) + GAP + LINE * (self.titled + bool(self.caption))
-
-
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
-    """A colour for each name: NYUv2's 13 have theirs in every set, others get what is farthest from all before."""
+    """A colour for each name: NYUv2's 13 have theirs in every set, others get one by their order."""
     others = [name for name in classes if name not in CLASS_COLOURS]
-    return {**dict(zip(others, _spread_colours(len(others)), strict=True)), **CLASS_COLOURS}
-
-
-def _spread_colours(count: int) -> list[str]:
-    steps = np.arange(1, 15) / (LEVELS - 1)
-    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    places = _perceived(candidates)
-    taken = _perceived(np.array([to_rgb(colour) for colour in [*CLASS_COLOURS.values(), "0.8", "white"]]))
-    distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
-    chosen = []
-    for _ in range(count):
-        farthest = distance.argmax()
-        chosen.append(to_hex(candidates[farthest]))
-        distance = np.minimum(distance, np.linalg.norm(places - places[farthest], axis=1))
-    return chosen
-
-
-def _perceived(colours: np.ndarray) -> np.ndarray:
-    """`(N, 3)` CIELAB with the chroma compressed, as differences between vivid colours count less to the eye."""
-    lab = cv2.cvtColor(colours[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
-    chroma = 1e-6 + 0.045 * np.linalg.norm(lab[:, 1:], axis=1, keepdims=True)
-    return np.hstack((lab[:, :1], lab[:, 1:] * np.log1p(chroma) / chroma))
+    return {**dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)), **CLASS_COLOURS}
 
 
 @cache
@@ -164,18 +138,16 @@ def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
 
 def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
     """The scale of depth in metres that suits these samples, white for missing; None where there is no depth."""
-    shown = [piece.depth_or_missing[choose_evenly(len(piece), 50)].ravel() for piece in pieces]
-    depth = np.concatenate(shown)
+    depth = np.concatenate(
+        [piece.depth_or_missing[choose_evenly(len(piece), 50)].ravel() for piece in pieces]
+    )
     if not depth.any():
         return None
-    low, high = np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000
-    return ScalarMappable(Normalize(low, high), "viridis_r")
+    return ScalarMappable(Normalize(*np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000), "viridis_r")
 
 
-def colour_depth(depth: np.ndarray, shades: ScalarMappable | None) -> np.ndarray | None:
-    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8; None without shades."""
-    if shades is None:
-        return None
+def colour_depth(depth: np.ndarray, shades: ScalarMappable) -> np.ndarray:
+    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8."""
     table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
     table[0] = 255
     return table[depth]
@@ -185,9 +157,8 @@ def shorten(name: str, length: int = 28) -> str:
     """A name without its middle, if it is longer than that."""
     if len(name) <= length:
         return name
-    head = length // 2
-    tail = length - head - 1
-    return f"{name[:head]}…{name[-tail:]}"
+    tail = (length - 1) // 2
+    return f"{name[: length - 1 - tail]}…{name[-tail:]}"
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -198,11 +169,15 @@ def percent(share: float, digits: int = 0) -> str:
 def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[Patch]:
     """The classes in arrays of labels, for a legend; and unlabelled, if 255 is in one."""
     colours = class_colours(classes)
-    present = sorted(set().union(*(np.unique(label).tolist() for label in labels)) - {IGNORE_INDEX})
-    patches = [Patch(facecolor=colours[classes[i]], label=shorten(classes[i]), **EDGED) for i in present]
-    if any((label == IGNORE_INDEX).any() for label in labels):
-        hatched = {"facecolor": "white", "edgecolor": "0.6", "hatch": "/////", "linewidth": 0.5}
-        patches.append(Patch(label="unlabelled", **hatched))
+    present = sorted(set().union(*(np.unique(label).tolist() for label in labels)))
+    named = [(classes[index], colours[classes[index]]) for index in present if index != IGNORE_INDEX]
+    patches = [  # edged, so that pale classes stand out from the page
+        Patch(facecolor=colour, label=shorten(name), edgecolor=GREY, linewidth=0.5) for name, colour in named
+    ]
+    if IGNORE_INDEX in present:
+        patches.append(
+            Patch(label="unlabelled", facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0.5)
+        )
     return patches
 
 
@@ -235,25 +210,9 @@ def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
     return picture[::step, ::step].repeat(zoom, 0).repeat(zoom, 1)
 
 
-def _split_lines(rows: Sequence[dict[str, np.ndarray | None]], captions: Sequence[str]) -> list[_Line]:
-    """Up to four tiles in a line, of more than four in a row three; the caption below the last line of its row."""
-    lines = []
-    for row, caption in itertools.zip_longest(rows, captions, fillvalue=""):
-        pictures = [(title, picture) for title, picture in row.items() if picture is not None]
-        columns = len(pictures) if len(pictures) <= 4 else 3
-        tiles = [
-            (title, fit_tile(picture, TILE if columns == 4 else WIDE_TILE)) for title, picture in pictures
-        ]
-        for first in range(0, len(tiles), columns):
-            is_last = first + columns >= len(tiles)
-            titled = not lines or len(tiles) > columns
-            lines.append(_Line(tiles[first : first + columns], titled, caption if is_last else ""))
-    return lines
-
-
 @styled
 def plot_grid(
-    rows: Sequence[dict[str, np.ndarray | None]],
+    rows: Sequence[dict[str, np.ndarray]],
     captions: Sequence[str] = (),
     legend: Sequence[Patch] = (),
     shades: ScalarMappable | None = None,
@@ -262,31 +221,33 @@ def plot_grid(
     """Coloured pictures, of which sizes may differ, in whole pixels, so that class colours stay exact.
 
     Args:
-        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows; None leaves one out.
+        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows.
         captions: written below the rows.
         legend: see `class_patches`.
         shades: of depth, for its colour bar.
         shades_label: beside the colour bar.
     """
-    lines = _split_lines(rows, captions)
-    width = max(line.width for line in lines)
+    least = TILE if len(rows[0]) > 3 else WIDE_TILE
+    tiles = [{title: fit_tile(tile, least) for title, tile in row.items()} for row in rows]
+    width = max(sum(tile.shape[1] + GAP for tile in row.values()) - GAP for row in tiles)
     legend_lines, columns = _legend_lines(legend, width / DPI)
-    below = LINE * (legend_lines + 2 * (shades is not None)) + GAP
-    height = below + sum(line.height for line in lines)
+    below = GAP + LINE * (legend_lines + 2 * (shades is not None))
+    row_heights = [max(map(len, row.values())) + GAP + LINE * bool(captions) for row in tiles]
+    height = below + LINE + sum(row_heights)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    top = height
-    for line in lines:
+    top = height - LINE
+    for row, row_height, caption in itertools.zip_longest(tiles, row_heights, captions, fillvalue=""):
         left = 0
-        for title, tile in line.tiles:
-            bottom = top - LINE * line.titled - tile.shape[0]
-            place = (left / width, bottom / height, tile.shape[1] / width, tile.shape[0] / height)
-            axes = figure.add_axes(place, xticks=[], yticks=[])
+        for title, tile in row.items():
+            high, wide = tile.shape[:2]
+            axes = figure.add_axes((left / width, (top - high) / height, wide / width, high / height))
             axes.imshow(tile, aspect="auto")
+            axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
-            axes.set_title(shorten(title, tile.shape[1] // 8) if line.titled else "", pad=4)
-            left += tile.shape[1] + GAP
-        top -= line.height
-        figure.text(0, (top + GAP) / height, shorten(line.caption, width // 7), fontsize="small")
+            axes.set_title(shorten(title, wide // 8) if row is tiles[0] else "", pad=4)
+            left += wide + GAP
+        top -= row_height
+        figure.text(0, (top + GAP) / height, shorten(caption, width // 7), fontsize="small")
     if shades is not None:
         bar = figure.add_axes(
             (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
@@ -305,30 +266,6 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
     return -(-len(handles) // columns), columns
 
 
-def plot_predictions(
-    samples: Samples | Sequence[Samples],
-    predicted: Sequence[np.ndarray],
-    captions: Sequence[str] = (),
-) -> Figure:
-    """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
-
-    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each image.
-    """
-    pieces = [samples] if isinstance(samples, Samples) else samples
-    images = [(piece, at) for piece in pieces for at in range(len(piece))]
-    classes = pieces[0].classes
-    rows, shown = [], list(predicted)
-    for (piece, at), mask in zip(images, predicted, strict=True):
-        row = {"RGB": piece.image[at], "ground truth": None}
-        row["prediction"] = colour_labels(mask, classes)
-        if piece.label is not None:
-            shown.append(piece.label[at])
-            row["ground truth"] = colour_labels(piece.label[at], classes)
-            row[WRONG] = colour_errors(piece.image[at], piece.label[at], mask)
-        rows.append(row)
-    return plot_grid(rows, captions, class_patches(classes, shown))
-
-
 def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
     """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
@@ -338,11 +275,9 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
         for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
             room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
             row, column = np.unravel_index(room.argmax(), room.shape)
-            across = column / label.shape[1]
-            side = "left" if across < 0.12 else "right" if across > 0.88 else "center"
-            axes.text(
-                column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=8, bbox=box
-            )
+            side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
+            style = {"ha": side, "va": "center", "fontsize": 8, "bbox": box}
+            axes.text(column - 1, row - 1, shorten(classes[index], 14), **style)
 
 
 def rows_height(count: int) -> float:
@@ -396,31 +331,18 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
         axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
         axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
-    score.plot(history.epoch, history.valid_pixel_acc, color=VALID_COLOUR, marker=".", linestyle="--")
-    score.plot(history.epoch, history.valid_miou, color=VALID_COLOUR, marker=".")
+    line = {"color": VALID_COLOUR, "marker": "."}
+    score.plot(history.epoch, history.valid_pixel_acc, **line, linestyle="--", label="pixel accuracy")
+    score.plot(history.epoch, history.valid_miou, **line, label="mIoU")
     score.set(title="No validation images", ylim=(0, 1))
     if history.valid_miou.notna().any():
-        _name_scores(score, history)
+        best = history.loc[history.valid_miou.idxmax()]
+        score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
     for axes in (loss, score, *small):
         axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    add_legend(figure, loss.get_legend_handles_labels()[0])
+    add_legend(figure, [*loss.lines[:2], *score.lines[:2]])
     return figure
-
-
-def _name_scores(axes: Axes, history: pd.DataFrame) -> None:
-    """The best mIoU, and at its two curves what they are."""
-    best = history.loc[history.valid_miou.idxmax()]
-    axes.plot(best.epoch, best.valid_miou, "o", color=VALID_COLOUR)
-    axes.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
-    last = history.iloc[-1]
-    for name, value in (("pixel accuracy", last.valid_pixel_acc), ("mIoU", last.valid_miou)):
-        place = {
-            "xytext": (0, 7),
-            "textcoords": "offset points",
-            "ha": "right" if len(history) > 2 else "left",
-        }
-        axes.annotate(name, (last.epoch, value), color=VALID_COLOUR, fontsize="small", **place)
 
 
 @styled
@@ -442,11 +364,18 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     if "support" in table:
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
         _draw_intervals(axes, table.low, table.high)
-        guess = table.support / (2 - table.support)
-        axes.plot(guess, rows, "|", color="#e8a06c", ms=9, mew=1.5, label="chance level")
+        axes.plot(
+            table.support / (2 - table.support),
+            rows,
+            "|",
+            color="#e8a06c",
+            ms=9,
+            mew=1.5,
+            label="chance level",
+        )
     for row, value in enumerate(table.IoU):
-        text = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.text(1.03, row, text, va="center", color=GREY, fontsize="small")
+        words = "none seen" if np.isnan(value) else f"{value:.2f}"
+        axes.text(1.03, row, words, va="center", color=GREY, fontsize="small")
     label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
     add_title(figure, title)
@@ -462,8 +391,10 @@ def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
     for marker, ends, limit in (("<", low, 0), (">", high, 1)):
         cut = rows[ends == limit]
         if len(cut):
-            style = {"color": "black", "clip_on": False, "markersize": 5, "linestyle": "none"}
-            axes.plot(np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}", **style)
+            axes.plot(
+                np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}",
+                color="black", clip_on=False, markersize=5, linestyle="none",
+            )  # fmt: skip
 
 
 @styled
@@ -472,10 +403,11 @@ def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: d
     figure, axes = new_figure(2.8)
     for name, runs in histories.items():
         for number, history in enumerate(runs):
-            label = "_" if number else shorten(name, 60)  # once in the legend
-            axes.plot(
-                history.epoch, history.valid_miou, marker=".", linewidth=1, color=colours[name], label=label
-            )
+            line = {
+                "color": colours[name],
+                "label": "_" if number else shorten(name, 60),
+            }  # once in the legend
+            axes.plot(history.epoch, history.valid_miou, marker=".", linewidth=1, **line)
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
@@ -488,8 +420,7 @@ def run_colours(names: Iterable[str]) -> dict[str, tuple]:
     """
     import seaborn  # here, see `plot_matrix`
 
-    names = list(names)
-    colours = [*seaborn.color_palette("colorblind", 8), *[(0.6, 0.6, 0.6)] * len(names)]
+    colours = itertools.chain(seaborn.color_palette("colorblind", 8), itertools.repeat((0.6, 0.6, 0.6)))
     return dict(zip(names, colours, strict=False))
 
 

@@ -20,7 +20,8 @@ from lib.model import SegmentationDepthNet
 from lib.notebooks import plots
 from lib.progress import progress_bar
 
-CONFIDENCE, PIXELS = "confidence", "pixels"  # texts in a mask's file: of its image, of the checksum of that
+CONFIDENCE = "confidence"  # text in a mask's file: the mean confidence of its image
+PIXELS = "pixels"  # text in a mask's file: the checksum of its image
 MILLISECONDS = "milliseconds"  # attribute of the table: mean of an image that was predicted, NaN without one
 CONFIDENT = ("", CONFIDENCE)  # column of the table; no class has this name, because classes lie below `share`
 SEEN_FILE = "predict.json"  # in a folder of masks
@@ -43,12 +44,12 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
     with progress_bar("predicting", len(pieces)) as bar:
         for image in pieces:
             start = time.perf_counter()
-            found = _find_mask(folder, image)
-            mask, sure = found or _predict_mask(folder, model, image)
+            path = folder and folder / f"{image.names[0]}.png"
+            found = path and path.exists() and _read_mask(path, image)
+            mask, sure = found or _predict_mask(path, model, image)
             if not found:
                 took.append(1000 * (time.perf_counter() - start))
-            shares = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
-            rows[image.names[0]] = [sure, *shares.tolist()]
+            rows[image.names[0]] = [sure, *(np.bincount(mask.ravel(), minlength=len(classes)) / mask.size)]
             bar.update()
     columns = pd.MultiIndex.from_tuples([CONFIDENT, *(("share", name) for name in classes)])
     table = pd.DataFrame.from_dict(rows, "index", columns=columns)
@@ -73,35 +74,26 @@ def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> No
             )
 
 
-def _find_mask(folder: Path | None, image: Samples) -> tuple[np.ndarray, float] | None:
-    """The mask of exactly these pixels and the confidence in it; None where there is none."""
-    path = None if folder is None else folder / f"{image.names[0]}.png"
-    if path is None or not path.exists():
-        return None
+def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
+    """The mask of exactly these pixels and the confidence in it; None where it is of others."""
     with Image.open(path) as mask:
         if CONFIDENCE not in mask.text:
             raise ValueError(
                 f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or give another "
                 "folder"
             )
-        if mask.text.get(PIXELS) != _checksum(image):
-            return None
-        return np.asarray(mask), float(mask.text[CONFIDENCE])
+        same = mask.text.get(PIXELS) == _checksum(image)
+        return (np.asarray(mask), float(mask.text[CONFIDENCE])) if same else None
 
 
-def _predict_mask(
-    folder: Path | None, model: SegmentationDepthNet, image: Samples
-) -> tuple[np.ndarray, float]:
+def _predict_mask(path: Path | None, model: SegmentationDepthNet, image: Samples) -> tuple[np.ndarray, float]:
     (batch,) = predict(model, image, confidence=True)
     mask, sure = batch.labels[0], float(batch.confidence.mean())
-    if folder is not None:
+    if path is not None:
         text = PngInfo()
         text.add_text(CONFIDENCE, str(sure))
         text.add_text(PIXELS, _checksum(image))
-        write_atomically(
-            folder / f"{image.names[0]}.png",
-            lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text),
-        )
+        write_atomically(path, lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text))
     return mask, sure
 
 
@@ -111,16 +103,16 @@ def _checksum(image: Samples) -> str:
 
 def plot_images(predicted: Sequence[Predicted]) -> Figure:
     """A row for each image: RGB, its classes with their names on them, and the network's confidence."""
-    rows, masks = [], []
     classes = predicted[0].samples.classes
+    masks = [batch.labels[0] for batch in predicted]
     shades = ScalarMappable(Normalize(0, 1), "gray")
-    for batch in predicted:
+    rows = []
+    for batch, mask in zip(predicted, masks, strict=True):
+        coloured = plots.colour_labels(mask, classes)
         grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
-        coloured = plots.colour_labels(batch.labels[0], classes)
         rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
-        masks.append(batch.labels[0])
-    names = [batch.samples.names[0] for batch in predicted]
-    figure = plots.plot_grid(rows, names, plots.class_patches(classes, masks), shades, CONFIDENCE)
+    captions = [batch.samples.names[0] for batch in predicted]
+    figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), shades, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):
         plots.write_names(axes, plots.fit_tile(mask), classes)
     return figure
@@ -132,8 +124,9 @@ def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
     named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
     sure = table[CONFIDENT]
-    took = table.attrs[MILLISECONDS]
-    speed = "" if np.isnan(took) else f" An image took {took:.0f} ms."
+    speed = (
+        "" if np.isnan(table.attrs[MILLISECONDS]) else f" An image took {table.attrs[MILLISECONDS]:.0f} ms."
+    )
     where = (
         f"The masks are in `{save_to}`."
         if save_to

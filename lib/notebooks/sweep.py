@@ -1,6 +1,5 @@
 """Many runs: a grid of parameters times seeds, each run a Ray task that executes train.ipynb with papermill."""
 
-import ast
 import hashlib
 import itertools
 import json
@@ -19,10 +18,10 @@ import pandas as pd
 import papermill
 import ray
 import yaml
-from papermill.exceptions import PapermillExecutionError
 
 from lib.files import ROOT, wait_for_run
 from lib.model import is_file
+from lib.notebooks.conclusions import read_defaults
 from lib.options import check_choice, check_options, explain_unknown
 from lib.runs import LONGEST_NAME, PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
 from lib.runs.results import (
@@ -38,10 +37,7 @@ from lib.runs.results import (
 from lib.runs.scoring import check_labelled, iterate_split, score_run
 
 WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
-LOST_MACHINES = 10  # how often a run is started elsewhere
-LONGEST_TMPDIR = 40  # characters: Ray puts sockets there, whose paths may have 107
 STARTS = 3  # of Ray
-OBJECT_STORE_BYTES = 100_000_000  # results travel over the disk, so Ray needs little shared memory
 
 
 def plan_runs(
@@ -81,34 +77,34 @@ def plan_runs(
 
 def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, object]:
     """The parameters of `train.ipynb`, those of the experiment over them; `given` must be among them."""
-    declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
+    defaults = read_defaults()
     content = {}
     if experiment is not None:
         files = {path.stem: path for path in (NOTEBOOKS / "experiments").glob("*.yaml")}
         check_choice("experiment", experiment, sorted(files))
         content = yaml.safe_load(files[experiment].read_text())
     known = [name for name in defaults if name not in ("run_name", "seed", "resume")]
-    for where, names in (("fixed, grid", given), (f"experiment {experiment}", content)):
-        for name in names:
-            if name not in known and not (names is content and name in defaults):
-                raise ValueError(f"{where}: {explain_unknown(name, known)}")
+    wrong = [f"fixed, grid: {explain_unknown(name, known)}" for name in given if name not in known]
+    wrong += [
+        f"experiment {experiment}: {explain_unknown(name, known)}" for name in content if name not in defaults
+    ]
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return defaults | content
 
 
 def _with_whole_paths(parameters: dict) -> dict:
     """Workers have another working directory."""
-    paths = []
+    paths = [name for name in WEIGHTS if is_file(parameters[name])]
     if parameters["data"] != "synthetic":
         paths.append("data")
-    paths += [name for name in WEIGHTS if is_file(parameters[name])]
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
 
 
 def _name(prefix: str, varied: dict, parameters: dict) -> str:
     digest = hashlib.sha256(json.dumps(identity(parameters)).encode()).hexdigest()[:6]
-    varied = varied | {name: Path(str(varied[name])).name for name in PLACES if name in varied}
-    shown = "".join(f"-{name}={str(value).replace('/', '_')}" for name, value in varied.items())
+    words = {name: Path(str(value)).name if name in PLACES else str(value) for name, value in varied.items()}
+    shown = "".join(f"-{name}={word.replace('/', '_')}" for name, word in words.items())
     end = f"-seed={parameters['seed']}-{digest}"
     start = os.fsencode(prefix + shown)[: LONGEST_NAME - len(os.fsencode(end))].decode(errors="ignore")
     return start + end
@@ -125,7 +121,6 @@ def execute_run(parameters: dict, split: str) -> None:
     """
     run = runs_folder() / parameters["run_name"]
     output = executed_notebook(run.name)
-    output.parent.mkdir(parents=True, exist_ok=True)
     wait_for_run(run, WAIT_SECONDS)
     if not run_state(run).trained:
         papermill.execute_notebook(
@@ -156,28 +151,23 @@ class Finished:
         self.planned = {name: identity(parameters) for name, parameters in runs.items()}
         self.split = split
         self.folder = None if results is None else _find_results(results)
-        self.kept = _read_kept(self.folder)
         self.update()
 
     def update(self) -> None:
-        """Look for finished runs and add new ones to the results."""
-        scored = {identity(run.parameters): run for run in self.kept if run.split == self.split}
+        """Look for finished runs and add new ones to the results, to which another sweep may add, too."""
+        has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
+        kept = read_results(self.folder) if has_results else []
+        known = {identity(run.parameters): run for run in kept if run.split == self.split}
         own = [
             read_scored(folder, self.split)
             for folder in scored_folders(self.split)
             if run_state(folder).trained
         ]
-        known = set(scored)
-        scored = {identity(run.parameters): run for run in own} | scored
+        scored = {identity(run.parameters): run for run in own} | known
         self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
         new = [run for run in self.runs.values() if identity(run.parameters) not in known]
         if self.folder is not None and new:
-            self.kept = [*_read_kept(self.folder), *new]  # another sweep may have added to them
-            write_results(self.folder, self.kept)
-
-
-def _read_kept(folder: Path | None) -> list[ScoredRun]:
-    return read_results(folder) if folder is not None and (folder / RUNS_FILE).exists() else []
+            write_results(self.folder, [*kept, *new])
 
 
 def _find_results(results: str) -> Path:
@@ -241,8 +231,10 @@ def sweep(
 def _connected(cluster: str) -> Iterator[None]:
     address = {"address": cluster}
     if cluster == "local":
-        address = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        if os.name == "posix" and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        # results travel over the disk, so Ray needs little shared memory
+        address |= {"include_dashboard": False, "object_store_memory": 100_000_000}
+        # Ray puts sockets there, whose paths may have 107 characters
+        if os.name == "posix" and len(tempfile.gettempdir()) > 40:
             address["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         if ":" in cluster:  # Ray would try for two minutes
@@ -261,19 +253,17 @@ def _connected(cluster: str) -> Iterator[None]:
 
 def _start_ray(address: dict) -> None:
     """`ray.init`, once more where a busy machine takes longer than the 30 seconds that Ray waits for itself."""
-    for start in range(STARTS):
+    for _ in range(STARTS):
         try:
-            ray.init(**address, logging_level="error", log_to_driver=False)
-            return
+            return ray.init(**address, logging_level="error", log_to_driver=False)
         except Exception as error:
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
-            if start == STARTS - 1:
-                raise RuntimeError(
-                    f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for "
-                    "its other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
-                ) from error
+    raise RuntimeError(
+        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for its "
+        "other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
+    )
 
 
 def _most(resource: str) -> float:
@@ -298,13 +288,12 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
 def _remote_task():
     """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
 
-    @ray.remote(max_retries=LOST_MACHINES, max_calls=1)  # a process that has ended holds no GPU memory
+    @ray.remote(
+        max_retries=10, max_calls=1
+    )  # where machines are lost; a process that has ended holds no GPU memory
     def run_on_worker(root: str, settings: dict, parameters: dict, split: str) -> str | None:
-        data, notebooks = parameters["data"], settings["RUNS_DIR"] + "/notebooks"
-        needed = [root + "/lib", notebooks]
-        if data != "synthetic":
-            needed.append(data)
-        missing = [path for path in needed if not Path(path).exists()]
+        needed = [f"{root}/lib", f"{settings['RUNS_DIR']}/notebooks", parameters["data"]]
+        missing = [path for path in needed if path != "synthetic" and not Path(path).exists()]
         if missing:
             return (
                 f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, the data "
@@ -323,10 +312,8 @@ def try_run(parameters: dict, split: str) -> str | None:
     """`execute_run`; returns its error in one line instead of raising it."""
     try:
         return execute_run(parameters, split)
-    except PapermillExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # that of a notebook holds the name and the text of its own
+        return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
 def _error(task: ray.ObjectRef) -> str | None:
@@ -342,18 +329,19 @@ def progress_table(
     """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
     rows = {}
     for name, parameters in runs.items():
-        epochs = parameters["epochs"]
         history = finished[name].history if name in finished else _read_begun(name)
-        state = "running" if executed_notebook(name).exists() else "waiting"
-        if name in finished:
-            state = "done"
-        elif errors.get(name):
-            state = "failed"
+        holds = {
+            "waiting": True,
+            "running": executed_notebook(name).exists(),
+            "failed": bool(errors.get(name)),
+            "done": name in finished,
+        }
+        left = 0 if name in finished else parameters["epochs"] - len(history)
         rows[name] = {
-            "state": state,
-            "epochs": f"{len(history)} of {epochs}",
+            "state": [state for state, true in holds.items() if true][-1],
+            "epochs": f"{len(history)} of {parameters['epochs']}",
             "valid_miou": history.valid_miou.max(),
-            "minutes_left": 0 if state == "done" else (epochs - len(history)) * history.seconds.mean() / 60,
+            "minutes_left": left * history.seconds.mean() / 60 if left else 0,
             "error": errors.get(name) or "",
         }
     return pd.DataFrame(list(rows.values()), list(rows))

@@ -16,6 +16,7 @@ from lib.notebooks.browse import (
     CONFUSED,
     browse_results,
     browse_samples,
+    plot_views,
     rank_confusions,
     view_sample,
 )
@@ -107,7 +108,7 @@ def test_images_of_a_class(scenes):
     assert f"1 of {len(browser.images)} · {rare}" in browser.message.value
     browser.order.value = "pixels of the class"
     assert browser.images[0] == pixels[rare].argmax()
-    with pytest.raises(ValueError, match="only: found 'unicorn', expected one of: all images, "):
+    with pytest.raises(ValueError, match="only: found 'unicorn', expected one of all images, "):
         browser.choose("unicorn")
 
 
@@ -237,13 +238,15 @@ def test_a_view_has_room_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     mask = samples.label[[0]] % count
     name = "the long name of a run that a sweep has made"
-    texts = draw(view_sample(samples[[0]], {name: Predicted(samples[[0]], mask)}, None).plot("caption"))
+    texts = draw(
+        plot_views([view_sample(samples[[0]], {name: Predicted(samples[[0]], mask)}, None)], ["caption"])
+    )
     assert {shorten(samples.classes[index]) for index in np.unique(samples.label[0]) if index != 255} <= set(
         texts
     )
     two = {letter: Predicted(samples[[0]], mask) for letter in (name, "b")}
     without_depth = replace(samples[[0]], depth=None)
-    draw(view_sample(without_depth, two, None, samples.classes[-1]).plot("caption"))
+    draw(plot_views([view_sample(without_depth, two, None, samples.classes[-1])], ["caption"]))
 
 
 def test_confusions_are_ranked_by_the_gain_in_miou():

@@ -10,13 +10,11 @@ from figures import draw
 from lib.metrics import confusion_counts
 from lib.notebooks.pairs import (
     browse_pair,
-    choose_images,
     choose_pair,
     image_scores,
     plot_pair,
-    plot_pair_images,
 )
-from lib.notebooks.plots import CHANGED, colour_changes, fit_tile
+from lib.notebooks.plots import CHANGED, colour_changes
 from lib.runs.results import EXAMPLE, group_recipes, read_results, read_runs, write_results
 from lib.runs.scoring import iterate_split, masks_folder
 
@@ -29,30 +27,17 @@ def test_the_score_of_an_image_is_over_the_classes_in_its_truth():
     np.testing.assert_array_equal(image_scores(counts), [(6 / 8 + 1) / 2, 0, np.nan])
 
 
-@pytest.mark.parametrize(
-    ("gains", "chosen"),
-    [
-        ([0.1, np.nan, 0.3, -0.2, 0.2, -0.1], [2, 4, 3]),
-        ([0.1, 0.2, 0.3], [2, 1]),
-        ([-0.1, -0.2], [1]),
-        ([0, np.nan], []),
-    ],
-)
-def test_shown_are_the_largest_gains_and_the_largest_loss(gains, chosen):
-    assert choose_images(np.array(gains)).tolist() == chosen
-
-
 def test_of_several_recipes_the_last_is_compared_with_the_first():
     recipes = group_recipes(
         [scored_run(name, learning_rate=rate) for name, rate in zip("abc", (1, 2, 3), strict=True)]
     )
-    assert [choose_pair(recipes).a_name, choose_pair(recipes).b_name] == ["a, seed 0", "c, seed 0"]
-    assert choose_pair(recipes, "b").b_name == "b, seed 0"
+    assert list(choose_pair(recipes)) == ["a, seed 0", "c, seed 0"]
+    assert list(choose_pair(recipes, "b")) == ["a, seed 0", "b, seed 0"]
     recipes["b"] = [scored_run("b", learning_rate=2, seed=seed) for seed in (9, 10)]
     recipes["a"] = [scored_run("a", learning_rate=1, seed=seed) for seed in (1, 10)]
     pair = choose_pair(recipes, "b")
-    assert [pair.a_name, pair.b_name] == ["a, seed 10", "b, seed 10"]  # which both have
-    assert choose_pair({"a": recipes["a"]}) is None
+    assert list(pair) == ["a, seed 10", "b, seed 10"]  # which both have
+    assert choose_pair({"a": recipes["a"]}) == {}
     with pytest.raises(ValueError, match="compare_with: found 'd', expected one of b, c"):
         choose_pair(recipes, "d")
 
@@ -84,13 +69,26 @@ def pair(tmp_path, scenes):
     return choose_pair(recipes)
 
 
+def moved(pair, data):
+    """The same pair with its data elsewhere."""
+    (a, first), (b, second) = pair.items()
+    return {a: replace(first, data=str(data)), b: second}
+
+
+def panels_of(browser):
+    """What the page shows, as it was drawn."""
+    view, _ = next(iter(browser.coming.values())).result()
+    return view.panels
+
+
 def test_what_b_fixes_and_breaks(pair, scenes):
-    figure = plot_pair_images(pair)
-    gain = f"{scenes.names[0]}: mIoU of B +1.00"
-    assert {"RGB", "ground truth", "A", "B", CHANGED, gain} <= set(draw(figure))
-    a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in (pair.a, pair.b))
+    figure = browse_pair(pair)
+    texts = draw(figure)
+    assert {"RGB", "A: a, seed 0", "B: b, seed 0", CHANGED} <= set(texts)
+    assert any(text.startswith(f"{scenes.names[0]} · 1 of 12") for text in texts)
+    a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in pair.values())
     expected = colour_changes(scenes.image[0], scenes.label[0], a, b)
-    np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), fit_tile(expected))
+    np.testing.assert_array_equal(panels_of(browse_pair(pair, interactive=True))[CHANGED], expected)
 
 
 def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
@@ -98,15 +96,15 @@ def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
     assert browser.names[browser.images[0]] == scenes.names[0]
     assert browser.names[browser.images[-1]] == scenes.names[1]
     assert browser.panels.image["shown"] == ("A: a, seed 0", "B: b, seed 0", CHANGED)
-    assert browse_pair(pair._replace(a=replace(pair.a, data="/no/such/place"))) is None
 
 
 def test_without_predictions_or_data_a_sentence_says_so(pair):
-    elsewhere = pair._replace(a=replace(pair.a, data="/no/such/place"))
-    assert plot_pair_images(elsewhere).startswith("No images: /no/such/place: ")
-    gone = masks_folder(pair.b.folder, "test") / f"{pair.a.names[0]}.png"
+    elsewhere = moved(pair, "/no/such/place")
+    assert browse_pair(elsewhere).data.startswith("No images: /no/such/place: ")
+    b = pair["b, seed 0"]
+    gone = masks_folder(b.folder, "test") / f"{b.names[0]}.png"
     gone.unlink()
-    assert plot_pair_images(pair) == (
+    assert browse_pair(pair).data == (
         f"No images: `{gone}` was not saved; pooled folds and studies have no predictions."
     )
 
@@ -114,8 +112,8 @@ def test_without_predictions_or_data_a_sentence_says_so(pair):
 def test_images_of_other_data_are_missed_by_name(pair, scenes, tmp_path):
     """A data set of the same name may hold other images."""
     write_folder(tmp_path / "fewer", scenes[2:], "test")
-    elsewhere = pair._replace(a=replace(pair.a, data=str(tmp_path / "fewer")))
-    assert plot_pair_images(elsewhere) == f"No images: {tmp_path / 'fewer'} has no {scenes.names[0]}."
+    elsewhere = moved(pair, tmp_path / "fewer")
+    assert browse_pair(elsewhere).data == f"No images: {tmp_path / 'fewer'} has no {scenes.names[0]}."
 
 
 def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
@@ -123,22 +121,19 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     names = scenes.names[:2].tolist()
     kept = [
         replace(run, masks=dict(zip(names, run.read_masks(names), strict=True)), group=name)
-        for name, run in (("a", pair.a), ("b", pair.b))
+        for name, run in zip("ab", pair.values(), strict=True)
     ]
     write_results(tmp_path / "study", kept)
     study = choose_pair(group_recipes(read_results(tmp_path / "study")))
-    study = study._replace(a=replace(study.a, data=str(tmp_path / "data")))
-    first, second = (
-        [axes.images[0].get_array() for axes in plot_pair_images(either).axes if axes.images]
-        for either in (pair, study)
-    )
-    assert len(first) == len(second) == 2 * 5
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert len(browse_pair(study, interactive=True).names) == 2
+    study = moved(study, tmp_path / "data")
+    browser = browse_pair(study, interactive=True)
+    assert len(browser.names) == 2
+    shown = panels_of(browse_pair(pair, interactive=True))
+    for title in ("RGB", "ground truth", "A: a, seed 0", "B: b, seed 0", CHANGED):
+        np.testing.assert_array_equal(panels_of(browser)[title], shown[title])
     write_results(tmp_path / "none", [replace(run, masks=None) for run in kept])
     without = choose_pair(group_recipes(read_results(tmp_path / "none")))
-    assert plot_pair_images(without) == (
+    assert browse_pair(without).data == (
         f"No images: `{names[0]}.png` was not saved; pooled folds and studies have no predictions."
     )
 
@@ -146,8 +141,8 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
 def test_the_committed_example_keeps_the_predictions_that_are_shown():
     recipes = group_recipes(read_runs(str(EXAMPLE), "test"), "baseline")
     pair = choose_pair(recipes, "tenth_learning_rate")
-    assert CHANGED in draw(plot_pair_images(pair))
-    for run in (pair.a, pair.b):
+    assert CHANGED in draw(browse_pair(pair))
+    for run in pair.values():
         assert len(run.masks) == 3
         at = np.flatnonzero(np.isin(run.names, list(run.masks)))
         label = iterate_split(run.parameters, "test", run.data)[at][0].label

@@ -16,8 +16,8 @@ from lib.evaluation import evaluate
 from lib.files import write_json
 from lib.metrics import DEPTH, DISTANCE, REGION, mean_truth_iou, truth_iou
 from lib.model import build_model, load_model, save_model
+from lib.notebooks.browse import plot_predictions
 from lib.notebooks.error_analysis import count_errors
-from lib.notebooks.plots import plot_predictions
 from lib.runs import open_run, read_counts, read_parameters, run_state, runs_folder
 from lib.runs.results import group_recipes, read_scored
 from lib.runs.scoring import (

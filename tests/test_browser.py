@@ -259,7 +259,7 @@ def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
 
 
 def test_a_person_browses_two_runs_in_jupyterlab(tmp_path):
-    copy_project(tmp_path, "compare", published="exp061")
+    copy_project(tmp_path, "compare")
     with browser_page() as page, jupyter_lab(tmp_path) as address:
         assert run_all(page, address, "compare", 240) == []
         panels = Panels(page)

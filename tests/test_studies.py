@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -291,3 +292,18 @@ def test_what_the_wrong_test_costs():
         counts = [np.stack([run.counts for run in side]) for side in (five, others)]
         different += compare_recipes(*counts, same[0].scene).p_value < 0.05
     assert f"{different} of {len(splits)} |" in page
+
+
+def test_the_published_scores():
+    """The tables of docs/results.md, as their author reported them."""
+    page = (ROOT / "notebooks" / "docs" / "results.md").read_text()
+    tables = [
+        ROOT / "lib" / "data" / "tables" / f"published_{name}.csv" for name in ("experiments", "class_iou")
+    ]
+    scores, by_class = (pd.read_csv(path).set_index("experiment") for path in tables)
+    for name in ("exp050", "exp060", "exp061"):
+        assert f"| {scores.valid_miou[name]:.4f} |" in re.search(rf"\| {name}.*", page, re.IGNORECASE)[0]
+        assert f"| {scores.lb_score[name]:.4f} |" in re.search(rf"\| {name}.*", page, re.IGNORECASE)[0]
+    for name, values in by_class.loc[["exp050", "exp060", "exp061"]].items():
+        assert f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |" in page
+    assert by_class.loc["exp061"].mean() == pytest.approx(0.6204, abs=0.001)

@@ -1,4 +1,4 @@
-"""Runs that are compared: their scores, what the example is, figures of classes, published scores."""
+"""Runs that are compared: their scores, what the example is, figures of classes."""
 
 import numpy as np
 import pandas as pd
@@ -6,15 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.files import ROOT
 from lib.metrics import iou, pixel_accuracy
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
-from lib.options import check_choice
 from lib.runs.results import EXAMPLE, ScoredRun, read_own
 from lib.significance import LEVEL, SceneComparison, score_interval
 
-TABLES = ROOT / "lib" / "data" / "tables"
 A_A_ARM = "baseline_again"  # of the example
 EXPLAINED = (
     f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an A/A pair: a correct "
@@ -25,29 +22,21 @@ EXPLAINED = (
 
 def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
     """A row for each run, named by its seed: mIoU with its interval over scenes, pixel accuracy."""
+    columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
     rows = []
     for name, members in recipes.items():
         for run in members:
-            label = f"{'' if len(members) > 1 else run.name + ', '}seed {run.parameters['seed']}"
+            seed = f"seed {run.parameters['seed']}"
+            label = seed if len(members) > 1 else f"{run.name}, {seed}"
             scored = score_interval(run.counts, run.scene)
             rows.append((name, label, scored.score, *scored.interval, pixel_accuracy(run.counts)))
-    columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
-    return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"])
+    return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
 
 
 def show_scores(table: pd.DataFrame) -> Styler:
     """The table of `score_table` for a notebook: three digits, names of runs on one line."""
     one_line = {"selector": "th", "props": "white-space: nowrap"}
     return style(table).format("{:.3f}").set_table_styles([one_line])
-
-
-def read_published(table: str, experiments: str) -> pd.DataFrame:
-    """Published figures of some experiments, names with commas between: `experiments`, `class_iou` or `progression`."""
-    figures = pd.read_csv(TABLES / f"published_{table}.csv").set_index("experiment")
-    names = [name.strip() for name in experiments.split(",") if name.strip()]
-    for name in names:
-        check_choice("published", name, figures.index.unique())
-    return figures.loc[names]
 
 
 def introduce_runs(runs: list[ScoredRun], split: str, where: str | None = None) -> str:
@@ -70,20 +59,27 @@ def plot_comparison(
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     By the recipe test where there is one, else by the checkpoint test of the pair of runs. A filled mark is
-    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one.
+    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one. Intervals end where an
+    IoU would leave 0..1; a triangle marks such an end.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
     baseline, members = next(iter(recipes.items()))
     order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
-    height = plots.rows_height(1 + len(order)) + 0.06 * len(differences) * len(order)
-    figure, (left, right) = plots.new_figure(height, 1, 2, sharey=True, width_ratios=(1.2, 1))
+    thickness = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
+    figure, (left, right) = plots.new_figure(
+        1 + thickness * (1 + len(order)), 1, 2, sharey=True, width_ratios=(1.2, 1)
+    )
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
+    floor = _scores_by_class(members).mean(0)[shown]
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
-        _draw_differences(right, result, order, offset, colours[name])
+        _draw_differences(right, result, order, offset, colours[name], floor)
+        if len(differences) == 1:
+            _write_differences(right, np.append(result.difference, result.class_difference[order]))
+    _mark_unpredicted(right, recipes, order)
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
         axes.grid(axis="x", color="0.92")
@@ -92,7 +88,11 @@ def plot_comparison(
         title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(order) + 0.5, -0.5)
     )
     right.axvline(0, color=plots.GREY, linewidth=1)
-    right.set(title=f"Difference to {plots.shorten(baseline, 20)}", xlabel="difference in IoU, 95 % interval")
+    baseline = baseline if len(baseline) <= 28 else "the first recipe"
+    right.set(
+        title=f"Difference to {baseline}",
+        xlabel="difference in IoU, 95 % interval\n(triangle: cut at IoU 0 or 1)",
+    )
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
@@ -102,6 +102,17 @@ def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:
     images = (run.counts.sum(2) > 0).sum(0)
     names = ["mIoU", *(f"{plots.shorten(run.classes[index], 20)} ({images[index]})" for index in order)]
     axes.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= plots.FEW else "x-small")
+
+
+def _mark_unpredicted(axes: Axes, recipes: dict[str, list[ScoredRun]], order: np.ndarray) -> None:
+    """Say so where a class has IoU 0 because no run predicts it."""
+    counts = [run.counts.sum(0) for runs in recipes.values() for run in runs]
+    unpredicted = (counts[0].sum(1) > 0) & (sum(counts).sum(0) == 0)
+    low, high = axes.get_xlim()
+    side = "right" if high < -low else "left"  # of 0, where there is more room
+    for row in 1 + np.flatnonzero(unpredicted[order]):
+        text = f"   not predicted by {'either' if len(recipes) == 2 else 'any'}   "
+        axes.annotate(text, (0, row), ha=side, va="center", fontsize="small", color=plots.GREY)
 
 
 def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
@@ -120,13 +131,23 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
 
 
 def _draw_differences(
-    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple
+    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, floor: np.ndarray
 ) -> None:
-    """A mark and an interval per row."""
+    """A mark and an interval per row; `floor` is the baseline's IoU, below which no class can fall."""
     middle = np.append(result.difference, result.class_difference[order])
-    low, high = np.column_stack((result.interval, result.class_interval[:, order]))
+    interval = np.column_stack((result.interval, result.class_interval[:, order]))
+    possible = interval.clip(-floor, 1 - floor)
     significant = np.append(result.p_value, result.class_p_value[order]) < LEVEL
     rows = np.arange(len(middle)) + offset
-    axes.hlines(rows, low, high, color=colour, linewidth=1.5)
+    axes.hlines(rows, *possible, color=colour, linewidth=1.5)
+    for end, cut, marker in zip(possible, possible != interval, "<>", strict=True):
+        cut &= np.isfinite(end)
+        axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
     for filled, face in ((significant, colour), (~significant, "white")):
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
+
+
+def _write_differences(axes: Axes, differences: np.ndarray) -> None:
+    for row in np.flatnonzero(np.isfinite(differences)):
+        place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
+        axes.annotate(f"{round(differences[row], 3) + 0:+.3f}", color=plots.GREY, **place)

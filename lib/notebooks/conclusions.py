@@ -292,13 +292,11 @@ def describe_details(results: dict[str, Result]) -> str:
     for result in results.values():
         test = result.recipe_test
         if test is not None:
-            seeds = test.seed_variance / (test.seed_variance + test.scene_variance or 1)
             texts += [
                 f"**{result.recipe}** against **{result.against}**:",
                 "",
                 f"- {_say_classes(test, result.pair[0].classes)}",
-                f"- Seed test, on these very images: {_say_test(result.seed_test)}.",
-                f"- In the recipe test {seeds:.0%} of the variance is due to seeds, the rest to scenes.",
+                f"- Seed test, on these very images: {_say_test(result.seed_test)}. {_say_variance(test)}",
                 *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
                 "",
             ]
@@ -410,7 +408,11 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
         yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
     ]
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
-    return f"To answer, train {NEW_SEEDS} new seeds of both: {commands}"
+    seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
+    time = (
+        f", about {2 * NEW_SEEDS * np.mean(seconds) / 60:.0f} minutes one after the other" if seconds else ""
+    )
+    return f"To answer, train {NEW_SEEDS} new seeds of both{time}: {commands}"
 
 
 def _say_consequence(result: Result) -> str:
@@ -436,6 +438,13 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
     significant = [f"{name} {_say_number(difference)}" for name, difference, p in differences if p < LEVEL]
     tested = np.isfinite(test.class_p_value).sum()
     return f"Significant classes, Bonferroni-adjusted for {tested}: {', '.join(significant) or 'none'}."
+
+
+def _say_variance(test: RecipeComparison) -> str:
+    if not test.scene_variance:
+        return "No variance over scenes was found, so the recipe test equals the seed test."
+    share = test.seed_variance / (test.seed_variance + test.scene_variance)
+    return f"In the recipe test {share:.0%} of the variance is due to seeds, the rest to scenes."
 
 
 def _say_checkpoints(result: Result) -> str:

@@ -6,12 +6,10 @@ from matplotlib.colors import to_rgb
 from scored_runs import scored_folder, scored_run, some_counts
 
 from figures import SETS, class_names, draw
-from lib.classes import NYUV2_13
 from lib.metrics import iou, mean_truth_iou, pixel_accuracy
 from lib.notebooks.compare import (
     introduce_runs,
     plot_comparison,
-    read_published,
     score_table,
     show_scores,
 )
@@ -87,17 +85,6 @@ def test_runs_of_ones_own_are_introduced_in_one_line(home):
     assert introduce_runs([], "valid") == "0 runs, scored on split valid of no data."
 
 
-def test_published_figures():
-    table = read_published("experiments", "exp061, exp060")
-    assert table.valid_miou.tolist() == [0.6204, 0.6228]
-    by_class = read_published("class_iou", "exp061")
-    assert list(by_class.columns) == list(NYUV2_13)
-    assert by_class.mean(axis=1).iloc[0] == pytest.approx(0.6204, abs=0.001)
-    with pytest.raises(ValueError, match="published: found 'exp099', expected one of exp000, "):
-        read_published("experiments", "exp061, exp099")
-    assert len(read_published("experiments", "")) == 0
-
-
 @pytest.mark.parametrize("count", SETS)
 @pytest.mark.parametrize("others", [0, 1, 11])
 def test_comparison_of_few_and_many(count, others):
@@ -155,3 +142,43 @@ def test_marks_are_filled_where_the_adjusted_test_is_significant():
             test = result.recipe_test
             expected = [test.p_value < 0.05, *(test.class_p_value[order] < 0.05)]
             assert found[to_rgb(colours[name])] == expected
+
+
+def test_intervals_end_where_an_iou_would_leave_its_range():
+    """Class 2 has an IoU next to 0 in the baseline; its interval is cut there and says so."""
+    sides = [[some_counts(0.7, seed) for seed in seeds] for seeds in ((1, 2), (3, 4))]
+    rng = np.random.default_rng(0)
+    for counts in (*sides[0], *sides[1]):
+        kept = (counts[:, 2, 2] * 0.02 * rng.random(24) * (rng.random(24) < 0.2)).astype(int)
+        counts[:, 2, 0] += counts[:, 2, 2] - kept
+        counts[:, 2, 2] = kept
+    recipes = {
+        name: [scored_run(f"{name}{seed}", each, seed=seed) for seed, each in enumerate(side)]
+        for name, side in zip("ab", sides, strict=True)
+    }
+    tests = run_tests(recipes)
+    lowest = -np.mean([iou(run.counts)[2] for run in recipes["a"]])
+    assert tests["b"].recipe_test.class_interval[0, 2] < lowest
+    figure = plot_comparison(recipes, tests, run_colours(recipes))
+    (cut,) = [line for line in figure.axes[1].lines if line.get_marker() == "<" and len(line.get_xdata())]
+    assert cut.get_xdata() == pytest.approx([lowest])
+    (strokes,) = figure.axes[1].collections
+    ends = np.array([segment[:, 0] for segment in strokes.get_segments()])
+    assert ends.min() >= -1
+    assert ends[3, 0] == pytest.approx(lowest)
+
+
+@pytest.mark.parametrize(("count", "text"), [(2, "not predicted by either"), (3, "not predicted by any")])
+def test_a_class_that_no_run_predicts(count, text):
+    runs = []
+    for number in range(2 * count):
+        counts = some_counts(0.7, number)
+        counts[:, :, 0] += counts[:, :, 2]
+        counts[:, :, 2] = 0
+        runs.append(counts)
+    recipes = {
+        str(number): [scored_run(f"{number}{seed}", runs[2 * number + seed], seed=seed) for seed in (0, 1)]
+        for number in range(count)
+    }
+    texts = draw(plot_comparison(recipes, run_tests(recipes), run_colours(recipes)))
+    assert [found.strip() for found in texts].count(text) == 1

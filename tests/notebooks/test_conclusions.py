@@ -3,6 +3,7 @@ from dataclasses import fields, replace
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -326,7 +327,10 @@ def single_runs(**other):
     )
     settings = {"image_height": 48, "image_width": 64, "soft_iou_weight": 0.5} | other
     other = scored_run("soft", some_counts(0.72, 2), seed=1, scene=SCENE, **settings)
-    return [first, other]
+    return [
+        replace(run, history=pd.DataFrame({"seconds": [60.0, 90.0, minutes]}))
+        for run, minutes in ((first, 30), (other, 0))
+    ]
 
 
 def commands(text):
@@ -347,7 +351,9 @@ def test_single_runs_say_so_first_and_name_the_sweep(home):
     assert given["grid"] == {"soft_iou_weight": [0, 0.5]}
     assert given["seeds"] == [2, 3, 4, 5, 6]  # 1 is used
     assert given["split"] == "valid"
-    assert "train 5 new seeds of both: " in text
+    assert (
+        "train 5 new seeds of both, about 28 minutes one after the other: " in text
+    )  # 5 runs of 3 and 5 of 2.5 minutes
     assert commands(conclude(results)) == [given]
 
 
@@ -452,13 +458,26 @@ def test_a_plan_from_runs_of_ones_own(home):
     assert "if runs vary as those in earlier runs did" in describe_plan(runs, "valid")
 
 
-def test_what_the_variance_is_due_to_is_said():
-    recipes = {name: runs_of(name, 0.7, range(2), draw) for draw, name in enumerate("xy")}
-    (result,) = run_tests(recipes).values()
-    for scenes, said in ((1.0, "75%"), (0.0, "100%")):
-        test = replace(result.recipe_test, seed_variance=3.0, scene_variance=scenes)
-        text = describe_details({"y": replace(result, recipe_test=test)})
-        assert f"In the recipe test {said} of the variance is due to seeds, the rest to scenes." in text
+def test_no_variance_over_scenes_is_said():
+    sides = [
+        [
+            scored_run(f"{name}{seed}", some_counts(rate, 1, sd=0.0), seed=seed, scene=SCENE)
+            for seed, rate in enumerate(rates)
+        ]
+        for name, rates in (("a", (0.65, 0.70, 0.75)), ("b", (0.66, 0.71, 0.77)))
+    ]
+    results = run_tests({"base": sides[0], "other": sides[1]})
+    test = results["other"].recipe_test
+    results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
+    assert "No variance over scenes was found, so the recipe test equals the seed test." in describe_details(
+        results
+    )
+    results["other"] = replace(
+        results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)
+    )
+    assert "In the recipe test 75% of the variance is due to seeds, the rest to scenes." in describe_details(
+        results
+    )
 
 
 @pytest.mark.parametrize(

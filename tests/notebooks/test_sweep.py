@@ -281,7 +281,7 @@ def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, t
     Finished(planned, "test", str(tmp_path / "results"))
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
     (kept,) = read_runs(str(tmp_path / "results"), "test")
-    assert (kept.name, kept.parameters["seed"], kept.masks) == (name, 1, {})
+    assert (kept.name, kept.parameters["seed"], kept.masks) == (name, 1, None)
     assert kept.score == read_runs(name, "test")[0].score
 
 

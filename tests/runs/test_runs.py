@@ -68,12 +68,16 @@ def test_older_runs_of_the_name_are_kept(runs):
 
 @pytest.mark.parametrize("computed", [False, True])
 def test_a_run_that_fails_before_anything_was_computed_leaves_the_older_one_in_place(runs, computed):
-    with open_run(START | {"seed": 0}):
+    def fail(seed):
+        with open_run({"run_name": "trial", "seed": seed}) as run:
+            if computed:
+                (run / "last.pt").touch()
+            raise MemoryError
+
+    with open_run({"run_name": "trial", "seed": 0}) as run:
         pass
-    with pytest.raises(MemoryError), open_run(START | {"seed": 1}) as run:
-        if computed:
-            (run / "last.pt").touch()
-        raise MemoryError
+    with pytest.raises(MemoryError):
+        fail(1)
     assert read_parameters(run)["seed"] == computed
     assert len(list((runs / "older").iterdir())) == computed
 

@@ -6,11 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.metrics import iou, pixel_accuracy
+from lib.metrics import iou, mean_truth_iou, pixel_accuracy, strata_edges
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
+from lib.notebooks.error_analysis import name_bins
 from lib.runs.results import EXAMPLE, ScoredRun, read_own
-from lib.significance import LEVEL, SceneComparison, score_interval
+from lib.significance import LEVEL, SceneComparison, compare_recipes, score_interval
 
 A_A_ARM = "baseline_again"  # of the example
 EXPLAINED = (
@@ -151,3 +152,57 @@ def _write_differences(axes: Axes, differences: np.ndarray) -> None:
     for row in np.flatnonzero(np.isfinite(differences)):
         place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
         axes.annotate(f"{round(differences[row], 3) + 0:+.3f}", color=plots.GREY, **place)
+
+
+def compare_strata(
+    baseline: list[ScoredRun], members: list[ScoredRun], farthest_m: float = 10.0
+) -> pd.DataFrame:
+    """The recipe test on the pixels of each bin of each stratum that was kept, such as one of depth.
+
+    Args:
+        baseline: runs of one recipe over the same scenes, with strata.
+        members: runs of the other.
+        farthest_m: of the depth range that the strata were counted with.
+
+    Returns:
+        Per stratum and bin: its share of the pixels, the mIoU of the baseline over the classes in it, the difference
+        with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a stratum.
+    """
+    rows = []
+    for name, edges in strata_edges(farthest_m).items():
+        if name not in (baseline[0].strata or {}):
+            continue
+        sides = [
+            np.stack([run.strata[name] for run in side]).astype(np.int64) for side in (baseline, members)
+        ]
+        pixels = sides[0][0].sum((0, 2, 3))
+        kept = np.flatnonzero(pixels)
+        for at in kept:
+            first, other = (side[:, :, at] for side in sides)
+            test = compare_recipes(first, other, None).adjusted(len(kept))
+            score = np.mean([mean_truth_iou(run) for run in first])
+            found = (test.difference, *test.interval, test.p_value)
+            rows.append((name, name_bins(name, edges)[at], pixels[at] / pixels.sum(), score, *found))
+    columns = ["stratum", "bin", "pixels", "mIoU of the baseline", "difference", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@plots.styled
+def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
+    """The differences of `compare_strata` with their intervals, a panel for each stratum; filled where significant."""
+    strata = table.groupby("stratum", sort=False)
+    figure, grid = plots.new_figure(3, 1, len(strata), sharey=True, squeeze=False)
+    for axes, (name, rows) in zip(grid[0], strata, strict=True):
+        places = np.arange(len(rows))
+        axes.vlines(places, rows.low, rows.high, color=plots.VALID_COLOUR, linewidth=1.5)
+        for significant, face in ((True, plots.VALID_COLOUR), (False, "white")):
+            chosen = (rows.p < LEVEL).to_numpy() == significant
+            style = {"color": plots.VALID_COLOUR, "markerfacecolor": face}
+            axes.plot(places[chosen], rows.difference[chosen], "o", **style)
+        axes.axhline(0, color=plots.GREY, linewidth=1)
+        axes.set_xticks(places, rows.bin)
+        axes.set(title=f"by {name}".replace(" (", "\n("))
+        axes.grid(axis="y", color="0.92")
+    grid[0, 0].set_ylabel("difference in mIoU, 95 % interval")
+    plots.add_title(figure, title)
+    return figure

@@ -6,10 +6,12 @@ from matplotlib.colors import to_rgb
 from scored_runs import scored_folder, scored_run, some_counts
 
 from figures import SETS, class_names, draw
-from lib.metrics import iou, mean_truth_iou, pixel_accuracy
+from lib.metrics import DISTANCE, iou, mean_iou, mean_truth_iou, pixel_accuracy
 from lib.notebooks.compare import (
+    compare_strata,
     introduce_runs,
     plot_comparison,
+    plot_strata_differences,
     score_table,
     show_scores,
 )
@@ -182,3 +184,36 @@ def test_a_class_that_no_run_predicts(count, text):
     }
     texts = draw(plot_comparison(recipes, run_tests(recipes), run_colours(recipes)))
     assert [found.strip() for found in texts].count(text) == 1
+
+
+def with_strata(run, better):
+    """Eight scenes with two classes, in two bins of the distance to a boundary; in the second `better` pixels more are right."""
+    counts = np.zeros((8, 6, 2, 2), np.uint32)
+    wobble = np.random.default_rng(run.parameters["seed"]).integers(0, 5, (8, 2))
+    for at, more in ((0, 0), (2, better)):
+        right = 60 + wobble + more
+        counts[:, at, 0] = np.stack((right[:, 0], 100 - right[:, 0]), 1)
+        counts[:, at, 1] = np.stack((100 - right[:, 1], right[:, 1]), 1)
+    return replace(run, strata={DISTANCE: counts})
+
+
+def test_a_difference_by_stratum_is_that_of_the_pixels_there():
+    sides = [
+        [
+            with_strata(scored_run(f"{better}{seed}", seed=seed), better)
+            for seed in (shift, shift + 1, shift + 2)
+        ]
+        for better, shift in ((0, 1), (20, 11))
+    ]
+    table = compare_strata(*sides)
+    assert table.stratum.tolist() == [DISTANCE] * 2
+    assert table.bin.tolist() == ["0-1", "2-4"]
+    assert table.pixels.tolist() == [0.5, 0.5]
+    for at, row in zip((0, 2), table.itertuples(), strict=True):
+        scores = [[mean_iou(run.strata[DISTANCE][:, at].astype(int)) for run in side] for side in sides]
+        assert row.difference == pytest.approx(np.mean(scores[1]) - np.mean(scores[0]))
+        assert row[4] == pytest.approx(np.mean(scores[0]))
+    assert table.p[0] > 0.05 > table.p[1]
+    assert table.low[1] > 0 > table.low[0]
+    texts = draw(plot_strata_differences(table, "with depth minus without"))
+    assert {"0-1", "2-4", "with depth minus without"} <= set(texts)

@@ -377,9 +377,9 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     larger = sum(pair >= abs(run.score - first.score) for pair in pairs)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone: {larger} of {len(pairs)} pairs of runs that differ in nothing but the seed "
-        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, "
-        f"split {run.split}) differ by at least as much."
+        f"- Seeds alone (no p-value: pairs share runs): of {len(pairs)} pairs of earlier runs of one recipe and fold that "
+        f"differ in nothing but the seed, {larger} differ by at least as much "
+        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, split {run.split})."
     ]
 
 
@@ -412,7 +412,7 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     time = (
         f", about {2 * NEW_SEEDS * np.mean(seconds) / 60:.0f} minutes one after the other" if seconds else ""
     )
-    return f"To answer, train {NEW_SEEDS} new seeds of both{time}: {commands}"
+    return f"To answer, train {NEW_SEEDS} new seeds of each, {2 * NEW_SEEDS} runs{time}: {commands}"
 
 
 def _say_consequence(result: Result) -> str:
@@ -428,8 +428,9 @@ def _say_consequence(result: Result) -> str:
     aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
     return (
-        f"Inconclusive is not equal: true differences from {low} to {high} agree with these runs. To find a true "
-        f"difference of {aim:.3f} with 80 % power takes {spread.say_seeds(aim, test.comparisons)}."
+        f"Inconclusive is not equal: on new seeds and scenes like these, true differences from {low} to {high} agree "
+        f"with these runs. To find half of what they can find, {aim:.3f}, with 80 % power takes "
+        f"{spread.say_seeds(aim, test.comparisons)}, all of them new."
     )
 
 
@@ -437,14 +438,18 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
     differences = zip(classes, test.class_difference, test.class_p_value, strict=True)
     significant = [f"{name} {_say_number(difference)}" for name, difference, p in differences if p < LEVEL]
     tested = np.isfinite(test.class_p_value).sum()
-    return f"Significant classes, Bonferroni-adjusted for {tested}: {', '.join(significant) or 'none'}."
+    listed = f"{', '.join(significant)}; the others are inconclusive" if significant else "none"
+    return f"Significant classes (difference in IoU, Bonferroni-adjusted for {tested}): {listed}."
 
 
 def _say_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
-        return "No variance over scenes was found, so the recipe test equals the seed test."
+        return (
+            "No variance of the difference over scenes was found, so the recipe test equals the seed test; that does not "
+            "mean that there is none."
+        )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
-    return f"In the recipe test {share:.0%} of the variance is due to seeds, the rest to scenes."
+    return f"In the recipe test {share:.0%} of the variance of the difference is due to seeds, the rest to scenes."
 
 
 def _say_checkpoints(result: Result) -> str:

@@ -237,7 +237,7 @@ def test_every_conclusion_agrees_with_its_row(drawn):
     assert summary.count("Prefer base") == ((table.p < 0.05) & (table.difference < 0)).sum()
     for result, part in zip(results.values(), details.split("**recipe ")[1:], strict=True):
         test = result.recipe_test
-        named = re.search(r"adjusted for (\d)\d*: (.*)\.", part)
+        named = re.search(r"adjusted for (\d)\d*\): ([^;\n]*)", part)
         expected = [name for name, p in zip(CLASSES, test.class_p_value, strict=True) if p < 0.05]
         assert re.findall("[a-z]+", named[2]) == (expected or ["none"])
         assert int(named[1]) == np.isfinite(test.class_difference).sum()
@@ -352,7 +352,7 @@ def test_single_runs_say_so_first_and_name_the_sweep(home):
     assert given["seeds"] == [2, 3, 4, 5, 6]  # 1 is used
     assert given["split"] == "valid"
     assert (
-        "train 5 new seeds of both, about 28 minutes one after the other: " in text
+        "train 5 new seeds of each, 10 runs, about 28 minutes one after the other: " in text
     )  # 5 runs of 3 and 5 of 2.5 minutes
     assert commands(conclude(results)) == [given]
 
@@ -407,7 +407,7 @@ def test_how_much_seeds_alone_change(home):
     larger = sum(abs(a - b) >= abs(other.score - first.score) for a, b in combinations(scores, 2))
     assert 1 <= larger <= 5
     assert larger != sum(abs(a - b) >= 2 * abs(other.score - first.score) for a, b in combinations(scores, 2))
-    assert f"Seeds alone: {larger} of 6 pairs of runs" in text
+    assert f"seed, {larger} differ by at least as much" in text
     assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
 
 
@@ -469,14 +469,16 @@ def test_no_variance_over_scenes_is_said():
     results = run_tests({"base": sides[0], "other": sides[1]})
     test = results["other"].recipe_test
     results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
-    assert "No variance over scenes was found, so the recipe test equals the seed test." in describe_details(
-        results
+    assert (
+        "No variance of the difference over scenes was found, so the recipe test equals"
+        in describe_details(results)
     )
     results["other"] = replace(
         results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)
     )
-    assert "In the recipe test 75% of the variance is due to seeds, the rest to scenes." in describe_details(
-        results
+    assert (
+        "In the recipe test 75% of the variance of the difference is due to seeds, the rest to scenes."
+        in describe_details(results)
     )
 
 

@@ -17,10 +17,9 @@ from lib.runs.results import group_recipes, identity, read_results, recipe, sele
 from lib.significance import compare_checkpoints, compare_recipes, plan
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted(path.parent for path in (ROOT / "notebooks" / "studies").glob("*/runs.jsonl"))
-EXAMPLE, PRETRAINED, SOFT_IOU = (
-    ROOT / "notebooks" / "studies" / name for name in ("example", "pretrained", "soft_iou")
-)
+STUDIES_FOLDER = ROOT / "notebooks" / "studies"
+STUDIES = sorted(path.parent for path in STUDIES_FOLDER.glob("*/runs.jsonl"))
+EXAMPLE, PRETRAINED, SOFT_IOU = (STUDIES_FOLDER / name for name in ("example", "pretrained", "soft_iou"))
 
 
 def published(study, start, end):
@@ -307,3 +306,17 @@ def test_the_published_scores():
     for name, values in by_class.loc[["exp050", "exp060", "exp061"]].items():
         assert f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |" in page
     assert by_class.loc["exp061"].mean() == pytest.approx(0.6204, abs=0.001)
+
+
+def test_the_normalisation():
+    study = STUDIES_FOLDER / "normalisation"
+    recipes = group_recipes(read_results(study), "rgb_normalisation exp061")
+    for name in ("exp061", "weights"):
+        texts = published(study, f"| `{name}` |", "|\n")
+        assert rounded(scores(recipes[f"rgb_normalisation {name}"]), texts) == texts
+    result, values = recipe_test(*recipes.values())
+    texts = published(study, "better by ", ";")
+    assert rounded(values, texts) == texts
+    assert not (result.class_p_value < 0.05).any()
+    (commit,) = re.findall(r"commit `(\w+)`", (study / "README.md").read_text())
+    assert all(run.commit.startswith(commit) and run.tree_unchanged for run in read_results(study))

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib.metrics import class_accuracy, pixel_accuracy
+from lib.metrics import DISTANCE, class_accuracy, pixel_accuracy
+from lib.notebooks.compare import compare_strata
 from lib.notebooks.conclusions import measure_spread, result_table, run_tests
 from lib.notebooks.sweep import plan_runs
 from lib.runs.results import group_recipes, identity, read_results, recipe, select_runs, without_fold
@@ -19,7 +20,9 @@ from lib.significance import compare_checkpoints, compare_recipes, plan
 ROOT = Path(__file__).parents[1]
 STUDIES_FOLDER = ROOT / "notebooks" / "studies"
 STUDIES = sorted(path.parent for path in STUDIES_FOLDER.glob("*/runs.jsonl"))
-EXAMPLE, PRETRAINED, SOFT_IOU = (STUDIES_FOLDER / name for name in ("example", "pretrained", "soft_iou"))
+DEPTH, EXAMPLE, PRETRAINED, SOFT_IOU = (
+    STUDIES_FOLDER / name for name in ("depth", "example", "pretrained", "soft_iou")
+)
 
 
 def published(study, start, end):
@@ -320,3 +323,98 @@ def test_the_normalisation():
     assert not (result.class_p_value < 0.05).any()
     (commit,) = re.findall(r"commit `(\w+)`", (study / "README.md").read_text())
     assert all(run.commit.startswith(commit) and run.tree_unchanged for run in read_results(study))
+
+
+# depth
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """RGB, and RGB and depth, pooled over folds."""
+    return group_recipes(select_runs(read_results(DEPTH), "seed in (1, 2, 3)"), "RGB")
+
+
+def test_the_runs_of_the_study_of_depth():
+    study, made = yaml.safe_load((DEPTH / "study.yaml").read_text()), read_results(DEPTH)
+    rgb = {"fold": [0, 1, 2, 3, 4], "inputs": ["rgb"], "learning_rate": [0.004]}
+    grids = [(study["grid"], study["seeds"]), (rgb, study["seeds"])]
+    rates = {"fold": [4], "inputs": ["rgb", "rgbd"], "learning_rate": [0.001, 0.002, 0.004, 0.008]}
+    grids.append((rates, [42]))
+    weights = {"encoder_weights_digest": made[0].parameters["encoder_weights_digest"]}
+    planned = [
+        identity(parameters | weights)
+        for grid, seeds in grids
+        for parameters in plan_runs(None, study["fixed"] | {"data": "/disk/NYUv2"}, grid, seeds).values()
+    ]
+    assert sorted(planned) == sorted(identity(run.parameters) for run in made)
+    (commit,) = re.findall(r"commit `(\w+)`", (DEPTH / "README.md").read_text())
+    assert {run.commit.startswith(commit) for run in made if run.parameters["seed"] != 42} == {True}
+    assert all(run.tree_unchanged for run in made)
+    assert len({run.processor for run in made}) == 1
+
+
+def test_the_tuning_of_depth():
+    tuned = [run for run in read_results(DEPTH) if run.parameters["seed"] == 42]
+    for arm, start, end in (
+        ("rgb", "and 0.008): RGB alone ", "; with"),
+        ("rgbd", "; with depth ", ". The fourth"),
+    ):
+        texts = published(DEPTH, start, end)
+        runs = [run for run in tuned if run.parameters["inputs"] == arm]
+        runs.sort(key=lambda run: run.parameters["learning_rate"])
+        assert rounded([run.score for run in runs], texts) == texts
+
+
+def test_what_depth_adds(inputs):
+    for name in inputs:
+        texts = published(DEPTH, f"| {name} |", "|\n")
+        assert rounded(scores(inputs[name]), texts) == texts
+    result, values = recipe_test(*inputs.values())
+    texts = published(DEPTH, "RGB and depth is better, ", "3 seeds, 123 scenes)")
+    assert rounded(values[:3], texts[:3]) == texts[:3]
+    assert values[3] < float(texts[3]) == 0.001
+    by_class = dict(
+        zip(
+            inputs["RGB"][0].classes,
+            zip(result.class_difference, *result.class_interval, strict=True),
+            strict=True,
+        )
+    )
+    for name in ("floor", "table", "wall"):
+        texts = published(DEPTH, f"{name} ", ")")
+        assert rounded(by_class[name], texts) == texts
+    significant = [name for name, p in zip(by_class, result.class_p_value, strict=True) if p < 0.05]
+    assert significant == ["floor", "table", "wall"]
+    share = result.seed_variance / (result.seed_variance + result.scene_variance)
+    assert f"{share:.0%}".replace("%", " %") + " of the variance" in (DEPTH / "README.md").read_text()
+    _, values = recipe_test(*without_fold(inputs, 4).values())
+    texts = published(DEPTH, "Without fold 4: ", ")")
+    assert rounded(values[:3], texts[:3]) == texts[:3]
+    assert values[3] < 0.001
+    accuracy = [np.mean([pixel_accuracy(run.counts) for run in runs]) for runs in inputs.values()]
+    texts = published(DEPTH, "without a test): ", " with depth")
+    assert rounded(accuracy, texts) == texts
+
+
+def test_where_depth_helps(inputs):
+    table = compare_strata(*inputs.values())
+    by_boundary = table[table.stratum == DISTANCE]
+    assert by_boundary.bin[by_boundary.p < 0.05].tolist() == ["1-2", "2-4", "4-8", "8-16"]
+    texts = published(DEPTH, "away from a boundary (", ")")
+    found = by_boundary.difference[by_boundary.p < 0.05]
+    assert rounded([found.min(), found.max()], texts) == texts
+    by_depth = table[table.stratum == "depth (m)"]
+    assert by_depth.bin[by_depth.p < 0.05].tolist() == ["3-4"]
+    texts = published(DEPTH, "**By distance from the camera**: ", ", significant")
+    assert rounded([by_depth.difference.min(), by_depth.difference.max()], texts) == texts
+
+
+def test_the_numbers_of_the_first_page(inputs, recipes):
+    """What stands between markers there is what the pages of the studies say."""
+    page = (ROOT / "README.md").read_text()
+    for study in (DEPTH, SOFT_IOU):
+        (stated,) = re.findall(rf"<!-- studies/{study.name} -->(.*?)<!-- end -->", page)
+        detail = (study / "README.md").read_text()
+        difference, rest = stated.split(" mIoU (")
+        assert difference in detail
+        assert rest.split("; 3 seeds")[0] in detail

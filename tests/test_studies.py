@@ -418,3 +418,19 @@ def test_the_numbers_of_the_first_page(inputs, recipes):
         difference, rest = stated.split(" mIoU (")
         assert difference in detail
         assert rest.split("; 3 seeds")[0] in detail
+
+
+def test_fine_tuning():
+    study, page = STUDIES_FOLDER / "fine_tuning", (ROOT / "notebooks" / "docs" / "experiments.md").read_text()
+    arms = group_recipes(read_results(study), "from ImageNet")
+    for name, runs in arms.items():
+        texts = published(study, f"| {name} |", "|\n")
+        assert rounded(scores(runs), texts) == texts
+        assert re.search(rf"\| {name}.* \| {texts[-1]} \|", page)
+    for name, end in (("from a run", ")"), ("from scratch", ", p < 0.001")):
+        _, values = recipe_test(arms["from ImageNet"], arms[name], comparisons=2)
+        texts = published(study, "is better by " if name == "from a run" else "is worse by ", end)
+        assert rounded(values[: len(texts)], texts) == texts
+        assert f"{values[0]:+.3f} ({values[1]:+.3f} to {values[2]:+.3f})" in page
+    assert values[3] < 0.001
+    assert all(run.tree_unchanged and run.commit.startswith("a895853") for run in read_results(study))

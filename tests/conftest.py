@@ -48,6 +48,14 @@ def pytest_collection_finish(session):
         train("demo", small_samples(), **data)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def runs_of_tests(tmp_path_factory):
+    """Another folder of runs than that of the notebooks, which take the latest run there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def scenes() -> Samples:
     """A dozen built-in synthetic scenes at their native size."""

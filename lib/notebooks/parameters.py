@@ -18,8 +18,8 @@ def check_parameters() -> dict[str, object]:
         The values in force, by name, of everything that the notebook declares as `name: type = value`.
 
     Raises:
-        ValueError: names that are not declared and values of another type than declared, all at once; else a
-            value that `lib.options` does not allow.
+        ValueError: names that are not declared, values of another type than declared or that `lib.options` does not
+            allow; all at once.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
     annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on
@@ -28,12 +28,21 @@ def check_parameters() -> dict[str, object]:
     injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
     given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
     problems = [explain_unknown(name, declared) for name in given if name not in declared]
-    problems += [_mistyped(name, namespace[name], kind) for name, kind in declared.items()]
+    problems += [
+        _mistyped(name, namespace[name], kind) or _refused(name, namespace[name])
+        for name, kind in declared.items()
+    ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
-    values = {name: namespace[name] for name in declared}
-    check_options(**values)
-    return values
+    return {name: namespace[name] for name in declared}
+
+
+def _refused(name: str, value: object) -> str | None:
+    try:
+        check_options(**{name: value})
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _mistyped(name: str, value: object, declared: type) -> str | None:
@@ -41,13 +50,11 @@ def _mistyped(name: str, value: object, declared: type) -> str | None:
     if type(value) in kinds or (type(value) is int and float in kinds):
         return None
     expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-    hints = {
-        "; in YAML write 0.0001, because 1e-4 is read as text": isinstance(value, str) and float in kinds,
-        "; papermill knows True, False and None with a capital only": (
-            isinstance(value, str) and (bool in kinds or type(None) in kinds)
-        ),
-        f"; papermill's -p reads 001 as a number, -r as text: `-r {name} 001`": str in kinds
-        and value is not None,
-    }
-    hint = next((hint for hint, applies in hints.items() if applies), "")
+    hint = ""
+    if isinstance(value, str) and float in kinds:
+        hint = "; in YAML write 0.0001, because 1e-4 is read as text"
+    elif isinstance(value, str) and (bool in kinds or type(None) in kinds):
+        hint = "; papermill knows True, False and None with a capital only"
+    elif str in kinds and value is not None:
+        hint = f"; papermill's -p reads 001 as a number, -r as text: `-r {name} 001`"
     return f"{name}: found {value!r}, expected {expected}{hint}"

@@ -72,7 +72,7 @@ def test_a_plan_holds_every_combination_and_seed():
 def test_a_name_depends_on_the_parameters_alone():
     one, two = names(None, {}, {"soft_iou_weight": [1, 2]}, [5])
     assert names(None, {}, {"soft_iou_weight": [2, 1]}, [4, 5])[2:] == [two, one]
-    assert names(None, {"epochs": 12, "num_workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [
+    assert names(None, {"epochs": 8, "num_workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [
         one
     ]
     assert names(None, {"epochs": 13}, {"soft_iou_weight": [1]}, [5]) != [one]

@@ -434,3 +434,14 @@ def test_fine_tuning():
         assert f"{values[0]:+.3f} ({values[1]:+.3f} to {values[2]:+.3f})" in page
     assert values[3] < 0.001
     assert all(run.tree_unchanged and run.commit.startswith("a895853") for run in read_results(study))
+
+
+def test_new_channels():
+    study = STUDIES_FOLDER / "new_channels"
+    arms = group_recipes(read_results(study), "new channels at zero")
+    for start, runs in zip(("| zero |", "| the mean of RGB's |"), arms.values(), strict=True):
+        texts = published(study, start, "|\n")
+        assert rounded(scores(runs), texts) == texts
+    _, values = recipe_test(*arms.values())
+    texts = published(study, "Recipe test: ", "; 3 seeds")
+    assert rounded(values, texts) == texts

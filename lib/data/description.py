@@ -198,11 +198,10 @@ def read_description(root: Path) -> Description:
         _refuse_nearly(root)
         return Description(root=root)
     try:
-        content = (
-            yaml.safe_load(path.read_bytes()) or {}
-        )  # which finds its encoding, whatever the system's is
+        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is no YAML ({error})") from error
+    content = {} if content is None else content  # nothing, or comments alone
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
         if OLDER_NAMES.get(unknown[0]) in KEYS:

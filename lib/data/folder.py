@@ -158,12 +158,15 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     paths = {}
     others = Counter()
     for path in walk_files(top):
+        match = wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix())
+        if match is None:  # of another kind in the same folder
+            continue
         if path.suffix.lower() not in SUFFIXES[kind]:
             others[path.suffix] += 1
-        elif match := wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix()):
-            name = compose("/".join(match.groups()))
-            if paths.setdefault(name, path) != path:
-                raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
+            continue
+        name = compose("/".join(match.groups()))
+        if paths.setdefault(name, path) != path:
+            raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
     if not paths and (others or kind == "image"):
         found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
         expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])

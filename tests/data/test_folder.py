@@ -2,6 +2,7 @@ from dataclasses import replace as change
 
 import numpy as np
 import pytest
+import yaml
 from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
@@ -251,3 +252,21 @@ def test_bad_descriptions(folder, text, message):
         load_samples(folder, "train")
     assert str(error.value).startswith(f"{folder / 'dataset.yaml'}: ")
     assert message in str(error.value)
+
+
+def test_kinds_in_one_folder_are_told_apart_by_their_names(tmp_path, scenes):
+    """Photographs are no labels in a wrong format: in the test split labels are held back."""
+    kinds = {"image": "{name}_rgb.jpg", "depth": "{name}_depth.png", "label": "{name}_label.png"}
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"folders": kinds}))
+    for split, written in (("train", ("image", "depth", "label")), ("test", ("image", "depth"))):
+        (tmp_path / split).mkdir()
+        for at, name in enumerate(scenes.names[:4].tolist()):
+            for kind in written:
+                path = tmp_path / split / kinds[kind].format(name=f"{split}{name}")
+                Image.fromarray(getattr(scenes, kind)[at]).save(path)
+    assert list(load_samples(tmp_path, "train", "none").names) == [
+        f"train{name}" for name in scenes.names[:4]
+    ]
+    test = load_samples(tmp_path, "test")
+    assert test.label is None
+    np.testing.assert_array_equal(test.depth, scenes.depth[:4])

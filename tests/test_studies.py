@@ -397,7 +397,7 @@ def test_what_depth_adds(inputs):
 
 
 def test_where_depth_helps(inputs):
-    table = compare_strata(*inputs.values())
+    table = compare_strata(*inputs.values(), farthest_m=10.0)
     by_boundary = table[table.stratum == DISTANCE]
     assert by_boundary.bin[by_boundary.p < 0.05].tolist() == ["1-2", "2-4", "4-8", "8-16"]
     texts = published(DEPTH, "away from a boundary (", ")")

@@ -255,10 +255,11 @@ def browse_results(
         (sample,) = split[np.array([index])]
         return view_sample(sample, {name: look(sample) for name, look in looks.items()}, shades, only)
 
-    a, b = (*counts.values(), *counts.values())[:2]
+    a, *others = counts.values()
     orders = {"wrong pixels": lambda only: -(a * (cells[only] & ~correct)).sum((1, 2))}
     orders |= {"IoU": lambda only: score(a, only)}
-    if len(counts) > 1:
+    if others:
+        (b,) = others
         orders = {"gain of B": lambda only: score(a, only) - score(b, only)}
         orders |= {"loss of B": lambda only: score(b, only) - score(a, only)}
     orders |= {words: lambda _, key=key: key for words, key in (keys or {}).items()}

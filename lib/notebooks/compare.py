@@ -154,9 +154,7 @@ def _write_differences(axes: Axes, differences: np.ndarray) -> None:
         axes.annotate(f"{round(differences[row], 3) + 0:+.3f}", color=plots.GREY, **place)
 
 
-def compare_strata(
-    baseline: list[ScoredRun], members: list[ScoredRun], farthest_m: float = 10.0
-) -> pd.DataFrame:
+def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest_m: float) -> pd.DataFrame:
     """The recipe test on the pixels of each bin of each stratum that was kept, such as one of depth.
 
     Args:

@@ -180,7 +180,7 @@ def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Resul
     against, baseline = next(iter(recipes.items()))
     members = recipes[name]
     shared = match_seeds(baseline, members)
-    first, other = (*shared, (baseline[0], members[0]))[0]
+    first, other = shared[0] if shared else (baseline[0], members[0])
     sides = list(map(list, zip(*shared, strict=True))) if paired else [baseline, members]
     result = Result(name, against, (len(baseline), len(members)), (first, other))
     tests = {}

@@ -26,8 +26,8 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
     baseline, *others = recipes
     other = compare_with or others[-1]
     check_choice("compare_with", other, others)
-    sides = [recipes[baseline], recipes[other]]
-    first, second = (*match_seeds(*sides), [side[0] for side in sides])[0]
+    shared = match_seeds(recipes[baseline], recipes[other])
+    first, second = shared[0] if shared else (recipes[baseline][0], recipes[other][0])
     return {name_run(first, baseline): first, name_run(second, other): second}
 
 

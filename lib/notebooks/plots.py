@@ -332,16 +332,17 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
         axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
     line = {"color": VALID_COLOUR, "marker": "."}
-    score.plot(history.epoch, history.valid_pixel_acc, **line, linestyle="--", label="pixel accuracy")
-    score.plot(history.epoch, history.valid_miou, **line, label="mIoU")
+    score.plot(history.epoch, history.valid_pixel_acc, **line, linestyle="--")
+    score.plot(history.epoch, history.valid_miou, **line)
     score.set(title="No validation images", ylim=(0, 1))
+    score.set_ylabel("mIoU (solid), accuracy (dashed)", fontsize="small")
     if history.valid_miou.notna().any():
         best = history.loc[history.valid_miou.idxmax()]
         score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
     for axes in (loss, score, *small):
         axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    add_legend(figure, [*loss.lines[:2], *score.lines[:2]])
+    add_legend(figure, loss.lines[:2])
     return figure
 
 

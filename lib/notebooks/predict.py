@@ -44,8 +44,8 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
     with progress_bar("predicting", len(pieces)) as bar:
         for image in pieces:
             start = time.perf_counter()
-            path = folder and folder / f"{image.names[0]}.png"
-            found = path and path.exists() and _read_mask(path, image)
+            path = None if folder is None else folder / f"{image.names[0]}.png"
+            found = _read_mask(path, image) if path is not None and path.exists() else None
             mask, sure = found or _predict_mask(path, model, image)
             if not found:
                 took.append(1000 * (time.perf_counter() - start))

@@ -288,9 +288,8 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
 def _remote_task():
     """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
 
-    @ray.remote(
-        max_retries=10, max_calls=1
-    )  # where machines are lost; a process that has ended holds no GPU memory
+    # retried where a machine is lost; a process that has ended holds no GPU memory
+    @ray.remote(max_retries=10, max_calls=1)
     def run_on_worker(root: str, settings: dict, parameters: dict, split: str) -> str | None:
         needed = [f"{root}/lib", f"{settings['RUNS_DIR']}/notebooks", parameters["data"]]
         missing = [path for path in needed if path != "synthetic" and not Path(path).exists()]
@@ -330,15 +329,14 @@ def progress_table(
     rows = {}
     for name, parameters in runs.items():
         history = finished[name].history if name in finished else _read_begun(name)
-        holds = {
-            "waiting": True,
-            "running": executed_notebook(name).exists(),
-            "failed": bool(errors.get(name)),
-            "done": name in finished,
-        }
-        left = 0 if name in finished else parameters["epochs"] - len(history)
+        state = "running" if executed_notebook(name).exists() else "waiting"
+        if name in finished:
+            state = "done"
+        elif errors.get(name):
+            state = "failed"
+        left = 0 if state == "done" else parameters["epochs"] - len(history)
         rows[name] = {
-            "state": [state for state, true in holds.items() if true][-1],
+            "state": state,
             "epochs": f"{len(history)} of {parameters['epochs']}",
             "valid_miou": history.valid_miou.max(),
             "minutes_left": left * history.seconds.mean() / 60 if left else 0,

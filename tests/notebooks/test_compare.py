@@ -205,7 +205,7 @@ def test_a_difference_by_stratum_is_that_of_the_pixels_there():
         ]
         for better, shift in ((0, 1), (20, 11))
     ]
-    table = compare_strata(*sides)
+    table = compare_strata(*sides, farthest_m=10.0)
     assert table.stratum.tolist() == [DISTANCE] * 2
     assert table.bin.tolist() == ["0-1", "2-4"]
     assert table.pixels.tolist() == [0.5, 0.5]

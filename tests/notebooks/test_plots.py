@@ -249,7 +249,8 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
     assert "Best validation mIoU: 0.400 at epoch 2" in texts
     assert len(figure.findobj(Legend)) == 1
     assert {line.get_color() for line in figure.axes[1].lines} == {VALID_COLOUR}
-    assert {"mIoU", "pixel accuracy"} <= set(texts)
+    assert "mIoU (solid), accuracy (dashed)" in texts
+    assert [line.get_linestyle() for line in figure.axes[1].lines] == ["--", "-"]
     assert "Loss: cross-entropy + 0.5 (1 - soft IoU) + 0.1 (depth L1)" in texts
     assert [axes.get_title(loc="left") for axes in figure.axes[2:]] == [
         "cross-entropy",

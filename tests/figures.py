@@ -14,10 +14,10 @@ SETS = (2, 13, 40, 60)
 
 
 def class_names(count):
-    """NYUv2's 13 or 40 classes; of other sets, names that are too long."""
+    """NYUv2's 13 or 40 classes; of other sets, names that are too long and, as formulas, wrong."""
     known = {13: NYUV2_13, 40: NYUV2_40}
     return known.get(count) or tuple(
-        f"{index:02d}, a name of a class as nobody would write it by hand" for index in range(count)
+        f"{index:02d} $_$ a name of a class as nobody would write it by hand" for index in range(count)
     )
 
 

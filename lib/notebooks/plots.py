@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from IPython import get_ipython
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
@@ -68,10 +69,19 @@ TERMS = {  # of the loss, as they are drawn
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
 }  # fmt: skip
 FEW = 20  # classes up to which matrices show numbers and rows are wide
+# Chinese, Japanese and Korean names take the first of these that is installed.
+ASIAN_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans",
+    "Apple SD Gothic Neo", "Arial Unicode MS",
+)  # fmt: skip
+FONTS = [name for name in ASIAN_FONTS if name in font_manager.get_font_names()]
 styled = matplotlib.rc_context({  # a decorator
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlesize": "medium", "figure.titlesize": "medium",
     "legend.frameon": False, "image.interpolation": "nearest",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.family": [*matplotlib.rcParams["font.family"], *FONTS],
 })  # fmt: skip
 
 
@@ -266,6 +276,7 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
     return -(-len(handles) // columns), columns
 
 
+@styled
 def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
     """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}

@@ -31,6 +31,7 @@ from lib.notebooks.plots import (
     plot_curves,
     plot_grid,
     plot_history,
+    plot_matrix,
     run_colours,
     shorten,
     small_png,
@@ -314,3 +315,9 @@ def test_curves():
             )
         )
     )
+
+
+def test_dollar_signs_in_names_make_no_formula():
+    names = ["a$_$b", "$x$"]  # as mathematics the first can't be drawn
+    shares = pd.DataFrame(np.eye(2), index=pd.Index(names), columns=pd.Index(names))
+    assert {*names, "of 3$_$4.png"} <= set(draw(plot_matrix(shares, "of 3$_$4.png")))

@@ -17,7 +17,7 @@ from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
 from lib.progress import progress_bar
-from lib.runs import read_parameters, runs_folder
+from lib.runs import is_of_older_version, read_parameters, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split
 
@@ -31,7 +31,9 @@ def find_folds(run: Path) -> list[Path]:
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
         other = read_parameters(path.parent)
-        if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
+        if is_of_older_version(other) or other["seed"] != parameters["seed"]:
+            continue
+        if recipe(other) == recipe(parameters):
             folds[other["fold"]] = path.parent
     pooled = len(folds) == FOLDS and parameters["validation"] not in ("random", "predefined", "none")
     return [folds[fold] for fold in range(FOLDS)] if pooled else [run]
@@ -39,15 +41,17 @@ def find_folds(run: Path) -> list[Path]:
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:
     """The images that `check_labels` looks at: the validation images, with five folds all labelled images."""
-    split, whole = ("train", {"validation": "none"}) if len(runs) > 1 else ("valid", {})
-    return iterate_split(read_parameters(runs[0]) | whole, split, data)
+    parameters = read_parameters(runs[0])
+    if len(runs) > 1:
+        return iterate_split(parameters | {"validation": "none"}, "train", data)
+    return iterate_split(parameters, "valid", data, run=runs[0])
 
 
 def check_labels(
     runs: list[Path], data: str | None = None, batch_size: int = 8, device: str = "auto"
 ) -> pd.DataFrame:
     """`rank_regions` of the validation images of these runs, each predicted by the run that validates on it."""
-    splits = [iterate_split(read_parameters(run), "valid", data) for run in runs]
+    splits = [iterate_split(read_parameters(run), "valid", data, run=run) for run in runs]
     with progress_bar("checking labels", sum(map(len, splits))) as bar:
 
         def predictions() -> Iterator[Predicted]:

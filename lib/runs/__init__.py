@@ -266,6 +266,20 @@ def read_parameters(run: Path) -> dict:
     return read_json(run / "parameters.json")
 
 
+def is_of_older_version(parameters: dict[str, object]) -> bool:
+    """Whether they have their names of before the first release, under which nothing is found."""
+    return "validation" not in parameters
+
+
+def check_version(run_name: str, parameters: dict[str, object]) -> None:
+    """Raises a ValueError for a run of an older version."""
+    if is_of_older_version(parameters):
+        raise ValueError(
+            f"run {run_name!r} was trained before parameters were renamed, so its parameters.json has no "
+            "`validation`; train it again"
+        )
+
+
 def find_run(run: str, parameter: str = "run") -> Path:
     """The folder of a trained run: `latest`, a name, or a path, which a parameter of the notebook holds.
 

@@ -19,6 +19,8 @@ from lib.runs import (
     MAY_CHANGE,
     PLACES,
     RECORDED,
+    check_version,
+    is_of_older_version,
     list_runs,
     read_counts,
     read_history,
@@ -129,7 +131,7 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     """A run from its folder, as `score_run` wrote it.
 
     Raises:
-        ValueError: it is not scored on that split.
+        ValueError: it is not scored on that split, or of an older version.
     """
     path = run / "evaluation" / f"{split}.json"  # which is written last
     if not path.exists():
@@ -144,11 +146,7 @@ def read_scored(run: Path, split: str) -> ScoredRun:
             "on split valid"
         )
     parameters = read_parameters(run)
-    if is_of_older_version(parameters):
-        raise ValueError(
-            f"runs: {run.name!r} was trained before parameters were renamed, so its parameters.json has no "
-            "`validation`; train it again"
-        )
+    check_version(run.name, parameters)
     strata = path.with_suffix(".strata.npz")
     return ScoredRun(
         name=run.name,
@@ -163,11 +161,6 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         **{name: parameters.get(name) for name in RECORDED},
         **read_counts(path.with_suffix(".npz"))._asdict(),
     )
-
-
-def is_of_older_version(parameters: dict[str, object]) -> bool:
-    """Whether a run's parameters have their names of before the first release, under which it can't be compared."""
-    return "validation" not in parameters
 
 
 def scored_folders(split: str) -> list[Path]:

@@ -20,7 +20,7 @@ from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
 from lib.options import check_choice
 from lib.progress import progress_bar
-from lib.runs import find_run, open_run, read_images, read_parameters, write_counts
+from lib.runs import check_version, find_run, open_run, read_images, read_parameters, write_counts
 from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
@@ -75,7 +75,9 @@ def iterate_split(
 
     Raises:
         DataError: the data lack images that the run was trained with.
+        ValueError: the run is of an older version.
     """
+    check_version(parameters.get("run_name"), parameters)
     source = parameters["data"] if data is None else data
     own = {}
     if run is not None and Path(source).name == Path(parameters["data"]).name:

@@ -86,6 +86,10 @@ def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[3]
+    older = runs_folder() / "a run of an older version"
+    older.mkdir()
+    (older / "best.pt").touch()
+    (older / "parameters.json").write_text('{"run_name": "older", "split": "blocks", "seed": 42}')
     found = find_folds(run)
     assert [path.name for path in found] == list(folds.values())
     everything = open_checked(found)

@@ -106,7 +106,7 @@ def test_a_run_of_before_the_rename_is_skipped_by_all_and_refused_by_name(home):
     facts.pop("validation")
     write_json(facts, older / "evaluation" / "valid.json")
     assert found("all") == ["new"]
-    assert refused("new,older").startswith("runs: 'older' was trained before parameters were renamed")
+    assert refused("new,older").startswith("run 'older' was trained before parameters were renamed")
 
 
 def test_some_images_of_a_run():

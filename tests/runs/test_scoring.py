@@ -606,3 +606,9 @@ def test_names_of_runs_that_no_disk_takes_are_refused(name):
         open_run({"run_name": name}).__enter__()
     with open_run({"run_name": name[:100]}) as folder:
         assert folder.is_dir()
+
+
+def test_a_run_of_an_older_version_is_refused():
+    """Its `split` would be left out, and other images validate."""
+    with pytest.raises(ValueError, match="run 'mine' was trained before parameters were renamed"):
+        iterate_split({"run_name": "mine", "data": "synthetic", "split": "random", "fold": 4}, "valid")

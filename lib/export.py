@@ -85,9 +85,9 @@ def _neighbours(length: int, count: int) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 def _resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`resize_nearest` of `(1, H, W)`, to the pixel: cv2, too, adds up steps, with the same errors where they tie."""
+    """`resize_nearest` of `(1, H, W)`, to the pixel."""
     rows, columns = (
-        (torch.tensor([0.5] + [1.0] * (count - 1)).double() * _scale(length, count)).cumsum(0).long()
+        (2 * torch.arange(count) + 1) * torch.scalar_tensor(length, dtype=torch.int64) // (2 * count)
         for length, count in zip(depth.shape[1:3], size, strict=True)
     )
     return depth.to(torch.int32)[:, rows][:, :, columns].float()  # few operations know uint16

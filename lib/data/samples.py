@@ -185,9 +185,12 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize one `(H, W)` array without inventing values."""
-    # INTER_NEAREST would take each block's upper left pixel and so shift depth against RGB.
-    numbers = array.view(np.uint8) if array.dtype == bool else array
-    return cv2.resize(numbers, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(array.dtype)
+    # cv2's nearest neighbours depend on its version where two pixels are equally near.
+    rows, columns = (
+        (2 * np.arange(count) + 1) * length // (2 * count)  # the pixel under the centre of the new one
+        for length, count in zip(array.shape, size, strict=True)
+    )
+    return array.take(rows, 0).take(columns, 1)
 
 
 def choose_evenly(count: int, chosen: int) -> np.ndarray:

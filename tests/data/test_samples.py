@@ -30,6 +30,8 @@ def test_nearest_resizing_stays_aligned_with_rgb():
     assert np.abs(cv2.resize(ramp, (20, 20), interpolation=cv2.INTER_NEAREST) - by_area).max() >= 2
     assert set(np.unique(resize_nearest(np.array([[0, 9]], np.uint8).repeat(7, 0), (5, 3)))) == {0, 9}
     assert resize_nearest(np.eye(8, dtype=bool), (4, 4)).dtype == bool
+    # The centre of the middle one of seven new pixels lies on the boundary of two old ones: it belongs to the second.
+    assert resize_nearest(np.array([[3, 4]]), (1, 7)).tolist() == [[3, 3, 3, 4, 4, 4, 4]]
 
 
 def test_resizing_keeps_what_is_no_picture(scenes):

@@ -61,7 +61,8 @@ def encode_depth(
 ) -> torch.Tensor:
     """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest, which missing depth can't be told from.
+    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest, which missing depth can't be told
+    from.
     """
     check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
@@ -116,8 +117,8 @@ def encode_batch(raw: RawBatch, config: ModelConfig, device: torch.device) -> Ba
 def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Compose | None:
     """`exp061`: flip, shift 5 %, scale 10 %, rotate 5 degrees; `crops`: random-resized crops and flip.
 
-    `zooms`: scale 0.5 to 2, shift 25 % and flip. `_colour` also changes brightness, contrast, saturation and hue of the
-    RGB image.
+    `zooms`: scale 0.5 to 2, shift 25 % and flip. `_colour` also changes brightness, contrast, saturation and
+    hue of the RGB image.
 
     Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
     is missing depth; labels are passed as label + 1, so that it comes back as 255.
@@ -257,7 +258,8 @@ def training_loader(
         raise ValueError(
             f"num_workers: found {num_workers}, expected 0 (load in the training process) or more"
         )
-    # each worker prepares two batches in shared memory, the one in use and the next beside them; without room it waits
+    # each worker prepares two batches in shared memory, the one in use and the next beside them; without room
+    # it waits
     needed = (
         min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)
     )  # 7 bytes a pixel

@@ -1,4 +1,6 @@
-"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of them."""
+"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of
+them.
+"""
 
 import itertools
 import math
@@ -64,8 +66,9 @@ class Evaluation:
         boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
         losses: the plain mean over batches of each term of the loss; None without a loss.
-        strata: `{name: (G, bins, C, C)}` uint32 of the G scenes in the order of `np.unique(scene)`, see `strata_counts`;
-            None where scenes are unknown, there are more than 60 classes, or they were not asked for.
+        strata: `{name: (G, bins, C, C)}` uint32 of the G scenes in the order of `np.unique(scene)`, see
+            `strata_counts`; None where scenes are unknown, there are more than 60 classes, or they were not
+            asked for.
     """
 
     names: np.ndarray
@@ -89,8 +92,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a network on samples at their own size.
 
-    Its inputs shrink to the size it works at, and class scores grow back before the decision, at most 1 GiB of them at
-    a time.
+    Its inputs shrink to the size it works at, and class scores grow back before the decision, at most 1 GiB
+    of them at a time.
 
     Args:
         model: from `build_model` or `load_model`.
@@ -141,7 +144,9 @@ def decide(scores: torch.Tensor) -> torch.Tensor:
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
-    """Logits `(B, C, H, W)` of each view at the size it was seen at; depth at the batch's size and loss of the first."""
+    """Logits `(B, C, H, W)` of each view at the size it was seen at; depth at the batch's size and loss of
+    the first.
+    """
     config, device = model.config, next(model.parameters()).device
     logits, depth_m, losses = [], None, None
     for flipped, view in _looks(batch, views, config.size):
@@ -162,7 +167,9 @@ def _predict_views(
 def _decide(
     views: list[torch.Tensor], size: tuple[int, int], confidence: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The most likely class `(B, H, W)` and, if wanted, its probability: scores at full size exist for few rows at a time."""
+    """The most likely class `(B, H, W)` and, if wanted, its probability: scores at full size exist for few
+    rows at a time.
+    """
     count, classes = views[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
     sure = np.empty((count, *size), np.float32) if confidence else None

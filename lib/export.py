@@ -1,4 +1,6 @@
-"""A trained network as an ONNX file: from what a camera gives to class ids, without torch and without this project."""
+"""A trained network as an ONNX file: from what a camera gives to class ids, without torch and without this
+project.
+"""
 
 import json
 from copy import deepcopy
@@ -22,7 +24,9 @@ CHECKED_SIZE = 427, 561  # odd, so that no working size divides it
 
 
 class CameraNet(nn.Module):
-    """What `evaluate` does to one picture of any size, in operations that ONNX knows with sizes known only later."""
+    """What `evaluate` does to one picture of any size, in operations that ONNX knows with sizes known only
+    later.
+    """
 
     def __init__(self, model: SegmentationDepthNet) -> None:
         super().__init__()
@@ -55,7 +59,9 @@ def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) -> torch.Tensor:
-    """Means over areas: two matrix products, of how much of each old pixel (columns) lies in each new one (rows)."""
+    """Means over areas: two matrix products, of how much of each old pixel (columns) lies in each new one
+    (rows).
+    """
     overlaps = []
     for length, count, scale in zip(pixels.shape[1:], size, scales, strict=True):
         old, new = torch.arange(length), scale * torch.arange(count)[:, None]
@@ -96,11 +102,12 @@ def _resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
     """Write a network as an ONNX file that takes pictures of any size.
 
-    Inputs: `image`, `(1, H, W, 3)` uint8 RGB, and where the network takes it `depth`, `(1, H, W)` uint16 millimetres,
-    0 = missing. Outputs: `labels`, `(1, H, W)` uint8, and `confidence`, float32. Metadata: `classes`, a JSON list.
+    Inputs: `image`, `(1, H, W, 3)` uint8 RGB, and where the network takes it `depth`, `(1, H, W)` uint16
+    millimetres, 0 = missing. Outputs: `labels`, `(1, H, W)` uint8, and `confidence`, float32. Metadata:
+    `classes`, a JSON list.
 
-    Returns the share of pixels of a random picture that get the same class from the file as from `evaluate`; below
-    99.9 % nothing is written and a ValueError raised.
+    Returns the share of pixels of a random picture that get the same class from the file as from `evaluate`;
+    below 99.9 % nothing is written and a ValueError raised.
     """
     model = deepcopy(model).cpu().eval()
     content, samples = _convert(model), _random_picture(model)

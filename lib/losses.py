@@ -22,8 +22,8 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
         labels: `(N, H, W)` integers 0..C-1, 255 = ignore.
         pooling: `batch`: I and U of the whole batch, averaged over the classes with a labelled pixel
             in it, the form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with a
-            labelled pixel of the class. `exp061`: per image I / (U + 1e-6), averaged over images x classes present
-            in the batch; a pair whose class is absent from the image adds a constant 1 without
+            labelled pixel of the class. `exp061`: per image I / (U + 1e-6), averaged over images x classes
+            present in the batch; a pair whose class is absent from the image adds a constant 1 without
             gradient, so a perfect prediction does not give 0 and an unlabelled image costs 1. Kept to
             reproduce Exp061.
 
@@ -93,7 +93,8 @@ def _soft_iou_loss(
 
 
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch has it.
+    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch
+    has it.
 
     It sorts the pixels of each class, for which a GPU waits. A batch without a labelled pixel gives 0.
     """
@@ -105,8 +106,8 @@ def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tens
     """`(C,)` float32: median frequency over the frequency of each class, 1 for a class that does not occur.
 
     The frequency of a class is its share of the labelled pixels of the images that have it: Eigen and Fergus,
-    "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale Convolutional Architecture",
-    ICCV 2015.
+    "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale Convolutional
+    Architecture", ICCV 2015.
 
     Args:
         labels: `(N, H, W)` of the training images, 255 = ignore.

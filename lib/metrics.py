@@ -1,7 +1,7 @@
 """Metrics: confusion matrices per image first, then scores. Counts add up, scores do not.
 
-IoU averaged over batches or images is another number than the mIoU that papers report, so every score of a set of
-images pools counts first.
+IoU averaged over batches or images is another number than the mIoU that papers report, so every score of a
+set of images pools counts first.
 """
 
 import math
@@ -114,7 +114,8 @@ def truth_iou(counts: Array) -> np.ndarray:
 def mean_truth_iou(counts: Array) -> float:
     """Mean of `iou` over the classes in the truth: the mIoU that this project reports.
 
-    Classes that are only predicted are left out, so that all runs and epochs average the same classes of the same images.
+    Classes that are only predicted are left out, so that all runs and epochs average the same classes of the
+    same images.
 
     Raises:
         ValueError: no labelled pixel.
@@ -167,10 +168,11 @@ def boundary_counts(
 ) -> np.ndarray:
     """The counts behind boundary IoU: only pixels near the boundary of their region count.
 
-    After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here have
-    unlabelled slivers around nearly every region: the ground truth's boundaries are taken after every unlabelled
-    pixel has the nearest label, the prediction's where the prediction alone has them, and of both bands only labelled
-    pixels count. The border of the image is no boundary. Bands are pooled over images, as the IoU is.
+    After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here
+    have unlabelled slivers around nearly every region: the ground truth's boundaries are taken after every
+    unlabelled pixel has the nearest label, the prediction's where the prediction alone has them, and of both
+    bands only labelled pixels count. The border of the image is no boundary. Bands are pooled over images, as
+    the IoU is.
 
     Args:
         prediction: `(N, H, W)` classes.
@@ -284,7 +286,9 @@ def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray)
 
 
 def depth_scores(sums: np.ndarray) -> dict[str, float]:
-    """AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`; NaN without a pixel."""
+    """AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`; NaN without a
+    pixel.
+    """
     valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
     return {
         "abs_rel": relative / valid,

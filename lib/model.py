@@ -95,8 +95,8 @@ class SegmentationDepthNet(nn.Module):
     `started_anew` holds what `init_from` could not copy, by name the number of parameters.
 
     By default DeepLabV3+: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
-    Segmentation", ECCV 2018, as in segmentation-models-pytorch. The depth head is like the segmentation head, on
-    the same decoder output.
+    Segmentation", ECCV 2018, as in segmentation-models-pytorch. The depth head is like the segmentation head,
+    on the same decoder output.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -137,11 +137,12 @@ def build_model(
     """A network ready to train, in float32 on the CPU.
 
     Args:
-        encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or the
-            path of a file, see `load_encoder_weights`.
+        encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or
+            the path of a file, see `load_encoder_weights`.
         rgb_normalisation: `weights` takes the mean and std that the pretrained weights were trained with, and
             Exp061's without pretrained weights; `exp061` always takes Exp061's.
-        init_from: a `best.pt` whose weights to begin with, see `copy_weights`; its normalisation goes with them.
+        init_from: a `best.pt` whose weights to begin with, see `copy_weights`; its normalisation goes with
+            them.
         config: see `ModelConfig`.
 
     Raises:
@@ -210,10 +211,10 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
 def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:
     """Copy every weight of a trained network whose name and shape fit.
 
-    In the first layer the filters of channels that both networks take are copied, and those of other channels start
-    at zero, so that the network first sees what the trained one saw; without a common channel it starts anew. The
-    RGB normalisation is copied. A segmentation head for other classes and a depth head that the trained network
-    lacks start anew; `started_anew` names them.
+    In the first layer the filters of channels that both networks take are copied, and those of other channels
+    start at zero, so that the network first sees what the trained one saw; without a common channel it starts
+    anew. The RGB normalisation is copied. A segmentation head for other classes and a depth head that the
+    trained network lacks start anew; `started_anew` names them.
 
     Raises:
         ValueError: another encoder or architecture.
@@ -288,16 +289,20 @@ def is_file(weights: str | None) -> bool:
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
-    """SHA-256 of a file of weights, so that a run knows them wherever they lie; None for a name or no such file."""
+    """SHA-256 of a file of weights, so that a run knows them wherever they lie; None for a name or no such
+    file.
+    """
     if not is_file(weights) or not Path(weights).expanduser().exists():
         return None
     return hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest()
 
 
 def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own configuration.
+    """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own
+    configuration.
 
-    A file of weights has no configuration: timm's for this encoder is taken, or ImageNet's where timm does not know it.
+    A file of weights has no configuration: timm's for this encoder is taken, or ImageNet's where timm does
+        not know it.
 
     Raises:
         RuntimeError: smp's configuration can't be fetched.
@@ -319,14 +324,14 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
 def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:
     """Fill an encoder of segmentation-models-pytorch with pretrained weights.
 
-    Those of its first layer are repeated over the input channels and rescaled, or summed for one channel, as timm
-    does, whether they come by name or from a file.
+    Those of its first layer are repeated over the input channels and rescaled, or summed for one channel, as
+    timm does, whether they come by name or from a file.
 
     Args:
         encoder: of any number of input channels.
-        encoder_weights: `imagenet` or another name that the encoder has, or the path of a .pth or .safetensors
-            file with names as timm or segmentation-models-pytorch write them. Such a file is read as data:
-            nothing in it is executed.
+        encoder_weights: `imagenet` or another name that the encoder has, or the path of a .pth or
+            .safetensors file with names as timm or segmentation-models-pytorch write them. Such a file is
+            read as data: nothing in it is executed.
         name: of the encoder.
 
     Raises:

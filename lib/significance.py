@@ -1,12 +1,13 @@
-"""Is a difference between two runs or two recipes real? Three tests with different questions, and a plan for new runs.
+"""Is a difference between two runs or two recipes real? Three tests with different questions, and a plan for
+new runs.
 
 The checkpoint test, `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
 The seed test, `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
 The recipe test, `compare_recipes`: do the two recipes differ on scenes like these? Seeds and scenes vary.
 
-Images of one scene are alike, so the cases are scenes. Scores are IoU pooled over all images, and the mIoU averages
-the classes in the truth, the same for both sides. Differences are b minus a. With fewer than 6 scenes there is no
-result: what depends on scenes is NaN.
+Images of one scene are alike, so the cases are scenes. Scores are IoU pooled over all images, and the mIoU
+averages the classes in the truth, the same for both sides. Differences are b minus a. With fewer than 6
+scenes there is no result: what depends on scenes is NaN.
 """
 
 from dataclasses import dataclass, replace
@@ -36,11 +37,14 @@ class Comparison:
 
     @property
     def detectable(self) -> float:
-        """The true difference that is found with 80 % power, at the level 0.05 over the number of comparisons."""
+        """The true difference that is found with 80 % power, at the level 0.05 over the number of
+        comparisons.
+        """
         return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons or 1)
 
     def adjusted(self, comparisons: int) -> "Comparison":
-        """The same result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes neither.
+        """The same result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes
+        neither.
 
         p-values and intervals of classes are adjusted for the number of classes that are tested.
 
@@ -61,7 +65,9 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneComparison(Comparison):
-    """What the checkpoint test and the recipe test share. Of a class in fewer than two scenes, interval and p-value are NaN."""
+    """What the checkpoint test and the recipe test share. Of a class in fewer than two scenes, interval and
+    p-value are NaN.
+    """
 
     class_difference: Array  # (C,) of the IoU; NaN for a class that is not in the truth
     class_interval: Array  # (2, C)
@@ -121,7 +127,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class ScoreInterval:
-    """mIoU over the classes in the truth, and IoU `(C,)`, with 95 % intervals `(low, high)` and `(2, C)` in 0..1."""
+    """mIoU over the classes in the truth, and IoU `(C,)`, with 95 % intervals `(low, high)` and `(2, C)` in
+    0..1.
+    """
 
     score: float
     interval: tuple[float, float]
@@ -133,11 +141,12 @@ class ScoreInterval:
 def compare_checkpoints(
     counts_a: Array, counts_b: Array, scene: Array | None, seed: int = 0
 ) -> CheckpointComparison:
-    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about their recipes.
+    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about their
+    recipes.
 
     Intervals are Tukey's jackknife, leaving out scene by scene (Efron and Tibshirani, "An Introduction to the
-    Bootstrap", 1993, chapter 11); p-values say how often exchanging the two in some of the scenes gives as large a
-    difference, over all 2^G ways for up to 14 scenes, else over 9,999 drawn with `seed`.
+    Bootstrap", 1993, chapter 11); p-values say how often exchanging the two in some of the scenes gives as
+    large a difference, over all 2^G ways for up to 14 scenes, else over 9,999 drawn with `seed`.
 
     Args:
         counts_a: `(N, C, C)` counts per image, rows = truth.
@@ -157,7 +166,8 @@ def compare_checkpoints(
 
 
 def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
-    """The seed test: do two recipes differ on these very images? Welch's t test (Biometrika, 1947) over seeds.
+    """The seed test: do two recipes differ on these very images? Welch's t test (Biometrika, 1947) over
+    seeds.
 
     Args:
         scores_a: `(S,)` the score of each run of recipe a.
@@ -184,11 +194,12 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
 def compare_recipes(
     counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False
 ) -> RecipeComparison:
-    """The recipe test: do two recipes differ on scenes like these? Only this one may say that a recipe is better.
+    """The recipe test: do two recipes differ on scenes like these? Only this one may say that a recipe is
+    better.
 
-    Crossed t, with seeds as readers and scenes as cases (Obuchowski and Rockette, Communications in Statistics,
-    1995; degrees of freedom as by Hillis, Statistics in Medicine, 2007): the variance of the difference is that
-    over seeds, plus the jackknife covariance over scenes between runs of different seeds.
+    Crossed t, with seeds as readers and scenes as cases (Obuchowski and Rockette, Communications in
+    Statistics, 1995; degrees of freedom as by Hillis, Statistics in Medicine, 2007): the variance of the
+    difference is that over seeds, plus the jackknife covariance over scenes between runs of different seeds.
 
     Args:
         counts_a: `(S, N, C, C)` counts per run and image, rows = truth.
@@ -236,11 +247,12 @@ def plan(
         runs: of each recipe (their harmonic mean where they differ).
         folds: that each run is trained and scored on, 1 without cross-validation.
         scenes: in all folds together.
-        run_sd: standard deviation over seeds of the mIoU on one fold; if `paired`, that of the difference within
-            pairs over the square root of 2.
+        run_sd: standard deviation over seeds of the mIoU on one fold; if `paired`, that of the difference
+            within pairs over the square root of 2.
         variance_per_scene: `scene_variance` of an earlier recipe test times its number of scenes.
         paired: whether runs of one seed belong together.
-        scene_degrees: degrees of freedom over scenes, fewer for scenes of unequal size; None takes scenes - 1.
+        scene_degrees: degrees of freedom over scenes, fewer for scenes of unequal size; None takes scenes -
+            1.
 
     Raises:
         ValueError: fewer than 2 runs or 6 scenes; variances that are negative, no numbers, or all 0.
@@ -265,7 +277,8 @@ def plan(
 
 
 def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
-    """The standard deviation over seeds, pooled over cells of recipe and fold, with its 95 % chi-square range.
+    """The standard deviation over seeds, pooled over cells of recipe and fold, with its 95 % chi-square
+    range.
 
     Args:
         scores: of each cell those of its runs, `(S,)` each.
@@ -289,9 +302,9 @@ def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
     """What all tests need of counts `(..., N, C, C)`.
 
-    Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores `(..., 1 + C)`;
-    scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as many as equally large
-    ones have, for a class over the images that have it.
+    Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores `(...,
+    1 + C)`; scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as many
+    as equally large ones have, for a class over the images that have it.
     """
     images, classes = counts.shape[-3:-1]
     scene = np.arange(images) if scene is None else np.asarray(scene)
@@ -333,7 +346,9 @@ def _jackknife_error(left_out: Array) -> Array:
 
 
 def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array, Array]:
-    """Variances `(sides, K)` due to seeds and `(K,)` due to scenes, of scores `(S, K)` and `(S, G, K)` without each."""
+    """Variances `(sides, K)` due to seeds and `(K,)` due to scenes, of scores `(S, K)` and `(S, G, K)`
+    without each.
+    """
     seeds = np.stack([side.var(0, ddof=1) / len(side) for side in scores])
     scenes = sum(_covariance(side, side) for side in left_out)
     if len(left_out) == 2:
@@ -342,7 +357,9 @@ def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array
 
 
 def _covariance(first: Array, second: Array) -> Array:
-    """Jackknife covariances `(K,)` of runs i of the first and j of the second `(S, G, K)`, a mean over all i != j."""
+    """Jackknife covariances `(K,)` of runs i of the first and j of the second `(S, G, K)`, a mean over all i
+    != j.
+    """
     scenes = first.shape[1]
     first, second = first - first.mean(1, keepdims=True), second - second.mean(1, keepdims=True)
     covariance = (scenes - 1) / scenes * np.einsum("igk,jgk->ijk", first, second)

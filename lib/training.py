@@ -93,7 +93,9 @@ class Objective:
 
 
 def build_objective(parameters: dict, train: Samples) -> Objective:
-    """The objective that the parameters of `train.ipynb` describe; class weights come from the training labels."""
+    """The objective that the parameters of `train.ipynb` describe; class weights come from the training
+    labels.
+    """
     check_options(class_weights=parameters["class_weights"])
     weights = None
     if parameters["class_weights"] == "median":
@@ -110,7 +112,8 @@ class Optimisation:
         epochs: passes over the training images.
         learning_rate: at its highest.
         weight_decay: of AdamW.
-        schedule: of the learning rate: `one_cycle`, updated after each batch, or `cosine` to 0, after each epoch.
+        schedule: of the learning rate: `one_cycle`, updated after each batch, or `cosine` to 0, after each
+            epoch.
         encoder_lr_scale: learning rate of the encoder over that of the rest.
         checkpoint: the epoch that is kept: `best`, of the highest validation mIoU (the last epoch without
             validation images), or `last`.
@@ -190,12 +193,14 @@ def fit(
 ) -> Iterator[dict[str, float]]:
     """Train, and yield each epoch's row of the history.
 
-    Where the run's folder holds a `last.pt`, training continues from it, on a CPU exactly, and the rows of earlier
-    epochs are yielded first; a finished run only yields its rows. What is written, and when: see `Checkpoint`. In
-    the end `report.md` is written. The `seconds` of a resumed epoch count from where it was resumed.
+    Where the run's folder holds a `last.pt`, training continues from it, on a CPU exactly, and the rows of
+    earlier epochs are yielded first; a finished run only yields its rows. What is written, and when: see
+    `Checkpoint`. In the end `report.md` is written. The `seconds` of a resumed epoch count from where it was
+    resumed.
 
     Args:
-        build: makes the network, the same each time, so that running a cell again never trains a trained network.
+        build: makes the network, the same each time, so that running a cell again never trains a trained
+            network.
         loader: from `training_loader`.
         valid: scored after each epoch; may be empty.
         run: the folder, opened by `open_run`.
@@ -204,7 +209,8 @@ def fit(
         precision, device: `auto` for what suits this machine.
 
     Raises:
-        ValueError: a device or precision that is not available, or data that changed since the run was started.
+        ValueError: a device or precision that is not available, or data that changed since the run was
+            started.
         MemoryError: a GPU's memory does not suffice.
         CheckpointError: `last.pt` can't be read.
         FloatingPointError: a loss is not finite; the images of its batch are named.
@@ -262,7 +268,9 @@ def fit(
 def training_step(
     model: nn.Module, batch: Batch, objective: Loss, optimizer: torch.optim.Optimizer, precision: str
 ) -> torch.Tensor:
-    """Forward, backward, update; returns the terms of the loss on the device, since `.item()` would make a GPU wait."""
+    """Forward, backward, update; returns the terms of the loss on the device, since `.item()` would make a
+    GPU wait.
+    """
     with autocast(batch.inputs.device, precision):
         prediction = model(batch.inputs)
     losses = objective(prediction, batch)
@@ -287,9 +295,8 @@ def train_epoch(
     model.train()
     words = bar.desc.removesuffix(": ")
     names = loader.dataset.samples.names
-    positions: list[
-        torch.Tensor
-    ] = []  # of the batches of this pass; those before were checked when they were saved
+    # of the batches of this pass; those before were checked when they were saved
+    positions: list[torch.Tensor] = []
     for raw in loader:
         state.losses.append(step(raw))
         positions.append(raw.position)

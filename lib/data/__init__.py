@@ -31,12 +31,13 @@ def load_samples(
         source: `"synthetic"` for the built-in synthetic scenes; the path of `nyu_depth_v2_labeled.mat`; or a
             folder with `train/{image,depth,label}` and `test/{image,depth}`, or as its `dataset.yaml` says;
             see README.md here.
-        split: `"train"`, `"valid"` (both chosen from the training images by `validation`, unless `predefined`) or `"test"`.
+        split: `"train"`, `"valid"` (both chosen from the training images by `validation`, unless
+            `predefined`) or `"test"`.
         validation: `"random"` (20 % of the images validate, as in Exp061), `"blocks"` (every fifth run
             of neighbouring ids validates), `"scenes"` (a fifth of the scenes validates, where they
             are known), `"none"` (all train, `"valid"` is empty), `"predefined"` (the data set has its own
-            valid split), or `"auto"`: `predefined`, `scenes`, `blocks` or `random`, the first that the data allow;
-            the built-in synthetic scenes begin with `blocks`.
+            valid split), or `"auto"`: `predefined`, `scenes`, `blocks` or `random`, the first that the data
+            allow; the built-in synthetic scenes begin with `blocks`.
         size: (height, width) to resize to, RGB by area, depth and label by nearest neighbour;
             None keeps the native size.
         limit: use only the first N images, before splitting; of a given split, its first N.
@@ -45,8 +46,8 @@ def load_samples(
 
     Raises:
         ValueError: an unknown `split` or `validation`, or a limit that leaves a split empty.
-        DataError: a missing folder or partner, a damaged file, sizes that differ, values that can't be RGB, depth
-            or labels, or a split to train or validate on in which nothing is labelled.
+        DataError: a missing folder or partner, a damaged file, sizes that differ, values that can't be RGB,
+            depth or labels, or a split to train or validate on in which nothing is labelled.
     """
     return iterate_samples(source, split, validation, size, limit, classes, fold).load()
 
@@ -61,7 +62,9 @@ def iterate_samples(
     fold: int = 4,
     batch_size: int = 8,
 ) -> Split:
-    """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is iterated over."""
+    """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is
+    iterated over.
+    """
     check_options(split=split, validation=validation, fold=fold, limit=limit, batch_size=batch_size)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")

@@ -19,7 +19,9 @@ Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # rows, and their a
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary folder."""
+    """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary
+    folder.
+    """
     with suppress(OSError, RuntimeError):  # not to be written, or a user without a home
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)
@@ -35,8 +37,8 @@ def map_arrays(
 ) -> dict[str, np.ndarray]:
     """The arrays made of a source, memory-mapped; made now where there are none for this key.
 
-    They lie in a folder named after source, kind and size, beside their key, which is written last. While one process
-    makes them, another that wants them waits.
+    They lie in a folder named after source, kind and size, beside their key, which is written last. While one
+    process makes them, another that wants them waits.
 
     Args:
         source: path of the data set, however it is spelt.

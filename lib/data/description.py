@@ -136,7 +136,9 @@ class Description(BaseModel):
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 class index of each label value or colour, then of all other values; 255: unlabelled, -1: an error."""
+        """int16 class index of each label value or colour, then of all other values; 255: unlabelled, -1: an
+        error.
+        """
         index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
         table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
@@ -154,7 +156,9 @@ class Description(BaseModel):
         return indices.astype(np.uint8)
 
     def refuse_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
-        """Raise the DataError of label values that are neither a class nor unlabelled, with their shares of pixels."""
+        """Raise the DataError of label values that are neither a class nor unlabelled, with their shares of
+        pixels.
+        """
         yaml, values = self.root / FILE, list(self.by_value)
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
@@ -191,7 +195,8 @@ def read_description(root: Path) -> Description:
     """The `dataset.yaml` of a folder, or the defaults where there is none.
 
     Raises:
-        DataError: no YAML mapping, an unknown key, a value that can't be meant, or a file that only nearly has the name.
+        DataError: no YAML mapping, an unknown key, a value that can't be meant, or a file that only nearly
+            has the name.
     """
     path = root / FILE
     if not path.exists():

@@ -40,7 +40,8 @@ def open_folder(root: Path, split: str) -> Split:
     """The images of a split as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
 
     Raises:
-        DataError: a missing folder or partner; when they are read, a damaged file or values that can't be meant.
+        DataError: a missing folder or partner; when they are read, a damaged file or values that can't be
+            meant.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
@@ -136,7 +137,9 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
 
 
 def _base(description: Description, split: str) -> Path:
-    """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says where."""
+    """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says
+    where.
+    """
     place = description.root / description.splits[split]
     says_where = any("{split}" in value for value in description.folders.values())
     return description.root if says_where or place.is_file() else place

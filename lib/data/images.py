@@ -18,8 +18,8 @@ def open_images(
 ) -> Split:
     """Pictures of any sizes, read one by one.
 
-    `synthetic`, a file, or a folder without those in it; depth is a file, or a folder of files named like the images,
-    in the stated unit, or in millimetres, which are then doubted.
+    `synthetic`, a file, or a folder without those in it; depth is a file, or a folder of files named like the
+    images, in the stated unit, or in millimetres, which are then doubted.
     A ValueError says what is missing; `DataError` names a file that can't be used, also while they are read.
     """
     if images == "synthetic":

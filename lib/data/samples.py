@@ -88,9 +88,10 @@ class Split:
     Attributes:
         names, classes, scene, depth_range_m, loaded_with: as in `Samples`.
         split: `train`, `valid` or `test`.
-        label_values: the value of each class in the data set's own label files; None where these are its indices.
-        read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch of
-            images of one size.
+        label_values: the value of each class in the data set's own label files; None where these are its
+            indices.
+        read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch
+            of images of one size.
         size: (height, width) to resize to; None keeps the native size.
         batch_size: images of a piece, at most.
         validation: how the validation images were chosen, never `auto`; before they are, how this source

@@ -1,4 +1,6 @@
-"""Sanity checks that need many files: the unit of depth, shifted labels, binary masks, values that are no class."""
+"""Sanity checks that need many files: the unit of depth, shifted labels, binary masks, values that are no
+class.
+"""
 
 import os
 from collections import Counter
@@ -27,7 +29,8 @@ UNITS = {
     0.1: "for tenths of mm",
 }
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
-# so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its objects
+# so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its
+# objects
 BETWEEN = 0.75
 
 
@@ -51,7 +54,8 @@ def check_files(description: Description, split: str, files: list[dict[str, Path
     """Look at files of a split together.
 
     Raises:
-        DataError: they can't be meant as the defaults of `dataset.yaml` take them; it has the line to write there.
+        DataError: they can't be meant as the defaults of `dataset.yaml` take them; it has the line to write
+            there.
     """
     depths = [paths["depth"] for paths in files if "depth" in paths]
     labels = [paths["label"] for paths in files if "label" in paths]
@@ -77,7 +81,9 @@ def _look_at(look: Callable[[Path], tuple], paths: list[Path]) -> list:
 
 
 def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
-    """`(N, 2)` of a sample: the median of what was measured, NaN where nothing was, and the share of the largest number."""
+    """`(N, 2)` of a sample: the median of what was measured, NaN where nothing was, and the share of the
+    largest number.
+    """
 
     def look(path: Path) -> tuple[float, float]:
         depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
@@ -112,7 +118,9 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
 
 
 def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
-    """What the medians of depth files are, if they are no millimetres of rooms, and the units that would make them so."""
+    """What the medians of depth files are, if they are no millimetres of rooms, and the units that would make
+    them so.
+    """
     near, far = INDOORS_MM
     median = np.nanmedian(medians)
     if near <= median <= far:

@@ -1,9 +1,9 @@
 """The built-in synthetic scenes: procedural rooms, ray-cast to RGB, depth and labels.
 
-A room is a list of boxes, so the first hit of each ray is exact. Colours overlap between classes, and pictures,
-screens and windows are flat: neither RGB nor depth is enough. Lengths are metres, x to the right, y up, the floor at
-y = 0. A part is (class, centre, half size, colour, texture); a piece is parts that stand around their own origin
-with their back towards -z, and its footprint (width, depth).
+A room is a list of boxes, so the first hit of each ray is exact. Colours overlap between classes, and
+pictures, screens and windows are flat: neither RGB nor depth is enough. Lengths are metres, x to the right, y
+up, the floor at y = 0. A part is (class, centre, half size, colour, texture); a piece is parts that stand
+around their own origin with their back towards -z, and its footprint (width, depth).
 """
 
 import os

@@ -20,10 +20,10 @@ def split_names(
 
     Args:
         names: of the images, sorted.
-        validation: `random`: 20 % of the images validate; equals scikit-learn's `train_test_split(test_size=0.2,
-            random_state=42)`, order included, because batches of the validation loss form in that order.
-            `blocks`: every fifth run of neighbouring ids validates. `scenes`: a fifth of the scenes validates.
-            `none` and `predefined`: all train.
+        validation: `random`: 20 % of the images validate; equals scikit-learn's
+            `train_test_split(test_size=0.2, random_state=42)`, order included, because batches of the
+            validation loss form in that order. `blocks`: every fifth run of neighbouring ids validates.
+            `scenes`: a fifth of the scenes validates. `none` and `predefined`: all train.
         scene: `(N,)` the scene of each image, where it is known.
         fold: which of the five folds of `blocks` and `scenes` validates.
 
@@ -66,8 +66,8 @@ def read_numbers(names: np.ndarray) -> np.ndarray | None:
 def number_runs(names: np.ndarray) -> np.ndarray | None:
     """`(N,)` number of the run of neighbouring ids that an image belongs to: nearly the scenes of NYUv2.
 
-    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are, or half as much again, so that
-    milliseconds 0, 33, 67 are. None where names are no numbers, or where most images would be alone.
+    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are, or half as much again, so
+    that milliseconds 0, 33, 67 are. None where names are no numbers, or where most images would be alone.
     """
     ids = read_numbers(names)
     if ids is None or not len(ids):

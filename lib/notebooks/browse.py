@@ -1,4 +1,6 @@
-"""Browse images: by class, by confusion, the most harmful first; in JupyterLab with widgets, else the first one."""
+"""Browse images: by class, by confusion, the most harmful first; in JupyterLab with widgets, else the first
+one.
+"""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -286,8 +288,9 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
         classes: their names.
 
     Returns:
-        Most costly first, by `A confused with B`: `cost` in mIoU over the classes in the ground truth, `pixels`,
-        their `share` of the wrong pixels, and the `images` with them. Classes of the truth that are confused alone.
+        Most costly first, by `A confused with B`: `cost` in mIoU over the classes in the ground truth,
+        `pixels`, their `share` of the wrong pixels, and the `images` with them. Classes of the truth that are
+        confused alone.
     """
     pooled = counts.sum(0)
     hits = np.diagonal(pooled)
@@ -313,7 +316,8 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
 def view_sample(
     sample: Samples, predicted: dict[str, "Predicted"], shades: ScalarMappable | None, only: str = ALL
 ) -> View:
-    """One image with the predictions of no, one or two runs; class colours outside of what is chosen are faded.
+    """One image with the predictions of no, one or two runs; class colours outside of what is chosen are
+    faded.
 
     `only` is `ALL`, a class, or two with `CONFUSED` between them, whose pixels are outlined.
     """
@@ -378,7 +382,8 @@ def plot_predictions(
 ) -> Figure:
     """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
 
-    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of each.
+    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of
+    each.
     """
     from lib.evaluation import Predicted  # here: it needs torch, see above
 
@@ -389,6 +394,8 @@ def plot_predictions(
 
 
 def runs_in_editor() -> bool:
-    """Whether JupyterLab or another editor runs this cell: they say which one it is, papermill and nbval don't."""
+    """Whether JupyterLab or another editor runs this cell: they say which one it is, papermill and nbval
+    don't.
+    """
     kernel = getattr(get_ipython(), "kernel", None)
     return "cellId" in kernel.get_parent().get("metadata", {}) if kernel else False

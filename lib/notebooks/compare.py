@@ -60,8 +60,8 @@ def plot_comparison(
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     By the recipe test where there is one, else by the checkpoint test of the pair of runs. A filled mark is
-    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one. Intervals end where an
-    IoU would leave 0..1; a triangle marks such an end.
+    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one. Intervals end
+    where an IoU would leave 0..1; a triangle marks such an end.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
@@ -163,8 +163,9 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
         farthest_m: of the depth range that the strata were counted with.
 
     Returns:
-        Per stratum and bin: its share of the pixels, the mIoU of the baseline over the classes in it, the difference
-        with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a stratum.
+        Per stratum and bin: its share of the pixels, the mIoU of the baseline over the classes in it, the
+        difference with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a
+        stratum.
     """
     rows = []
     for name, edges in strata_edges(farthest_m).items():
@@ -187,7 +188,9 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
 
 @plots.styled
 def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
-    """The differences of `compare_strata` with their intervals, a panel for each stratum; filled where significant."""
+    """The differences of `compare_strata` with their intervals, a panel for each stratum; filled where
+    significant.
+    """
     strata = table.groupby("stratum", sort=False)
     figure, grid = plots.new_figure(3, 1, len(strata), sharey=True, squeeze=False)
     for axes, (name, rows) in zip(grid[0], strata, strict=True):

@@ -1,4 +1,6 @@
-"""Results of a comparison: a table, the details below it, what single runs allow, a conclusion; and plans of new runs."""
+"""Results of a comparison: a table, the details below it, what single runs allow, a conclusion; and plans of
+new runs.
+"""
 
 import ast
 import itertools
@@ -89,7 +91,9 @@ class Spread:
     paired: bool = False
 
     def plan(self, runs: float, which: int = 0) -> Plan:
-        """The recipe test with so many runs of each recipe, by default with `run_sd` itself, on as many scenes."""
+        """The recipe test with so many runs of each recipe, by default with `run_sd` itself, on as many
+        scenes.
+        """
         return plan(
             runs,
             self.folds,
@@ -163,7 +167,9 @@ class Result:
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
-    """Every recipe compared with the first; if `paired`, runs of one seed belong together and others are left out."""
+    """Every recipe compared with the first; if `paired`, runs of one seed belong together and others are left
+    out.
+    """
     results = [_test(recipes, name, paired) for name in list(recipes)[1:]]
     for kind in ("recipe_test", "seed_test", "checkpoint_test"):
         tests = [getattr(result, kind) for result in results]
@@ -240,8 +246,8 @@ def _fold_scores(runs: list[ScoredRun]) -> np.ndarray:
 def result_table(results: dict[str, Result]) -> pd.DataFrame:
     """One row per comparison with the baseline, by the recipe test; NaN where the runs allow none.
 
-    Columns: recipe, against, difference (recipe minus against, mIoU), low and high (95 %), p, comparisons (that these
-    three are adjusted for), scenes, seeds, conclusion.
+    Columns: recipe, against, difference (recipe minus against, mIoU), low and high (95 %), p, comparisons
+    (that these three are adjusted for), scenes, seeds, conclusion.
     """
     rows = []
     for result in results.values():
@@ -271,7 +277,9 @@ def show_results(table: pd.DataFrame) -> Styler:
 
 
 def describe_single_runs(results: dict[str, Result]) -> str:
-    """What single runs allow: the checkpoint test, how much seeds alone change, and the sweep that would answer."""
+    """What single runs allow: the checkpoint test, how much seeds alone change, and the sweep that would
+    answer.
+    """
     texts = []
     for result in results.values():
         if min(result.runs) < 2:
@@ -318,7 +326,9 @@ def conclude(results: dict[str, Result]) -> str:
 
 
 def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> str:
-    """What a sweep, parameters by run name, can find if its runs vary as earlier ones on this data at this size did."""
+    """What a sweep, parameters by run name, can find if its runs vary as earlier ones on this data at this
+    size did.
+    """
     parameters = list(runs.values())
     seeds = len({each["seed"] for each in parameters})
     comparisons = len({recipe(each) for each in parameters}) - 1

@@ -57,7 +57,8 @@ class ErrorCounts:
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
-    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts are kept.
+    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts are
+    kept.
 
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
@@ -168,7 +169,9 @@ def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
 
 
 def suggest_experiment(errors: ErrorCounts) -> list[str]:
-    """For the most costly confusion, one sentence about where it happens and what to try; none without an error."""
+    """For the most costly confusion, one sentence about where it happens and what to try; none without an
+    error.
+    """
     ranked = rank_confusions(errors.confusion, errors.classes)
     if ranked.empty:
         return []

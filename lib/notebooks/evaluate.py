@@ -17,7 +17,9 @@ def saved_look(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Look:
 
 
 def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
-    """In Markdown: the scores that `score_run` returned, the best and the worst class, and where predictions are."""
+    """In Markdown: the scores that `score_run` returned, the best and the worst class, and where predictions
+    are.
+    """
     saved = f"Predictions of {scores['images']} images are in `{run.name}/evaluation/{split}`."
     if not scores["labelled"]:
         return saved

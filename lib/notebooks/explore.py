@@ -34,7 +34,8 @@ class DataCounts:
     Attributes:
         classes: names of the C classes.
         pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
-        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the top.
+        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the
+            top.
         adjacency: `(C, C)` pairs of nearby pixels of two classes, symmetric.
         depth_range_m: of the data, see `Samples`.
     """
@@ -87,7 +88,9 @@ def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
 
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
-    """By class, most common first: share of the labelled pixels, of the images, of its own pixels without depth."""
+    """By class, most common first: share of the labelled pixels, of the images, of its own pixels without
+    depth.
+    """
     total = counts.pixels[:, :-1].sum(0)
     shares = {"pixels": total / max(total.sum(), 1), "images": (counts.pixels[:, :-1] > 0).mean(0)}
     if counts.has_depth:
@@ -126,13 +129,14 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
     """For each `validation` that these images allow.
 
     Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
-    pairs of neighbouring ids are near-duplicates, and 0.6 % where thumbnails are compared instead. Those are taken to be
-    unrelated between which a quarter of the images lies, in order of their names. Memory grows with the number of
-    images, not with that of pairs.
+    pairs of neighbouring ids are near-duplicates, and 0.6 % where thumbnails are compared instead. Those are
+    taken to be unrelated between which a quarter of the images lies, in order of their names. Memory grows
+    with the number of images, not with that of pairs.
 
     Args:
         samples: the images to train on, or to choose validation images among.
-        valid: a split to validate on; its images are looked at too if it is the data set's own (`predefined`).
+        valid: a split to validate on; its images are looked at too if it is the data set's own
+            (`predefined`).
     """
     chosen = {}
     for validation in ("random", "blocks", "scenes"):
@@ -308,7 +312,9 @@ def plot_adjacency(counts: DataCounts) -> Figure:
 
 
 def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
-    """For each `validation`: the images on both sides and how many validation images resemble training images."""
+    """For each `validation`: the images on both sides and how many validation images resemble training
+    images.
+    """
     rows = {
         validation: {
             "training images": leak.train_count,
@@ -324,7 +330,9 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
-    """Validation images beside the training image most like them: those of one scene first, then the most alike."""
+    """Validation images beside the training image most like them: those of one scene first, then the most
+    alike.
+    """
     alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
     shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
     order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]

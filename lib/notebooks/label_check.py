@@ -1,4 +1,6 @@
-"""Labels worth a second look: regions in which networks that were not trained on the image confidently disagree."""
+"""Labels worth a second look: regions in which networks that were not trained on the image confidently
+disagree.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +28,9 @@ BOX = ["left", "top", "right", "bottom"]
 
 
 def find_folds(run: Path) -> list[Path]:
-    """The five runs of the recipe and seed of this run that validate on one fold each; this run where one is missing."""
+    """The five runs of the recipe and seed of this run that validate on one fold each; this run where one is
+    missing.
+    """
     parameters = read_parameters(run)
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
@@ -67,15 +71,15 @@ def check_labels(
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:
     """Regions of the ground truth that are mostly predicted as another class, the most suspicious first.
 
-    A region is a connected set of pixels of one label, 0.5 % of its image or more. The confidence in a class is the
-    mean over the region's pixels of the probability of the predicted class, where it is that class. How suspicious a
-    region is: the confidence in the other class, times the surprise -log(q), with q the confidence in that class over
-    all regions with this label, times the region's share of the image to the power of 0.3. Without the surprise, the
-    list would be the usual confusions of the network.
+    A region is a connected set of pixels of one label, 0.5 % of its image or more. The confidence in a class
+    is the mean over the region's pixels of the probability of the predicted class, where it is that class.
+    How suspicious a region is: the confidence in the other class, times the surprise -log(q), with q the
+    confidence in that class over all regions with this label, times the region's share of the image to the
+    power of 0.3. Without the surprise, the list would be the usual confusions of the network.
 
     Returns:
-        A row each: `image`, its box (`left`, `top`, `right`, `bottom`, pixels, ends excluded), `labelled`, `predicted`,
-        `confidence`.
+        A row each: `image`, its box (`left`, `top`, `right`, `bottom`, pixels, ends excluded), `labelled`,
+        `predicted`, `confidence`.
     """
     rows = []
     votes = []

@@ -17,7 +17,8 @@ from lib.runs.scoring import iterate_split
 
 
 def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
-    """By name a run of the baseline (A) and of another recipe (B), the last by default, of one seed if possible.
+    """By name a run of the baseline (A) and of another recipe (B), the last by default, of one seed if
+    possible.
 
     Nothing if there is one recipe only.
     """

@@ -18,8 +18,8 @@ def check_parameters() -> dict[str, object]:
         The values in force, by name, of everything that the notebook declares as `name: type = value`.
 
     Raises:
-        ValueError: names that are not declared, values of another type than declared or that `lib.options` does not
-            allow; all at once.
+        ValueError: names that are not declared, values of another type than declared or that `lib.options`
+            does not allow; all at once.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
     annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on

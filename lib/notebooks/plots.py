@@ -1,4 +1,6 @@
-"""Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows it."""
+"""Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows
+it.
+"""
 
 import io
 import itertools
@@ -33,8 +35,9 @@ CLASS_COLOURS = {
     "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
     "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
-# Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ less to
-# the eye) from those before it, from the above and from the greys of pictures; from the 97th on they repeat.
+# Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ
+# less to the eye) from those before it, from the above and from the greys of pictures; from the 97th on they
+# repeat.
 OTHER_COLOURS = [
     "#446677", "#33cc11", "#11eecc", "#ee88ee", "#668811", "#bb1111", "#551111", "#1177ee", "#bb9988",
     "#1111ee", "#997788", "#334477", "#dd6633", "#33ccdd", "#99aa77", "#2299aa", "#667766", "#eeaabb",
@@ -140,7 +143,9 @@ def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray
 
 
 def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
-    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so that colours are read as classes."""
+    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so that colours are read as
+    classes.
+    """
     grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) // 15
     levels = np.linspace(darkest, 255, 18).astype(np.uint8)
     return np.repeat(levels[grey][..., None], 3, axis=-1)
@@ -305,7 +310,9 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 @styled
 def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
-    """Shares 0..1 by class (rows and columns, whose index names say what they are), with numbers if they are few."""
+    """Shares 0..1 by class (rows and columns, whose index names say what they are), with numbers if they are
+    few.
+    """
     import seaborn  # here: it takes a second or two to load, and training should not wait for it
 
     few = len(shares) <= FEW
@@ -329,7 +336,8 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) -> Figure:
     """Total loss, validation scores and each term of the loss by epoch, over the whole span of `epochs`.
 
-    The history holds the rows of `fit` so far, `terms` the weight of each term by its name there; 0 leaves it out.
+    The history holds the rows of `fit` so far, `terms` the weight of each term by its name there; 0 leaves it
+    out.
     """
     used = {name: TERMS[name] for name, weight in terms.items() if weight}
     weighted = [f"{terms[name]:g} ({word})" if terms[name] != 1 else word for name, word in used.items()]
@@ -362,8 +370,9 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
     """IoU by class, best first; a class that does not occur (NaN) has no bar.
 
     Args:
-        table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the number
-            of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets p / (2 - p).
+        table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the
+            number of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets
+                p / (2 - p).
         mean: the mIoU, for a line to hold classes against, if it is known.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
@@ -442,7 +451,8 @@ def show_small_figures() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG with 16 levels a channel, half as large: class colours are exact, the smoothed rims of letters are not.
+    """A PNG with 16 levels a channel, half as large: class colours are exact, the smoothed rims of letters
+    are not.
 
     It is saved as it is laid out: IPython would cut the margins, and so shift images by parts of a pixel.
     """

@@ -30,8 +30,8 @@ SEEN_FILE = "predict.json"  # in a folder of masks
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
     """By name of the image, its mean confidence and below `share` that of each class.
 
-    With `save_to` the class indices of each image are written to `NAME.png` in that folder as soon as they are
-    predicted. What the same network wrote there for the same pixels is not predicted again.
+    With `save_to` the class indices of each image are written to `NAME.png` in that folder as soon as they
+    are predicted. What the same network wrote there for the same pixels is not predicted again.
 
     Raises:
         ValueError: the folder holds masks of something else.

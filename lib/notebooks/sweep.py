@@ -45,8 +45,8 @@ def plan_runs(
 ) -> dict[str, dict]:
     """Parameters of `train.ipynb` for every combination and seed, by run name; equal ones are planned once.
 
-    A name says what varies and ends in a digest of all parameters that matter: it does not depend on their order,
-    on what else is swept, or on where data and weights lie.
+    A name says what varies and ends in a digest of all parameters that matter: it does not depend on their
+    order, on what else is swept, or on where data and weights lie.
 
     Args:
         experiment: name of a file in `notebooks/experiments`, or None for the notebook's defaults.
@@ -143,8 +143,8 @@ class Finished:
     Args:
         runs: from `plan_runs`.
         split: that they are scored on.
-        results: folder to which each finished run is added without its weights, see `write_results`; a run that is
-            there already is finished.
+        results: folder to which each finished run is added without its weights, see `write_results`; a run
+            that is there already is finished.
     """
 
     def __init__(self, runs: dict[str, dict], split: str, results: str | None = None) -> None:
@@ -184,19 +184,21 @@ def sweep(
     gpus_per_run: float | None = None,
     results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Train and score all runs that are not finished, as many at a time as fit; yield their table as it fills.
+    """Train and score all runs that are not finished, as many at a time as fit; yield their table as it
+    fills.
 
-    A failed run does not stop the others, and one whose machine is lost goes on elsewhere from its last checkpoint.
-    On a cluster, every machine needs this repository, its Python packages, the data and the folder of
-    runs at the same paths.
+    A failed run does not stop the others, and one whose machine is lost goes on elsewhere from its last
+    checkpoint. On a cluster, every machine needs this repository, its Python packages, the data and the
+    folder of runs at the same paths.
 
     Args:
         runs: from `plan_runs`.
         split: to score them on.
         cluster: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
-        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one and one a worker.
-        gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the CPU;
-            None takes 1 where there are GPUs.
+        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one and one a
+            worker.
+        gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the
+            CPU; None takes 1 where there are GPUs.
         results: see `Finished`.
 
     Raises:
@@ -278,7 +280,9 @@ def _check_share(cpus: int, gpus: float) -> None:
 
 
 def _environment(threads: int, gpus: float) -> dict[str, str]:
-    """Of a run's processes, which else see every GPU where they ask for none, and take all memory of a shared one."""
+    """Of a run's processes, which else see every GPU where they ask for none, and take all memory of a shared
+    one.
+    """
     share = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     if 0 < gpus < 1:
         share = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{gpus}"}

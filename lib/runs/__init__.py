@@ -49,8 +49,8 @@ def open_run(
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
-    An older run of that name is kept under a dated name in `older/`, and comes back where the block fails before anything
-    was computed.
+    An older run of that name is kept under a dated name in `older/`, and comes back where the block fails
+    before anything was computed.
 
     Args:
         parameters: of the notebook, `run_name` among them.
@@ -114,7 +114,9 @@ def _write_images(run: Path, samples: Sequence[Samples]) -> None:
 
 
 def read_images(run: Path) -> dict:
-    """How validation images were chosen, and names of the images by split; empty where the run did not record them."""
+    """How validation images were chosen, and names of the images by split; empty where the run did not record
+    them.
+    """
     return read_json(run / "images.json") if (run / "images.json").exists() else {}
 
 
@@ -221,7 +223,9 @@ def read_history(run: Path) -> pd.DataFrame:
 
 
 def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
-    """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing validates."""
+    """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing
+    validates.
+    """
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
         scores |= {

@@ -20,9 +20,9 @@ CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large networ
 class Checkpoint:
     """A training run's state, in memory and on disk.
 
-    Everything is written together, or `last.pt` would continue beside a `best.pt` of epochs that it does not know:
-    `last.pt`, `history.csv` and, for the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`. Each file is
-    whole or not there.
+    Everything is written together, or `last.pt` would continue beside a `best.pt` of epochs that it does not
+    know: `last.pt`, `history.csv` and, for the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`.
+    Each file is whole or not there.
 
     Attributes:
         history: the rows of the finished epochs.

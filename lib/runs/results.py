@@ -171,7 +171,8 @@ def scored_folders(split: str) -> list[Path]:
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
-    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per list of images.
+    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per list of
+    images.
 
     Paths of data and weights are cut to their last component.
     """
@@ -277,10 +278,10 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """The runs to compare, of which weights are not needed.
 
     Args:
-        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between (a path
-            may have commas of its own in the folder of runs alone); or
-            `all`: every run in the folder of runs that is scored on the split. Where these are fewer than two, `all`
-            takes the committed example, and beside it a run of one's own on the same images.
+        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between
+            (a path may have commas of its own in the folder of runs alone); or
+            `all`: every run in the folder of runs that is scored on the split. Where these are fewer than
+            two, `all` takes the committed example, and beside it a run of one's own on the same images.
         split: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
         where: a query over the runs' parameters, as `pandas.DataFrame.query` takes it; None takes all.
@@ -356,16 +357,16 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
     """Runs by recipe, the baseline's first, all on the same images; runs over five folds are pooled.
 
-    A recipe is named after its group; after its only run; or after the parameters in which the recipes differ. Runs
-    of two groups are never one recipe, so that a recipe can be compared with itself.
+    A recipe is named after its group; after its only run; or after the parameters in which the recipes
+    differ. Runs of two groups are never one recipe, so that a recipe can be compared with itself.
 
     Args:
         runs: from `read_runs`.
         baseline: name of a run, or of a recipe; None takes the first.
 
     Raises:
-        ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no such
-            baseline.
+        ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no
+            such baseline.
     """
     by_recipe: dict[tuple, list[ScoredRun]] = {}
     for run in _pool_folds(runs):

@@ -1,4 +1,6 @@
-"""Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its folder."""
+"""Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its
+folder.
+"""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -70,8 +72,8 @@ def iterate_split(
         split: `train`, `valid` or `test`.
         data: another data set than the run's, of which only `test` is selected by nothing.
         batch_size: images of a piece, at most.
-        run: folder of the run; where it recorded which images it trained and validated on, these are taken, also if
-            the data set has others by now.
+        run: folder of the run; where it recorded which images it trained and validated on, these are taken,
+            also if the data set has others by now.
 
     Raises:
         DataError: the data lack images that the run was trained with.
@@ -132,10 +134,11 @@ def score_run(
 ) -> dict[str, object]:
     """Predict a split, without and with test-time augmentation, and write `evaluation/` of the run.
 
-    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, `SPLIT.strata.npz` with the counts
-    per scene by depth, distance to a boundary and size of the region, and `SPLIT/NAME.png`, the predicted class
-    indices. Where labels are held back, these are with augmentation, and `submission.npy` holds them, too,
-    `(N, H, W)` in the order of the names, if they are of one size. Predictions from elsewhere are scored as they are.
+    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, `SPLIT.strata.npz` with the
+    counts per scene by depth, distance to a boundary and size of the region, and `SPLIT/NAME.png`, the
+    predicted class indices. Where labels are held back, these are with augmentation, and `submission.npy`
+    holds them, too, `(N, H, W)` in the order of the names, if they are of one size. Predictions from
+    elsewhere are scored as they are.
 
     Returns:
         What `SPLIT.json` holds.
@@ -184,14 +187,18 @@ def _submission(run: Path, split: str) -> Path:
 
 
 def _remove_evaluation(run: Path, split: str) -> None:
-    """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is there."""
+    """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is
+    there.
+    """
     for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission(run, split)):
         path.unlink(missing_ok=True)  # .json comes before .npz
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
 def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
-    """`SPLIT.json`, which it returns; `SPLIT.npz` and `SPLIT.strata.npz` of thorough counts of `plain`; the report."""
+    """`SPLIT.json`, which it returns; `SPLIT.npz` and `SPLIT.strata.npz` of thorough counts of `plain`; the
+    report.
+    """
     (run / "evaluation").mkdir(exist_ok=True)
     if counted:
         facts = facts | describe_scores(counted)
@@ -271,7 +278,8 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
     Args:
         folder: of the masks.
         pieces: the images.
-        mask_values: `indices` of the classes in the order of the data, or `labels`: the values of the data's labels.
+        mask_values: `indices` of the classes in the order of the data, or `labels`: the values of the data's
+            labels.
 
     Raises:
         DataError: a mask that is missing or damaged, of another size than its image, or with a value that is

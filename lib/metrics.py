@@ -129,6 +129,21 @@ def averaged_classes(counts: Array) -> int:
     return int(np.isfinite(truth_iou(counts)).sum())
 
 
+def chance_iou(support: Array) -> Array:
+    """The IoU of guessing by the classes' shares of the labelled pixels, p: p / (2 - p)."""
+    return support / (2 - support)
+
+
+def chance_miou(counts: Array) -> float:
+    """The mIoU of guessing by the classes' shares, over the classes in the truth.
+
+    Raises:
+        ValueError: no labelled pixel.
+    """
+    truth = _pool_labelled(counts).sum(1)
+    return float(chance_iou(truth[truth > 0] / truth.sum()).mean())
+
+
 def pixel_accuracy(counts: Array) -> float:
     """Share of labelled pixels that are right, pooled over all leading axes.
 

@@ -12,6 +12,7 @@ from lib.metrics import (
     boundary_counts,
     boundary_distance,
     boundary_iou,
+    chance_miou,
     class_accuracy,
     confusion_counts,
     depth_scores,
@@ -213,6 +214,7 @@ def test_classes_of_the_truth_alone():
     assert all_scores(counts)["miou"] == mean_truth_iou(counts)
     with pytest.raises(ValueError, match="counts: all zero; without a labelled pixel there is no score"):
         mean_truth_iou(0 * counts)
+    assert chance_miou(counts) == pytest.approx(1 / 3)  # two classes, half of the pixels each: 1/4 over 3/4
 
 
 def test_depth_scores_by_hand():

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lib.evaluation import Predicted
 from lib.notebooks.browse import Look
+from lib.runs import read_parameters, read_scores
 from lib.runs.report import describe_classes, describe_interval
 
 
@@ -31,5 +32,14 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
         f"**{scores['plain']['miou']:.3f}** {over} "
         f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}) and a pixel accuracy of "
         f"{scores['plain']['pixel_accuracy']:.3f}. Best class: {best} (IoU {iou[best]:.2f}); worst: {worst} "
-        f"({iou[worst]:.2f}). {saved}"
+        f"({iou[worst]:.2f}). {_compare_with_validation(run) if split == 'test' else ''}{saved}"
     )
+
+
+def _compare_with_validation(run: Path) -> str:
+    """The score of the validation images in training, and why that of the test images is another."""
+    score = read_scores(run)["valid_miou"] if (run / "scores.json").exists() else None
+    if score is None:
+        return ""
+    chosen = ", by which the epoch was chosen" if read_parameters(run)["checkpoint"] == "best" else ""
+    return f"The validation images had {score:.3f} in training: other images, at the working size{chosen}. "

@@ -210,6 +210,19 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     return "\n- ".join([summary, *_warn(counts, train.scene)])
 
 
+def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
+    """In Markdown: how to validate, and which classes of `class_shares` will be hard."""
+    rare = shares.pixels[shares.pixels > 0][-3:]
+    named = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
+    return (
+        f"- Validate by **{valid.validation}**, which `validation auto` takes for these images; it "
+        f"{_describe_scenes(train.scene, valid.scene)}.\n"
+        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, and the mIoU "
+        f"counts each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}); "
+        "`class_weights median` lets the loss do the same."
+    )
+
+
 def _describe_depth(counts: DataCounts) -> str:
     if not counts.has_depth:
         return "no depth"

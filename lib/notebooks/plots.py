@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from lib.classes import IGNORE_INDEX
 from lib.data.samples import Samples, choose_evenly
 from lib.files import ROOT
-from lib.metrics import DEPTH
+from lib.metrics import DEPTH, chance_iou
 
 FIGURES = ROOT / "figures"  # where notebooks save what the README shows
 
@@ -371,8 +371,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
 
     Args:
         table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the
-            number of `images` with it, and its `support`, the share of the pixels, p: who guesses by it gets
-                p / (2 - p).
+            number of `images` with it, and its `support`, the share of the pixels.
         mean: the mIoU, for a line to hold classes against, if it is known.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
@@ -386,7 +385,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
         names = [f"{shorten(name, 20)} ({count:.0f})" for name, count in table.images.items()]
         _draw_intervals(axes, table.low, table.high)
         axes.plot(
-            table.support / (2 - table.support),
+            chance_iou(table.support),
             rows,
             "|",
             color="#e8a06c",

@@ -9,6 +9,7 @@ from lib.classes import escape_html
 from lib.files import read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
+RISING = 0.01  # of mIoU in the last quarter of the epochs
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
@@ -38,21 +39,34 @@ def write_report(run: Path) -> Path:
 
 
 def summarise(run: Path) -> str:
-    """One sentence in Markdown: the kept epoch, its scores, the classes learned best and least."""
+    """In Markdown: the kept epoch, its scores, whether they still rose, the classes learned best and least."""
     scores = read_scores(run)
-    epochs = len(read_history(run))
+    history = read_history(run)
+    epochs = len(history)
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; there are no validation images, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
     few = max(1, min(3, len(ranked) // 2))
     named = [f"{name} ({value:.2f})" for name, value in ranked.items()]
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
+    chance = f", where guessing gets {scores['chance_miou']:.3f}" if "chance_miou" in scores else ""
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
         f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
-        f"{scores['valid_pixel_acc']:.3f}. Learned best: {', '.join(named[:few])}. Learned least: "
-        f"{', '.join(named[-few:])}."
+        f"{scores['valid_pixel_acc']:.3f}{chance}. {_describe_rise(history.valid_miou)}Learned best: "
+        f"{', '.join(named[:few])}. Learned least: {', '.join(named[-few:])}."
     )
+
+
+def _describe_rise(miou: pd.Series) -> str:
+    """How much the mIoU rose in the last quarter of the epochs, and whether to go on."""
+    last = -(-len(miou) // 4)
+    if last == len(miou):
+        return ""
+    rise = miou.iloc[-1] - miou.iloc[-1 - last]
+    advice = ": train for more epochs before you judge the recipe" if rise > RISING else ""
+    span = f"last {last} epochs" if last > 1 else "last epoch"
+    return f"In the {span} the mIoU changed by {rise:+.3f}{advice}. "
 
 
 def describe_classes(iou: pd.Series) -> str:

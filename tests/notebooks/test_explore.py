@@ -18,6 +18,7 @@ from lib.notebooks.explore import (
     CHANCE,
     Leakage,
     class_shares,
+    conclude_data,
     count_data,
     count_test_images,
     depth_quantiles,
@@ -285,6 +286,20 @@ def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warn
     samples = Samples(names, image, label=label, scene=np.array(scene), classes=("wall", "floor"))
     text = describe(samples)
     assert ("write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with" in text) == warned
+
+
+def test_the_conclusion_names_the_validation_and_the_rarest_classes():
+    label = np.full((6, 10, 10), 0, np.uint8)
+    label[:, 0, :3], label[:, 1, :2], label[:, 2, 0], label[:, 3] = 1, 2, 3, 255
+    names = np.array([f"{number:03d}" for number in range(6)])
+    image = np.zeros((*label.shape, 3), np.uint8)
+    samples = Samples(names, image, label=label, scene=names, classes=("wall", "desk", "cup", "pen", "car"))
+    split = Split(names, samples.classes, None, names, validation="scenes")
+    sides = split.select(np.arange(4)), split.select(np.arange(4, 6))
+    text = conclude_data(class_shares(count_data(samples)), *sides)
+    assert "Validate by **scenes**, which `validation auto` takes for these images; it shares no" in text
+    assert "**desk (3.3 %), cup (2.2 %), pen (1.1 %)** of the labelled pixels" in text
+    assert "as much as wall (93.3 %)" in text
 
 
 def test_memory_for_leakage_grows_with_images_and_not_with_pairs():

@@ -378,6 +378,25 @@ def test_report(tmp_path):
     assert "bed (0.75)" in summarise(tmp_path).split("Learned least")[1]
 
 
+@pytest.mark.parametrize(
+    ("miou", "said"),
+    [
+        ([0.1, 0.3, 0.4, 0.45], "In the last epoch the mIoU changed by +0.050: train for more epochs"),
+        (
+            [0.1, 0.3, 0.3, 0.3, 0.3, 0.31, 0.3, 0.305],
+            "In the last 2 epochs the mIoU changed by -0.005. Learned",
+        ),
+        ([0.1], "guessing gets 0.0"),
+    ],
+)
+def test_the_report_says_whether_the_score_still_rose(tmp_path, miou, said):
+    rows = [row | {"valid_miou": score} for row, score in zip(history(len(miou)), miou, strict=True)]
+    write_history(tmp_path, rows)
+    (tmp_path / "parameters.json").write_text("{}")
+    write_scores(tmp_path, rows[-1], evaluation(counts()))
+    assert said in summarise(tmp_path)
+
+
 def table_rows(report):
     """The cells of every row of every table."""
     return [

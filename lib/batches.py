@@ -61,8 +61,7 @@ def encode_depth(
 ) -> torch.Tensor:
     """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at the nearest, `inverse` is 0 at the farthest, which missing depth can't be told
-    from.
+    `linear` and `log` are 0 at the nearest, `inverse` at the farthest; missing depth looks the same.
     """
     check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
@@ -175,8 +174,8 @@ def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> 
     """Raise a ValueError where a network would eat, or learn, the depth of samples that have none."""
     if samples.depth is None and (config.inputs != "rgb" or (trains and config.depth_head)):
         raise ValueError(
-            f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth head, but "
-            "these data have no depth; use inputs rgb and depth_weight 0"
+            f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth "
+            "head, but these data have no depth; use inputs rgb and depth_weight 0"
         )
 
 
@@ -258,16 +257,16 @@ def training_loader(
         raise ValueError(
             f"num_workers: found {num_workers}, expected 0 (load in the training process) or more"
         )
-    # each worker prepares two batches in shared memory, the one in use and the next beside them; without room
-    # it waits
+    # shared memory holds two batches a worker, the one in use and the next; without room a worker waits
     needed = (
         min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)
     )  # 7 bytes a pixel
     free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and SHARED_MEMORY.exists() else needed
     if free < needed:
         raise ValueError(
-            f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, {SHARED_MEMORY} has "
-            f"{free // 10**6} MB free; use num_workers 0, or start the container with `docker run --shm-size=1g`"
+            f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, "
+            f"{SHARED_MEMORY} has {free // 10**6} MB free; use num_workers 0, or start the container with "
+            "`docker run --shm-size=1g`"
         )
     forks = num_workers > 0 and sys.platform == "linux"  # a Mac can fork, but its libraries break in the copy
     return _Loader(

@@ -10,10 +10,11 @@ NYUV2_13 = (
 
 # spelt as published by Gupta, Arbelaez and Malik, CVPR 2013
 NYUV2_40 = (
-    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
-    "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling", "books",
-    "refridgerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
-    "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop",
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
+    "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
+    "ceiling", "books", "refridgerator", "television", "paper", "towel", "shower curtain", "box",
+    "whiteboard", "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure",
+    "otherfurniture", "otherprop",
 )  # fmt: skip
 
 
@@ -36,5 +37,5 @@ def check_same_classes(
 
 
 def escape_html(text: str) -> str:
-    """Text in which HTML and Markdown find no tag: names of classes, runs and images may come from anybody."""
+    """Text in which HTML and Markdown find no tag: names of classes, runs or images may come from anybody."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

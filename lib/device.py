@@ -19,8 +19,8 @@ from lib.options import check_options
 
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory")
 REMEDY = (
-    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; where that fails too, "
-    "restart the kernel. The run's folder is as it was)"
+    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; where that "
+    "fails too, restart the kernel. The run's folder is as it was)"
 )
 
 
@@ -40,7 +40,8 @@ def choose_device(device: str) -> torch.device:
         available.insert(-1, "mps")
     if device not in available:
         raise ValueError(
-            f"device: found {device!r}, torch {torch.__version__} has {', '.join(available)} here{_unused_gpu()}"
+            f"device: found {device!r}, torch {torch.__version__} has {', '.join(available)} "
+            f"here{_unused_gpu()}"
         )
     if device in ("auto", "cuda"):
         device = usable[0] if usable else "cpu"
@@ -116,15 +117,21 @@ def describe_processor() -> str:
 def _unused_gpu() -> str:
     """Why an installed GPU can't be used or is not, as one more line; empty without one."""
     if torch.backends.mps.is_available():
-        return "\nNobody has trained on a Mac's GPU with this code yet, so auto takes the CPU; device mps tries it"
+        return (
+            "\nNobody has trained on a Mac's GPU with this code yet, "
+            "so auto takes the CPU; device mps tries it"
+        )
     unusable = [(gpu, problem) for gpu, problem in _gpus().items() if problem]
     if unusable:
         gpu, problem = unusable[0]
-        reason = f"{torch.cuda.get_device_name(gpu)} ({gpu}): {problem}. Install a torch and torchvision built for it"
+        reason = (
+            f"{torch.cuda.get_device_name(gpu)} ({gpu}): {problem}. "
+            "Install a torch and torchvision built for it"
+        )
     elif not torch.cuda.is_available() and _has_nvidia_gpu():
         reason = (
-            f"The usual reason is a driver older than CUDA {torch.version.cuda}: update it, or install a torch and "
-            "torchvision built for it"
+            f"The usual reason is a driver older than CUDA {torch.version.cuda}: update it, or install a "
+            "torch and torchvision built for it"
         )
     else:
         return ""

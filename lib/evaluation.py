@@ -1,6 +1,4 @@
-"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts of
-them.
-"""
+"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts."""
 
 import itertools
 import math
@@ -67,8 +65,7 @@ class Evaluation:
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
         losses: the plain mean over batches of each term of the loss; None without a loss.
         strata: `{name: (G, bins, C, C)}` uint32 of the G scenes in the order of `np.unique(scene)`, see
-            `strata_counts`; None where scenes are unknown, there are more than 60 classes, or they were not
-            asked for.
+            `strata_counts`; None for unknown scenes, for more than 60 classes, or where not asked for.
     """
 
     names: np.ndarray
@@ -137,16 +134,14 @@ def predict(
 
 
 def decide(scores: torch.Tensor) -> torch.Tensor:
-    """The most likely class, `(N, H, W)`, from `(N, C, H, W)`: on a CPU `max` is thrice as fast as `argmax`."""
+    """The most likely class `(N, H, W)` of `(N, C, H, W)`: on a CPU `max` is thrice as fast as `argmax`."""
     return scores.max(1).indices
 
 
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
-    """Logits `(B, C, H, W)` of each view at the size it was seen at; depth at the batch's size and loss of
-    the first.
-    """
+    """Logits `(B, C, H, W)` of each view at its size; depth at the batch's size and loss of the first."""
     config, device = model.config, next(model.parameters()).device
     logits, depth_m, losses = [], None, None
     for flipped, view in _looks(batch, views, config.size):
@@ -167,8 +162,9 @@ def _predict_views(
 def _decide(
     views: list[torch.Tensor], size: tuple[int, int], confidence: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The most likely class `(B, H, W)` and, if wanted, its probability: scores at full size exist for few
-    rows at a time.
+    """The most likely class `(B, H, W)` and, if wanted, its probability.
+
+    Scores at full size exist for few rows at a time.
     """
     count, classes = views[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
@@ -190,7 +186,7 @@ def _decide(
 def _looks(
     batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]
 ) -> Iterator[tuple[bool, Samples]]:
-    """Of each view whether it is flipped, and the batch as it shows it to a network that works at this size."""
+    """Of each view whether it is flipped, and the batch as a network that works at this size sees it."""
     for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resizing takes long
         seen = resize_samples(batch, tuple(round(zoom * length) for length in size))
         if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
@@ -249,7 +245,8 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
         losses.append(batch.losses)
     if not names:
         raise ValueError(
-            "split: found no image to evaluate; with validation none there are no validation images, use split test"
+            "split: found no image to evaluate; with validation none there are no validation images, use "
+            "split test"
         )
     one_size = len({labels.shape for labels in predicted}) == 1
     return Evaluation(

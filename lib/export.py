@@ -1,6 +1,4 @@
-"""A trained network as an ONNX file: from what a camera gives to class ids, without torch and without this
-project.
-"""
+"""A trained network as an ONNX file: from what a camera gives to class ids, without torch or this project."""
 
 import json
 from copy import deepcopy
@@ -24,9 +22,7 @@ CHECKED_SIZE = 427, 561  # odd, so that no working size divides it
 
 
 class CameraNet(nn.Module):
-    """What `evaluate` does to one picture of any size, in operations that ONNX knows with sizes known only
-    later.
-    """
+    """What `evaluate` does to one picture of any size, in operations that ONNX has for sizes known later."""
 
     def __init__(self, model: SegmentationDepthNet) -> None:
         super().__init__()
@@ -35,7 +31,7 @@ class CameraNet(nn.Module):
     def forward(
         self, image: torch.Tensor, depth: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(1, H, W, 3)` uint8 and `(1, H, W)` uint16 mm to `(1, H, W)` labels uint8 and confidence float32."""
+        """`(1, H, W, 3)` uint8 and `(1, H, W)` uint16 mm to `(1, H, W)` uint8 labels, float32 confidence."""
         config = self.model.config
         small_depth = None if depth is None else _resize_depth(depth, config.size)
         inputs = encode_inputs(_resize_image(image, config.size), small_depth, config)
@@ -59,9 +55,7 @@ def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) -> torch.Tensor:
-    """Means over areas: two matrix products, of how much of each old pixel (columns) lies in each new one
-    (rows).
-    """
+    """Area means by two matrix products: how much of each old pixel (columns) is in each new one (rows)."""
     overlaps = []
     for length, count, scale in zip(pixels.shape[1:], size, scales, strict=True):
         old, new = torch.arange(length), scale * torch.arange(count)[:, None]
@@ -141,7 +135,7 @@ def _convert(model: SegmentationDepthNet) -> bytes:
 
 
 def _random_picture(model: SegmentationDepthNet) -> Samples:
-    """Patches of colour and depth under noise, some of it missing: on plain noise a network names one class."""
+    """Patches of colour and depth under noise, some missing: on plain noise a network names one class."""
     rng = np.random.default_rng(0)
     colour, depth = rng.integers(0, 256, (12, 16, 3), np.uint8), rng.integers(0, 9000, (12, 16), np.uint16)
     image = resize_image(colour, CHECKED_SIZE) // 2 + rng.integers(0, 128, (*CHECKED_SIZE, 3), np.uint8)

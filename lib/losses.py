@@ -93,8 +93,7 @@ def _soft_iou_loss(
 
 
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), as segmentation-models-pytorch
-    has it.
+    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), by segmentation-models-pytorch.
 
     It sorts the pixels of each class, for which a GPU waits. A batch without a labelled pixel gives 0.
     """
@@ -126,8 +125,8 @@ def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tenso
     """Mean absolute difference where `valid`, of tensors of one shape; 0 where nothing is."""
     if not prediction.shape == target.shape == valid.shape:
         raise ValueError(
-            f"depth: found shapes {tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(valid.shape)} of "
-            "prediction, target and valid, expected one shape"
+            f"depth: found shapes {tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(valid.shape)} "
+            "of prediction, target and valid, expected one shape"
         )
     difference = torch.where(valid, prediction.float() - target, 0)
     return difference.abs().sum() / valid.sum().clip(min=1)
@@ -143,7 +142,8 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
         wrong = labels[(labels < 0) | (labels >= logits.shape[1]) & (labels != IGNORE_INDEX)]
         if len(wrong):
             raise ValueError(
-                f"labels: found the value {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or {IGNORE_INDEX} = ignore"
+                f"labels: found the value {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or "
+                f"{IGNORE_INDEX} = ignore"
             )
 
 

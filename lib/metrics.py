@@ -155,7 +155,7 @@ def pixel_accuracy(counts: Array) -> float:
 
 
 def class_accuracy(counts: Array) -> np.ndarray:
-    """Recall, `(C,)`: share of each class's pixels that are right; NaN for a class that is not in the truth."""
+    """Recall, `(C,)`: share of each class's pixels that are right; NaN for a class not in the truth."""
     pooled = _pool(counts)
     truth = pooled.sum(1)
     return np.where(truth > 0, np.diagonal(pooled) / np.maximum(truth, 1), np.nan)
@@ -301,9 +301,7 @@ def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray)
 
 
 def depth_scores(sums: np.ndarray) -> dict[str, float]:
-    """AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`; NaN without a
-    pixel.
-    """
+    """AbsRel, RMSE in metres and share of ratios below 1.25 from pooled `depth_sums`; NaN without a pixel."""
     valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
     return {
         "abs_rel": relative / valid,

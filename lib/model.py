@@ -141,8 +141,7 @@ def build_model(
             the path of a file, see `load_encoder_weights`.
         rgb_normalisation: `weights` takes the mean and std that the pretrained weights were trained with, and
             Exp061's without pretrained weights; `exp061` always takes Exp061's.
-        init_from: a `best.pt` whose weights to begin with, see `copy_weights`; its normalisation goes with
-            them.
+        init_from: a `best.pt` whose weights and normalisation to begin with, see `copy_weights`.
         config: see `ModelConfig`.
 
     Raises:
@@ -201,9 +200,10 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
         AssertionError,
     ) as error:
         raise ValueError(
-            f"encoder: {config.encoder!r} can't be used in {config.architecture} at {height}x{width} ({error}); an "
-            "encoder that can't be dilated goes with architecture fpn, unet or upernet, one that is made for one size "
-            "needs image_height and image_width of that size, and resnet18 goes with nearly all"
+            f"encoder: {config.encoder!r} can't be used in {config.architecture} at {height}x{width} "
+            f"({error}); an encoder that can't be dilated goes with architecture fpn, unet or upernet, one "
+            "that is made for one size needs image_height and image_width of that size, and resnet18 goes "
+            "with nearly all"
         ) from error
     return model.train()
 
@@ -277,8 +277,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
         model.load_state_dict(saved["weights"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: its weights do not fit the network it describes ({error}); it was written by another version "
-            "or changed since: train again, or use the version that wrote it"
+            f"{path}: its weights do not fit the network it describes ({error}); it was written by another "
+            "version or changed since: train again, or use the version that wrote it"
         ) from error
     return model.to(device).eval()
 
@@ -289,20 +289,16 @@ def is_file(weights: str | None) -> bool:
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
-    """SHA-256 of a file of weights, so that a run knows them wherever they lie; None for a name or no such
-    file.
-    """
+    """SHA-256 of a weights file, so that a run knows it wherever it lies; None for a name or no such file."""
     if not is_file(weights) or not Path(weights).expanduser().exists():
         return None
     return hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest()
 
 
 def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of RGB in 0..1 that pretrained weights were trained with, by timm's or smp's own
-    configuration.
+    """RGB mean and std in 0..1 that pretrained weights were trained with, by timm's or smp's configuration.
 
-    A file of weights has no configuration: timm's for this encoder is taken, or ImageNet's where timm does
-        not know it.
+    A file of weights has none: timm's for this encoder is taken, or ImageNet's where timm does not know it.
 
     Raises:
         RuntimeError: smp's configuration can't be fetched.
@@ -346,8 +342,8 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
     known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
         raise ValueError(
-            f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the path of a "
-            ".pth or .safetensors file"
+            f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the "
+            "path of a .pth or .safetensors file"
         )
     channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
     with _explain_fetching(encoder_weights, name), warnings.catch_warnings():
@@ -363,9 +359,9 @@ def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever the hub, the network or the cache raise
         raise RuntimeError(
-            f"encoder_weights: {encoder_weights!r} for {name} could not be fetched ({type(error).__name__}). They are "
-            "downloaded once and then cached: run once while online, give the path of a file, or train from scratch "
-            "with `-p encoder_weights None`"
+            f"encoder_weights: {encoder_weights!r} for {name} could not be fetched ({type(error).__name__}). "
+            "They are downloaded once and then cached: run once while online, give the path of a file, or "
+            "train from scratch with `-p encoder_weights None`"
         ) from error
 
 
@@ -377,8 +373,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_state_dict(str(path), use_ema=False)
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
         raise CheckpointError(
-            f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, or holds "
-            "code besides tensors, which is not executed here: save the state_dict alone"
+            f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, "
+            "or holds code besides tensors, which is not executed here: save the state_dict alone"
         ) from error
 
 
@@ -406,8 +402,9 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
             if names
         ]
         raise CheckpointError(
-            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: {'; '.join(listed)}; "
-            "expected the weights of this very encoder, named as timm or segmentation-models-pytorch name them"
+            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: "
+            f"{'; '.join(listed)}; expected the weights of this very encoder, named as timm or "
+            "segmentation-models-pytorch name them"
         )
     encoder.load_state_dict(own | found)
 

@@ -99,9 +99,7 @@ def check_options(**values: object) -> None:
 
 
 def check_choice(parameter: str, value: object, choices: Iterable) -> None:
-    """Raise a ValueError that names the parameter and its choices, or the parameter that the value belongs
-    to.
-    """
+    """Raise a ValueError that names the parameter and its choices, or the parameter the value belongs to."""
     if value in choices:
         return
     hint = ""

@@ -1,5 +1,4 @@
-"""Is a difference between two runs or two recipes real? Three tests with different questions, and a plan for
-new runs.
+"""Is a difference between two runs or recipes real? Three tests of different questions, a plan for new runs.
 
 The checkpoint test, `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
 The seed test, `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
@@ -18,7 +17,8 @@ from scipy import optimize, stats
 Array = np.ndarray
 LEVEL = 0.05
 POWER = 0.8
-MIN_SCENES = 6  # all swaps of 5 give no p below 0.06; in the recipe test 3 to 5 with ten seeds reject true nulls in 7 to 13 %
+# all swaps of 5 give no p below 0.06; in the recipe test 3 to 5 with ten seeds reject true nulls in 7 to 13 %
+MIN_SCENES = 6
 MAX_EXACT_SCENES = 14  # up to here all 2^G swaps are counted
 SWAPS = 9_999
 ROUNDING = 1e-12  # scores closer than this are equal
@@ -37,14 +37,11 @@ class Comparison:
 
     @property
     def detectable(self) -> float:
-        """The true difference that is found with 80 % power, at the level 0.05 over the number of
-        comparisons.
-        """
+        """The true difference found with 80 % power at the level 0.05 over the number of comparisons."""
         return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons or 1)
 
     def adjusted(self, comparisons: int) -> "Comparison":
-        """The same result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes
-        neither.
+        """The result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes neither.
 
         p-values and intervals of classes are adjusted for the number of classes that are tested.
 
@@ -53,8 +50,8 @@ class Comparison:
         """
         if comparisons < 1 or self.comparisons is not None:
             raise ValueError(
-                f"comparisons: found {comparisons} for a result adjusted for {self.comparisons or 'none'}, expected 1 "
-                "or more for an unadjusted result"
+                f"comparisons: found {comparisons} for a result adjusted for {self.comparisons or 'none'}, "
+                "expected 1 or more for an unadjusted result"
             )
         (low,), (high,) = _interval(
             *np.array([[self.difference], [self.standard_error], [self.degrees_of_freedom]]), comparisons
@@ -65,8 +62,9 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneComparison(Comparison):
-    """What the checkpoint test and the recipe test share. Of a class in fewer than two scenes, interval and
-    p-value are NaN.
+    """What the checkpoint test and the recipe test share.
+
+    Of a class in fewer than two scenes, interval and p-value are NaN.
     """
 
     class_difference: Array  # (C,) of the IoU; NaN for a class that is not in the truth
@@ -127,9 +125,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ScoreInterval:
-    """mIoU over the classes in the truth, and IoU `(C,)`, with 95 % intervals `(low, high)` and `(2, C)` in
-    0..1.
-    """
+    """mIoU over classes in the truth and IoU `(C,)`; 95 % intervals `(low, high)` and `(2, C)` in 0..1."""
 
     score: float
     interval: tuple[float, float]
@@ -141,8 +137,7 @@ class ScoreInterval:
 def compare_checkpoints(
     counts_a: Array, counts_b: Array, scene: Array | None, seed: int = 0
 ) -> CheckpointComparison:
-    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about their
-    recipes.
+    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about recipes.
 
     Intervals are Tukey's jackknife, leaving out scene by scene (Efron and Tibshirani, "An Introduction to the
     Bootstrap", 1993, chapter 11); p-values say how often exchanging the two in some of the scenes gives as
@@ -166,8 +161,7 @@ def compare_checkpoints(
 
 
 def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
-    """The seed test: do two recipes differ on these very images? Welch's t test (Biometrika, 1947) over
-    seeds.
+    """The seed test: do two recipes differ on these very images? Welch's t (Biometrika, 1947) over seeds.
 
     Args:
         scores_a: `(S,)` the score of each run of recipe a.
@@ -194,8 +188,7 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
 def compare_recipes(
     counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False
 ) -> RecipeComparison:
-    """The recipe test: do two recipes differ on scenes like these? Only this one may say that a recipe is
-    better.
+    """The recipe test: do two recipes differ on scenes like these? Only it may say that a recipe is better.
 
     Crossed t, with seeds as readers and scenes as cases (Obuchowski and Rockette, Communications in
     Statistics, 1995; degrees of freedom as by Hillis, Statistics in Medicine, 2007): the variance of the
@@ -251,21 +244,20 @@ def plan(
             within pairs over the square root of 2.
         variance_per_scene: `scene_variance` of an earlier recipe test times its number of scenes.
         paired: whether runs of one seed belong together.
-        scene_degrees: degrees of freedom over scenes, fewer for scenes of unequal size; None takes scenes -
-            1.
+        scene_degrees: degrees of freedom over scenes, fewer if these differ in size; None takes scenes - 1.
 
     Raises:
         ValueError: fewer than 2 runs or 6 scenes; variances that are negative, no numbers, or all 0.
     """
     if runs < 2 or folds < 1 or scenes < MIN_SCENES:
         raise ValueError(
-            f"runs, folds, scenes: found {runs}, {folds} and {scenes}, expected at least 2, 1 and {MIN_SCENES}, as the "
-            "recipe test needs them"
+            f"runs, folds, scenes: found {runs}, {folds} and {scenes}, expected at least 2, 1 and "
+            f"{MIN_SCENES}, as the recipe test needs them"
         )
     if not (run_sd >= 0 and variance_per_scene >= 0 and run_sd + variance_per_scene > 0):
         raise ValueError(
-            f"run_sd, variance_per_scene: found {run_sd} and {variance_per_scene}, expected numbers from 0 on, one of "
-            "them above 0; take them from runs of several seeds"
+            f"run_sd, variance_per_scene: found {run_sd} and {variance_per_scene}, expected numbers from 0 "
+            "on, one of them above 0; take them from runs of several seeds"
         )
     sides = np.full((1 if paired else 2, 1), 1.0)
     seeds = 2 / len(sides) * run_sd**2 / (folds * runs) * sides
@@ -277,8 +269,7 @@ def plan(
 
 
 def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
-    """The standard deviation over seeds, pooled over cells of recipe and fold, with its 95 % chi-square
-    range.
+    """The standard deviation over seeds, pooled over cells of recipe and fold, and its 95 % chi-square range.
 
     Args:
         scores: of each cell those of its runs, `(S,)` each.
@@ -302,9 +293,9 @@ def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
     """What all tests need of counts `(..., N, C, C)`.
 
-    Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores `(...,
-    1 + C)`; scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as many
-    as equally large ones have, for a class over the images that have it.
+    Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores
+    `(..., 1 + C)`; scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as
+    many as equally large ones have, for a class over the images that have it.
     """
     images, classes = counts.shape[-3:-1]
     scene = np.arange(images) if scene is None else np.asarray(scene)
@@ -330,7 +321,7 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
 
 
 def _scores(totals: Array) -> Array:
-    """`(..., 1 + C)` from totals `(..., 3, C)`: the mIoU over the classes in the truth, then the IoU of each."""
+    """`(..., 1 + C)` from totals `(..., 3, C)`: the mIoU over classes in the truth, then the IoU of each."""
     truth, prediction, hits = np.moveaxis(totals, -2, 0)
     present = truth > 0
     iou = np.where(present, hits / np.maximum(truth + prediction - hits, 1), np.nan)
@@ -346,8 +337,9 @@ def _jackknife_error(left_out: Array) -> Array:
 
 
 def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array, Array]:
-    """Variances `(sides, K)` due to seeds and `(K,)` due to scenes, of scores `(S, K)` and `(S, G, K)`
-    without each.
+    """Variances due to seeds `(sides, K)` and to scenes `(K,)`.
+
+    They are those of scores `(S, K)`, and `(S, G, K)` without each scene.
     """
     seeds = np.stack([side.var(0, ddof=1) / len(side) for side in scores])
     scenes = sum(_covariance(side, side) for side in left_out)
@@ -357,9 +349,7 @@ def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array
 
 
 def _covariance(first: Array, second: Array) -> Array:
-    """Jackknife covariances `(K,)` of runs i of the first and j of the second `(S, G, K)`, a mean over all i
-    != j.
-    """
+    """Mean jackknife covariance `(K,)` over i != j of runs i of the first and j of the second `(S, G, K)`."""
     scenes = first.shape[1]
     first, second = first - first.mean(1, keepdims=True), second - second.mean(1, keepdims=True)
     covariance = (scenes - 1) / scenes * np.einsum("igk,jgk->ijk", first, second)
@@ -471,12 +461,13 @@ def _check_counts(axes: str, *sides: Array) -> list[Array]:
 def _check_runs(name: str, runs_a: int, runs_b: int, paired: bool = False) -> None:
     if min(runs_a, runs_b) < 2:
         raise ValueError(
-            f"{name}: found {runs_a} and {runs_b} runs, expected 2 or more of each recipe; train it with further "
-            "seeds, or ask compare_checkpoints about single runs"
+            f"{name}: found {runs_a} and {runs_b} runs, expected 2 or more of each recipe; train it with "
+            "further seeds, or ask compare_checkpoints about single runs"
         )
     if paired and runs_a != runs_b:
         raise ValueError(
-            f"paired: found {runs_a} and {runs_b} runs, expected as many of both; leave out those without partner"
+            f"paired: found {runs_a} and {runs_b} runs, expected as many of both; leave out those without "
+            "partner"
         )
 
 

@@ -30,7 +30,7 @@ FINITE_STEPS = 20  # between checks of the losses: each check makes a GPU wait
 
 
 class Losses(NamedTuple):
-    """Scalar terms of one batch, before their weights, and `total`, their weighted sum, which is minimised."""
+    """Scalar terms of one batch, before their weights, and `total`, the weighted sum that is minimised."""
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
@@ -93,9 +93,7 @@ class Objective:
 
 
 def build_objective(parameters: dict, train: Samples) -> Objective:
-    """The objective that the parameters of `train.ipynb` describe; class weights come from the training
-    labels.
-    """
+    """The objective that the parameters of `train.ipynb` describe; class weights are from training labels."""
     check_options(class_weights=parameters["class_weights"])
     weights = None
     if parameters["class_weights"] == "median":
@@ -112,8 +110,7 @@ class Optimisation:
         epochs: passes over the training images.
         learning_rate: at its highest.
         weight_decay: of AdamW.
-        schedule: of the learning rate: `one_cycle`, updated after each batch, or `cosine` to 0, after each
-            epoch.
+        schedule: of the learning rate: `one_cycle`, updated every batch, or `cosine` to 0, every epoch.
         encoder_lr_scale: learning rate of the encoder over that of the rest.
         checkpoint: the epoch that is kept: `best`, of the highest validation mIoU (the last epoch without
             validation images), or `last`.
@@ -195,12 +192,10 @@ def fit(
 
     Where the run's folder holds a `last.pt`, training continues from it, on a CPU exactly, and the rows of
     earlier epochs are yielded first; a finished run only yields its rows. What is written, and when: see
-    `Checkpoint`. In the end `report.md` is written. The `seconds` of a resumed epoch count from where it was
-    resumed.
+    `Checkpoint`. In the end `report.md` is written. A resumed epoch's `seconds` count from its resumption.
 
     Args:
-        build: makes the network, the same each time, so that running a cell again never trains a trained
-            network.
+        build: makes the network, the same each time, so that a cell run again never trains a trained one.
         loader: from `training_loader`.
         valid: scored after each epoch; may be empty.
         run: the folder, opened by `open_run`.
@@ -209,8 +204,7 @@ def fit(
         precision, device: `auto` for what suits this machine.
 
     Raises:
-        ValueError: a device or precision that is not available, or data that changed since the run was
-            started.
+        ValueError: a device or precision that is not available, or data changed since the run was started.
         MemoryError: a GPU's memory does not suffice.
         CheckpointError: `last.pt` can't be read.
         FloatingPointError: a loss is not finite; the images of its batch are named.
@@ -268,9 +262,7 @@ def fit(
 def training_step(
     model: nn.Module, batch: Batch, objective: Loss, optimizer: torch.optim.Optimizer, precision: str
 ) -> torch.Tensor:
-    """Forward, backward, update; returns the terms of the loss on the device, since `.item()` would make a
-    GPU wait.
-    """
+    """Forward, backward, update; returns the loss terms on the device, as `.item()` would make a GPU wait."""
     with autocast(batch.inputs.device, precision):
         prediction = model(batch.inputs)
     losses = objective(prediction, batch)
@@ -325,9 +317,9 @@ def _check_finite(
         batch = wrong[0] if wrong else -1
         found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
-            f"{found}, expected a number, for the batch of the images {', '.join(names[positions[batch].numpy()])}. "
-            "last.pt and best.pt still hold the state before. Look at these images; if they are sound, lower "
-            "learning_rate or use precision fp32"
+            f"{found}, expected a number, for the batch of the images "
+            f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt still hold the state before. "
+            "Look at these images; if they are sound, lower learning_rate or use precision fp32"
         )
 
 

@@ -62,9 +62,7 @@ def iterate_samples(
     fold: int = 4,
     batch_size: int = 8,
 ) -> Split:
-    """As `load_samples`, but read in pieces of up to `batch_size` images of one size, each time it is
-    iterated over.
-    """
+    """As `load_samples`, but read in each iteration, in pieces of up to `batch_size` images of one size."""
     check_options(split=split, validation=validation, fold=fold, limit=limit, batch_size=batch_size)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")

@@ -19,9 +19,7 @@ Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # rows, and their a
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/rgbd-notebooks`, where that is not set `~/.cache/rgbd-notebooks`, or a temporary
-    folder.
-    """
+    """`$XDG_CACHE_HOME/rgbd-notebooks`, if unset `~/.cache/rgbd-notebooks`, or a temporary folder."""
     with suppress(OSError, RuntimeError):  # not to be written, or a user without a home
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)

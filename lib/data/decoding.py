@@ -1,4 +1,4 @@
-"""One file to one array: what a file shows or holds is taken as it is meant, or the file is refused by name."""
+"""One file to one array: what it shows or holds is taken as it is meant, or the file is refused by name."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

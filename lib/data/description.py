@@ -37,13 +37,14 @@ class Description(BaseModel):
     root: Path
     classes: Annotated[list[Text], ClassCount] | Annotated[dict[Value, Text], ClassCount] = Field(
         list(NYUV2_13),
-        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as [bed, books, ceiling], "
-        "or {value: name} where label values have gaps; quote names that YAML reads otherwise, such as 'no'",
+        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as "
+        "[bed, books, ceiling], or {value: name} where label values have gaps; quote names that YAML reads "
+        "otherwise, such as 'no'",
     )
     colours: dict[Text, Annotated[list[Byte], Field(min_length=3, max_length=3)]] | None = Field(
         None,
-        description="a colour [red, green, blue] of 0..255 by name, such as {bed: [128, 0, 0], ignore: [0, 0, 0]}, or "
-        "the name of CVAT's labelmap.txt",
+        description="a colour [red, green, blue] of 0..255 by name, such as {bed: [128, 0, 0], "
+        "ignore: [0, 0, 0]}, or the name of CVAT's labelmap.txt",
     )
     first_label: Value = Field(
         0, description="the label value of the first class, a whole number from 0 to 65535"
@@ -136,9 +137,7 @@ class Description(BaseModel):
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 class index of each label value or colour, then of all other values; 255: unlabelled, -1: an
-        error.
-        """
+        """int16 class index of each label value or colour, then of all others; 255: unlabelled, -1: error."""
         index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
         table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
@@ -156,9 +155,7 @@ class Description(BaseModel):
         return indices.astype(np.uint8)
 
     def refuse_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
-        """Raise the DataError of label values that are neither a class nor unlabelled, with their shares of
-        pixels.
-        """
+        """Raise the DataError of values that are neither a class nor unlabelled, with their pixel shares."""
         yaml, values = self.root / FILE, list(self.by_value)
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]

@@ -26,22 +26,23 @@ CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.ui
 CACHED_FROM = 128  # images: fewer are read in about a second
 CACHE_VERSION = 1
 BLOCK = 64  # images in memory at a time while a cache is made
-COCO = """. {path} may hold COCO's annotations, which are no masks; these lines make masks in DATA/label, 0 = unlabelled:
+COCO = """. {path} may hold COCO's annotations, which are no masks;
+these lines make masks in DATA/label, 0 = unlabelled:
 from pycocotools.coco import COCO; import numpy as np; from PIL import Image
 coco = COCO("{path}")
 for image in coco.loadImgs(coco.getImgIds()):
     mask = np.zeros((image["height"], image["width"]), np.uint8)
-    for found in coco.loadAnns(coco.getAnnIds(image["id"])): mask[coco.annToMask(found) == 1] = found["category_id"]
+    for found in coco.loadAnns(coco.getAnnIds(image["id"])):
+        mask[coco.annToMask(found) == 1] = found["category_id"]
     Image.fromarray(mask).save("label/" + image["file_name"].rsplit(".", 1)[0] + ".png")"""
 Files = dict[str, Path]  # of one image, by kind
 
 
 def open_folder(root: Path, split: str) -> Split:
-    """The images of a split as `dataset.yaml` describes it; runs of neighbouring ids are scenes, unless it names them.
+    """A split's images as `dataset.yaml` says; runs of neighbouring ids are scenes, unless it names them.
 
     Raises:
-        DataError: a missing folder or partner; when they are read, a damaged file or values that can't be
-            meant.
+        DataError: a missing folder or partner; on reading, a damaged file or values that can't be meant.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
@@ -137,9 +138,7 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
 
 
 def _base(description: Description, split: str) -> Path:
-    """The folder below which `folders` lie: the split's own, or DATA where it is a list or `{split}` says
-    where.
-    """
+    """The folder above `folders`: the split's own, or DATA where it is a list or `{split}` says where."""
     place = description.root / description.splits[split]
     says_where = any("{split}" in value for value in description.folders.values())
     return description.root if says_where or place.is_file() else place

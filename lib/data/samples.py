@@ -88,8 +88,7 @@ class Split:
     Attributes:
         names, classes, scene, depth_range_m, loaded_with: as in `Samples`.
         split: `train`, `valid` or `test`.
-        label_values: the value of each class in the data set's own label files; None where these are its
-            indices.
+        label_values: of each class in the data set's own label files; None where these are its indices.
         read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch
             of images of one size.
         size: (height, width) to resize to; None keeps the native size.
@@ -195,5 +194,5 @@ def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def choose_evenly(count: int, chosen: int) -> np.ndarray:
-    """That many positions of `count`, all where there are fewer, at equal steps from the first to the last."""
+    """That many positions of `count`, all if there are fewer, at equal steps from the first to the last."""
     return np.linspace(0, count - 1, min(chosen, count)).round().astype(int)

@@ -1,6 +1,4 @@
-"""Sanity checks that need many files: the unit of depth, shifted labels, binary masks, values that are no
-class.
-"""
+"""Sanity checks that need many files: the unit of depth, shifted labels, binary masks, values of no class."""
 
 import os
 from collections import Counter
@@ -29,8 +27,7 @@ UNITS = {
     0.1: "for tenths of mm",
 }
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
-# so much of the borders between values runs along 0: 0.91 where it means unlabelled on NYUv2, 0.49 for its
-# objects
+# least share of borders between values along 0: on NYUv2 0.91 where it means unlabelled, 0.49 for objects
 BETWEEN = 0.75
 
 
@@ -54,8 +51,7 @@ def check_files(description: Description, split: str, files: list[dict[str, Path
     """Look at files of a split together.
 
     Raises:
-        DataError: they can't be meant as the defaults of `dataset.yaml` take them; it has the line to write
-            there.
+        DataError: they can't be meant as `dataset.yaml`'s defaults take them; it has the line to write there.
     """
     depths = [paths["depth"] for paths in files if "depth" in paths]
     labels = [paths["label"] for paths in files if "label" in paths]
@@ -81,9 +77,7 @@ def _look_at(look: Callable[[Path], tuple], paths: list[Path]) -> list:
 
 
 def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
-    """`(N, 2)` of a sample: the median of what was measured, NaN where nothing was, and the share of the
-    largest number.
-    """
+    """`(N, 2)` of a sample: the median of what was measured, NaN if nothing; the largest number's share."""
 
     def look(path: Path) -> tuple[float, float]:
         depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
@@ -118,9 +112,7 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
 
 
 def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
-    """What the medians of depth files are, if they are no millimetres of rooms, and the units that would make
-    them so.
-    """
+    """What medians of depth files are, if not millimetres of rooms, and the units that would make them so."""
     near, far = INDOORS_MM
     median = np.nanmedian(medians)
     if near <= median <= far:

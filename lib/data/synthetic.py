@@ -60,7 +60,7 @@ def open_synthetic(split: str, seed: int = 0) -> Split:
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One view: `(H, W, 3)` uint8 RGB, `(H, W)` uint16 depth in mm with 0 = missing, `(H, W)` uint8 labels."""
+    """One view: `(H, W, 3)` uint8 RGB, `(H, W)` uint16 depth in mm, 0 = missing, `(H, W)` uint8 labels."""
     rng = np.random.default_rng((seed, 0, index // VIEWS_PER_ROOM))
     room = rng.uniform((2.8, 2.3, 3.0), (4.8, 2.8, 5.4))
     boxes = _pack(_walls(rng, room) + _furniture(rng, room))

@@ -1,6 +1,4 @@
-"""Browse images: by class, by confusion, the most harmful first; in JupyterLab with widgets, else the first
-one.
-"""
+"""Browse images by class or confusion, the most harmful first; in JupyterLab with widgets, else the first."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -269,7 +267,7 @@ def browse_results(
 
 
 def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """By words, the `(C, C)` cells of confusion matrices that are meant: of a class its row and its column."""
+    """By words, the `(C, C)` cells of confusion matrices that are meant: of a class its row and column."""
     cells = {ALL: np.ones((len(classes), len(classes)), bool)}
     for words in (*classes, *rank_confusions(counts, classes).index[:20]):  # the most costly
         truth, predicted = (classes.index(name) for name in (words.split(CONFUSED) * 2)[:2])
@@ -316,8 +314,7 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
 def view_sample(
     sample: Samples, predicted: dict[str, "Predicted"], shades: ScalarMappable | None, only: str = ALL
 ) -> View:
-    """One image with the predictions of no, one or two runs; class colours outside of what is chosen are
-    faded.
+    """One image with the predictions of no, one or two runs; class colours outside what is chosen are faded.
 
     `only` is `ALL`, a class, or two with `CONFUSED` between them, whose pixels are outlined.
     """
@@ -357,7 +354,7 @@ def view_sample(
 
 
 def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
-    """`(H, W)` bool: where a class is in ground truth or prediction, or the first is predicted as the second."""
+    """`(H, W)` bool: where a class is in truth or prediction, or the first is predicted as the second."""
     if len(indices) == 1:
         return np.any([mask == indices[0] for mask in masks], axis=0)
     return (masks[0] == indices[0]) & np.any([mask == indices[1] for mask in masks[1:]], axis=0)
@@ -382,8 +379,7 @@ def plot_predictions(
 ) -> Figure:
     """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
 
-    Samples are of one size, or pieces of which each has its own; `predicted` are class indices `(H, W)` of
-    each.
+    Samples are of one size, or pieces each of its own; `predicted` are class indices `(H, W)` of each.
     """
     from lib.evaluation import Predicted  # here: it needs torch, see above
 
@@ -394,8 +390,6 @@ def plot_predictions(
 
 
 def runs_in_editor() -> bool:
-    """Whether JupyterLab or another editor runs this cell: they say which one it is, papermill and nbval
-    don't.
-    """
+    """Whether JupyterLab or another editor runs the cell: they say which it is, papermill and nbval don't."""
     kernel = getattr(get_ipython(), "kernel", None)
     return "cellId" in kernel.get_parent().get("metadata", {}) if kernel else False

@@ -15,9 +15,9 @@ from lib.significance import LEVEL, SceneComparison, compare_recipes, score_inte
 
 A_A_ARM = "baseline_again"  # of the example
 EXPLAINED = (
-    f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an A/A pair: a correct "
-    "test finds no significant difference. `tenth_learning_rate` has a tenth of the learning rate, a real effect: a "
-    "correct test finds it."
+    f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an "
+    "A/A pair: a correct test finds no significant difference. `tenth_learning_rate` has a tenth of the "
+    "learning rate, a real effect: a correct test finds it."
 )
 
 
@@ -163,9 +163,8 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
         farthest_m: of the depth range that the strata were counted with.
 
     Returns:
-        Per stratum and bin: its share of the pixels, the mIoU of the baseline over the classes in it, the
-        difference with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a
-        stratum.
+        Per stratum and bin: its share of pixels, the baseline's mIoU over the classes in it, the difference
+        with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a stratum.
     """
     rows = []
     for name, edges in strata_edges(farthest_m).items():
@@ -188,9 +187,7 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
 
 @plots.styled
 def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
-    """The differences of `compare_strata` with their intervals, a panel for each stratum; filled where
-    significant.
-    """
+    """The differences of `compare_strata` with intervals, a panel per stratum; filled where significant."""
     strata = table.groupby("stratum", sort=False)
     figure, grid = plots.new_figure(3, 1, len(strata), sharey=True, squeeze=False)
     for axes, (name, rows) in zip(grid[0], strata, strict=True):

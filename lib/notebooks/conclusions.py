@@ -1,6 +1,4 @@
-"""Results of a comparison: a table, the details below it, what single runs allow, a conclusion; and plans of
-new runs.
-"""
+"""Results of a comparison: a table, its details, what single runs allow, a conclusion; plans of new runs."""
 
 import ast
 import itertools
@@ -91,9 +89,7 @@ class Spread:
     paired: bool = False
 
     def plan(self, runs: float, which: int = 0) -> Plan:
-        """The recipe test with so many runs of each recipe, by default with `run_sd` itself, on as many
-        scenes.
-        """
+        """The recipe test with so many runs of each recipe on as many scenes; `run_sd` itself by default."""
         return plan(
             runs,
             self.folds,
@@ -105,7 +101,7 @@ class Spread:
         )
 
     def say_detectable(self, runs: float, comparisons: int) -> str:
-        """The smallest detectable difference with its range, such as `0.017 (0.014 to 0.023)`, in a clause."""
+        """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
         numbers = "{:.3f} ({:.3f} to {:.3f})".format(*found)
         if self.variance_per_scene:
@@ -153,7 +149,10 @@ class Result:
         test = self.recipe_test
         if min(self.runs) < 2:
             _, single = min(zip(self.runs, (self.against, self.recipe), strict=True))
-            return f"One run of {'each' if max(self.runs) == 1 else single}: nothing can be said about the recipes"
+            return (
+                f"One run of {'each' if max(self.runs) == 1 else single}: "
+                "nothing can be said about the recipes"
+            )
         if self.scene_count < MIN_SCENES:
             return f"no result: {self.scene_count} scenes, at least {MIN_SCENES} are needed"
         if test is None:
@@ -167,9 +166,7 @@ class Result:
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
-    """Every recipe compared with the first; if `paired`, runs of one seed belong together and others are left
-    out.
-    """
+    """Every recipe against the first; if `paired`, runs of one seed belong together, others are left out."""
     results = [_test(recipes, name, paired) for name in list(recipes)[1:]]
     for kind in ("recipe_test", "seed_test", "checkpoint_test"):
         tests = [getattr(result, kind) for result in results]
@@ -277,9 +274,7 @@ def show_results(table: pd.DataFrame) -> Styler:
 
 
 def describe_single_runs(results: dict[str, Result]) -> str:
-    """What single runs allow: the checkpoint test, how much seeds alone change, and the sweep that would
-    answer.
-    """
+    """What single runs allow: the checkpoint test, how much seeds alone change, a sweep that would answer."""
     texts = []
     for result in results.values():
         if min(result.runs) < 2:
@@ -295,7 +290,7 @@ def describe_single_runs(results: dict[str, Result]) -> str:
 
 
 def describe_details(results: dict[str, Result]) -> str:
-    """Below the table: classes, the seed test, where the variance comes from, the checkpoint test, caveats."""
+    """Below the table: classes, the seed test, the sources of variance, the checkpoint test, caveats."""
     texts = []
     for result in results.values():
         test = result.recipe_test
@@ -326,9 +321,7 @@ def conclude(results: dict[str, Result]) -> str:
 
 
 def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> str:
-    """What a sweep, parameters by run name, can find if its runs vary as earlier ones on this data at this
-    size did.
-    """
+    """What a sweep, parameters by run name, can find if runs vary like earlier ones on this data and size."""
     parameters = list(runs.values())
     seeds = len({each["seed"] for each in parameters})
     comparisons = len({recipe(each) for each in parameters}) - 1
@@ -336,7 +329,10 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     spreads = {source: measure_spread(group_recipes(found)) for source, found in earlier.items()}
     known = {source: spread for source, spread in spreads.items() if spread}
     if not known or seeds < 2 or comparisons < 1:
-        return "No plan: it needs two recipes, two seeds, and earlier runs of several seeds on this data at this size."
+        return (
+            "No plan: it needs two recipes, two seeds, and earlier runs of several seeds on this data "
+            "at this size."
+        )
     source, spread = next(iter(known.items()))
     folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
     share = folds / spread.folds
@@ -348,8 +344,8 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
         paired=paired,
     )
     return (
-        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs vary as "
-        f"those in {source} did, {spread.say_detectable(seeds, comparisons)}."
+        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs "
+        f"vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
     )
 
 
@@ -387,9 +383,10 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     larger = sum(pair >= abs(run.score - first.score) for pair in pairs)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone (no p-value: pairs share runs): of {len(pairs)} pairs of earlier runs of one recipe and fold that "
-        f"differ in nothing but the seed, {larger} differ by at least as much "
-        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, split {run.split})."
+        f"- Seeds alone (no p-value: pairs share runs): of {len(pairs)} pairs of earlier runs of one recipe "
+        f"and fold that differ in nothing but the seed, {larger} differ by at least as much "
+        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, split "
+        f"{run.split})."
     ]
 
 
@@ -432,14 +429,17 @@ def _say_consequence(result: Result) -> str:
         return _say_sweep(*result.pair)
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
-        return f"Prefer {better}. This holds for new seeds and scenes like these, not for other data or image sizes."
+        return (
+            f"Prefer {better}. This holds for new seeds and scenes like these, "
+            "not for other data or image sizes."
+        )
     if spread is None:
         return "Every run has the same confusion matrices: check whether one run is given twice."
     aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
     return (
-        f"Inconclusive is not equal: on new seeds and scenes like these, true differences from {low} to {high} agree "
-        f"with these runs. To find half of what they can find, {aim:.3f}, with 80 % power takes "
+        f"Inconclusive is not equal: on new seeds and scenes like these, true differences from {low} to "
+        f"{high} agree with these runs. To find half of what they can find, {aim:.3f}, with 80 % power takes "
         f"{spread.say_seeds(aim, test.comparisons)}, all of them new."
     )
 
@@ -455,11 +455,14 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
 def _say_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
         return (
-            "No variance of the difference over scenes was found, so the recipe test equals the seed test; that does not "
-            "mean that there is none."
+            "No variance of the difference over scenes was found, so the recipe test equals the seed test; "
+            "that does not mean that there is none."
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
-    return f"In the recipe test {share:.0%} of the variance of the difference is due to seeds, the rest to scenes."
+    return (
+        f"In the recipe test {share:.0%} of the variance of the difference is due to seeds, "
+        "the rest to scenes."
+    )
 
 
 def _say_checkpoints(result: Result) -> str:
@@ -507,16 +510,16 @@ def _say_runs(runs: tuple[int, int]) -> str:
 def _caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
     caveats = {
-        "The scenes of these images are unknown, so images were taken as independent: if several show one scene, every "
-        "interval is too narrow.": any(run.scene is None for run in runs),
+        "The scenes of these images are unknown, so images were taken as independent: if several show one "
+        "scene, every interval is too narrow.": any(run.scene is None for run in runs),
         "Validation is `random`: the results are about rooms that the networks were trained on.": any(
             run.validation == "random" for run in runs
         ),
         "Pooled over five folds: the results are about networks trained on four fifths of these scenes.": any(
             run.is_pooled for run in runs
         ),
-        "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a difference "
-        "where there is none, instead of 5 %. Use three seeds or more.": (
+        "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a "
+        "difference where there is none, instead of 5 %. Use three seeds or more.": (
             sum(result.recipe_test is not None and min(result.runs) == 2 for result in results.values()) > 2
         ),
     }

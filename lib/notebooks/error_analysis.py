@@ -57,8 +57,7 @@ class ErrorCounts:
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
-    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts are
-    kept.
+    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts stay.
 
     Raises:
         ValueError: samples without labels, no sample, or classes that are not the network's.
@@ -158,20 +157,18 @@ def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
     lines = [
         f"On {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** has an mIoU of "
         f"**{metrics.mean_truth_iou(pooled):.3f}** and a pixel accuracy of "
-        f"{percent(metrics.pixel_accuracy(pooled), 1)}. The lowest recall is that of {errors.classes[least]}: "
-        f"{percent(recall[least])}.",
-        f"{percent(near.sum() / pooled.sum())} of all pixels but {percent(wrong_near)} of the errors lie within 1 % "
-        f"of the image width of a boundary. The network is {_describe_gap(errors.calibration)}.",
-        f"The worst image is {errors.names[np.nanargmin(accuracy)]}: {percent(np.nanmin(accuracy))} of its pixels "
-        "are correct.",
+        f"{percent(metrics.pixel_accuracy(pooled), 1)}. The lowest recall is that of "
+        f"{errors.classes[least]}: {percent(recall[least])}.",
+        f"{percent(near.sum() / pooled.sum())} of all pixels but {percent(wrong_near)} of the errors lie "
+        f"within 1 % of the image width of a boundary. The network is {_describe_gap(errors.calibration)}.",
+        f"The worst image is {errors.names[np.nanargmin(accuracy)]}: {percent(np.nanmin(accuracy))} of its "
+        "pixels are correct.",
     ]
     return "\n".join(f"- {line}" for line in [*lines, *suggest_experiment(errors)])
 
 
 def suggest_experiment(errors: ErrorCounts) -> list[str]:
-    """For the most costly confusion, one sentence about where it happens and what to try; none without an
-    error.
-    """
+    """One sentence about where the most costly confusion happens and what to try; none without an error."""
     ranked = rank_confusions(errors.confusion, errors.classes)
     if ranked.empty:
         return []

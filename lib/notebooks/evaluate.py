@@ -13,14 +13,12 @@ from lib.runs.report import describe_classes, describe_interval
 
 
 def saved_look(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Look:
-    """What `browse_results` shows of saved masks, read by the names of the images; they have no confidence."""
+    """What `browse_results` shows of saved masks, read by the images' names; they have no confidence."""
     return lambda samples: Predicted(samples, np.stack(read(samples.names.tolist())))
 
 
 def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
-    """In Markdown: the scores that `score_run` returned, the best and the worst class, and where predictions
-    are.
-    """
+    """In Markdown: the scores of `score_run`, the best and the worst class, and where predictions are."""
     saved = f"Predictions of {scores['images']} images are in `{run.name}/evaluation/{split}`."
     if not scores["labelled"]:
         return saved

@@ -34,8 +34,7 @@ class DataCounts:
     Attributes:
         classes: names of the C classes.
         pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
-        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open to the
-            top.
+        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open above.
         adjacency: `(C, C)` pairs of nearby pixels of two classes, symmetric.
         depth_range_m: of the data, see `Samples`.
     """
@@ -88,9 +87,7 @@ def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
 
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
-    """By class, most common first: share of the labelled pixels, of the images, of its own pixels without
-    depth.
-    """
+    """By class, most common first: share of labelled pixels, of images, of its own pixels without depth."""
     total = counts.pixels[:, :-1].sum(0)
     shares = {"pixels": total / max(total.sum(), 1), "images": (counts.pixels[:, :-1] > 0).mean(0)}
     if counts.has_depth:
@@ -135,8 +132,7 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
 
     Args:
         samples: the images to train on, or to choose validation images among.
-        valid: a split to validate on; its images are looked at too if it is the data set's own
-            (`predefined`).
+        valid: a split to validate on; its images are looked at too if it is the data's own (`predefined`).
     """
     chosen = {}
     for validation in ("random", "blocks", "scenes"):
@@ -217,8 +213,8 @@ def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
     return (
         f"- Validate by **{valid.validation}**, which `validation auto` takes for these images; it "
         f"{_describe_scenes(train.scene, valid.scene)}.\n"
-        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, and the mIoU "
-        f"counts each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}); "
+        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, and the "
+        f"mIoU counts each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}); "
         "`class_weights median` lets the loss do the same."
     )
 
@@ -261,11 +257,10 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = {
         f"These classes are in no image: {', '.join(absent)}.{explained if unlabelled else ''}": len(absent),
-        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so that nothing can be concluded about "
-        "new scenes. (Names that are numbers are read as frames of a video.) If each image shows a scene of its "
-        "own, write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with the columns name,scene.": (
-            sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()
-        ),
+        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so that nothing can be concluded "
+        "about new scenes. (Names that are numbers are read as frames of a video.) If each image shows a "
+        "scene of its own, write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with the "
+        "columns name,scene.": (sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()),
         f"{empty} images have no labelled pixel.": empty,
         f"{unlabelled:.1%} of the pixels are unlabelled.": unlabelled > 0.5,
         f"{depth[0] / depth.sum():.1%} of the pixels have no depth.": (
@@ -325,9 +320,7 @@ def plot_adjacency(counts: DataCounts) -> Figure:
 
 
 def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
-    """For each `validation`: the images on both sides and how many validation images resemble training
-    images.
-    """
+    """For each `validation`: the images on both sides and how many to validate on resemble training ones."""
     rows = {
         validation: {
             "training images": leak.train_count,
@@ -343,9 +336,7 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
-    """Validation images beside the training image most like them: those of one scene first, then the most
-    alike.
-    """
+    """Validation images beside the training image most like them: of one scene first, then the most alike."""
     alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
     shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
     order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]

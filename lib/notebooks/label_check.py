@@ -1,6 +1,4 @@
-"""Labels worth a second look: regions in which networks that were not trained on the image confidently
-disagree.
-"""
+"""Labels worth a second look: regions where networks not trained on the image confidently disagree."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,9 +26,7 @@ BOX = ["left", "top", "right", "bottom"]
 
 
 def find_folds(run: Path) -> list[Path]:
-    """The five runs of the recipe and seed of this run that validate on one fold each; this run where one is
-    missing.
-    """
+    """The five runs of the run's recipe and seed that validate on a fold each; the run if one is missing."""
     parameters = read_parameters(run)
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
@@ -54,7 +50,7 @@ def open_checked(runs: list[Path], data: str | None = None) -> Split:
 def check_labels(
     runs: list[Path], data: str | None = None, batch_size: int = 8, device: str = "auto"
 ) -> pd.DataFrame:
-    """`rank_regions` of the validation images of these runs, each predicted by the run that validates on it."""
+    """`rank_regions` of these runs' validation images, each predicted by the run that validates on it."""
     splits = [iterate_split(read_parameters(run), "valid", data, run=run) for run in runs]
     with progress_bar("checking labels", sum(map(len, splits))) as bar:
 

@@ -17,8 +17,7 @@ from lib.runs.scoring import iterate_split
 
 
 def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
-    """By name a run of the baseline (A) and of another recipe (B), the last by default, of one seed if
-    possible.
+    """By name runs of the baseline (A) and another recipe (B), the last by default, of one seed if possible.
 
     Nothing if there is one recipe only.
     """
@@ -33,7 +32,7 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
-    """mIoU of each image over the classes in its truth, `(N,)` of `(N, C, C)`; NaN without a labelled pixel."""
+    """mIoU of each image over classes in its truth, `(N,)` of `(N, C, C)`; NaN without a labelled pixel."""
     return np.array([mean_truth_iou(image) if image.any() else np.nan for image in counts])
 
 

@@ -1,6 +1,4 @@
-"""Colours of classes, grids of pictures, matrices and curves: every function returns a `Figure`, none shows
-it.
-"""
+"""Colours of classes, grids of pictures, matrices and curves: functions return a `Figure`, none shows it."""
 
 import io
 import itertools
@@ -36,8 +34,7 @@ CLASS_COLOURS = {
     "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
 # Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ
-# less to the eye) from those before it, from the above and from the greys of pictures; from the 97th on they
-# repeat.
+# less to the eye) from those before it, the above and the greys of pictures; from the 97th on they repeat.
 OTHER_COLOURS = [
     "#446677", "#33cc11", "#11eecc", "#ee88ee", "#668811", "#bb1111", "#551111", "#1177ee", "#bb9988",
     "#1111ee", "#997788", "#334477", "#dd6633", "#33ccdd", "#99aa77", "#2299aa", "#667766", "#eeaabb",
@@ -69,7 +66,8 @@ LINE = 20  # pixels of a line of text
 WRONG = "wrong pixels"
 CHANGED = "B fixes (blue), breaks (red)"
 TERMS = {  # of the loss, as they are drawn
-    "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax", "depth_l1": "depth L1",
+    "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax",
+    "depth_l1": "depth L1",
 }  # fmt: skip
 FEW = 20  # classes up to which matrices show numbers and rows are wide
 # Chinese, Japanese and Korean names take the first of these that is installed.
@@ -143,16 +141,14 @@ def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray
 
 
 def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
-    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so that colours are read as
-    classes.
-    """
+    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so colours are read as classes."""
     grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) // 15
     levels = np.linspace(darkest, 255, 18).astype(np.uint8)
     return np.repeat(levels[grey][..., None], 3, axis=-1)
 
 
 def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
-    """The scale of depth in metres that suits these samples, white for missing; None where there is no depth."""
+    """The scale of depth in metres that suits these samples, white for missing; None without depth."""
     depth = np.concatenate(
         [piece.depth_or_missing[choose_evenly(len(piece), 50)].ravel() for piece in pieces]
     )
@@ -219,7 +215,7 @@ def new_figure(
 
 
 def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
-    """An array `(H, W, ...)` scaled by a whole factor to at least that many pixels of width; its values stay."""
+    """An array `(H, W, ...)` scaled by a whole factor to at least that many pixels of width, values kept."""
     step = max(1, picture.shape[1] // least)
     zoom = -(-least // picture.shape[1])
     return picture[::step, ::step].repeat(zoom, 0).repeat(zoom, 1)
@@ -310,9 +306,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 @styled
 def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
-    """Shares 0..1 by class (rows and columns, whose index names say what they are), with numbers if they are
-    few.
-    """
+    """Shares 0..1 by class (rows and columns, whose index names say what they are); with numbers if few."""
     import seaborn  # here: it takes a second or two to load, and training should not wait for it
 
     few = len(shares) <= FEW
@@ -336,8 +330,7 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) -> Figure:
     """Total loss, validation scores and each term of the loss by epoch, over the whole span of `epochs`.
 
-    The history holds the rows of `fit` so far, `terms` the weight of each term by its name there; 0 leaves it
-    out.
+    The history holds `fit`'s rows so far, `terms` the weight of each term by its name there; 0 leaves it out.
     """
     used = {name: TERMS[name] for name, weight in terms.items() if weight}
     weighted = [f"{terms[name]:g} ({word})" if terms[name] != 1 else word for name, word in used.items()]
@@ -450,8 +443,7 @@ def show_small_figures() -> None:
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG with 16 levels a channel, half as large: class colours are exact, the smoothed rims of letters
-    are not.
+    """A PNG with 16 levels a channel, half as large: class colours are exact, smoothed rims of letters not.
 
     It is saved as it is laid out: IPython would cut the margins, and so shift images by parts of a pixel.
     """

@@ -79,8 +79,8 @@ def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
     with Image.open(path) as mask:
         if CONFIDENCE not in mask.text:
             raise ValueError(
-                f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or give another "
-                "folder"
+                f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or "
+                "give another folder"
             )
         same = mask.text.get(PIXELS) == _checksum(image)
         return (np.asarray(mask), float(mask.text[CONFIDENCE])) if same else None
@@ -133,6 +133,7 @@ def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
         else "No masks were written; `-p save_to FOLDER` writes them."
     )
     return (
-        f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. Its mean "
-        f"confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` ({sure.min():.2f}).{speed} {where}"
+        f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. "
+        f"Its mean confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` "
+        f"({sure.min():.2f}).{speed} {where}"
     )

@@ -1,4 +1,4 @@
-"""Many runs: a grid of parameters times seeds, each run a Ray task that executes train.ipynb with papermill."""
+"""Many runs: a grid of parameters times seeds, each a Ray task that executes train.ipynb with papermill."""
 
 import hashlib
 import itertools
@@ -70,7 +70,8 @@ def plan_runs(
         there = runs.setdefault(name, parameters | {"run_name": name})
         if there["data"] != parameters["data"]:
             raise ValueError(
-                f"data: found {there['data']} and {parameters['data']}, which make runs of one name; rename one folder"
+                f"data: found {there['data']} and {parameters['data']}, which make runs of one name; rename "
+                "one folder"
             )
     return runs
 
@@ -184,8 +185,7 @@ def sweep(
     gpus_per_run: float | None = None,
     results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Train and score all runs that are not finished, as many at a time as fit; yield their table as it
-    fills.
+    """Train and score all unfinished runs, as many at a time as fit; yield their table as it fills.
 
     A failed run does not stop the others, and one whose machine is lost goes on elsewhere from its last
     checkpoint. On a cluster, every machine needs this repository, its Python packages, the data and the
@@ -195,8 +195,8 @@ def sweep(
         runs: from `plan_runs`.
         split: to score them on.
         cluster: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
-        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one and one a
-            worker.
+        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one core and
+            one for each worker.
         gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the
             CPU; None takes 1 where there are GPUs.
         results: see `Finished`.
@@ -244,8 +244,8 @@ def _connected(cluster: str) -> Iterator[None]:
         _start_ray(address)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cluster: found {cluster!r}, where no Ray cluster answers ({error}); expected local, or the address that "
-            "`ray start --head` printed"
+            f"cluster: found {cluster!r}, where no Ray cluster answers ({error}); expected local, or the "
+            "address that `ray start --head` printed"
         ) from error
     try:
         yield
@@ -254,7 +254,7 @@ def _connected(cluster: str) -> Iterator[None]:
 
 
 def _start_ray(address: dict) -> None:
-    """`ray.init`, once more where a busy machine takes longer than the 30 seconds that Ray waits for itself."""
+    """`ray.init`, again where a busy machine takes longer than the 30 seconds that Ray waits for itself."""
     for _ in range(STARTS):
         try:
             return ray.init(**address, logging_level="error", log_to_driver=False)
@@ -263,8 +263,8 @@ def _start_ray(address: dict) -> None:
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for its "
-        "other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
+        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for "
+        "its other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
     )
 
 
@@ -280,8 +280,9 @@ def _check_share(cpus: int, gpus: float) -> None:
 
 
 def _environment(threads: int, gpus: float) -> dict[str, str]:
-    """Of a run's processes, which else see every GPU where they ask for none, and take all memory of a shared
-    one.
+    """Environment variables of a run's processes.
+
+    Without them the processes see every GPU where they ask for none, and take all memory of a shared one.
     """
     share = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     if 0 < gpus < 1:
@@ -299,8 +300,8 @@ def _remote_task():
         missing = [path for path in needed if path != "synthetic" and not Path(path).exists()]
         if missing:
             return (
-                f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, the data "
-                "and the folder of runs at the same paths, on a shared disk"
+                f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, "
+                "the data and the folder of runs at the same paths, on a shared disk"
             )
         os.environ |= settings  # before torch
         sys.path.insert(0, root)
@@ -329,7 +330,7 @@ def _error(task: ray.ObjectRef) -> str | None:
 def progress_table(
     runs: dict[str, dict], finished: dict[str, ScoredRun], errors: dict[str, str | None]
 ) -> pd.DataFrame:
-    """One row for each run: its state, epochs so far, the best validation mIoU so far, minutes left, error."""
+    """One row for each run: state, epochs so far, the best validation mIoU so far, minutes left, error."""
     rows = {}
     for name, parameters in runs.items():
         history = finished[name].history if name in finished else _read_begun(name)

@@ -114,9 +114,7 @@ def _write_images(run: Path, samples: Sequence[Samples]) -> None:
 
 
 def read_images(run: Path) -> dict:
-    """How validation images were chosen, and names of the images by split; empty where the run did not record
-    them.
-    """
+    """How validation images were chosen, and image names by split; empty if the run did not record them."""
     return read_json(run / "images.json") if (run / "images.json").exists() else {}
 
 
@@ -141,7 +139,7 @@ def weights_digests(parameters: dict) -> dict[str, str]:
 
 
 def _set_aside(run: Path) -> Path | None:
-    """Where an older run of that name is now, with the time at which it was finished; None if there was none."""
+    """Where an older run of that name is now, with the time when it was finished; None if there was none."""
     if not run.exists():
         return None
     finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
@@ -223,9 +221,7 @@ def read_history(run: Path) -> pd.DataFrame:
 
 
 def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
-    """The kept epoch's row of the history, and its scores and counts at the working size; None: nothing
-    validates.
-    """
+    """The kept epoch's row of history, its scores and counts at the working size; None: nothing validates."""
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
         scores |= {

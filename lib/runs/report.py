@@ -14,9 +14,7 @@ REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
 
 
 def write_report(run: Path) -> Path:
-    """`report.md`: configuration, then results and progression of training, then evaluations, as far as there
-    are.
-    """
+    """`report.md`: configuration, results and progression of training, evaluations, as far as there are."""
     sections = [
         f"# {run.name}",
         "## Configuration\n\n" + _table(pd.DataFrame({"value": read_parameters(run)}), "g"),
@@ -39,7 +37,7 @@ def write_report(run: Path) -> Path:
 
 
 def summarise(run: Path) -> str:
-    """In Markdown: the kept epoch, its scores, whether they still rose, the classes learned best and least."""
+    """In Markdown: the kept epoch, its scores, whether they still rose, the best and the worst classes."""
     scores = read_scores(run)
     history = read_history(run)
     epochs = len(history)

@@ -1,4 +1,4 @@
-"""Scored runs without their weights: from run folders or from a study's two files, by recipe, for comparison."""
+"""Scored runs without their weights: from run folders or a study's two files, by recipe, for comparison."""
 
 import io
 import itertools
@@ -171,8 +171,7 @@ def scored_folders(split: str) -> list[Path]:
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
-    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per list of
-    images.
+    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per image list.
 
     Paths of data and weights are cut to their last component.
     """
@@ -279,9 +278,9 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
 
     Args:
         runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between
-            (a path may have commas of its own in the folder of runs alone); or
-            `all`: every run in the folder of runs that is scored on the split. Where these are fewer than
-            two, `all` takes the committed example, and beside it a run of one's own on the same images.
+            (a path may have commas of its own in the folder of runs alone); or `all`: every run in the folder
+            of runs that is scored on the split. Where these are fewer than two, `all` takes the committed
+            example, and beside it a run of one's own on the same images.
         split: `train`, `valid` or `test`.
         data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
         where: a query over the runs' parameters, as `pandas.DataFrame.query` takes it; None takes all.
@@ -344,8 +343,8 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             raise ValueError("it is no condition")
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
-            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the parameters "
-            f'{", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
+            f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the "
+            f'parameters {", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
         values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}

@@ -1,6 +1,4 @@
-"""Score a run, or anybody's predictions, on a split of its data, and leave what a comparison needs in its
-folder.
-"""
+"""Score a run, or any predictions, on a split of its data; leave what a comparison needs in its folder."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -187,17 +185,16 @@ def _submission(run: Path, split: str) -> Path:
 
 
 def _remove_evaluation(run: Path, split: str) -> None:
-    """What an earlier evaluation wrote, perhaps of other data; the scores first, which say that the rest is
-    there.
-    """
+    """What an earlier evaluation wrote, perhaps of other data; scores first: they say the rest is there."""
     for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission(run, split)):
         path.unlink(missing_ok=True)  # .json comes before .npz
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
 def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
-    """`SPLIT.json`, which it returns; `SPLIT.npz` and `SPLIT.strata.npz` of thorough counts of `plain`; the
-    report.
+    """`SPLIT.json`, which it returns, and the report.
+
+    Of thorough counts of `plain` also `SPLIT.npz` and `SPLIT.strata.npz`.
     """
     (run / "evaluation").mkdir(exist_ok=True)
     if counted:
@@ -278,8 +275,7 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
     Args:
         folder: of the masks.
         pieces: the images.
-        mask_values: `indices` of the classes in the order of the data, or `labels`: the values of the data's
-            labels.
+        mask_values: `indices` of classes in the data's order, or `labels`: the values of the data's labels.
 
     Raises:
         DataError: a mask that is missing or damaged, of another size than its image, or with a value that is

@@ -370,7 +370,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise CheckpointError(f"encoder_weights: {path}: no such file")
     try:
-        return load_state_dict(str(path), use_ema=False)
+        return load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
         raise CheckpointError(
             f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, "

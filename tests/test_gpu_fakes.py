@@ -32,6 +32,17 @@ def raw_batch(count: int, size: tuple[int, int]) -> RawBatch:
     return RawBatch(image[..., None].expand(*image.shape, 3), *others, torch.arange(count))
 
 
+def fakes_need_a_driver() -> bool:
+    """Whether this torch (2.8, for one) opens the driver to fill a fake tensor."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device=CUDA).uniform_()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(fakes_need_a_driver(), reason="this torch opens a GPU's driver for fake tensors")
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
 def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
     """From encoding to decisions, with every pooling: a fake tensor has no value, and no CPU tensor meets it."""

@@ -452,5 +452,4 @@ def small_png(figure: Figure) -> bytes:
     pixels = cv2.imdecode(np.frombuffer(drawn.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
     step = 255 // (LEVELS - 1)
     rounded = np.round(pixels / step).astype(np.uint8) * step
-    no_filter = [cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    return cv2.imencode(".png", rounded, no_filter)[1].tobytes()
+    return cv2.imencode(".png", rounded, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()

@@ -217,7 +217,7 @@ def write_history(run: Path, history: list[dict]) -> None:
 
 def read_history(run: Path) -> pd.DataFrame:
     """The rows that `write_history` wrote."""
-    return pd.read_csv(run / "history.csv")
+    return pd.read_csv(run / "history.csv", float_precision="round_trip")  # not the default before pandas 3
 
 
 def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:

@@ -135,7 +135,7 @@ def test_a_finished_run_is_left_alone(samples, whole):
 def test_device_and_precision_may_be_spelled_otherwise(samples, whole, monkeypatch, often):
     """What they come to is what counts: another machine resolves `auto` for itself, another card has another number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     interrupt(samples, "spelled", monkeypatch, 4, device="auto", precision="auto")
     assert train("spelled", samples, resume=True) == whole[0]
     saved = read_parameters(runs_folder() / "spelled")

@@ -98,3 +98,23 @@ def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
     np.testing.assert_allclose(
         history.train_loss, history.train_cross_entropy + 0.25 * history.train_soft_iou
     )
+
+
+START = """
+import multiprocessing, torch, lib.batches
+multiprocessing.set_start_method("{method}", force=True)
+lib.batches.sys = type("NotLinux", (), {{"platform": "darwin"}})  # else workers are forked, whatever is set
+num_workers, run_name = 2, "{method}"
+"""
+
+
+@pytest.mark.slow
+def test_every_way_to_start_workers_gives_the_same_history(run_cells):
+    """From a notebook's kernel, whose main module has no file."""
+    histories = []
+    for method in ("fork", "spawn", "forkserver"):
+        *_, (history, error) = run_cells(START.format(method=method), "check", "data", "network", "train")
+        assert error == ""
+        assert len(history) == 2
+        histories.append(history)
+    assert histories[0] == histories[1] == histories[2]

@@ -16,8 +16,8 @@ from lib.significance import LEVEL, SceneComparison, compare_recipes, score_inte
 A_A_ARM = "baseline_again"  # of the example
 EXPLAINED = (
     f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an "
-    "A/A pair: a correct test finds no significant difference. `tenth_learning_rate` has a tenth of the "
-    "learning rate, a real effect: a correct test finds it."
+    "A/A pair: a significant difference would be a false alarm, which 5 % of such comparisons give. "
+    "`tenth_learning_rate` has a tenth of the learning rate, a real effect that the recipe test should find."
 )
 
 
@@ -90,9 +90,11 @@ def plot_comparison(
     )
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
+    by_checkpoints = any(result.recipe_test is None for result in results.values())
+    test = "checkpoint test" if by_checkpoints else "recipe test"
     right.set(
         title=f"Difference to {baseline}",
-        xlabel="difference in IoU, 95 % interval\n(triangle: cut at IoU 0 or 1)",
+        xlabel=f"difference in IoU, {test}, 95 %\n(filled: significant; triangle: cut)",
     )
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
@@ -127,7 +129,7 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
     label = f"{plots.shorten(name, 60)}: mIoU {mean[0]:.3f}"
     if len(scores) > 1:
         axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
-        label += f", mean of {len(scores)}"
+        label += f", mean of {len(scores)} runs (small dots)"
     axes.plot(mean, rows, "o", color=colour, label=label)
 
 

@@ -106,7 +106,7 @@ class Spread:
         numbers = "{:.3f} ({:.3f} to {:.3f})".format(*found)
         if self.variance_per_scene:
             return f"a true difference of {numbers} would be found with 80 % power"
-        return f"it takes a true difference of at least {numbers} to be found with 80 % power"
+        return f"a true difference would have to be at least {numbers} to be found with 80 % power"
 
     def say_seeds(self, difference: float, comparisons: int) -> str:
         """How many seeds find a true difference with 80 % power."""
@@ -262,13 +262,15 @@ def show_results(table: pd.DataFrame) -> Styler:
     limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
     bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
     adjusted = _say_adjusted(" Interval and p are ", max(table.comparisons, default=1))
+    caption = "The recipe test was not possible."
+    if table.p.notna().any():
+        caption = "Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval."
+        caption += adjusted
     return (
         table.style.format(limits, na_rep="")
         .hide(axis="index")
         .apply(lambda column: bold, subset=["conclusion"])
-        .set_caption(
-            f"Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval.{adjusted}"
-        )
+        .set_caption(caption)
         .set_table_styles(TABLE_STYLES)
     )
 
@@ -279,7 +281,7 @@ def describe_single_runs(results: dict[str, Result]) -> str:
     for result in results.values():
         if min(result.runs) < 2:
             texts += [
-                f"**{result.conclusion}.** Only these two checkpoints can be compared:",
+                f"**{result.conclusion}.** Only checkpoints can be compared:",
                 "",
                 f"- {_say_checkpoints(result)}",
                 *_say_seed_pairs(*result.pair),
@@ -303,6 +305,8 @@ def describe_details(results: dict[str, Result]) -> str:
                 *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
                 "",
             ]
+    if results and not texts:
+        texts = ["No recipe test was possible, so there are no details.", ""]
     return "\n".join(texts + _caveats(results))
 
 
@@ -312,8 +316,9 @@ def conclude(results: dict[str, Result]) -> str:
     for result in results.values():
         evidence = f"{_say_runs(result.runs)} seeds, {result.scene_count} scenes"
         test = result.recipe_test
+        found, colon, explained = result.conclusion.partition(": if ")
         lines += [
-            f"- {result.recipe} against {result.against}: **{result.conclusion}.**",
+            f"- {result.recipe} against {result.against}: **{found}**{colon}{explained}.",
             *([f"  - Recipe test, {evidence}: {_say_test(test)}."] if test else []),
             f"  - {_say_consequence(result)}",
         ]
@@ -374,19 +379,21 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
 
 def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     """How often runs of one recipe differ by as much as these two."""
-    earlier = list(itertools.chain(*find_earlier(run.parameters, run.split).values()))
-    cells = [str((recipe(each.parameters), each.parameters.get("fold"))) for each in earlier]
-    scores = pd.Series([each.score for each in earlier]).groupby(cells).apply(list)
-    pairs = [abs(a - b) for cell in scores for a, b in itertools.combinations(cell, 2)]
-    if not pairs:
+    cells = {}
+    for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
+        cells.setdefault((recipe(each.parameters), each.parameters.get("fold")), []).append(each)
+    pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell, 2)]
+    others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
+    if not others:
         return []
-    larger = sum(pair >= abs(run.score - first.score) for pair in pairs)
+    larger = sum(abs(a.score - b.score) >= abs(run.score - first.score) for a, b in others)
+    count = sum(len(cell) for cell in cells.values() if len(cell) > 1)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone (no p-value: pairs share runs): of {len(pairs)} pairs of earlier runs of one recipe "
-        f"and fold that differ in nothing but the seed, {larger} differ by at least as much "
-        f"({sum(map(len, scores[scores.map(len) > 1]))} runs on {Path(run.data).name}, {size} pixels, split "
-        f"{run.split})."
+        f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ in nothing "
+        f"but the seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs "
+        f"on {Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the "
+        "pairs share runs, and these recipes may vary more."
     ]
 
 
@@ -399,6 +406,8 @@ def read_defaults() -> dict[str, object]:
 def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     """The sweep that trains new seeds of both recipes; two where a grid would make other recipes, too."""
     sides = [run.parameters for run in (first, other)]
+    if recipe(sides[0]) == recipe(sides[1]):
+        return "Both runs have the same parameters but the seed: they are one recipe, not two to compare."
     if any("recipe" in parameters for parameters in sides):
         return "To answer, score predictions of two or more seeds of each recipe with `evaluate.ipynb`."
     defaults = {name: value for name, value in read_defaults().items() if name not in CHOSEN_BY_SWEEP}
@@ -430,8 +439,8 @@ def _say_consequence(result: Result) -> str:
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
         return (
-            f"Prefer {better}. This holds for new seeds and scenes like these, "
-            "not for other data or image sizes."
+            f"By mIoU, prefer {better}. This holds for new seeds and scenes like these, not for other data, "
+            "image sizes or settings, such as more epochs."
         )
     if spread is None:
         return "Every run has the same confusion matrices: check whether one run is given twice."
@@ -439,7 +448,8 @@ def _say_consequence(result: Result) -> str:
     low, high = map(_say_number, test.interval)
     return (
         f"Inconclusive is not equal: on new seeds and scenes like these, true differences from {low} to "
-        f"{high} agree with these runs. To find half of what they can find, {aim:.3f}, with 80 % power takes "
+        f"{high} agree with these runs. To find a true difference of {aim:.3f} with 80 % power (half of what "
+        "these runs can find; choose the smallest that matters to you) takes "
         f"{spread.say_seeds(aim, test.comparisons)}, all of them new."
     )
 
@@ -470,7 +480,9 @@ def _say_checkpoints(result: Result) -> str:
     if test is None:
         return f"No checkpoint test: it needs {MIN_SCENES} scenes or more, and runs of one fold."
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
-    differ = "the two checkpoints differ on scenes like these" if test.p_value < LEVEL else "inconclusive"
+    differ = "inconclusive"
+    if test.p_value < LEVEL:
+        differ = "these two checkpoints differ on scenes like these, as two seeds of one recipe often do"
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

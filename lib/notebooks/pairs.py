@@ -44,7 +44,8 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
     axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
     there = np.isfinite(first).sum()
-    title = f"B higher on {(second > first).sum()} of {there} images, lower on {(second < first).sum()}"
+    higher, lower = (second > first).sum(), (second < first).sum()
+    title = f"B higher on {higher} of {there} images,\nlower on {lower} (networks, not recipes)"
     a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
     limit = (0, min(1, 0.05 + np.nanmax((first, second))))
     axes.set(

@@ -67,7 +67,7 @@ def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
     assert [run.name for run in found] == [*(run.name for run in example()), "mine"]
     text = introduce_runs(found, "test")
     assert text.startswith("5 runs, scored on split test of ")
-    assert "an A/A pair: a correct test finds no significant difference" in text
+    assert "an A/A pair: a significant difference would be a false alarm" in text
     assert "is not shown" not in text
 
 
@@ -106,7 +106,7 @@ def test_comparison_of_few_and_many(count, others):
     texts = draw(plot_comparison(recipes, tests, colours))
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
-    assert len([text for text in texts if "mean of 2" in text]) == others + 1
+    assert len([text for text in texts if "mean of 2 runs (small dots)" in text]) == others + 1
     draw(
         plot_comparison(
             recipes,

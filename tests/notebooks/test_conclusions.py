@@ -227,21 +227,21 @@ def test_every_conclusion_agrees_with_its_row(drawn):
         assert row.conclusion.startswith("inconclusive: ") != significant
         if abs(row.p - 0.05) > 1e-9:
             assert significant == (row.low > 0 or row.high < 0)
-        assert f"- {row.recipe} against base: **{row.conclusion}.**" in summary
+        assert f"- {row.recipe} against base: **{row.conclusion}".replace(": if", "**: if") in summary
         assert row.comparisons == len(drawn)
     bold = re.findall(r"\{\s*font-weight: bold;", html)
     assert bool(bold) == (table.p < 0.05).any()
     assert summary.count(f"Bonferroni-adjusted for {len(drawn)} comparisons") == (
         len(drawn) if len(drawn) > 1 else 0
     )
-    assert summary.count("Prefer base") == ((table.p < 0.05) & (table.difference < 0)).sum()
+    assert summary.count("prefer base") == ((table.p < 0.05) & (table.difference < 0)).sum()
     for result, part in zip(results.values(), details.split("**recipe ")[1:], strict=True):
         test = result.recipe_test
         named = re.search(r"adjusted for (\d)\d*\): ([^;\n]*)", part)
         expected = [name for name, p in zip(CLASSES, test.class_p_value, strict=True) if p < 0.05]
         assert re.findall("[a-z]+", named[2]) == (expected or ["none"])
         assert int(named[1]) == np.isfinite(test.class_difference).sum()
-        differ = "the two checkpoints differ" in part
+        differ = "these two checkpoints differ" in part
         assert differ == (result.checkpoint_test.p_value < 0.05)
 
 
@@ -266,7 +266,7 @@ def test_the_smallest_detectable_difference_and_its_range():
     clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
     assert SPREAD.say_detectable(3, 2) == clause
     clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
-    assert clipped.startswith("it takes a true difference of at least ")
+    assert clipped.startswith("a true difference would have to be at least ")
 
 
 def test_how_many_seeds_a_true_difference_takes():
@@ -407,8 +407,23 @@ def test_how_much_seeds_alone_change(home):
     larger = sum(abs(a - b) >= abs(other.score - first.score) for a, b in combinations(scores, 2))
     assert 1 <= larger <= 5
     assert larger != sum(abs(a - b) >= 2 * abs(other.score - first.score) for a, b in combinations(scores, 2))
-    assert f"seed, {larger} differ by at least as much" in text
+    assert (
+        f"of 6 other pairs of runs of one recipe and fold that differ in nothing but the seed, {larger} differ"
+        in text
+    )
     assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
+
+
+def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows(home):
+    """An A/A pair, the widest of its study: it is not counted among the others."""
+    write_results(home / "studies" / "earlier", earlier_runs())
+    runs = earlier_runs()[:4]
+    first, other = max(combinations(runs, 2), key=lambda pair: abs(pair[0].score - pair[1].score))
+    text = describe_single_runs(run_tests({"a": [first], "b": [other]}))
+    assert "of 5 other pairs of runs" in text
+    assert "but the seed, 0 differ by at least as much (4 runs" in text
+    assert "Both runs have the same parameters but the seed: they are one recipe, not two to compare." in text
+    assert "papermill" not in text
 
 
 def test_a_plan_from_a_committed_study(home):

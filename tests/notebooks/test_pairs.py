@@ -47,7 +47,7 @@ def test_all_is_inside_the_figure():
     runs = [scored_run(name, some_counts(rate), names=long, scene=None, learning_rate=rate)
             for name, rate in (("a " * 40, 0.6), ("b " * 40, 0.7))]  # fmt: skip
     texts = draw(plot_pair(choose_pair(group_recipes(runs))))
-    assert "B higher on 24 of 24 images, lower on 0" in texts
+    assert "B higher on 24 of 24 images,\nlower on 0 (networks, not recipes)" in texts
 
 
 @pytest.fixture

@@ -125,16 +125,22 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
 def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
     """Refuse files that are also trained on, whatever folder, list or link leads to them."""
     try:
-        trained = {os.path.realpath(path) for path in _find_images(description, "train").values()}
+        trained = {_identify(path) for path in _find_images(description, "train").values()}
     except DataError:  # told where the images to train on are wanted
         return
-    shared = [name for name, path in images.items() if os.path.realpath(path) in trained]
+    shared = [name for name, path in images.items() if _identify(path) in trained]
     if shared:
         place, other = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
             f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained "
             f"on can't validate or test: give split {split!r} other images, or leave it out of `splits`"
         )
+
+
+def _identify(path: Path) -> tuple[int, int]:
+    """The file itself, under whichever name, symbolic link or hard link."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _base(description: Description, split: str) -> Path:

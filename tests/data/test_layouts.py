@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,11 +201,11 @@ def link_split(folder):
     (folder / "valid").symlink_to(folder / "train")
 
 
-def link_files(folder):
+def link_files(folder, link=Path.symlink_to):
     for kind in ("image", "depth", "label"):
         (folder / "valid" / kind).mkdir(parents=True)
         for path in list((folder / "train" / kind).iterdir())[:3]:
-            (folder / "valid" / kind / f"x{path.name}").symlink_to(path)
+            link(folder / "valid" / kind / f"x{path.name}", path)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,7 @@ def link_files(folder):
         ("splits: {train: train, valid: ./train}", None),
         ("splits: {train: train, valid: valid}", link_split),
         ("splits: {train: train, valid: valid}", link_files),
+        ("splits: {train: train, valid: valid}", partial(link_files, link=Path.hardlink_to)),
         ("splits: {train: ., valid: .}\nfolders: {image: train/image, label: train/label}", None),
         ("splits: {train: train, valid: v.txt}\nfolders: {image: image, label: label}", lambda folder: (
             [(folder / kind).symlink_to(folder / "train" / kind) for kind in ("image", "label")],

@@ -264,9 +264,9 @@ def training_loader(
     free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and SHARED_MEMORY.exists() else needed
     if free < needed:
         raise ValueError(
-            f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, "
-            f"{SHARED_MEMORY} has {free // 10**6} MB free; use num_workers 0, or start the container with "
-            "`docker run --shm-size=1g`"
+            f"num_workers: {num_workers} need {-(-needed // 10**6)} MB of shared memory for batches, but "
+            f"{SHARED_MEMORY} has only {free // 10**6} MB free; use num_workers 0, or start the container "
+            "with `docker run --shm-size=1g`"
         )
     forks = num_workers > 0 and sys.platform == "linux"  # a Mac can fork, but its libraries break in the copy
     return _Loader(
@@ -290,7 +290,7 @@ class _Loader(DataLoader):
             if not self.num_workers:
                 raise
             raise RuntimeError(
-                f"num_workers: {self.num_workers} processes left no batch ({error}); use num_workers 0"
+                f"num_workers: {self.num_workers} processes delivered no batch ({error}); use num_workers 0"
             ) from error
 
 

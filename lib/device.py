@@ -19,8 +19,8 @@ from lib.options import check_options
 
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory")
 REMEDY = (
-    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; where that "
-    "fails too, restart the kernel. The run's folder is as it was)"
+    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; if that "
+    "fails too, restart the kernel. The run's folder is unchanged)"
 )
 
 
@@ -117,10 +117,7 @@ def describe_processor() -> str:
 def _unused_gpu() -> str:
     """Why an installed GPU can't be used or is not, as one more line; empty without one."""
     if torch.backends.mps.is_available():
-        return (
-            "\nNobody has trained on a Mac's GPU with this code yet, "
-            "so auto takes the CPU; device mps tries it"
-        )
+        return "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
     unusable = [(gpu, problem) for gpu, problem in _gpus().items() if problem]
     if unusable:
         gpu, problem = unusable[0]
@@ -130,7 +127,7 @@ def _unused_gpu() -> str:
         )
     elif not torch.cuda.is_available() and _has_nvidia_gpu():
         reason = (
-            f"The usual reason is a driver older than CUDA {torch.version.cuda}: update it, or install a "
+            f"The driver is probably older than CUDA {torch.version.cuda}: update it, or install a "
             "torch and torchvision built for it"
         )
     else:

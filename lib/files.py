@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); it is no complete run, train it again") from error
+        raise ValueError(f"{path}: can't be read ({error}); the run is incomplete, train it again") from error
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
         ) from None
     except OSError as error:  # of flock, on network disks, without a path
         raise RuntimeError(
-            f"RUNS_DIR: no file in {run.parent} can be locked ({error.strerror}); set the environment "
-            "variable RUNS_DIR to a folder of a local disk"
+            f"RUNS_DIR: files in {run.parent} can't be locked ({error.strerror}); set the environment "
+            "variable RUNS_DIR to a folder on a local disk"
         ) from error
     with held:
         yield
@@ -115,14 +115,14 @@ def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str,
     except Exception as error:  # torch raises a dozen kinds for a damaged or foreign file
         reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
         raise CheckpointError(
-            f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it was cut "
-            "short or comes from elsewhere: copy it again, or train again with resume False"
+            f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it is "
+            "truncated or from another program: copy it again, or train again with resume False"
         ) from error
     found = sorted(map(str, saved)) if isinstance(saved, dict) else [type(saved).__name__]
     if not set(expected) <= set(found):
         raise CheckpointError(
-            f"{path}: found {', '.join(found) or 'nothing'}, expected {', '.join(expected)}; it was written "
-            "by another version or comes from elsewhere: train again with resume False, or use the version "
+            f"{path}: found {', '.join(found) or 'nothing'}, expected {', '.join(expected)}; it is from "
+            "another version or another program: train again with resume False, or use the version "
             "that wrote it"
         )
     return saved

@@ -201,9 +201,9 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
     ) as error:
         raise ValueError(
             f"encoder: {config.encoder!r} can't be used in {config.architecture} at {height}x{width} "
-            f"({error}); an encoder that can't be dilated goes with architecture fpn, unet or upernet, one "
-            "that is made for one size needs image_height and image_width of that size, and resnet18 goes "
-            "with nearly all"
+            f"({error}). If the encoder can't be dilated, use architecture fpn, unet or upernet; if it needs "
+            "a fixed image size, set image_height and image_width to it. resnet18 works with nearly every "
+            "architecture"
         ) from error
     return model.train()
 
@@ -223,7 +223,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
         found, wanted = getattr(trained.config, name), getattr(model.config, name)
         if found != wanted:
             raise ValueError(
-                f"init_from: that run has {name} {found}, this network {wanted}; make them equal"
+                f"init_from: that run has {name} {found}, but this network has {wanted}; make them equal"
             )
     own = model.state_dict()
     given = trained.state_dict()
@@ -373,8 +373,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
         raise CheckpointError(
-            f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it was cut short, "
-            "or holds code besides tensors, which is not executed here: save the state_dict alone"
+            f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it is "
+            "truncated, or contains code, which is not executed here: save only the state_dict"
         ) from error
 
 
@@ -403,8 +403,8 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
         ]
         raise CheckpointError(
             f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: "
-            f"{'; '.join(listed)}; expected the weights of this very encoder, named as timm or "
-            "segmentation-models-pytorch name them"
+            f"{'; '.join(listed)}; expected the weights of exactly this encoder, with names as in timm "
+            "or segmentation-models-pytorch"
         )
     encoder.load_state_dict(own | found)
 

@@ -461,13 +461,13 @@ def _check_counts(axes: str, *sides: Array) -> list[Array]:
 def _check_runs(name: str, runs_a: int, runs_b: int, paired: bool = False) -> None:
     if min(runs_a, runs_b) < 2:
         raise ValueError(
-            f"{name}: found {runs_a} and {runs_b} runs, expected 2 or more of each recipe; train it with "
-            "further seeds, or ask compare_checkpoints about single runs"
+            f"{name}: found {runs_a} and {runs_b} runs, expected 2 or more of each recipe; train more "
+            "seeds, or use compare_checkpoints for single runs"
         )
     if paired and runs_a != runs_b:
         raise ValueError(
-            f"paired: found {runs_a} and {runs_b} runs, expected as many of both; leave out those without "
-            "partner"
+            f"paired: found {runs_a} and {runs_b} runs, expected equally many of both; leave out runs "
+            "without a partner"
         )
 
 
@@ -475,5 +475,5 @@ def _check_varies(name: str, difference: float, error: float) -> None:
     if error < ROUNDING <= abs(difference):
         raise ValueError(
             f"{name}: found a difference of {difference:.4g} between runs that do not vary, expected runs of "
-            "different seeds; look whether one run is given twice"
+            "different seeds; check whether one run was given twice"
         )

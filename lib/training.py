@@ -318,8 +318,8 @@ def _check_finite(
         found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
             f"{found}, expected a number, for the batch of the images "
-            f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt still hold the state before. "
-            "Look at these images; if they are sound, lower learning_rate or use precision fp32"
+            f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt keep the state before it. "
+            "Check these images; if they are fine, lower learning_rate or use precision fp32"
         )
 
 

@@ -334,8 +334,8 @@ def test_little_shared_memory_is_refused(scenes, monkeypatch):
     with pytest.raises(ValueError) as error:
         training_loader(scenes, "none", 2, 1, seed=0)
     assert str(error.value) == (
-        "num_workers: 1 need 2 MB of shared memory for batches, /dev/shm has 1 MB free; use num_workers 0, or start the "
-        "container with `docker run --shm-size=1g`"
+        "num_workers: 1 need 2 MB of shared memory for batches, but /dev/shm has only 1 MB free; use num_workers 0, or start "
+        "the container with `docker run --shm-size=1g`"
     )
 
 
@@ -345,7 +345,7 @@ def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         next(iter(training_loader(scenes, "none", 4, 1, seed=0)))
     assert str(error.value) == (
-        "num_workers: 1 processes left no batch (DataLoader timed out after 0.5 seconds); use num_workers 0"
+        "num_workers: 1 processes delivered no batch (DataLoader timed out after 0.5 seconds); use num_workers 0"
     )
 
 

@@ -115,7 +115,7 @@ def test_auto_leaves_a_mac_on_the_cpu_and_says_so(machine):
     assert choose_device("auto") == torch.device("cpu")
     assert choose_device("mps") == torch.device("mps")
     assert describe_device("auto", "fp32").endswith(
-        "\nNobody has trained on a Mac's GPU with this code yet, so auto takes the CPU; device mps tries it"
+        "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
     )
     assert "Mac" not in describe_device("cpu", "fp32")
 
@@ -126,7 +126,7 @@ def test_a_driver_that_is_too_old_is_told(machine, monkeypatch):
     assert describe_device("cpu", "fp32").startswith(f"cpu ({torch.get_num_threads()} threads), fp32, torch ")
     monkeypatch.setattr(lib_device, "_has_nvidia_gpu", lambda: True)
     assert describe_device("auto", "fp32").endswith(
-        "\nAn NVIDIA GPU is installed, but this torch can't use it. The usual reason is a driver older than CUDA 13.0: "
+        "\nAn NVIDIA GPU is installed, but this torch can't use it. The driver is probably older than CUDA 13.0: "
         "update it, or install a torch and torchvision built for it"
     )
     assert "NVIDIA" not in describe_device("cpu", "fp32")
@@ -207,7 +207,7 @@ def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, 
     told = str(sys.last_exc)
     assert told.startswith(str(error))
     assert told.count("out of memory: use precision bf16, or lower batch_size") == 1
-    assert told.endswith("restart the kernel. The run's folder is as it was)")
+    assert told.endswith("restart the kernel. The run's folder is unchanged)")
     assert networks[0]() is None
     assert emptied == [False, True]  # in the end the network was gone before the cache was emptied
     del sys.last_exc

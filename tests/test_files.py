@@ -78,7 +78,7 @@ def test_damaged_json_is_named(tmp_path, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(
-        ValueError, match=r"scores.json: can't be read \(.*\); it is no complete run, train it again"
+        ValueError, match=r"scores.json: can't be read \(.*\); the run is incomplete, train it again"
     ):
         read_json(path)
 
@@ -88,7 +88,7 @@ def test_checkpoints_come_back(tmp_path):
     save_checkpoint(state, tmp_path / "last.pt")
     torch.testing.assert_close(load_checkpoint(tmp_path / "last.pt", "cpu", ("weights",)), state)
     with pytest.raises(
-        CheckpointError, match="last.pt: found progress, weights, expected config, weights; it was written"
+        CheckpointError, match="last.pt: found progress, weights, expected config, weights; it is from"
     ):
         load_checkpoint(tmp_path / "last.pt", "cpu", ("config", "weights"))
 

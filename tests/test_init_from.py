@@ -135,11 +135,11 @@ def test_without_a_common_channel_the_first_layer_starts_anew(tmp_path):
 
 def test_what_does_not_fit_is_refused(trained):
     with pytest.raises(
-        ValueError, match="init_from: that run has encoder tu-.*, this network resnet18; make them"
+        ValueError, match="init_from: that run has encoder tu-.*, but this network has resnet18; make them"
     ):
         network(encoder="resnet18", init_from=trained)
     with pytest.raises(
-        ValueError, match="init_from: that run has architecture deeplabv3plus, this network fpn"
+        ValueError, match="init_from: that run has architecture deeplabv3plus, but this network has fpn"
     ):
         network(architecture="fpn", init_from=trained)
     with pytest.raises(

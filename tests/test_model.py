@@ -123,7 +123,8 @@ def test_unknown_encoder_and_weights():
     with pytest.raises(ValueError, match="encoder: found 'tu-nonsense', did you mean tu-"):
         build_model(classes=NYUV2_13, encoder="tu-nonsense")
     with pytest.raises(
-        ValueError, match="encoder: 'vgg11' can't be used .*dilated mode.* and resnet18 goes with nearly all"
+        ValueError,
+        match="encoder: 'vgg11' can't be used .*dilated mode.* resnet18 works with nearly every architecture",
     ):
         build_model(classes=NYUV2_13, encoder="vgg11")
 
@@ -191,11 +192,11 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 
 
 UNREADABLE = (
-    "can't be read ({}), expected a checkpoint that train.ipynb wrote; it was cut short or comes from elsewhere: "
+    "can't be read ({}), expected a checkpoint that train.ipynb wrote; it is truncated or from another program: "
     "copy it again, or train again with resume False"
 )
 UNKNOWN = (
-    "found {}, expected config, weights; it was written by another version or comes from elsewhere: "
+    "found {}, expected config, weights; it is from another version or another program: "
     "train again with resume False, or use the version that wrote it"
 )
 

@@ -490,7 +490,7 @@ def test_recipes_that_cannot_be_compared(recipes, scene):
         ValueError, match=r"counts: found 4 and 1 runs, expected 2 or more of each recipe; train"
     ):
         compare_recipes(a, b[:1], scene)
-    with pytest.raises(ValueError, match=r"paired: found 4 and 3 runs, expected as many of both"):
+    with pytest.raises(ValueError, match=r"paired: found 4 and 3 runs, expected equally many of both"):
         compare_recipes(a, b[:3], scene, paired=True)
     with pytest.raises(ValueError, match=r"counts: the truth differs in 196 of 197 images"):
         compare_recipes(a, b[:, ::-1], scene)

@@ -351,7 +351,7 @@ def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypat
         with pytest.raises(MemoryError) as error:
             train("full", samples)
     assert "out of memory" in str(error.value)
-    assert str(error.value).endswith("restart the kernel. The run's folder is as it was)")
+    assert str(error.value).endswith("restart the kernel. The run's folder is unchanged)")
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.tb)]
     assert "explained" in frames
     assert "fit" not in frames  # whose locals are the network and its gradients

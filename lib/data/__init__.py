@@ -89,8 +89,8 @@ def _open_source(source: str | os.PathLike, split: str, classes: str | None, lim
     path = Path(source).expanduser()
     if classes and path.suffix != ".mat" and (source, classes) != ("synthetic", "nyuv2_13"):
         raise ValueError(
-            f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file leaves "
-            "a choice. A folder names its classes in DATA/dataset.yaml"
+            f"classes: found {classes!r} with data {str(source)!r}, expected None: only the .mat file has "
+            "a choice of class sets. Declare the classes of a folder in DATA/dataset.yaml"
         )
     if path.suffix == ".mat":
         opened = open_file(path, split, classes)

@@ -62,7 +62,7 @@ def map_arrays(
         )
         raise DataError(
             f"{folder}: the cache of {source} could not be made ({error}); it needs {needed / 1e9:.1f} GB "
-            "there, and the data must be whole. Free disk space, or set the environment variable "
+            "there. Check that the data are intact, free disk space, or set the environment variable "
             "XDG_CACHE_HOME to another disk"
         ) from error
 

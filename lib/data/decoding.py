@@ -16,8 +16,8 @@ SUFFIXES = {
 }
 TURNED = range(5, 9)  # values of the orientation tag with which height and width change places
 EXPECTED_LABEL = (
-    "one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under "
-    "`colours` in dataset.yaml"
+    "one channel of 8 or 16 bits with class values; if colours mean classes, list them under `colours` in "
+    "dataset.yaml"
 )
 EXPECTED_DEPTH = "one channel of depth of 16 bits; export it again from the source"
 INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow
@@ -43,7 +43,7 @@ def decode_image(path: Path) -> np.ndarray:
         picture = picture.convert("RGBA")
         if picture.getchannel("A").getextrema()[0] < 255:
             raise _refused(
-                path, "transparent pixels", "an opaque picture; put it on a background of your choice"
+                path, "transparent pixels", "an opaque image; put it on a background of your choice"
             )
     with _decoding(path):
         return np.asarray(picture.convert("RGB"))
@@ -80,11 +80,11 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         raise _refused(
             path,
             "8 bits",
-            "16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again",
+            "16 bits: 8-bit depth has lost its scale. Set depth_unit_mm if you know it, or export it again",
         )
     if (depth < 0).any():
         raise _refused(
-            path, f"the value {np.nanmin(depth):g}", "no negative depth; mark what is missing with 0"
+            path, f"the value {np.nanmin(depth):g}", "no negative depth; mark missing depth with 0"
         )
     if bits == "plain":
         return depth
@@ -127,7 +127,7 @@ def _open(path: Path) -> tuple[Image.Image, str]:
         stored = str(getattr(picture, "tile", ""))
         count = getattr(picture, "n_frames", 1)
         if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
-            raise ValueError(f"it holds {count} pictures, expected one")
+            raise ValueError(f"it contains {count} images, expected one")
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
         return picture, stored
@@ -139,9 +139,9 @@ def _decoding(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
         reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
-        remedy = "it is damaged or no image, copy it again"
+        remedy = "it is damaged or not an image; copy it again"
         if path.is_file() and path.read_bytes()[4:8] == b"ftyp":
-            remedy = "it is a HEIC or AVIF image whatever its name is, convert it to JPEG or PNG"
+            remedy = "it is a HEIC or AVIF image despite its name; convert it to JPEG or PNG"
         raise DataError(f"{path}: can't be decoded ({reason}); {remedy}") from error
 
 

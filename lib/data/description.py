@@ -114,8 +114,8 @@ class Description(BaseModel):
             wrong.append(f"{len(names)} classes")
         if wrong:
             raise DataError(
-                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes with a "
-                "colour of their own each; a colour that means unlabelled is named ignore"
+                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes, each "
+                "with its own colour; use the name ignore for a colour that means unlabelled"
             )
         return {colours[name]: name for name in names}
 
@@ -164,14 +164,14 @@ class Description(BaseModel):
             f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} "
             "= unlabelled"
         )
-        hint = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
+        hint = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml}"
         if self.colours:
             expected = "those of `colours`"
-            hint = f"name them under `colours` in {yaml}, as classes or as `ignore`"
+            hint = f"list them under `colours` in {yaml}, as classes or as `ignore`"
         elif not {"first_label", "ignore"} & self.stated and unknown == [max(values) + 1]:
-            hint = f"where 0 means unlabelled, write `first_label: 1` into {yaml}"
+            hint = f"if 0 means unlabelled, write `first_label: 1` into {yaml}"
         if len(shares) > 1:
-            hint += "; `ignore: others` takes all values that are no class as unlabelled"
+            hint += "; `ignore: others` treats all values without a class as unlabelled"
         listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
         raise DataError(
             f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
@@ -202,7 +202,7 @@ def read_description(root: Path) -> Description:
     try:
         content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: is no YAML ({error})") from error
+        raise DataError(f"{path}: is not valid YAML ({error})") from error
     content = {} if content is None else content  # nothing, or comments alone
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
@@ -227,8 +227,8 @@ def _refuse_nearly(root: Path) -> None:
     if nearly:
         raise DataError(
             f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there "
-            f"with the keys of lib/data/README.md, or take it away (or write an empty {FILE}) if it is "
-            "another tool's"
+            f"with the keys of lib/data/README.md. If it belongs to another tool, remove it or write an "
+            f"empty {FILE}"
         )
 
 
@@ -250,7 +250,7 @@ def _check_names(path: Path, description: Description) -> None:
     for key in ("colours", "first_label"):
         if key in description.stated and isinstance(classes, dict):
             raise DataError(
-                f"{path}: {key} is {getattr(description, key)!r}, expected none where classes maps values to "
+                f"{path}: {key} is {getattr(description, key)!r}, expected none if classes maps values to "
                 "names"
             )
     if description.first_label + len(classes) > MOST_VALUES:
@@ -258,9 +258,7 @@ def _check_names(path: Path, description: Description) -> None:
             f"{path}: first_label is {description.first_label}, expected label values up to {MOST_VALUES - 1}"
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(
-            f"{path}: classes names {', '.join(twice)} twice; every class needs a name of its own"
-        )
+        raise DataError(f"{path}: classes names {', '.join(twice)} twice; every class needs its own name")
     both = sorted(description.by_value.keys() & set(description.unlabelled))
     if both:
         raise DataError(

@@ -26,8 +26,7 @@ CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.ui
 CACHED_FROM = 128  # images: fewer are read in about a second
 CACHE_VERSION = 1
 BLOCK = 64  # images in memory at a time while a cache is made
-COCO = """. {path} may hold COCO's annotations, which are no masks;
-these lines make masks in DATA/label, 0 = unlabelled:
+COCO = """. {path} may hold COCO annotations, not masks. To make masks in DATA/label (0 = unlabelled), run:
 from pycocotools.coco import COCO; import numpy as np; from PIL import Image
 coco = COCO("{path}")
 for image in coco.loadImgs(coco.getImgIds()):
@@ -132,8 +131,8 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
     if shared:
         place, other = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
-            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; what is trained "
-            f"on can't validate or test: give split {split!r} other images, or leave it out of `splits`"
+            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; training "
+            f"images can't validate or test: give split {split!r} other images, or leave it out of `splits`"
         )
 
 
@@ -247,7 +246,7 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
     names = [known[line] for line in lines]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{place}: names {twice[0]!r} twice; every image once")
+        raise DataError(f"{place}: names {twice[0]!r} twice; list every image once")
     return sorted(names)
 
 
@@ -277,7 +276,7 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
         found = [match and match[1] for match in map(wanted.search, names.tolist())]
     if None in found:
         raise DataError(
-            f"{file}: gives {found.count(None)} of {len(names)} images no scene, the first is "
+            f"{file}: {found.count(None)} of {len(names)} images have no scene, the first is "
             f"{str(names[found.index(None)])!r}; every image needs one"
         )
     return np.array(found, str)
@@ -355,7 +354,7 @@ def read_sample(
             found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
             raise DataError(
                 f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth "
-                "and label must have one size"
+                "and label must have the same size"
             )
     if size is None:
         return arrays

@@ -26,9 +26,9 @@ def open_images(
         return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
     if takes_depth != (depths is not None):
         expected = (
-            "takes depth, too; give depths, or a run trained with inputs rgb"
+            "also takes depth; give depths, or a run trained with inputs rgb"
             if takes_depth
-            else "takes RGB alone; leave it out, or change run"
+            else "takes only RGB; leave depths out, or choose another run"
         )
         raise ValueError(f"depths: found {depths!r}, but this network {expected}")
     stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
@@ -77,9 +77,7 @@ def _list_files(kind: str, place: str) -> dict[str, Path]:
     files = {}
     for path in [root] if root.is_file() else there:
         if path.suffix.lower() in (".heic", ".heif"):
-            raise DataError(
-                f"{path}: pictures of this kind can't be read; convert them to jpg, or take them away"
-            )
+            raise DataError(f"{path}: images of this kind can't be read; convert them to jpg, or remove them")
         name = compose(path.stem)
         if path.suffix.lower() in SUFFIXES[kind] and files.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")

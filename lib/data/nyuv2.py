@@ -92,9 +92,8 @@ def _open(path: Path) -> h5py.File:
         file = h5py.File(path, locking=False)  # which not every disk has, and reading needs none
     except OSError as error:
         raise DataError(
-            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat, 2.8 GB, of "
-            "MATLAB's version 7.3, not of version 5 as splits.mat. A download that was cut short has to be "
-            "repeated"
+            f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat (2.8 GB, "
+            "MATLAB version 7.3; splits.mat has version 5). Repeat the download if it was incomplete"
         ) from error
     _check_layout(path, file)
     return file
@@ -110,8 +109,8 @@ def _check_layout(path: Path, file: h5py.File) -> None:
     count, *frame = file["labels"].shape
     if file["scenes"].size != count:
         raise DataError(
-            f"{path}: names the scenes of {file['scenes'].size} images, expected {count}, as many as it has "
-            "labels; use the file as it was published"
+            f"{path}: has scenes for {file['scenes'].size} images, expected {count}, one for each label; use "
+            "the file as published"
         )
     for name, dtype in ARRAYS.items():
         shape = (count, 3, *frame) if name == "images" else (count, *frame)

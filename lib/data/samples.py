@@ -153,9 +153,8 @@ class Split:
         labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
         if self.split != "test" and len(first) and not labelled:
             raise DataError(
-                f"{self.data}: nothing is labelled in the {len(first)} images of split {self.split!r} "
-                f"(validation {self.validation}); look at the labels, at `ignore` in DATA/dataset.yaml and "
-                "at limit"
+                f"{self.data}: no pixel is labelled in the {len(first)} images of split {self.split!r} "
+                f"(validation {self.validation}); check the labels, `ignore` in DATA/dataset.yaml and limit"
             )
         return first
 

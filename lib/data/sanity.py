@@ -98,9 +98,9 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
         )
     if "depth_missing" not in description.stated and seen[:, 1].mean() > OFTEN:
         raise DataError(
-            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest of 16 bits. If it "
-            f"means not measured, write `depth_missing: [0, {LARGEST}]` into {yaml}, else `depth_missing: "
-            "[0]`"
+            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest 16-bit value. If it "
+            f"marks missing depth, write `depth_missing: [0, {LARGEST}]` into {yaml}, otherwise write "
+            "`depth_missing: [0]`"
         )
     found, units = guess_units(seen[:, 0])
     if found and "depth_unit_mm" not in description.stated:
@@ -151,10 +151,10 @@ def _find_binary(description: Description, seen: list[LabelLook]) -> set[int]:
 def _check_binary(description: Description, split: str, seen: list[LabelLook]) -> None:
     for value in _find_binary(description, seen):
         raise DataError(
-            f"{description.root}: the labels of split {split!r} hold only {value} "
+            f"{description.root}: the labels of split {split!r} contain only {value} "
             f"({description.by_value[value]}) and 255, which means unlabelled by default. If these are "
             f"binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into "
-            f"{description.root / FILE}; if 255 means unlabelled, `ignore: [255]`"
+            f"{description.root / FILE}; if 255 means unlabelled, write `ignore: [255]`"
         )
 
 
@@ -167,9 +167,9 @@ def _check_shift(description: Description, split: str, seen: list[LabelLook]) ->
     names = description.by_value
     if has_255 or not shifted or 0 not in names or names[0].lower() in BACKGROUND:
         return
-    found = "0 lies between nearly all others" if has_zero else "0 is never there"
+    found = "0 separates nearly all other values" if has_zero else "0 never occurs"
     raise DataError(
-        f"{description.root}: in the labels of split {split!r} {found}, and 255 is never there, as if 0 "
+        f"{description.root}: in the labels of split {split!r} {found}, and 255 never occurs, as if 0 "
         "meant unlabelled and classes began with 1. If so, write `first_label: 1` into "
-        f"{description.root / FILE}; if 0 is {names[0]!r}, `first_label: 0`"
+        f"{description.root / FILE}; if 0 is {names[0]!r}, write `first_label: 0`"
     )

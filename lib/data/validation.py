@@ -40,18 +40,16 @@ def split_names(
         return order[valid_count:], order[:valid_count]
     if validation == "scenes":
         if scene is None:
-            raise ValueError(
-                "validation: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"
-            )
+            raise ValueError("validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'")
         shuffled = np.random.RandomState(VALIDATION_SEED).permutation(np.unique(scene))
         validates = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
     elif (runs := number_runs(names)) is not None:
         validates = runs % FOLDS == fold
     else:
         raise ValueError(
-            "validation: 'blocks' needs numbers as file names that run on within a scene, found "
-            f"{', '.join(names[:3])}, ...{'' if read_numbers(names) is None else ', most of them alone'}; "
-            "use validation 'random' or 'none'"
+            "validation: 'blocks' needs file names that are consecutive numbers within a scene, found "
+            f"{', '.join(names[:3])}, ...{'' if read_numbers(names) is None else ', most without neighbours'}"
+            "; use validation 'random' or 'none'"
         )
     return everything[~validates], everything[validates]
 

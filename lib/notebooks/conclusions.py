@@ -106,7 +106,7 @@ class Spread:
         numbers = "{:.3f} ({:.3f} to {:.3f})".format(*found)
         if self.variance_per_scene:
             return f"a true difference of {numbers} would be found with 80 % power"
-        return f"a true difference would have to be at least {numbers} to be found with 80 % power"
+        return f"the smallest true difference found with 80 % power is at least {numbers}"
 
     def say_seeds(self, difference: float, comparisons: int) -> str:
         """How many seeds find a true difference with 80 % power."""
@@ -156,7 +156,7 @@ class Result:
         if self.scene_count < MIN_SCENES:
             return f"no result: {self.scene_count} scenes, at least {MIN_SCENES} are needed"
         if test is None:
-            return "no result: paired runs need two seeds or more that both recipes have"
+            return "no result: a paired test needs two or more seeds that both recipes have"
         if test.p_value < LEVEL:
             return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
         if self.spread is None:
@@ -335,8 +335,8 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     known = {source: spread for source, spread in spreads.items() if spread}
     if not known or seeds < 2 or comparisons < 1:
         return (
-            "No plan: it needs two recipes, two seeds, and earlier runs of several seeds on this data "
-            "at this size."
+            "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
+            "at this image size."
         )
     source, spread = next(iter(known.items()))
     folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
@@ -390,10 +390,10 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     count = sum(len(cell) for cell in cells.values() if len(cell) > 1)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ in nothing "
-        f"but the seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs "
-        f"on {Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the "
-        "pairs share runs, and these recipes may vary more."
+        f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
+        f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs on "
+        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the pairs "
+        "share runs, and these recipes may vary more."
     ]
 
 
@@ -409,7 +409,7 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     if recipe(sides[0]) == recipe(sides[1]):
         return "Both runs have the same parameters but the seed: they are one recipe, not two to compare."
     if any("recipe" in parameters for parameters in sides):
-        return "To answer, score predictions of two or more seeds of each recipe with `evaluate.ipynb`."
+        return "To compare the recipes, score predictions of two or more seeds of each with `evaluate.ipynb`."
     defaults = {name: value for name, value in read_defaults().items() if name not in CHOSEN_BY_SWEEP}
     sides = [{name: side.get(name, value) for name, value in defaults.items()} for side in sides]
     grid = {name: [side[name] for side in sides] for name in defaults if sides[0][name] != sides[1][name]}
@@ -426,9 +426,11 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
     time = (
-        f", about {2 * NEW_SEEDS * np.mean(seconds) / 60:.0f} minutes one after the other" if seconds else ""
+        f", about {2 * NEW_SEEDS * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
     )
-    return f"To answer, train {NEW_SEEDS} new seeds of each, {2 * NEW_SEEDS} runs{time}: {commands}"
+    return (
+        f"To compare the recipes, train {NEW_SEEDS} new seeds of each, {2 * NEW_SEEDS} runs{time}: {commands}"
+    )
 
 
 def _say_consequence(result: Result) -> str:
@@ -443,14 +445,14 @@ def _say_consequence(result: Result) -> str:
             "image sizes or settings, such as more epochs."
         )
     if spread is None:
-        return "Every run has the same confusion matrices: check whether one run is given twice."
+        return "Every run has the same confusion matrices: check whether one run was given twice."
     aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
     return (
-        f"Inconclusive is not equal: on new seeds and scenes like these, true differences from {low} to "
-        f"{high} agree with these runs. To find a true difference of {aim:.3f} with 80 % power (half of what "
-        "these runs can find; choose the smallest that matters to you) takes "
-        f"{spread.say_seeds(aim, test.comparisons)}, all of them new."
+        f"Inconclusive does not mean equal: on new seeds and scenes like these, true differences from {low} "
+        f"to {high} are compatible with these runs. To find a true difference of {aim:.3f} with 80 % power "
+        "(half of what these runs can find; choose the smallest that matters to you), make new runs: "
+        f"{spread.say_seeds(aim, test.comparisons)}."
     )
 
 
@@ -465,8 +467,8 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
 def _say_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
         return (
-            "No variance of the difference over scenes was found, so the recipe test equals the seed test; "
-            "that does not mean that there is none."
+            "No variance of the difference over scenes was detected, so the recipe test equals the seed "
+            "test; there may still be some."
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
@@ -522,16 +524,16 @@ def _say_runs(runs: tuple[int, int]) -> str:
 def _caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
     caveats = {
-        "The scenes of these images are unknown, so images were taken as independent: if several show one "
-        "scene, every interval is too narrow.": any(run.scene is None for run in runs),
-        "Validation is `random`: the results are about rooms that the networks were trained on.": any(
+        "The scenes of these images are unknown, so images were treated as independent. If several images "
+        "show the same scene, every interval is too narrow.": any(run.scene is None for run in runs),
+        "Validation is `random`: the results hold only for rooms that the networks were trained on.": any(
             run.validation == "random" for run in runs
         ),
-        "Pooled over five folds: the results are about networks trained on four fifths of these scenes.": any(
+        "Pooled over five folds: the results hold for networks trained on four fifths of these scenes.": any(
             run.is_pooled for run in runs
         ),
-        "Two seeds are too few for this many comparisons: in simulations up to 10 % of such studies found a "
-        "difference where there is none, instead of 5 %. Use three seeds or more.": (
+        "Two seeds are too few for this many comparisons: in simulations, up to 10 % of such studies found a "
+        "nonexistent difference, instead of 5 %. Use three or more seeds.": (
             sum(result.recipe_test is not None and min(result.runs) == 2 for result in results.values()) > 2
         ),
     }

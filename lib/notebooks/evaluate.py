@@ -39,5 +39,5 @@ def _compare_with_validation(run: Path) -> str:
     score = read_scores(run)["valid_miou"] if (run / "scores.json").exists() else None
     if score is None:
         return ""
-    chosen = ", by which the epoch was chosen" if read_parameters(run)["checkpoint"] == "best" else ""
-    return f"The validation images had {score:.3f} in training: other images, at the working size{chosen}. "
+    chosen = " (which also selected the epoch)" if read_parameters(run)["checkpoint"] == "best" else ""
+    return f"In training, validation mIoU was {score:.3f}: on other images{chosen}, at the training size. "

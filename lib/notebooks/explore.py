@@ -211,11 +211,11 @@ def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
     rare = shares.pixels[shares.pixels > 0][-3:]
     named = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
     return (
-        f"- Validate by **{valid.validation}**, which `validation auto` takes for these images; it "
+        f"- Validate by **{valid.validation}**, the choice of `validation auto` for these images; it "
         f"{_describe_scenes(train.scene, valid.scene)}.\n"
-        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, and the "
-        f"mIoU counts each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}); "
-        "`class_weights median` lets the loss do the same."
+        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, but mIoU "
+        f"weights each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}). "
+        "`class_weights median` does the same in the loss."
     )
 
 
@@ -231,7 +231,7 @@ def _describe_depth(counts: DataCounts) -> str:
 def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
     """Whether images of one scene are on both sides; `RUN` begins scenes that nothing but the ids names."""
     if train is None or valid is None:
-        return "may share scenes with training, because they are unknown"
+        return "may share scenes with training, because the scenes are unknown"
     by_ids = train[0].startswith(RUN)
     words = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
     shared = np.isin(valid, train).sum()
@@ -247,8 +247,8 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
     explained = (
-        " If label values that are read as unlabelled mean one of them, such as 255, say so under `classes` "
-        "and `ignore`."
+        " If one of them has a label value that is read as unlabelled, such as 255, declare it under "
+        "`classes` and `ignore`."
     )
     empty = (~counts.pixels[:, :-1].any(1)).sum()
     sizes = np.ones(1) if scene is None else np.unique(scene, return_counts=True)[1]
@@ -257,17 +257,17 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = {
         f"These classes are in no image: {', '.join(absent)}.{explained if unlabelled else ''}": len(absent),
-        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so that nothing can be concluded "
-        "about new scenes. (Names that are numbers are read as frames of a video.) If each image shows a "
-        "scene of its own, write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with the "
+        f"One scene has {sizes.max() / sizes.sum():.0%} of the images, so nothing can be concluded about new "
+        "scenes. (Images with numbers as names are treated as frames of a video.) If each image shows its "
+        "own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` to a .csv with the "
         "columns name,scene.": (sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()),
         f"{empty} images have no labelled pixel.": empty,
         f"{unlabelled:.1%} of the pixels are unlabelled.": unlabelled > 0.5,
         f"{depth[0] / depth.sum():.1%} of the pixels have no depth.": (
             counts.has_depth and depth[0] > 0.5 * depth.sum()
         ),
-        f"{outside:.1%} of the depths lie beyond {near:g} to {far:g} m, to which networks clip them: check "
-        "`depth_unit_mm` and `depth_range_m` in `dataset.yaml`.": outside > 0.2,
+        f"{outside:.1%} of the depths are outside {near:g} to {far:g} m, the range to which networks clip "
+        "them: check `depth_unit_mm` and `depth_range_m` in `dataset.yaml`.": outside > 0.2,
     }
     return [warning for warning, applies in warnings.items() if applies]
 

@@ -58,7 +58,7 @@ def plan_runs(
         ValueError: no such experiment or parameter, nothing to run, or two data sets of one name.
     """
     if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
-        raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected lists of one value or more")
+        raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected non-empty lists")
     base = _read_defaults(experiment, (*fixed, *grid)) | fixed
     runs = {}
     for seed, *values in itertools.product(seeds, *grid.values()):  # by seed: a first comparison comes early
@@ -70,8 +70,8 @@ def plan_runs(
         there = runs.setdefault(name, parameters | {"run_name": name})
         if there["data"] != parameters["data"]:
             raise ValueError(
-                f"data: found {there['data']} and {parameters['data']}, which make runs of one name; rename "
-                "one folder"
+                f"data: found {there['data']} and {parameters['data']}, which give runs the same name; "
+                "rename one folder"
             )
     return runs
 
@@ -244,7 +244,7 @@ def _connected(cluster: str) -> Iterator[None]:
         _start_ray(address)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cluster: found {cluster!r}, where no Ray cluster answers ({error}); expected local, or the "
+            f"cluster: found {cluster!r}, but no Ray cluster answers there ({error}); expected local, or the "
             "address that `ray start --head` printed"
         ) from error
     try:
@@ -263,8 +263,8 @@ def _start_ray(address: dict) -> None:
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"cluster: Ray did not start within 30 seconds, {STARTS} times; this machine is too busy: wait for "
-        "its other jobs, or start Ray before with `ray start --head` and pass `-p cluster auto`"
+        f"cluster: Ray did not start within 30 seconds, {STARTS} times, because this machine is too busy; "
+        "wait until its other jobs end, or start Ray first with `ray start --head` and pass `-p cluster auto`"
     )
 
 
@@ -276,7 +276,9 @@ def _most(resource: str) -> float:
 def _check_share(cpus: int, gpus: float) -> None:
     for name, asked, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
         if not 0 <= asked <= _most(resource) or (resource == "CPU" and asked < 1):
-            raise ValueError(f"{name}: found {asked}, the largest machine has {_most(resource):g} of them")
+            raise ValueError(
+                f"{name}: found {asked}, expected at most {_most(resource):g} (the largest machine)"
+            )
 
 
 def _environment(threads: int, gpus: float) -> dict[str, str]:

@@ -168,8 +168,7 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
         hint = ""
         if saved.get("epochs") != parameters.get("epochs"):
             hint = (
-                "; epochs can't change because the schedule has spread the learning rate over them from the "
-                "start"
+                "; epochs can't change, because the learning rates of all epochs were scheduled at the start"
             )
         raise ValueError(
             f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own "
@@ -195,9 +194,9 @@ class RunState(NamedTuple):
     def describe(self) -> str:
         """In words, before it trains."""
         if self.trained:
-            return f"is finished, all {self.epochs} epochs are there; nothing changes"
+            return f"is finished, all {self.epochs} epochs are done; nothing changes"
         if self.done:
-            return f"resumes, {self.done} of {self.epochs} epochs are there"
+            return f"resumes, {self.done} of {self.epochs} epochs are done"
         return "starts from the beginning"
 
 

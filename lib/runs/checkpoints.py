@@ -124,9 +124,9 @@ def _checksums(samples: Samples, split: str) -> dict[str, int]:
 def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
     if saved["computed"] != made_of["computed"]:
         raise ValueError(
-            f"resume: {run_name!r} was trained on {saved['computed']}, and here it would continue on "
-            f"{made_of['computed']}; pass the device and the precision that it was trained with, on a "
-            "machine that has them, or start another run_name with resume False"
+            f"resume: {run_name!r} was trained on {saved['computed']}, but here it would continue on "
+            f"{made_of['computed']}; use the same device and precision as before, on a machine that has "
+            "them, or start another run_name with resume False"
         )
     old, new = saved["data"], made_of["data"]
     changed = {name for name, _ in old.items() ^ new.items()}
@@ -137,5 +137,5 @@ def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
             how = "is not the same" if name in new else "is missing now"
         raise ValueError(
             f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the "
-            f"first is {name!r}, which {how}; put the data back, or start another run_name with resume False"
+            f"first is {name!r}, which {how}; restore the data, or start another run_name with resume False"
         )

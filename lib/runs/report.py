@@ -47,12 +47,12 @@ def summarise(run: Path) -> str:
     few = max(1, min(3, len(ranked) // 2))
     named = [f"{name} ({value:.2f})" for name, value in ranked.items()]
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
-    chance = f", where guessing gets {scores['chance_miou']:.3f}" if "chance_miou" in scores else ""
+    chance = f" (chance level {scores['chance_miou']:.3f})" if "chance_miou" in scores else ""
     return (
-        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
-        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
-        f"{scores['valid_pixel_acc']:.3f}{chance}. {_describe_rise(history.valid_miou)}Learned best: "
-        f"{', '.join(named[:few])}. Learned least: {', '.join(named[-few:])}."
+        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}**"
+        f"{chance} {describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
+        f"{scores['valid_pixel_acc']:.3f}. {_describe_rise(history.valid_miou)}Best classes: "
+        f"{', '.join(named[:few])}. Worst classes: {', '.join(named[-few:])}."
     )
 
 
@@ -125,15 +125,16 @@ def _evaluation_section(split: str, scores: dict) -> str:
 def describe_interval(low: float | None, high: float | None, scenes: int | None) -> str:
     """A 95 % interval, and over what it was taken."""
     over = (
-        "images taken as independent, because their scenes are unknown"
+        "images treated as independent, because their scenes are unknown"
         if scenes is None
         else f"{scenes} scenes"
     )
     if low is None or np.isnan(low):
         if scenes == 1:
             return (
-                "no interval: all images are of one scene; if each shows one of its own, write `scene: "
-                "'^(.*)$'` into dataset.yaml, else name there a .csv of name,scene"
+                "no interval: all images are from one scene; if each image shows its own scene, write "
+                "`scene: '^(.*)$'` into dataset.yaml, otherwise set `scene` to a .csv with the columns "
+                "name,scene"
             )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
     return f"95 % interval {low:.3f} to {high:.3f} over {over}"

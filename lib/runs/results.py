@@ -142,8 +142,8 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     facts = read_json(path)
     if not facts["labelled"]:
         raise ValueError(
-            f"runs: {run.name!r} has no score on split {split!r}, whose labels are held back; compare runs "
-            "on split valid"
+            f"runs: {run.name!r} has no score on split {split!r}, because its labels are held back; compare "
+            "runs on split valid"
         )
     parameters = read_parameters(run)
     check_version(run.name, parameters)
@@ -340,7 +340,7 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
     try:
         is_matching = table.eval(where, engine="python")
         if not is_matching.map(type).isin((bool, np.bool_)).all():
-            raise ValueError("it is no condition")
+            raise ValueError("it is not a condition")
     except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
         raise ValueError(
             f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the "
@@ -393,9 +393,9 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
         other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
         if other is not run:
             raise ValueError(
-                f"runs: {other.name!r} and {run.name!r} are of one recipe with seed {seed} and fold {fold}, "
-                "and a seed counts once; name one of them, or train or score the other with another seed "
-                "(or, for external predictions, under another recipe)"
+                f"runs: {other.name!r} and {run.name!r} have the same recipe, seed {seed} and fold {fold}, "
+                "but each seed counts once; name only one of them, or train or score the other with another "
+                "seed (or, for external predictions, under another recipe)"
             )
 
 

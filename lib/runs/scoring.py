@@ -47,7 +47,7 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
         return find_run(run)
     if not Path(predictions).expanduser().is_dir():
         raise ValueError(
-            f"predictions: found {predictions!r}, where there is no folder; expected one of PNG masks"
+            f"predictions: found {predictions!r}, which is no folder; expected a folder of PNG masks"
         )
     if parameters["data"] is None:
         raise ValueError(
@@ -106,8 +106,8 @@ def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size
     new = position.keys() - {*own["train"], *own["valid"]}
     if new and parameters.get("limit") is None:
         print(
-            f"{len(new)} images of {source} are new since {run.name} was trained, such as {min(new)}; its "
-            f"own {len(own[split])} {split} images are taken."
+            f"{len(new)} images of {source} were added after {run.name} was trained, such as {min(new)}; the "
+            f"original {len(own[split])} {split} images are used."
         )
     chosen = pool.select(np.array([position[name] for name in own[split]], int))
     return replace(chosen, split=split, validation=own["validation"])
@@ -117,8 +117,8 @@ def check_labelled(parameters: dict, split: str) -> None:
     """Raise a ValueError where the labels of a split are held back, so that nothing could be scored on it."""
     if not is_labelled(iterate_split(parameters, split)):
         raise ValueError(
-            f"split: the labels of split {split!r} of {parameters['data']} are held back, so that runs can't "
-            "be scored on it; use split valid, or data whose labels are there"
+            f"split: the labels of split {split!r} of {parameters['data']} are held back, so runs can't be "
+            "scored on it; use split valid, or data with labels"
         )
 
 
@@ -319,12 +319,12 @@ def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndar
         hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
         raise DataError(
             f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
-            f"an unlabelled pixel is no prediction{hint}"
+            f"a prediction has no unlabelled pixels{hint}"
         )
     if fits_other and any(taken.index(value) != others.index(value) for value in first_with):
         print(
-            f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean "
-            "other classes."
+            f"The masks were read as mask_values {mask_values}; as {other} they would also be valid, but "
+            "mean other classes."
         )
     index_of = np.zeros(max(taken) + 1, np.uint8)
     index_of[taken] = range(count)

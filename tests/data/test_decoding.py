@@ -113,7 +113,7 @@ REFUSED_IMAGES = {
     ),
     "see-through": (
         lambda path: with_alpha(RGB, 254, path),
-        "found transparent pixels, expected an opaque picture",
+        "found transparent pixels, expected an opaque image",
     ),
     "a colour that is": (lambda path: save(RGB, path, transparency=(0, 3, 6)), "found transparent pixels"),
     "in a palette": (
@@ -124,7 +124,7 @@ REFUSED_IMAGES = {
         lambda path: Image.fromarray(RGB).save(
             path, save_all=True, append_images=[Image.fromarray(RGB[::-1])]
         ),
-        "can't be decoded (it holds 2 pictures, expected one)",
+        "can't be decoded (it contains 2 images, expected one)",
     ),
     "nothing": (lambda path: path.touch(), "can't be decoded ("),
 }
@@ -170,7 +170,7 @@ def test_labels_of_few_bits_are_refused(tmp_path, bits):
     with pytest.raises(DataError) as error:
         decode_label(path)
     assert str(error.value) == (
-        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits that holds class values; where "
+        f"{path}: found grey of 1, 2 or 4 bits, expected one channel of 8 or 16 bits with class values; if "
         "colours mean classes, list them under `colours` in dataset.yaml; Image.open(path).convert('L') gives the greys"
     )
 
@@ -238,7 +238,7 @@ REFUSED_DEPTH = {
     "8 bits": (
         DEPTH.astype(np.uint8),
         "a.png",
-        "found 8 bits, expected 16: depth of 8 bits has lost its scale",
+        "found 8 bits, expected 16 bits: 8-bit depth has lost its scale",
     ),
     "RGB": (
         RGB,
@@ -259,7 +259,7 @@ REFUSED_DEPTH = {
     "negative": (
         -DEPTH.astype(float),
         "a.npy",
-        "found the value -65535, expected no negative depth; mark what is missing",
+        "found the value -65535, expected no negative depth; mark missing depth",
     ),
 }
 
@@ -298,12 +298,12 @@ def test_heic_under_another_name_gets_a_remedy_that_works(tmp_path, kind, decode
     path.write_bytes(b"\0\0\0\x18" + kind + b"\0" * 100)
     with pytest.raises(
         DataError,
-        match="photo.jpg: can't be decoded .* it is a HEIC or AVIF image whatever its name is, conv",
+        match="photo.jpg: can't be decoded .* it is a HEIC or AVIF image despite its name; conv",
     ):
         decode(path)
     path.write_bytes(b"no image at all")
     with pytest.raises(
-        DataError, match="photo.jpg: can't be decoded .* it is damaged or no image, copy it again"
+        DataError, match="photo.jpg: can't be decoded .* it is damaged or not an image; copy it again"
     ):
         decode(path)
 

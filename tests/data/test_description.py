@@ -89,7 +89,7 @@ def test_values_of_labels(tmp_path, text, values, indices):
 @pytest.mark.parametrize(
     ("text", "value", "message"),
     [
-        ("classes: [a, b]", 2, "label values [2], expected 0..1 and 255 = unlabelled; where 0 means unlabelled, write "
+        ("classes: [a, b]", 2, "label values [2], expected 0..1 and 255 = unlabelled; if 0 means unlabelled, write "
          "`first_label: 1` into {yaml}"),
         ("classes: [a, b]\nfirst_label: 0", 2, "label values [2], expected 0..1 and 255 = unlabelled; {name}"),
         ("classes: [a, b]\nignore: []", 255, "label values [255], expected 0..1 and nothing = unlabelled; {name}"),
@@ -99,7 +99,7 @@ def test_values_of_labels(tmp_path, text, values, indices):
 )  # fmt: skip
 def test_a_value_that_is_nothing(tmp_path, text, value, message):
     description, yaml = describe(tmp_path, text), tmp_path / "dataset.yaml"
-    name = f"name other classes under `classes`, and what means unlabelled under `ignore`, in {yaml}"
+    name = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml}"
     with pytest.raises(DataError) as error:
         description.to_indices(tmp_path / "a.png", np.array([[value, min(description.by_value)]], np.int32))
     share = f". Shares of the pixels in 1 files: {value}: 50.00%"
@@ -112,10 +112,10 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
         ("first_label: -1", "first_label is -1, expected the label value of the first class, a whole number from 0 to 65535"),
         ("first_label: true", "first_label is True, expected the label value"),
         ("first_label: 65530", "first_label is 65530, expected label values up to 65535"),
-        ("classes: {0: a, 1: b}\nfirst_label: 1", "first_label is 1, expected none where classes maps values to names"),
+        ("classes: {0: a, 1: b}\nfirst_label: 1", "first_label is 1, expected none if classes maps values to names"),
         ("classes: {0: a, 70000: b}", "classes is {0: 'a', 70000: 'b'}, expected a list of 2 to 255 names"),
         ("classes: {a: 0, b: 1}", "classes is {'a': 0, 'b': 1}, expected a list of 2 to 255 names"),
-        ("classes: {0: a, 1: a}", "classes names a twice; every class needs a name of its own"),
+        ("classes: {0: a, 1: a}", "classes names a twice; every class needs its own name"),
         ("ignore: 255", "ignore is 255, expected a list of label values, whole numbers from 0 to 65535, such as [0, 255], or others"),
         ("ignore: [3]", "ignore is [3], expected no value of a class, but 3 is 'chair'"),
         ("depth_unit_mm: 1e-1", "depth_unit_mm is '1e-1', expected millimetres of one unit, a number such as 0.2 or 10"),
@@ -203,7 +203,7 @@ def test_colours(tmp_path, text, classes, unlabelled):
     with pytest.raises(DataError) as error:
         description.to_indices(tmp_path / "a.png", np.array([[0x010203, 0]], np.int32))
     assert str(error.value) == (
-        f"{tmp_path / 'a.png'}: label values [[1, 2, 3]], expected those of `colours`; name them under `colours` in "
+        f"{tmp_path / 'a.png'}: label values [[1, 2, 3]], expected those of `colours`; list them under `colours` in "
         f"{tmp_path / 'dataset.yaml'}, as classes or as `ignore`. Shares of the pixels in 1 files: [1, 2, 3]: 50.00%"
     )
     others = describe(tmp_path, f"{text}\nignore: others")
@@ -213,7 +213,7 @@ def test_colours(tmp_path, text, classes, unlabelled):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{COLOURS}\nclasses: [cat, cow]", "colours has no colour of class 'cow', expected 2 to 255 classes with a colour"),
+        (f"{COLOURS}\nclasses: [cat, cow]", "colours has no colour of class 'cow', expected 2 to 255 classes, each with"),
         (f"{COLOURS}\nclasses: [cat, background]", "colours has a colour of 'dog', expected 2 to 255 classes"),
         ("colours: {cat: [0, 0, 0], dog: [0, 0, 0]}", "colours has two names of one colour, expected"),
         ("colours: {cat: [0, 0, 0], ignore: [1, 1, 1]}", "colours has 1 classes, expected 2 to 255 classes"),
@@ -239,7 +239,7 @@ def test_a_label_map_that_is_none(tmp_path, content):
 
 
 def test_nothing_in_yaml_is_executed(tmp_path):
-    with pytest.raises(DataError, match="dataset.yaml: is no YAML"):
+    with pytest.raises(DataError, match="dataset.yaml: is not valid YAML"):
         describe(tmp_path, f"classes: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
     assert not (tmp_path / "made").exists()
 

@@ -41,7 +41,8 @@ def test_blocks_need_numbers(tmp_path, scenes):
     names = np.array([f"room_{i}" for i in range(12)])
     write_folder(tmp_path, change(scenes, names=names))
     with pytest.raises(
-        ValueError, match="validation: 'blocks' needs numbers as file names .*, found room_0, room_1, room_10"
+        ValueError,
+        match="validation: 'blocks' needs file names that are consecutive numbers .*, found room_0, room_1, room_10",
     ):
         load_samples(tmp_path, "train", "blocks")
     assert len(load_samples(tmp_path, "valid", "auto")) == 3  # random: a fifth, rounded up
@@ -63,9 +64,9 @@ def replace(array=None, data=None, remove=False):
 SIZE = (96, 128)
 IMAGE_REMEDY = "expected 8 bits a channel; convert the file"
 DEPTH_REMEDY = (
-    "expected 16: depth of 8 bits has lost its scale. Say depth_unit_mm if you know it, or export it again"
+    "expected 16 bits: 8-bit depth has lost its scale. Set depth_unit_mm if you know it, or export it again"
 )
-LABEL_REMEDY = "expected one channel of 8 or 16 bits that holds class values; where colours mean classes, list them under `colours` in dataset.yaml"
+LABEL_REMEDY = "expected one channel of 8 or 16 bits with class values; if colours mean classes, list them under `colours` in dataset.yaml"
 PARTNER = "1 of 12 files missing, the first is '000001'; every image needs its image, depth, label file under the same name"
 BAD_FILES = {
     "missing partner": ("depth", replace(remove=True), PARTNER),
@@ -79,25 +80,25 @@ BAD_FILES = {
     "transparent": (
         "image",
         replace(np.full((*SIZE, 4), 200, np.uint8)),
-        "found transparent pixels, expected an opaque picture; put it on a background of your choice",
+        "found transparent pixels, expected an opaque image; put it on a background of your choice",
     ),
     "8-bit depth": ("depth", replace(np.full(SIZE, 90, np.uint8)), f"found 8 bits, {DEPTH_REMEDY}"),
     "label 20": (
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
-        "label values [20], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33%",
+        "label values [20], expected 0..12 and 255 = unlabelled; list other classes under `classes`, and "
+        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33%",
     ),
     "label of 16 bits": (
         "label",
         replace(np.full(SIZE, 300, np.uint16)),
-        "label values [300], expected 0..12 and 255 = unlabelled; name other classes under `classes`, and what means "
-        "unlabelled under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33%",
+        "label values [300], expected 0..12 and 255 = unlabelled; list other classes under `classes`, and "
+        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33%",
     ),
     "label after the last": (
         "label",
         replace(np.full(SIZE, 13, np.uint8)),
-        "label values [13], expected 0..12 and 255 = unlabelled; where 0 means unlabelled, write `first_label: 1` into "
+        "label values [13], expected 0..12 and 255 = unlabelled; if 0 means unlabelled, write `first_label: 1` into "
         "{root}/dataset.yaml. Shares of the pixels in 12 files: 13: 8.33%",
     ),
     "colour label": (
@@ -108,12 +109,12 @@ BAD_FILES = {
     "other size": (
         "depth",
         replace(np.full((48, 64), 900, np.uint16)),
-        "48x64, but its image 000001.png is 96x128; image, depth and label must have one size",
+        "48x64, but its image 000001.png is 96x128; image, depth and label must have the same size",
     ),
     "no image file": (
         "label",
         replace(data=b"nothing"),
-        "can't be decoded (cannot identify image file); it is damaged or no image, copy it again",
+        "can't be decoded (cannot identify image file); it is damaged or not an image; copy it again",
     ),
 }
 
@@ -135,7 +136,7 @@ def test_a_file_that_disappears_while_reading(folder):
     with pytest.raises(DataError) as error:
         list(pieces)
     assert str(error.value) == (
-        f"{path}: can't be decoded ([Errno 2] No such file or directory: '{path}'); it is damaged or no image, copy it again"
+        f"{path}: can't be decoded ([Errno 2] No such file or directory: '{path}'); it is damaged or not an image; copy it again"
     )
 
 
@@ -219,7 +220,7 @@ def test_class_names_in_any_language(folder, encoding):
 def test_labels_outside_of_the_named_classes(folder):
     (folder / "dataset.yaml").write_text("classes: [a, b, c]")
     with pytest.raises(
-        DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = unlabelled; name"
+        DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = unlabelled; list"
     ):
         load_samples(folder, "train", "none")
 
@@ -230,8 +231,8 @@ LIST = "expected a list of 2 to 255 names in the order of their indices, such as
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("classes: [a, b", "is no YAML"),
-        (b"classes: [bed, k\xfcche]", "is no YAML"),
+        ("classes: [a, b", "is not valid YAML"),
+        (b"classes: [bed, k\xfcche]", "is not valid YAML"),
         ("[a, b]", "found ['a', 'b'], expected keys of: classes"),
         ("class: [a, b]", "found class, expected keys of: classes"),
         ("classes: bed", f"classes is 'bed', {LIST}"),
@@ -242,7 +243,7 @@ LIST = "expected a list of 2 to 255 names in the order of their indices, such as
         (f"classes: {[f'c{index}' for index in range(256)]}", LIST),
         (
             "classes: [bed, sofa, bed, sofa, tv]",
-            "classes names bed, sofa twice; every class needs a name of its own",
+            "classes names bed, sofa twice; every class needs its own name",
         ),
     ],
 )

@@ -113,7 +113,7 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)
     with pytest.raises(
         DataError,
-        match="room.png: 20x30, but its image room.jpg is 40x60; image, depth and label must have one size",
+        match="room.png: 20x30, but its image room.jpg is 40x60; image, depth and label must have the same size",
     ):
         read(tmp_path, folder)
     Image.fromarray(picture).save(tmp_path / "other.jpg")
@@ -125,9 +125,9 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
 
 def test_a_network_gets_what_it_takes_and_no_more(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
-    with pytest.raises(ValueError, match="depths: found None, but this network takes depth"):
+    with pytest.raises(ValueError, match="depths: found None, but this network also takes depth"):
         open_images(str(tmp_path), None, 1.0, True, CLASSES)
-    with pytest.raises(ValueError, match="depths: found '.*', but this network takes RGB alone"):
+    with pytest.raises(ValueError, match="depths: found '.*', but this network takes only RGB"):
         open_images(str(tmp_path), str(tmp_path), 1.0, False, CLASSES)
 
 

@@ -123,7 +123,7 @@ def test_a_table_of_scenes(folder, scenes):
     with pytest.raises(DataError) as error:
         load_samples(folder, "train")
     assert str(error.value) == (
-        f"{folder / 'rooms.csv'}: gives 1 of 12 images no scene, the first is '000000'; every image needs one"
+        f"{folder / 'rooms.csv'}: 1 of 12 images have no scene, the first is '000000'; every image needs one"
     )
 
 
@@ -132,7 +132,7 @@ def test_a_table_of_scenes(folder, scenes):
     [
         ("scene: '([a-z'", "{yaml}: scene is '([a-z', expected a regular expression (unterminated character set at position 1)"),
         ("scene: '[0-9]+'", "{yaml}: scene is '[0-9]+' with 0 groups, expected one, such as '^([^/]+)/'"),
-        ("scene: '(x)'", "{yaml}: gives 12 of 12 images no scene, the first is '000000'; every image needs one"),
+        ("scene: '(x)'", "{yaml}: 12 of 12 images have no scene, the first is '000000'; every image needs one"),
         ("scene: none.csv", "{root}/none.csv: can't be read ([Errno 2] No such file or directory: '{root}/none.csv'); expected "
          "a table with the columns name,scene"),
         ("splits: {train: train.txt}", "{root}/train.txt/image: no such folder; expected DATA/train/{{image,depth,label}} and "
@@ -162,7 +162,7 @@ def test_lists_that_can_not_be_meant(folder, scenes):
             "1 of 2 lines name no image, the first is 'x'; expected a name a line, such as '000000', of images in",
         ),
         ("", "is empty; expected a name a line, such as '000000'"),
-        ("000000\n000000.png", "names '000000' twice; every image once"),
+        ("000000\n000000.png", "names '000000' twice; list every image once"),
     ):
         (folder / "a.txt").write_text(content)
         with pytest.raises(DataError, match=f"{folder}/a.txt: {message}"):
@@ -172,7 +172,7 @@ def test_lists_that_can_not_be_meant(folder, scenes):
     with pytest.raises(DataError) as error:
         load_samples(folder, "test")
     assert str(error.value) == (
-        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; what is trained on can't "
+        f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; training images can't "
         "validate or test: give split 'test' other images, or leave it out of `splits`"
     )
 
@@ -227,16 +227,14 @@ def test_a_valid_split_of_the_same_files_is_refused(folder, text, prepare):
         prepare(folder)
     (folder / "dataset.yaml").write_text(text)
     assert len(load_samples(folder, "train")) == 12
-    with pytest.raises(
-        DataError, match=r"shares \d+ images with .*; what is trained on can't validate or test"
-    ):
+    with pytest.raises(DataError, match=r"shares \d+ images with .*; training images can't validate or test"):
         load_samples(folder, "valid")
 
 
 def test_a_test_split_of_the_same_files_is_refused(folder):
     (folder / "dataset.yaml").write_text("splits: {train: train, test: train}")
     with pytest.raises(
-        DataError, match="train: shares 12 images with .*train, the first is '000000'; what is trained on"
+        DataError, match="train: shares 12 images with .*train, the first is '000000'; training images"
     ):
         load_samples(folder, "test")
 
@@ -358,7 +356,7 @@ def test_coco_annotations_alone_are_named_with_the_lines_that_make_masks(folder,
         load_samples(folder, "train")
     message, *lines = str(error.value).splitlines()
     assert message.startswith(f"{folder / 'train' / 'label'}: no such folder; ")
-    assert f"{annotations} may hold COCO's annotations, which are no masks" in message
+    assert f"{annotations} may hold COCO annotations, not masks" in message
     compile("\n".join(lines), "lines", "exec")
     pytest.importorskip("pycocotools")
     (folder / "label").mkdir()

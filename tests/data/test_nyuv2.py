@@ -86,7 +86,7 @@ def test_scenes_have_the_names_of_the_file_and_are_split_whole(mat):
 def test_folders_have_no_scenes_of_their_own(tmp_path, frames):
     write_folder(tmp_path, replace(frames[:5], names=np.array(list("abcde"))))
     with pytest.raises(
-        ValueError, match="validation: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"
+        ValueError, match="validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'"
     ):
         load_samples(tmp_path, "train", "scenes")
 
@@ -181,7 +181,7 @@ def test_wrong_layout_is_named(mat):
 def test_truncated_and_missing_files(mat):
     mat.write_bytes(mat.read_bytes()[:100_000])
     with pytest.raises(
-        DataError, match=r"can't be opened as HDF5 .* A download that was cut short has to be repeated"
+        DataError, match=r"can't be opened as HDF5 .* Repeat the download if it was incomplete"
     ):
         load_samples(mat, "train")
     with pytest.raises(DataError, match=r"gone.mat: no such file; check the parameter data"):
@@ -195,8 +195,8 @@ def test_a_file_of_matlab_5_is_named(tmp_path):
         load_samples(path, "train")
     assert str(error.value).startswith(f"{path}: can't be opened as HDF5 (")
     assert str(error.value).endswith(
-        "); expected nyu_depth_v2_labeled.mat, 2.8 GB, of MATLAB's version 7.3, not of version 5 as splits.mat. A download "
-        "that was cut short has to be repeated"
+        "); expected nyu_depth_v2_labeled.mat (2.8 GB, MATLAB version 7.3; splits.mat has version 5). "
+        "Repeat the download if it was incomplete"
     )
 
 
@@ -207,7 +207,7 @@ def test_scenes_that_are_too_few_are_named(mat):
     with pytest.raises(DataError) as error:
         load_samples(mat, "train")
     assert str(error.value) == (
-        f"{mat}: names the scenes of 39 images, expected 40, as many as it has labels; use the file as it was published"
+        f"{mat}: has scenes for 39 images, expected 40, one for each label; use the file as published"
     )
 
 

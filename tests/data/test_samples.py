@@ -157,8 +157,8 @@ def test_what_samples_were_loaded_with(folder):
         ({"fold": 7}, "fold: found 7, expected one of 0, 1, 2, 3, 4"),
         (
             {"classes": "nyuv2_40"},
-            "classes: found 'nyuv2_40' with data 'synthetic', expected None: only the .mat file leaves a choice. "
-            "A folder names its classes in DATA/dataset.yaml",
+            "classes: found 'nyuv2_40' with data 'synthetic', expected None: only the .mat file has a choice of class sets. "
+            "Declare the classes of a folder in DATA/dataset.yaml",
         ),
     ],
 )

@@ -92,8 +92,8 @@ def test_the_largest_number_may_mean_missing(folder, scenes):
     rewrite(folder, "depth", lambda depth: np.where(depth == 0, 65535, depth).astype(np.uint16))
     share = f"{(scenes.depth[:, ::4, ::4] == 0).mean():.0%}"
     assert refusal(folder) == (
-        f"{folder}: the depth of split 'train' is 65535 in {share} of the pixels, the largest of 16 bits. If it "
-        f"means not measured, write `depth_missing: [0, 65535]` into {folder / 'dataset.yaml'}, else "
+        f"{folder}: the depth of split 'train' is 65535 in {share} of the pixels, the largest 16-bit value. If it "
+        f"marks missing depth, write `depth_missing: [0, 65535]` into {folder / 'dataset.yaml'}, otherwise write "
         "`depth_missing: [0]`"
     )
     (folder / "dataset.yaml").write_text("depth_missing: [0, 65535]")
@@ -106,8 +106,8 @@ def test_labels_shifted_by_one(folder, scenes):
     write_folder(folder, replace(scenes, label=label + np.uint8(1)))  # 255 becomes 0
     yaml = folder / "dataset.yaml"
     assert refusal(folder) == (
-        f"{folder}: in the labels of split 'train' 0 lies between nearly all others, and 255 is never there, as if 0 meant "
-        f"unlabelled and classes began with 1. If so, write `first_label: 1` into {yaml}; if 0 is 'bed', `first_label: 0`"
+        f"{folder}: in the labels of split 'train' 0 separates nearly all other values, and 255 never occurs, as if 0 meant "
+        f"unlabelled and classes began with 1. If so, write `first_label: 1` into {yaml}; if 0 is 'bed', write `first_label: 0`"
     )
     yaml.write_text("first_label: 1")
     np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
@@ -135,8 +135,8 @@ def test_a_split_in_which_nothing_is_labelled(folder, scenes):
     with pytest.raises(DataError) as error:
         load_samples(folder, "valid", "random")
     assert str(error.value) == (
-        f"{folder}: nothing is labelled in the 3 images of split 'valid' (validation random); look at the labels, at `ignore` in "
-        "DATA/dataset.yaml and at limit"
+        f"{folder}: no pixel is labelled in the 3 images of split 'valid' (validation random); check the labels, `ignore` in "
+        "DATA/dataset.yaml and limit"
     )
 
 
@@ -144,9 +144,9 @@ def test_a_split_in_which_nothing_is_labelled(folder, scenes):
 
 
 BINARY = (
-    "{folder}: the labels of split 'train' hold only {value} ({name}) and 255, which means unlabelled by default. If these "
+    "{folder}: the labels of split 'train' contain only {value} ({name}) and 255, which means unlabelled by default. If these "
     "are binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into {yaml}; if 255 means "
-    "unlabelled, `ignore: [255]`"
+    "unlabelled, write `ignore: [255]`"
 )
 
 
@@ -230,9 +230,9 @@ def test_all_values_that_are_no_class_are_named_at_once(folder, scenes):
     share = 8 * 16 / label.size
     listed = ", ".join(f"{value}: {share:.2%}" for value in values)
     assert found == (
-        f"{folder / 'train' / 'label' / '000000.png'}: label values {values}, expected 0..1 and 255 = unlabelled; name other "
-        f"classes under `classes`, and what means unlabelled under `ignore`, in {yaml}; `ignore: others` takes all values "
-        f"that are no class as unlabelled. Shares of the pixels in 12 files: {listed}"
+        f"{folder / 'train' / 'label' / '000000.png'}: label values {values}, expected 0..1 and 255 = unlabelled; list other "
+        f"classes under `classes`, and unlabelled values under `ignore`, in {yaml}; `ignore: others` treats all values "
+        f"without a class as unlabelled. Shares of the pixels in 12 files: {listed}"
     )
     yaml.write_text("classes: [a, b]\nignore: others")
     expected = np.where(label < 2, label, 255)

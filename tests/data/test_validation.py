@@ -130,19 +130,19 @@ def test_what_auto_means():
 
 def test_splits_that_can_not_be():
     with pytest.raises(
-        ValueError, match="validation: 'scenes' needs data whose scenes are known; use 'blocks' or 'random'"
+        ValueError, match="validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'"
     ):
         split_names(ROOMS, "scenes")
     with pytest.raises(
         ValueError,
-        match="validation: 'blocks' needs numbers as file names that run on within a scene, found a, b, c, ...; use",
+        match="validation: 'blocks' needs file names that are consecutive numbers within a scene, found a, b, c, ...; use",
     ):
         split_names(np.array(["a", "b", "c", "d"]), "blocks")
     with pytest.raises(ValueError) as error:
         split_names(numbered(0, 1, 10, 30, 70, 80), "blocks")
     assert str(error.value) == (
-        "validation: 'blocks' needs numbers as file names that run on within a scene, found 0000, 0001, 0010, ..., most of "
-        "them alone; use validation 'random' or 'none'"
+        "validation: 'blocks' needs file names that are consecutive numbers within a scene, found 0000, 0001, 0010, ..., most "
+        "without neighbours; use validation 'random' or 'none'"
     )
     for fold in (5, -1):
         with pytest.raises(ValueError, match=f"fold: found {fold}, expected one of 0, 1, 2, 3, 4"):

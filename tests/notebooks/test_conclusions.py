@@ -137,7 +137,7 @@ def test_pairs_are_made_of_seeds():
         "other"
     ]
     assert few.recipe_test is None
-    assert few.conclusion == "no result: paired runs need two seeds or more that both recipes have"
+    assert few.conclusion == "no result: a paired test needs two or more seeds that both recipes have"
 
 
 def test_few_scenes_give_no_result():
@@ -266,7 +266,7 @@ def test_the_smallest_detectable_difference_and_its_range():
     clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
     assert SPREAD.say_detectable(3, 2) == clause
     clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
-    assert clipped.startswith("a true difference would have to be at least ")
+    assert clipped.startswith("the smallest true difference found with 80 % power is at least ")
 
 
 def test_how_many_seeds_a_true_difference_takes():
@@ -352,7 +352,7 @@ def test_single_runs_say_so_first_and_name_the_sweep(home):
     assert given["seeds"] == [2, 3, 4, 5, 6]  # 1 is used
     assert given["split"] == "valid"
     assert (
-        "train 5 new seeds of each, 10 runs, about 28 minutes one after the other: " in text
+        "train 5 new seeds of each, 10 runs, about 28 minutes if run in sequence: " in text
     )  # 5 runs of 3 and 5 of 2.5 minutes
     assert commands(conclude(results)) == [given]
 
@@ -385,7 +385,7 @@ def test_external_predictions_need_predictions_of_further_seeds(home):
     external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "/disk/nyu", "fold": 4}
     other = scored_run("masks", some_counts(0.72, 2), scene=SCENE, external=external)
     text = describe_single_runs(run_tests({"ce": [single_runs()[0]], "external": [other]}))
-    assert "score predictions of two or more seeds of each recipe with `evaluate.ipynb`" in text
+    assert "score predictions of two or more seeds of each with `evaluate.ipynb`" in text
 
 
 def earlier_runs(seeds=range(2, 6)):
@@ -408,7 +408,7 @@ def test_how_much_seeds_alone_change(home):
     assert 1 <= larger <= 5
     assert larger != sum(abs(a - b) >= 2 * abs(other.score - first.score) for a, b in combinations(scores, 2))
     assert (
-        f"of 6 other pairs of runs of one recipe and fold that differ in nothing but the seed, {larger} differ"
+        f"of 6 other pairs of runs of one recipe and fold that differ only in the seed, {larger} differ"
         in text
     )
     assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
@@ -421,7 +421,7 @@ def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows
     first, other = max(combinations(runs, 2), key=lambda pair: abs(pair[0].score - pair[1].score))
     text = describe_single_runs(run_tests({"a": [first], "b": [other]}))
     assert "of 5 other pairs of runs" in text
-    assert "but the seed, 0 differ by at least as much (4 runs" in text
+    assert "the seed, 0 differ by at least as much (4 runs" in text
     assert "Both runs have the same parameters but the seed: they are one recipe, not two to compare." in text
     assert "papermill" not in text
 
@@ -485,7 +485,7 @@ def test_no_variance_over_scenes_is_said():
     test = results["other"].recipe_test
     results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
     assert (
-        "No variance of the difference over scenes was found, so the recipe test equals"
+        "No variance of the difference over scenes was detected, so the recipe test equals"
         in describe_details(results)
     )
     results["other"] = replace(
@@ -500,7 +500,7 @@ def test_no_variance_over_scenes_is_said():
 @pytest.mark.parametrize(
     ("facts", "caveat"),
     [
-        ({"scene": None}, "The scenes of these images are unknown, so images were taken as independent"),
+        ({"scene": None}, "The scenes of these images are unknown, so images were treated as independent"),
         ({"validation": "random"}, "Validation is `random`"),
         ({"image_fold": SCENE % 5}, "Pooled over five folds"),
     ],
@@ -530,7 +530,7 @@ def test_identical_runs_are_inconclusive():
     }
     results = run_tests(recipes)
     assert results["y"].conclusion == "inconclusive: no difference in any run on any scene"
-    assert "check whether one run is given twice" in conclude(results)
+    assert "check whether one run was given twice" in conclude(results)
 
 
 def test_an_effect_by_construction_is_found_in_both_directions():

@@ -189,9 +189,9 @@ def test_warnings_about_the_data():
     samples = made_up_samples()
     assert describe(samples) == (
         "**4 images, 3 classes, median depth 2.8 m, depth missing in 6.2%, "
-        "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because they are "
-        "unknown.**\n- These classes are in no image: tv. If label values that are read as unlabelled mean one of them, such as "
-        "255, say so under `classes` and `ignore`."
+        "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because the "
+        "scenes are unknown.**\n- These classes are in no image: tv. If one of them has a label value that is read as unlabelled, such as "
+        "255, declare it under `classes` and `ignore`."
     )
     assert "validation (2 images, by scenes) shares no scene with training.**" in describe(
         replace(samples, scene=np.array(["u", "v", "v", "u"])), "scenes"
@@ -206,8 +206,8 @@ def test_warnings_about_the_data():
     label[1] = 0
     warnings = describe(replace(samples, label=label)).splitlines()[1:]
     assert warnings == [
-        "- These classes are in no image: floor, tv. If label values that are read as unlabelled mean one of them, such as "
-        "255, say so under `classes` and `ignore`.",
+        "- These classes are in no image: floor, tv. If one of them has a label value that is read as unlabelled, such as "
+        "255, declare it under `classes` and `ignore`.",
         "- 3 images have no labelled pixel.",
         "- 75.0% of the pixels are unlabelled.",
     ]
@@ -222,7 +222,7 @@ def test_a_median_beyond_the_range_is_said_to_be():
 def test_a_warning_about_depth_in_another_unit(depth):
     """Centimetres, and 5000 units a metre, read as millimetres."""
     assert describe(made_up_samples(depth)).endswith(
-        "\n- 100.0% of the depths lie beyond 0.71 to 10 m, to which networks clip them: check `depth_unit_mm` and "
+        "\n- 100.0% of the depths are outside 0.71 to 10 m, the range to which networks clip them: check `depth_unit_mm` and "
         "`depth_range_m` in `dataset.yaml`."
     )
     mostly_missing = made_up_samples()
@@ -285,7 +285,9 @@ def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warn
     names = np.array([f"{number:04d}" for number in range(len(scene))])
     samples = Samples(names, image, label=label, scene=np.array(scene), classes=("wall", "floor"))
     text = describe(samples)
-    assert ("write `scene: '^(.*)$'` into `dataset.yaml`; else name there a .csv with" in text) == warned
+    assert (
+        "write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` to a .csv with" in text
+    ) == warned
 
 
 def test_the_conclusion_names_the_validation_and_the_rarest_classes():
@@ -297,7 +299,7 @@ def test_the_conclusion_names_the_validation_and_the_rarest_classes():
     split = Split(names, samples.classes, None, names, validation="scenes")
     sides = split.select(np.arange(4)), split.select(np.arange(4, 6))
     text = conclude_data(class_shares(count_data(samples)), *sides)
-    assert "Validate by **scenes**, which `validation auto` takes for these images; it shares no" in text
+    assert "Validate by **scenes**, the choice of `validation auto` for these images; it shares no" in text
     assert "**desk (3.3 %), cup (2.2 %), pen (1.1 %)** of the labelled pixels" in text
     assert "as much as wall (93.3 %)" in text
 

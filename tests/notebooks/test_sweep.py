@@ -110,7 +110,7 @@ def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypa
 
 def test_two_data_sets_of_one_name_are_not_taken_for_one():
     with pytest.raises(
-        ValueError, match="data: found /a/nyu and /b/nyu, which make runs of one name; rename one folder"
+        ValueError, match="data: found /a/nyu and /b/nyu, which give runs the same name; rename one folder"
     ):
         plan_runs(None, {}, {"data": ["/a/nyu", "/b/nyu"]}, [1])
 
@@ -122,7 +122,7 @@ def test_without_soft_iou_its_pooling_makes_no_second_run():
     ]  # fmt: skip
 
 
-LISTS = "expected lists of one value or more"
+LISTS = "expected non-empty lists"
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_the_table_tells_the_state_of_each_run(runs):
 
 
 def test_places_and_shares_that_are_not_there(runs, monkeypatch):
-    with pytest.raises(ValueError, match="cluster: found '127.0.0.1:1', where no Ray cluster answers"):
+    with pytest.raises(ValueError, match="cluster: found '127.0.0.1:1', but no Ray cluster answers"):
         next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
     with pytest.raises(ValueError, match="split: found 'tset', expected one of train, valid, test"):
         next(sweep.sweep({}, "tset"))

@@ -43,7 +43,7 @@ def test_a_repeated_seed_is_refused_by_name(trained, tmp_path, runs, first, seco
     with pytest.raises(ValueError) as error:
         group_recipes(read_runs(runs.format(root=tmp_path), "test"))
     assert str(error.value).startswith(
-        f"runs: {first!r} and {second!r} are of one recipe with seed 1 and fold 4, and a seed counts once; name one of"
+        f"runs: {first!r} and {second!r} have the same recipe, seed 1 and fold 4, but each seed counts once; name only one of"
     )
 
 

@@ -170,8 +170,8 @@ def test_the_generator_of_the_own_gpu_alone_is_kept(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         second.restore(made_of | {"computed": "cpu in fp32"})
     assert str(error.value) == (
-        "resume: 'run' was trained on cuda in bf16, and here it would continue on cpu in fp32; pass the device and the "
-        "precision that it was trained with, on a machine that has them, or start another run_name with resume False"
+        "resume: 'run' was trained on cuda in bf16, but here it would continue on cpu in fp32; use the same device and "
+        "precision as before, on a machine that has them, or start another run_name with resume False"
     )
 
 
@@ -186,7 +186,7 @@ def test_another_precision_is_refused(samples, begun):
     """What `auto` means on another machine: the parameters are the same."""
     with pytest.raises(
         ValueError,
-        match="resume: 'begun' was trained on cpu in fp32, and here it would continue on cpu in bf16; pass the device and",
+        match="resume: 'begun' was trained on cpu in fp32, but here it would continue on cpu in bf16; use the same device and",
     ):
         fit_run(begun, PARAMETERS | {"precision": "bf16"}, samples[:13], samples[13:])
 
@@ -214,7 +214,7 @@ def test_changed_data_are_refused_and_the_first_image_is_named(samples, begun, c
         train("begun", change(samples), resume=True)
     assert str(error.value) == (
         f"resume: the data of 'begun' changed since it was started: 1 images, the first is '{name}', "
-        f"which {how}; put the data back, or start another run_name with resume False"
+        f"which {how}; restore the data, or start another run_name with resume False"
     )
     assert (begun / "last.pt").read_bytes() == before
 
@@ -223,7 +223,7 @@ def test_new_data_are_refused(samples, monkeypatch, often):
     interrupt(samples[1:], "grown", monkeypatch, 4)
     with pytest.raises(
         ValueError,
-        match=f"1 images, the first is 'train/{samples.names[0]}', which is new; put the data back",
+        match=f"1 images, the first is 'train/{samples.names[0]}', which is new; restore the data",
     ):
         train("grown", samples, resume=True)
 

@@ -193,8 +193,8 @@ def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
     with pytest.raises(RuntimeError) as error, open_run({"run_name": "remote"}):
         pytest.fail("opened")
     assert str(error.value) == (
-        f"RUNS_DIR: no file in {runs} can be locked ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
-        "folder of a local disk"
+        f"RUNS_DIR: files in {runs} can't be locked ({os.strerror(code)}); set the environment variable RUNS_DIR to a "
+        "folder on a local disk"
     )
 
 
@@ -202,7 +202,7 @@ def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
     with pytest.raises(
-        RuntimeError, match=r"RUNS_DIR: no file in .*/file/runs can be locked \(Not a directory\); set"
+        RuntimeError, match=r"RUNS_DIR: files in .*/file/runs can't be locked \(Not a directory\); set"
     ):
         open_run({"run_name": "a"}).__enter__()
 
@@ -256,8 +256,8 @@ def test_a_run_is_resumed_by_other_code_on_another_machine(begun):
         (
             {"epochs": 5},
             "resume: 'one' was started with epochs = 3 (found 5); resume it with its own parameters, or start another "
-            "run_name with resume False; epochs can't change because the schedule has spread the learning rate over "
-            "them from the start",
+            "run_name with resume False; epochs can't change, because the learning rates of all epochs were "
+            "scheduled at the start",
         ),
         (
             {"novelty": 1},
@@ -283,7 +283,7 @@ def test_nothing_to_resume(begun):
     )
     (begun / "parameters.json").write_text('{"epochs": ')
     with (
-        pytest.raises(ValueError, match=r"one/parameters.json: can't be read .* it is no complete run"),
+        pytest.raises(ValueError, match=r"one/parameters.json: can't be read .* the run is incomplete"),
         open_run(STARTED, resume=True),
     ):
         pytest.fail("opened")
@@ -343,12 +343,12 @@ def test_what_there_is_of_a_run(trained, tmp_path):
     assert run_state(tmp_path / "nowhere") == RunState(0, 0, False, ())
     run = trained("a", evaluated=False, epochs=5)
     assert run_state(run) == RunState(5, 3, False, ())
-    assert run_state(run).describe() == "resumes, 3 of 5 epochs are there"
+    assert run_state(run).describe() == "resumes, 3 of 5 epochs are done"
     run = trained("a", evaluated=False, epochs=3)
     assert not run_state(run).trained  # no report yet
     write_report(run)
     assert run_state(run) == RunState(3, 3, True, ())
-    assert run_state(run).describe() == "is finished, all 3 epochs are there; nothing changes"
+    assert run_state(run).describe() == "is finished, all 3 epochs are done; nothing changes"
     assert run_state(trained("b", epochs=3)) == RunState(3, 3, True, ("test",))
     (run / "history.csv").unlink()
     assert run_state(run) == RunState(3, 0, False, ())
@@ -374,8 +374,8 @@ def test_report(tmp_path):
     assert [row[0] for row in progression] == ["1", "5", "**7**", "10", "12"]
     strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert (strict["class_iou"]["floor"], strict["class_iou"]["window"]) == (1, None)
-    assert "Learned best: ceiling (1.00)" in summarise(tmp_path)
-    assert "bed (0.75)" in summarise(tmp_path).split("Learned least")[1]
+    assert "Best classes: ceiling (1.00)" in summarise(tmp_path)
+    assert "bed (0.75)" in summarise(tmp_path).split("Worst classes")[1]
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,9 @@ def test_report(tmp_path):
         ([0.1, 0.3, 0.4, 0.45], "In the last epoch the mIoU changed by +0.050: train for more epochs"),
         (
             [0.1, 0.3, 0.3, 0.3, 0.3, 0.31, 0.3, 0.305],
-            "In the last 2 epochs the mIoU changed by -0.005. Learned",
+            "In the last 2 epochs the mIoU changed by -0.005. Best classes",
         ),
-        ([0.1], "guessing gets 0.0"),
+        ([0.1], "(chance level 0.0"),
     ],
 )
 def test_the_report_says_whether_the_score_still_rose(tmp_path, miou, said):
@@ -494,5 +494,6 @@ def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
 def test_summary_says_which_epoch_is_kept(trained, checkpoint, said):
     run = trained("a", checkpoint=checkpoint)
     assert summarise(run).startswith(
-        f"Epoch 3 of 3 {said}: validation **mIoU 0.958** over 12 of 13 classes (window has no pixel), and"
+        f"Epoch 3 of 3 {said}: validation **mIoU 0.958** (chance level 0.043) over 12 of 13 classes (window has no pixel), "
+        "and"
     )

@@ -216,7 +216,7 @@ def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
     assert run_state(run).evaluated == ("test",)
     with pytest.raises(
         ValueError,
-        match="runs: 'scored' has no score on split 'test', whose labels are held back; compare runs on split",
+        match="runs: 'scored' has no score on split 'test', because its labels are held back; compare runs on split",
     ):
         read_scored(run, "test")
 
@@ -313,7 +313,7 @@ def test_external_masks_where_labels_are_held_back(run, folder):
 
 def test_predictions_that_are_not_there(tmp_path):
     with pytest.raises(
-        ValueError, match=r"predictions: found '/nowhere', where there is no folder; expected one of PNG"
+        ValueError, match=r"predictions: found '/nowhere', which is no folder; expected a folder of PNG"
     ):
         open_external("synthetic", "/nowhere")
     with pytest.raises(
@@ -492,7 +492,7 @@ def test_which_reading_was_taken_is_said_where_both_are_possible(
     labels = np.concatenate([batch.labels for batch in read(mask_values=mask_values)])
     expected = np.where(samples.label == 255, 0, samples.label).clip(3, 7) - (mask_values == "labels")
     np.testing.assert_array_equal(labels, expected)
-    said = f"The masks were read as mask_values {mask_values}; as {other} they would be valid too and mean other classes."
+    said = f"The masks were read as mask_values {mask_values}; as {other} they would also be valid, but mean other classes."
     assert said in capsys.readouterr().out
 
 
@@ -535,7 +535,7 @@ def test_images_that_were_added_after_training_change_no_split(run, folder, scen
         assert list(found.names) == list(samples.names)
         assert (found.split, found.validation) == (split, "random")
         assert (
-            f"5 images of {folder} are new since own was trained, such as 000000a; its own"
+            f"5 images of {folder} were added after own was trained, such as 000000a; the original"
             in capsys.readouterr().out
         )
     facts = score_run(own, "valid", iterate_split(read_parameters(own), "valid", run=own), "none", "cpu")
@@ -587,7 +587,7 @@ def test_labels_that_are_255_everywhere_are_held_back(run, folder, scenes):
     assert not facts["labelled"]
     assert len(np.load(run / "evaluation" / "submission.npy")) == 3
     with pytest.raises(
-        ValueError, match="split: the labels of split 'test' of .* are held back, so that runs can't be"
+        ValueError, match="split: the labels of split 'test' of .* are held back, so runs can't be"
     ):
         check_labelled(read_parameters(run), "test")
     check_labelled(read_parameters(run), "valid")

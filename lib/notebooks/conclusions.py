@@ -392,8 +392,8 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     return [
         f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
         f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs on "
-        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the pairs "
-        "share runs, and these recipes may vary more."
+        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the "
+        "pairs share runs, and these recipes may vary more."
     ]
 
 

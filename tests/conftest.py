@@ -6,7 +6,7 @@ import tempfile
 # pytest-xdist imports this file, so that each has folders and cores of its own.
 os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
-os.environ["RAY_worker_niceness"] = "0"  # else a busy machine starves a sweep
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (else a busy machine starves a sweep)
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 )

@@ -91,10 +91,12 @@ def plot_comparison(
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
     by_checkpoints = any(result.recipe_test is None for result in results.values())
-    test = "checkpoint test" if by_checkpoints else "recipe test"
+    test, filled = "recipe test", "significant"
+    if by_checkpoints:
+        test, filled = "checkpoint test", "p < 0.05 by swaps"
     right.set(
         title=f"Difference to {baseline}",
-        xlabel=f"difference in IoU, {test}, 95 %\n(filled: significant; triangle: cut)",
+        xlabel=f"difference in IoU, {test}, 95 %\n(filled: {filled}; triangle: cut)",
     )
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
@@ -127,7 +129,9 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
     """A small dot for each run, a large one for their mean."""
     rows, mean = np.arange(scores.shape[1]), scores.mean(0)
     label = f"{plots.shorten(name, 60)}: mIoU {mean[0]:.3f}"
-    if len(scores) > 1:
+    if len(scores) == 1:
+        label += ", one run"
+    else:
         axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
         label += f", mean of {len(scores)} runs (small dots)"
     axes.plot(mean, rows, "o", color=colour, label=label)

@@ -392,8 +392,8 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     return [
         f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
         f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs on "
-        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no test of the recipes: the "
-        "pairs share runs, and these recipes may vary more."
+        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no p-value: the pairs share "
+        "runs, and these recipes may vary more."
     ]
 
 
@@ -451,8 +451,8 @@ def _say_consequence(result: Result) -> str:
     return (
         f"Inconclusive does not mean equal: on new seeds and scenes like these, true differences from {low} "
         f"to {high} are compatible with these runs. To find a true difference of {aim:.3f} with 80 % power "
-        "(half of what these runs can find; choose the smallest that matters to you), make new runs: "
-        f"{spread.say_seeds(aim, test.comparisons)}."
+        "(half of what these runs can find; choose the smallest that matters to you), make new runs with "
+        f"sweep.ipynb: {spread.say_seeds(aim, test.comparisons)}, without counting the old ones."
     )
 
 
@@ -484,7 +484,9 @@ def _say_checkpoints(result: Result) -> str:
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
     differ = "inconclusive"
     if test.p_value < LEVEL:
-        differ = "these two checkpoints differ on scenes like these, as two seeds of one recipe often do"
+        differ = (
+            "these two checkpoints differ on scenes like these; two seeds of one recipe can, too"
+        )
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

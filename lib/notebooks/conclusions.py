@@ -484,9 +484,7 @@ def _say_checkpoints(result: Result) -> str:
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
     differ = "inconclusive"
     if test.p_value < LEVEL:
-        differ = (
-            "these two checkpoints differ on scenes like these; two seeds of one recipe can, too"
-        )
+        differ = "these two checkpoints differ on scenes like these; two seeds of one recipe can, too"
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

@@ -181,7 +181,7 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     assert result.returncode == 0, result.stderr
     outputs = outputs_of(tmp_path / "out.ipynb")
     assert "**baseline_again** against **baseline**" in texts_of(outputs)
-    assert "Prefer baseline." in texts_of(outputs)  # than a tenth of its learning rate
+    assert "prefer baseline." in texts_of(outputs)  # than a tenth of its learning rate
     assert len(pictures_of(outputs)) == 4  # the browser leaves a picture, too
 
 

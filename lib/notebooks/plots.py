@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import logging
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -76,6 +77,7 @@ ASIAN_FONTS = (
     "Droid Sans Fallback", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans",
     "Apple SD Gothic Neo", "Arial Unicode MS",
 )  # fmt: skip
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # one of them may have no normal weight
 FONTS = [name for name in ASIAN_FONTS if name in font_manager.get_font_names()]
 styled = matplotlib.rc_context({  # a decorator
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,

@@ -560,7 +560,8 @@ def test_ray_that_starts_slowly_is_started_again(monkeypatch, slow):
     monkeypatch.setattr("ray.init", init)
     with (
         pytest.raises(
-            RuntimeError, match="cluster: Ray did not start within 30 seconds, 3 times; .*cluster auto"
+            RuntimeError,
+            match="cluster: Ray did not start within 30 seconds, 3 times, because .*cluster auto",
         )
         if slow == 3
         else contextlib.nullcontext(),

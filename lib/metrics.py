@@ -130,12 +130,12 @@ def averaged_classes(counts: Array) -> int:
 
 
 def chance_iou(support: Array) -> Array:
-    """The IoU of guessing by the classes' shares of the labelled pixels, p: p / (2 - p)."""
+    """IoU at chance level, p / (2 - p): of random labels with the classes' shares p of pixels."""
     return support / (2 - support)
 
 
 def chance_miou(counts: Array) -> float:
-    """The mIoU of guessing by the classes' shares, over the classes in the truth.
+    """Mean of `chance_iou` over the classes in the truth.
 
     Raises:
         ValueError: no labelled pixel.

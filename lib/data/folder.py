@@ -24,7 +24,7 @@ from lib.progress import progress_bar
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
 CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ())}
 CACHED_FROM = 128  # images: fewer are read in about a second
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BLOCK = 64  # images in memory at a time while a cache is made
 COCO = """. {path} may hold COCO annotations, not masks. To make masks in DATA/label (0 = unlabelled), run:
 from pycocotools.coco import COCO; import numpy as np; from PIL import Image

@@ -19,7 +19,7 @@ def open_images(
     """Pictures of any sizes, read one by one.
 
     `synthetic`, a file, or a folder without those in it; depth is a file, or a folder of files named like the
-    images, in the stated unit, or in millimetres, which are then doubted.
+    images, in the stated unit, or in millimetres, which are then checked.
     A ValueError says what is missing; `DataError` names a file that can't be used, also while they are read.
     """
     if images == "synthetic":

@@ -28,7 +28,7 @@ CACHED = {
     "measured": (np.bool_, ()),
 }
 BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
 
 

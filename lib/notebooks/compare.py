@@ -1,5 +1,7 @@
 """Runs that are compared: their scores, what the example is, figures of classes."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +13,13 @@ from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
 from lib.notebooks.error_analysis import name_bins
 from lib.runs.results import EXAMPLE, ScoredRun, read_own
-from lib.significance import LEVEL, SceneComparison, compare_recipes, score_interval
+from lib.significance import (
+    LEVEL,
+    CheckpointComparison,
+    SceneComparison,
+    compare_recipes,
+    score_interval,
+)
 
 A_A_ARM = "baseline_again"  # of the example
 EXPLAINED = (
@@ -90,16 +98,18 @@ def plot_comparison(
     )
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
-    by_checkpoints = any(result.recipe_test is None for result in results.values())
-    test, filled = "recipe test", "significant"
-    if by_checkpoints:
-        test, filled = "checkpoint test", "p < 0.05 by swaps"
-    right.set(
-        title=f"Difference to {baseline}",
-        xlabel=f"difference in IoU, {test}, 95 %\n(filled: {filled}; triangle: cut)",
-    )
+    right.set(title=f"Difference to {baseline}", xlabel=_describe_intervals(differences.values()))
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
+
+
+def _describe_intervals(tests: Iterable[SceneComparison]) -> str:
+    """What the right half shows; single runs, which have no recipe test, may stand beside several."""
+    kinds = {"checkpoint" if isinstance(test, CheckpointComparison) else "recipe" for test in tests}
+    if not kinds:
+        return "difference in IoU"
+    named = " and ".join(sorted(kinds))
+    return f"difference in IoU, 95 % interval\nof the {named} test\n(filled: p < 0.05; triangle: cut)"
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:

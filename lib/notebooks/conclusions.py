@@ -381,8 +381,9 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
     """How often runs of one recipe differ by as much as these two."""
     cells = {}
     for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
-        cells.setdefault((recipe(each.parameters), each.parameters.get("fold")), []).append(each)
-    pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell, 2)]
+        cell = recipe(each.parameters), each.parameters.get("fold")
+        cells.setdefault(cell, {})[each.name] = each  # once, also where a study has it too
+    pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell.values(), 2)]
     others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
     if not others:
         return []

@@ -107,6 +107,7 @@ def test_comparison_of_few_and_many(count, others):
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2 runs (small dots)" in text]) == others + 1
+    assert any("of the recipe test" in text for text in texts) == (others > 0)
     draw(
         plot_comparison(
             recipes,
@@ -114,6 +115,18 @@ def test_comparison_of_few_and_many(count, others):
             colours,
         )
     )
+
+
+def test_the_figure_says_of_which_test_its_intervals_are():
+    """A single run beside recipes of several has the checkpoint test alone."""
+    recipes = {
+        name: [scored_run(f"{name}{seed}", some_counts(0.7, seed), seed=seed) for seed in range(count)]
+        for name, count in {"a": 3, "b": 3, "c": 1}.items()
+    }
+    for names, kinds in {"ab": "recipe", "ac": "checkpoint", "abc": "checkpoint and recipe"}.items():
+        some = {name: recipes[name] for name in names}
+        texts = draw(plot_comparison(some, run_tests(some), run_colours(some)))
+        assert any(f"of the {kinds} test" in text for text in texts)
 
 
 def marks(figure):

@@ -275,8 +275,8 @@ def test_bars_show_values_and_absent_classes(count):
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_bars_with_intervals_stand_beside_what_guessing_gives(count):
-    """A class of half of the pixels, guessed as often: a quarter of them is hit, of three quarters."""
+def test_bars_with_intervals_stand_beside_the_chance_level(count):
+    """A class of half of the pixels, drawn as often: a quarter of them is hit, of three quarters."""
     table = pd.DataFrame(
         {"IoU": 0.4, "low": 0.3, "high": 0.5, "images": 12.0, "support": 0.5}, class_names(count)
     )

@@ -17,7 +17,7 @@ from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
 from lib.progress import progress_bar
-from lib.runs import is_of_older_version, read_parameters, runs_folder
+from lib.runs import read_parameters, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split
 
@@ -31,9 +31,7 @@ def find_folds(run: Path) -> list[Path]:
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
         other = read_parameters(path.parent)
-        if is_of_older_version(other) or other["seed"] != parameters["seed"]:
-            continue
-        if recipe(other) == recipe(parameters):
+        if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
             folds[other["fold"]] = path.parent
     pooled = len(folds) == FOLDS and parameters["validation"] not in ("random", "predefined", "none")
     return [folds[fold] for fold in range(FOLDS)] if pooled else [run]

@@ -86,10 +86,6 @@ def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[3]
-    older = runs_folder() / "a run of an older version"
-    older.mkdir()
-    (older / "best.pt").touch()
-    (older / "parameters.json").write_text('{"run_name": "older", "split": "blocks", "seed": 42}')
     found = find_folds(run)
     assert [path.name for path in found] == list(folds.values())
     everything = open_checked(found)
@@ -103,6 +99,26 @@ def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_
     )
     check_labels(found, device="cpu")
     assert sorted(seen) == everything.names.tolist()
+
+
+def test_a_run_is_checked_on_the_images_that_it_validated_on(folds, monkeypatch):
+    """Not on those that would be selected today, some of which may have been trained on."""
+    from lib.runs import runs_folder
+
+    run = runs_folder() / folds[0]
+    every = load_samples("synthetic", "train", "none", limit=40).names.tolist()
+    own = {"train": every[3:], "valid": every[:3], "validation": "blocks"}
+    monkeypatch.setattr("lib.runs.scoring.read_images", lambda run: own)
+    assert open_checked([run]).names.tolist() == every[:3]
+    seen = []
+    monkeypatch.setattr(
+        "lib.notebooks.label_check.rank_regions",
+        lambda predictions, classes: seen.extend(
+            name for batch in predictions for name in batch.samples.names
+        ),
+    )
+    check_labels([run], device="cpu")
+    assert seen == every[:3]
 
 
 def test_without_all_folds_the_validation_images_are_checked(folds):

@@ -216,7 +216,8 @@ def write_history(run: Path, history: list[dict]) -> None:
 
 def read_history(run: Path) -> pd.DataFrame:
     """The rows that `write_history` wrote."""
-    return pd.read_csv(run / "history.csv", float_precision="round_trip")  # not the default before pandas 3
+    text = pd.read_csv(run / "history.csv", dtype=str)  # pandas 2 rounds numbers that it reads itself
+    return text.astype(float).astype({"epoch": int})
 
 
 def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:

@@ -113,7 +113,8 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
     if share < AGREEMENT:
         versions = f"onnxruntime {onnxruntime.__version__} and torch {torch.__version__}"
         raise ValueError(
-            f"{path}: not written; {versions} agree on {share:.2%} of the pixels, expected {AGREEMENT:.1%}"
+            f"{path}: not written; {versions} agree on {100 * share:.2f} % of the pixels, "
+            f"expected {100 * AGREEMENT:.1f} %"
         )
     write_atomically(Path(path).expanduser(), lambda file: file.write(content))
     return share

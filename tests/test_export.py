@@ -146,7 +146,7 @@ def test_a_file_that_says_something_else_is_not_written(exported, tmp_path, monk
     other = deepcopy(model)
     other.net.segmentation_head[0].bias.data[0] += 1
     with pytest.raises(
-        ValueError, match="network.onnx: not written; .* agree on .* of the pixels, expected 99.9%"
+        ValueError, match="network.onnx: not written; .* agree on .* of the pixels, expected 99.9 %"
     ):
         export_onnx(other, tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())

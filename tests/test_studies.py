@@ -386,7 +386,7 @@ def test_what_depth_adds(inputs):
     significant = [name for name, p in zip(by_class, result.class_p_value, strict=True) if p < 0.05]
     assert significant == ["floor", "table", "wall"]
     share = result.seed_variance / (result.seed_variance + result.scene_variance)
-    assert f"{share:.0%}".replace("%", " %") + " of the variance" in (DEPTH / "README.md").read_text()
+    assert f"{100 * share:.0f} % of the variance" in (DEPTH / "README.md").read_text()
     _, values = recipe_test(*without_fold(inputs, 4).values())
     texts = published(DEPTH, "Without fold 4: ", ")")
     assert rounded(values[:3], texts[:3]) == texts[:3]

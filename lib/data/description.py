@@ -172,7 +172,9 @@ class Description(BaseModel):
             hint = f"if 0 means unlabelled, write `first_label: 1` into {yaml}"
         if len(shares) > 1:
             hint += "; `ignore: others` treats all values without a class as unlabelled"
-        listed = ", ".join(f"{value}: {shares[at]:.2%}" for at, value in zip(unknown, found, strict=True))
+        listed = ", ".join(
+            f"{value}: {100 * shares[at]:.2f} %" for at, value in zip(unknown, found, strict=True)
+        )
         raise DataError(
             f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
             f"{file_count} files: {listed}{' ...' if len(shares) > MOST_SHOWN else ''}"

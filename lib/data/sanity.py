@@ -98,9 +98,9 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
         )
     if "depth_missing" not in description.stated and seen[:, 1].mean() > OFTEN:
         raise DataError(
-            f"{where} is {LARGEST} in {seen[:, 1].mean():.0%} of the pixels, the largest 16-bit value. If it "
-            f"marks missing depth, write `depth_missing: [0, {LARGEST}]` into {yaml}, otherwise write "
-            "`depth_missing: [0]`"
+            f"{where} is {LARGEST} in {100 * seen[:, 1].mean():.0f} % of the pixels, the largest 16-bit "
+            f"value. If it marks missing depth, write `depth_missing: [0, {LARGEST}]` into {yaml}, "
+            "otherwise write `depth_missing: [0]`"
         )
     found, units = guess_units(seen[:, 0])
     if found and "depth_unit_mm" not in description.stated:

@@ -473,7 +473,7 @@ def _say_variance(test: RecipeComparison) -> str:
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
-        f"In the recipe test {share:.0%} of the variance of the difference is due to seeds, "
+        f"In the recipe test {100 * share:.0f} % of the variance of the difference is due to seeds, "
         "the rest to scenes."
     )
 

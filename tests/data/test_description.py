@@ -102,7 +102,7 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
     name = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml}"
     with pytest.raises(DataError) as error:
         description.to_indices(tmp_path / "a.png", np.array([[value, min(description.by_value)]], np.int32))
-    share = f". Shares of the pixels in 1 files: {value}: 50.00%"
+    share = f". Shares of the pixels in 1 files: {value}: 50.00 %"
     assert str(error.value) == f"{tmp_path / 'a.png'}: " + message.format(yaml=yaml, name=name) + share
 
 
@@ -204,7 +204,7 @@ def test_colours(tmp_path, text, classes, unlabelled):
         description.to_indices(tmp_path / "a.png", np.array([[0x010203, 0]], np.int32))
     assert str(error.value) == (
         f"{tmp_path / 'a.png'}: label values [[1, 2, 3]], expected those of `colours`; list them under `colours` in "
-        f"{tmp_path / 'dataset.yaml'}, as classes or as `ignore`. Shares of the pixels in 1 files: [1, 2, 3]: 50.00%"
+        f"{tmp_path / 'dataset.yaml'}, as classes or as `ignore`. Shares of the pixels in 1 files: [1, 2, 3]: 50.00 %"
     )
     others = describe(tmp_path, f"{text}\nignore: others")
     assert others.to_indices(tmp_path / "a.png", np.array([[0x010203]], np.int32)).tolist() == [[255]]

@@ -87,19 +87,19 @@ BAD_FILES = {
         "label",
         replace(np.full(SIZE, 20, np.uint8)),
         "label values [20], expected 0..12 and 255 = unlabelled; list other classes under `classes`, and "
-        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33%",
+        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 20: 8.33 %",
     ),
     "label of 16 bits": (
         "label",
         replace(np.full(SIZE, 300, np.uint16)),
         "label values [300], expected 0..12 and 255 = unlabelled; list other classes under `classes`, and "
-        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33%",
+        "unlabelled values under `ignore`, in {root}/dataset.yaml. Shares of the pixels in 12 files: 300: 8.33 %",
     ),
     "label after the last": (
         "label",
         replace(np.full(SIZE, 13, np.uint8)),
         "label values [13], expected 0..12 and 255 = unlabelled; if 0 means unlabelled, write `first_label: 1` into "
-        "{root}/dataset.yaml. Shares of the pixels in 12 files: 13: 8.33%",
+        "{root}/dataset.yaml. Shares of the pixels in 12 files: 13: 8.33 %",
     ),
     "colour label": (
         "label",

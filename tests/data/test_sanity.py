@@ -90,7 +90,7 @@ def test_depth_that_is_missing_everywhere(folder):
 
 def test_the_largest_number_may_mean_missing(folder, scenes):
     rewrite(folder, "depth", lambda depth: np.where(depth == 0, 65535, depth).astype(np.uint16))
-    share = f"{(scenes.depth[:, ::4, ::4] == 0).mean():.0%}"
+    share = f"{100 * (scenes.depth[:, ::4, ::4] == 0).mean():.0f} %"
     assert refusal(folder) == (
         f"{folder}: the depth of split 'train' is 65535 in {share} of the pixels, the largest 16-bit value. If it "
         f"marks missing depth, write `depth_missing: [0, 65535]` into {folder / 'dataset.yaml'}, otherwise write "
@@ -228,7 +228,7 @@ def test_all_values_that_are_no_class_are_named_at_once(folder, scenes):
     found = refusal(folder)
     values = list(range(40, 52))
     share = 8 * 16 / label.size
-    listed = ", ".join(f"{value}: {share:.2%}" for value in values)
+    listed = ", ".join(f"{value}: {100 * share:.2f} %" for value in values)
     assert found == (
         f"{folder / 'train' / 'label' / '000000.png'}: label values {values}, expected 0..1 and 255 = unlabelled; list other "
         f"classes under `classes`, and unlabelled values under `ignore`, in {yaml}; `ignore: others` treats all values "

@@ -493,7 +493,7 @@ def test_no_variance_over_scenes_is_said():
         results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)
     )
     assert (
-        "In the recipe test 75% of the variance of the difference is due to seeds, the rest to scenes."
+        "In the recipe test 75 % of the variance of the difference is due to seeds, the rest to scenes."
         in describe_details(results)
     )
 

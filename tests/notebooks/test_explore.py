@@ -188,8 +188,8 @@ def made_up_samples(depth=2750):
 def test_warnings_about_the_data():
     samples = made_up_samples()
     assert describe(samples) == (
-        "**4 images, 3 classes, median depth 2.8 m, depth missing in 6.2%, "
-        "12.5% unlabelled; validation (2 images, by random) may share scenes with training, because the "
+        "**4 images, 3 classes, median depth 2.8 m, depth missing in 6.2 %, "
+        "12.5 % unlabelled; validation (2 images, by random) may share scenes with training, because the "
         "scenes are unknown.**\n- These classes are in no image: tv. If one of them has a label value that is read as unlabelled, such as "
         "255, declare it under `classes` and `ignore`."
     )
@@ -200,7 +200,7 @@ def test_warnings_about_the_data():
         replace(samples, scene=np.array(["u", "u", "v", "w"]))
     )
     no_depth = describe(replace(samples, depth=None))
-    assert "3 classes, no depth, 12.5% unlabelled; validation" in no_depth
+    assert "3 classes, no depth, 12.5 % unlabelled; validation" in no_depth
     assert no_depth.count("depth") == 1
     label = np.full_like(samples.label, 255)
     label[1] = 0
@@ -209,7 +209,7 @@ def test_warnings_about_the_data():
         "- These classes are in no image: floor, tv. If one of them has a label value that is read as unlabelled, such as "
         "255, declare it under `classes` and `ignore`.",
         "- 3 images have no labelled pixel.",
-        "- 75.0% of the pixels are unlabelled.",
+        "- 75.0 % of the pixels are unlabelled.",
     ]
 
 
@@ -222,12 +222,12 @@ def test_a_median_beyond_the_range_is_said_to_be():
 def test_a_warning_about_depth_in_another_unit(depth):
     """Centimetres, and 5000 units a metre, read as millimetres."""
     assert describe(made_up_samples(depth)).endswith(
-        "\n- 100.0% of the depths are outside 0.71 to 10 m, the range to which networks clip them: check `depth_unit_mm` and "
+        "\n- 100.0 % of the depths are outside 0.71 to 10 m, the range to which networks clip them: check `depth_unit_mm` and "
         "`depth_range_m` in `dataset.yaml`."
     )
     mostly_missing = made_up_samples()
     mostly_missing.depth[:, :3] = 0
-    assert describe(mostly_missing).endswith("\n- 75.0% of the pixels have no depth.")
+    assert describe(mostly_missing).endswith("\n- 75.0 % of the pixels have no depth.")
 
 
 def own_valid(root, scenes, train, valid):

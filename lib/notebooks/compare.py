@@ -12,7 +12,7 @@ from lib.metrics import iou, mean_truth_iou, pixel_accuracy, strata_edges
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
 from lib.notebooks.error_analysis import name_bins
-from lib.runs.results import EXAMPLE, ScoredRun, read_own
+from lib.runs.results import EXAMPLE, ScoredRun, read_own, settings_that_differ
 from lib.significance import (
     LEVEL,
     CheckpointComparison,
@@ -51,7 +51,8 @@ def show_scores(table: pd.DataFrame) -> Styler:
 def introduce_runs(runs: list[ScoredRun], split: str, where: str | None = None) -> str:
     """How many runs are compared, on what; what the committed example is where it is shown."""
     data = ", ".join(sorted({run.data for run in runs}))
-    lines = [f"{len(runs)} runs{' match' if where else ''}, scored on split {split} of {data or 'no data'}."]
+    found = f"{len(runs)} runs match and were" if where else f"{len(runs)} runs were"
+    lines = [f"{found} scored on split {split} of {data or 'no data'}."]
     if any(run.group == A_A_ARM for run in runs):
         lines.append(EXPLAINED)
         absent = {run.name for run in read_own(split, None)} - {run.name for run in runs}
@@ -61,6 +62,12 @@ def introduce_runs(runs: list[ScoredRun], split: str, where: str | None = None) 
     return "\n\n".join(lines)
 
 
+def describe_recipes(recipes: dict[str, list[ScoredRun]]) -> str:
+    """The parameters in which the recipes differ, a line for each whose name does not say them."""
+    settings = settings_that_differ(recipes).items()
+    return "\n".join(f"- {name}: {values}" for name, values in settings if values and values != name)
+
+
 @plots.styled
 def plot_comparison(
     recipes: dict[str, list[ScoredRun]], results: dict[str, Result], colours: dict[str, tuple]
@@ -68,8 +75,8 @@ def plot_comparison(
     """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
 
     By the recipe test where there is one, else by the checkpoint test of the pair of runs. A filled mark is
-    significant: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of one. Intervals end
-    where an IoU would leave 0..1; a triangle marks such an end.
+    significant by the recipe test: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of
+    one. Intervals are adjusted likewise and end where an IoU would leave 0..1; a triangle marks such an end.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
@@ -84,8 +91,9 @@ def plot_comparison(
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
     floor = _scores_by_class(members).mean(0)[shown]
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
+    cut = False
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
-        _draw_differences(right, result, order, offset, colours[name], floor)
+        cut |= _draw_differences(right, result, order, offset, colours[name], floor)
         if len(differences) == 1:
             _write_differences(right, np.append(result.difference, result.class_difference[order]))
     _mark_unpredicted(right, recipes, order)
@@ -94,22 +102,26 @@ def plot_comparison(
         axes.grid(axis="x", color="0.92")
     _label_classes(left, members[0], order)
     left.set(
-        title="IoU by class (images with it)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(order) + 0.5, -0.5)
+        title="IoU by class (number of images)", xlabel="IoU", xlim=(-0.03, 1), ylim=(len(order) + 0.5, -0.5)
     )
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
-    right.set(title=f"Difference to {baseline}", xlabel=_describe_intervals(differences.values()))
+    right.set(title=f"Difference from {baseline}", xlabel=_describe_marks(differences.values(), cut))
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
-def _describe_intervals(tests: Iterable[SceneComparison]) -> str:
+def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
     """What the right half shows; single runs, which have no recipe test, may stand beside several."""
-    kinds = {"checkpoint" if isinstance(test, CheckpointComparison) else "recipe" for test in tests}
-    if not kinds:
-        return "difference in IoU"
-    named = " and ".join(sorted(kinds))
-    return f"difference in IoU, 95 % interval\nof the {named} test\n(filled: p < 0.05; triangle: cut)"
+    kinds = {isinstance(test, CheckpointComparison) for test in tests}
+    lines = ["difference in IoU, 95 % interval" if kinds else "difference in IoU"]
+    if False in kinds:
+        lines.append("filled: p < 0.05 by the recipe test")
+    if True in kinds:
+        lines.append("one run: checkpoint test, not recipes")
+    if cut:
+        lines.append("triangle: cut at IoU 0 or 1")
+    return "\n".join(lines)
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:
@@ -149,19 +161,22 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
 
 def _draw_differences(
     axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, floor: np.ndarray
-) -> None:
-    """A mark and an interval per row; `floor` is the baseline's IoU, below which no class can fall."""
+) -> bool:
+    """A mark and an interval per row; whether one was cut. `floor` is the baseline's IoU."""
     middle = np.append(result.difference, result.class_difference[order])
     interval = np.column_stack((result.interval, result.class_interval[:, order]))
     possible = interval.clip(-floor, 1 - floor)
     significant = np.append(result.p_value, result.class_p_value[order]) < LEVEL
+    if isinstance(result, CheckpointComparison):
+        significant[:] = False  # a filled mark would be read as a difference of the recipes
     rows = np.arange(len(middle)) + offset
     axes.hlines(rows, *possible, color=colour, linewidth=1.5)
-    for end, cut, marker in zip(possible, possible != interval, "<>", strict=True):
-        cut &= np.isfinite(end)
+    is_cut = np.isfinite(possible) & (possible != interval)
+    for end, cut, marker in zip(possible, is_cut, "<>", strict=True):
         axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
     for filled, face in ((significant, colour), (~significant, "white")):
         axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
+    return bool(is_cut.any())
 
 
 def _write_differences(axes: Axes, differences: np.ndarray) -> None:

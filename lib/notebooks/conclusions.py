@@ -103,17 +103,24 @@ class Spread:
     def say_detectable(self, runs: float, comparisons: int) -> str:
         """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
-        numbers = "{:.3f} ({:.3f} to {:.3f})".format(*found)
-        if self.variance_per_scene:
-            return f"a true difference of {numbers} would be found with 80 % power"
-        return f"the smallest true difference found with 80 % power is at least {numbers}"
+        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
+        numbers += ")" if self.variance_per_scene else "; at least, as no variance over scenes was found)"
+        return f"a true difference of {numbers} would be found with 80 % power"
 
     def say_seeds(self, difference: float, comparisons: int) -> str:
-        """How many seeds find a true difference with 80 % power."""
+        """How many seeds find a true difference with 80 % power, as `17 seeds of each recipe (9 to 59)`."""
+        found = [self._count_seeds(difference, comparisons, which) for which in range(3)]
+        if found[0] is None:
+            return f"more scenes, because {MOST_SEEDS} seeds are too few"
+        middle, low, high = (f"more than {MOST_SEEDS}" if runs is None else runs for runs in found)
+        least = "" if self.variance_per_scene else "at least "
+        return f"{least}{middle} seeds of each recipe ({low} to {high})"
+
+    def _count_seeds(self, difference: float, comparisons: int, which: int) -> int | None:
         for runs in range(2, MOST_SEEDS + 1):
-            if self.plan(runs).adjusted(comparisons).power(difference) >= POWER:
-                return f"{'' if self.variance_per_scene else 'at least '}{runs} seeds of each recipe"
-        return f"more scenes, because {MOST_SEEDS} seeds are too few"
+            if self.plan(runs, which).adjusted(comparisons).power(difference) >= POWER:
+                return runs
+        return None
 
 
 @dataclass(frozen=True)
@@ -306,7 +313,7 @@ def describe_details(results: dict[str, Result]) -> str:
                 "",
             ]
     if results and not texts:
-        texts = ["No recipe test was possible, so there are no details.", ""]
+        texts = ["No recipe test was possible.", ""]
     return "\n".join(texts + _caveats(results))
 
 
@@ -314,7 +321,12 @@ def conclude(results: dict[str, Result]) -> str:
     """For each recipe: what was found, what follows from it, what to do next."""
     lines = []
     for result in results.values():
-        evidence = f"{_say_runs(result.runs)} seeds, {result.scene_count} scenes"
+        run = result.pair[0]
+        each = " of each" if result.runs[0] == result.runs[1] else ""
+        evidence = (
+            f"{_say_runs(result.runs)} seeds{each}, {result.scene_count} scenes of {Path(run.data).name}, "
+            f"split {run.split}"
+        )
         test = result.recipe_test
         found, colon, explained = result.conclusion.partition(": if ")
         lines += [
@@ -415,9 +427,10 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     sides = [{name: side.get(name, value) for name, value in defaults.items()} for side in sides]
     grid = {name: [side[name] for side in sides] for name in defaults if sides[0][name] != sides[1][name]}
     fixed = {name: value for name, value in sides[0].items() if name not in grid and value != defaults[name]}
-    sweeps = [{"fixed": fixed, "grid": grid}]
+    folds = {"fold": list(range(FOLDS))} if first.is_pooled else {}
+    sweeps = [{"fixed": fixed, "grid": grid | folds}]
     if len(grid) > 1:
-        sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": {}} for side in sides]
+        sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
     used = {run.parameters["seed"] for run in (first, other)}
     seeds = sorted(set(range(1, NEW_SEEDS + 3)) - used)[:NEW_SEEDS]
     given = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
@@ -425,12 +438,12 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
         yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
     ]
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
+    runs = 2 * NEW_SEEDS * (FOLDS if first.is_pooled else 1)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
-    time = (
-        f", about {2 * NEW_SEEDS * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
-    )
+    time = f", about {runs * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
     return (
-        f"To compare the recipes, train {NEW_SEEDS} new seeds of each, {2 * NEW_SEEDS} runs{time}: {commands}"
+        f"To compare the recipes, train {NEW_SEEDS} new seeds of each, {runs} runs{time}: {commands}. "
+        "sweep.ipynb first says what difference these can find; its last cell has the conclusion."
     )
 
 
@@ -442,18 +455,23 @@ def _say_consequence(result: Result) -> str:
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
         return (
-            f"By mIoU, prefer {better}. This holds for new seeds and scenes like these, not for other data, "
-            "image sizes or settings, such as more epochs."
+            f"By mIoU, prefer {better}. This holds for new seeds and scenes like these, not for other "
+            "training images, other data, other image sizes or other settings, such as more epochs."
         )
     if spread is None:
         return "Every run has the same confusion matrices: check whether one run was given twice."
     aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
+    scenes = ""
+    if not test.scene_variance:
+        scenes = " No variance over scenes was found, so this interval may be too narrow for new scenes."
     return (
-        f"Inconclusive does not mean equal: on new seeds and scenes like these, true differences from {low} "
-        f"to {high} are compatible with these runs. To find a true difference of {aim:.3f} with 80 % power "
-        "(half of what these runs can find; choose the smallest that matters to you), make new runs with "
-        f"sweep.ipynb: {spread.say_seeds(aim, test.comparisons)}, without counting the old ones."
+        f"Inconclusive does not mean equal: true differences from {low} to {high} are compatible with these "
+        f"runs.{scenes}\n"
+        f"  - To find a true difference of {aim:.3f}, half of what these runs can find, with 80 % power: "
+        f"{spread.say_seeds(aim, test.comparisons)}, all new, with sweep.ipynb. Fix their number before the "
+        "first run: adding seeds until p < 0.05 can find differences that do not exist. Ranges in brackets: "
+        "few seeds show only roughly how much runs vary."
     )
 
 
@@ -468,13 +486,13 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
 def _say_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
         return (
-            "No variance of the difference over scenes was detected, so the recipe test equals the seed "
-            "test; there may still be some."
+            "The recipe test equals it, because no variance over scenes was found that all seeds share; "
+            "there may still be some."
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
-        f"In the recipe test {100 * share:.0f} % of the variance of the difference is due to seeds, "
-        "the rest to scenes."
+        f"With these numbers of seeds and scenes, {100 * share:.0f} % of the variance of the difference is "
+        "due to seeds, the rest to scenes."
     )
 
 
@@ -485,7 +503,7 @@ def _say_checkpoints(result: Result) -> str:
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
     differ = "inconclusive"
     if test.p_value < LEVEL:
-        differ = "these two checkpoints differ on scenes like these; two seeds of one recipe can, too"
+        differ = "these two networks differ on scenes like these, as two seeds of one recipe may"
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

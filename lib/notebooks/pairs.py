@@ -70,7 +70,7 @@ def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> 
         split = select_names(every, names)
     except FileNotFoundError as error:
         missing = f"`{error.filename}` was not saved"
-        return Markdown(f"No images: {missing}; pooled folds and studies have no predictions.")
+        return Markdown(f"No images: {missing}. Studies and pooled folds keep few predictions or none.")
     except ValueError as error:
         return Markdown(f"No images: {error}.")
     counts = {name: run.counts[there] for name, run in pair.items()}

@@ -4,7 +4,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -400,16 +400,30 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
-    table = pd.DataFrame([_row(members[0]) for members in by_recipe.values()], dtype=object)
-    differing = table.columns[table.nunique() > 1]  # among the recipes that know them
+    settings = settings_that_differ(by_recipe)
     groups = [group for group, _ in by_recipe]
     named = {}
-    for (group, _), members in by_recipe.items():
-        label = group if group and groups.count(group) == 1 else _label(members, differing)
+    for (group, key), members in by_recipe.items():
+        label = group
+        if not group or groups.count(group) > 1:
+            label = _label(members, settings[group, key])
         if label in named:
             label = f"{label} ({members[0].name})"
         named[label] = members
     return named
+
+
+def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
+    """By recipe the parameters in which these recipes differ, such as `learning_rate 0.003`."""
+    table = pd.DataFrame([_row(members[0]) for members in recipes.values()], dtype=object)
+    differing = table.columns[table.nunique() > 1]  # among the recipes that know them
+    return {name: _describe_settings(members[0], differing) for name, members in recipes.items()}
+
+
+def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
+    values = {name: run.parameters[name] for name in differing if name in _row(run)}
+    values |= {name: Path(str(value)).name for name, value in values.items() if name in PLACES}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _row(run: ScoredRun) -> dict[str, str]:
@@ -419,16 +433,13 @@ def _row(run: ScoredRun) -> dict[str, str]:
     return kept | dict.fromkeys(nothing, "None")
 
 
-def _label(members: list[ScoredRun], differing: Iterable[str]) -> str:
+def _label(members: list[ScoredRun], settings: str) -> str:
     run = members[0]
     if "recipe" in run.parameters:  # of external predictions
         return run.parameters["recipe"]
-    values = {name: run.parameters[name] for name in differing if name in _row(run)}
-    values |= {name: Path(str(value)).name for name, value in values.items() if name in PLACES}
-    label = ", ".join(f"{name} {value}" for name, value in values.items())
-    if not label or (len(members) == 1 and len(run.name) <= len(label)):
+    if not settings or (len(members) == 1 and len(run.name) <= len(settings)):
         return run.name
-    return label
+    return settings
 
 
 def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, list[ScoredRun]]:

@@ -9,6 +9,7 @@ from figures import SETS, class_names, draw
 from lib.metrics import DISTANCE, iou, mean_iou, mean_truth_iou, pixel_accuracy
 from lib.notebooks.compare import (
     compare_strata,
+    describe_recipes,
     introduce_runs,
     plot_comparison,
     plot_strata_differences,
@@ -61,12 +62,15 @@ def home(monkeypatch, tmp_path):
     return tmp_path / "runs"
 
 
+RATES = (("a", 0.1), ("b", 0.2))
+
+
 def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
     scored_folder(home, "mine", some_counts(0.8, 9), split="test", learning_rate=1.0)
     found = read_runs("all", "test")
     assert [run.name for run in found] == [*(run.name for run in example()), "mine"]
     text = introduce_runs(found, "test")
-    assert text.startswith("5 runs, scored on split test of ")
+    assert text.startswith("5 runs were scored on split test of ")
     assert "an A/A pair: a significant difference would be a false alarm" in text
     assert "is not shown" not in text
 
@@ -82,9 +86,19 @@ def test_a_run_on_other_images_is_said_to_be_missing(home):
 
 def test_runs_of_ones_own_are_introduced_in_one_line(home):
     runs = [scored_run(name) for name in "ab"]
-    assert introduce_runs(runs, "valid") == "2 runs, scored on split valid of /disk/nyu."
-    assert introduce_runs(runs, "valid", "seed == 0").startswith("2 runs match, scored")
-    assert introduce_runs([], "valid") == "0 runs, scored on split valid of no data."
+    assert introduce_runs(runs, "valid") == "2 runs were scored on split valid of /disk/nyu."
+    assert introduce_runs(runs, "valid", "seed == 0").startswith("2 runs match and were scored")
+    assert introduce_runs([], "valid") == "0 runs were scored on split valid of no data."
+
+
+def test_what_differs_is_said_where_names_do_not_say_it():
+    runs = [
+        scored_run(f"{name}{seed}", seed=seed, learning_rate=rate) for seed in (1, 2) for name, rate in RATES
+    ]
+    assert describe_recipes(group_recipes(runs)) == ""
+    named = [replace(run, group=run.name[0]) for run in runs]
+    assert describe_recipes(group_recipes(named)) == "- a: learning_rate 0.1\n- b: learning_rate 0.2"
+    assert describe_recipes(group_recipes(runs[::2])) == ""
 
 
 @pytest.mark.parametrize("count", SETS)
@@ -107,7 +121,7 @@ def test_comparison_of_few_and_many(count, others):
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2 runs (small dots)" in text]) == others + 1
-    assert any("of the recipe test" in text for text in texts) == (others > 0)
+    assert any("by the recipe test" in text for text in texts) == (others > 0)
     draw(
         plot_comparison(
             recipes,
@@ -118,15 +132,22 @@ def test_comparison_of_few_and_many(count, others):
 
 
 def test_the_figure_says_of_which_test_its_intervals_are():
-    """A single run beside recipes of several has the checkpoint test alone."""
+    """A single run beside recipes of several has the checkpoint test alone, and no filled mark."""
     recipes = {
-        name: [scored_run(f"{name}{seed}", some_counts(0.7, seed), seed=seed) for seed in range(count)]
-        for name, count in {"a": 3, "b": 3, "c": 1}.items()
+        name: [scored_run(f"{name}{seed}", some_counts(rate, seed), seed=seed) for seed in range(count)]
+        for name, rate, count in (("a", 0.7, 3), ("b", 0.8, 3), ("c", 0.9, 1))
     }
-    for names, kinds in {"ab": "recipe", "ac": "checkpoint", "abc": "checkpoint and recipe"}.items():
+    colours = run_colours(recipes)
+    for names, of_recipes, of_single in (("ab", True, False), ("ac", False, True), ("abc", True, True)):
         some = {name: recipes[name] for name in names}
-        texts = draw(plot_comparison(some, run_tests(some), run_colours(some)))
-        assert any(f"of the {kinds} test" in text for text in texts)
+        tests = run_tests(some)
+        figure = plot_comparison(some, tests, colours)
+        text = "\n".join(draw(figure))
+        assert ("filled: p < 0.05 by the recipe test" in text) == of_recipes
+        assert ("one run: checkpoint test, not recipes" in text) == of_single
+        if of_single:
+            assert tests["c"].checkpoint_test.p_value < 0.05
+            assert not any(marks(figure)[to_rgb(colours["c"])])
 
 
 def marks(figure):
@@ -177,6 +198,7 @@ def test_intervals_end_where_an_iou_would_leave_its_range():
     figure = plot_comparison(recipes, tests, run_colours(recipes))
     (cut,) = [line for line in figure.axes[1].lines if line.get_marker() == "<" and len(line.get_xdata())]
     assert cut.get_xdata() == pytest.approx([lowest])
+    assert "triangle: cut at IoU 0 or 1" in figure.axes[1].get_xlabel()
     (strokes,) = figure.axes[1].collections
     ends = np.array([segment[:, 0] for segment in strokes.get_segments()])
     assert ends.min() >= -1

@@ -241,7 +241,7 @@ def test_every_conclusion_agrees_with_its_row(drawn):
         expected = [name for name, p in zip(CLASSES, test.class_p_value, strict=True) if p < 0.05]
         assert re.findall("[a-z]+", named[2]) == (expected or ["none"])
         assert int(named[1]) == np.isfinite(test.class_difference).sum()
-        differ = "these two checkpoints differ" in part
+        differ = "these two networks differ" in part
         assert differ == (result.checkpoint_test.p_value < 0.05)
 
 
@@ -266,7 +266,9 @@ def test_the_smallest_detectable_difference_and_its_range():
     clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
     assert SPREAD.say_detectable(3, 2) == clause
     clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
-    assert clipped.startswith("the smallest true difference found with 80 % power is at least ")
+    assert re.search(
+        r" \(0\.\d{3} to 0\.\d{3}; at least, as no variance over scenes was found\) would be found", clipped
+    )
 
 
 def test_how_many_seeds_a_true_difference_takes():
@@ -274,6 +276,11 @@ def test_how_many_seeds_a_true_difference_takes():
     assert SPREAD.plan(needed).power(0.025) >= 0.8 > SPREAD.plan(needed - 1).power(0.025)
     assert SPREAD.say_seeds(0.001, 1) == "more scenes, because 100 seeds are too few"
     assert replace(SPREAD, variance_per_scene=0.0).say_seeds(0.025, 1).startswith("at least ")
+    low, high = re.search(r"seeds of each recipe \((\d+) to (\d+)\)", SPREAD.say_seeds(0.025, 1)).groups()
+    for which, runs in ((1, int(low)), (2, int(high))):
+        assert SPREAD.plan(runs, which).power(0.025) >= 0.8 > SPREAD.plan(runs - 1, which).power(0.025)
+    narrow = replace(SPREAD, variance_per_scene=1e-7)
+    assert re.search(r" \(\d+ to more than 100\)$", narrow.say_seeds(0.0045, 1))
 
 
 def suited(runs, lift):
@@ -486,14 +493,15 @@ def test_no_variance_over_scenes_is_said():
     test = results["other"].recipe_test
     results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
     assert (
-        "No variance of the difference over scenes was detected, so the recipe test equals"
+        "The recipe test equals it, because no variance over scenes was found that all seeds share"
         in describe_details(results)
     )
+    assert ("may be too narrow for new scenes" in conclude(results)) == (test.p_value >= 0.05)
     results["other"] = replace(
         results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)
     )
     assert (
-        "In the recipe test 75 % of the variance of the difference is due to seeds, the rest to scenes."
+        "With these numbers of seeds and scenes, 75 % of the variance of the difference is due to seeds"
         in describe_details(results)
     )
 

@@ -105,7 +105,7 @@ def test_without_predictions_or_data_a_sentence_says_so(pair):
     gone = masks_folder(b.folder, "test") / f"{b.names[0]}.png"
     gone.unlink()
     assert browse_pair(pair).data == (
-        f"No images: `{gone}` was not saved; pooled folds and studies have no predictions."
+        f"No images: `{gone}` was not saved. Studies and pooled folds keep few predictions or none."
     )
 
 
@@ -134,7 +134,7 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     write_results(tmp_path / "none", [replace(run, masks=None) for run in kept])
     without = choose_pair(group_recipes(read_results(tmp_path / "none")))
     assert browse_pair(without).data == (
-        f"No images: `{names[0]}.png` was not saved; pooled folds and studies have no predictions."
+        f"No images: `{names[0]}.png` was not saved. Studies and pooled folds keep few predictions or none."
     )
 
 

@@ -468,10 +468,10 @@ def _say_consequence(result: Result) -> str:
     return (
         f"Inconclusive does not mean equal: true differences from {low} to {high} are compatible with these "
         f"runs.{scenes}\n"
-        f"  - To find a true difference of {aim:.3f}, half of what these runs can find, with 80 % power: "
-        f"{spread.say_seeds(aim, test.comparisons)}, all new, with sweep.ipynb. Fix their number before the "
-        "first run: adding seeds until p < 0.05 can find differences that do not exist. Ranges in brackets: "
-        "few seeds show only roughly how much runs vary."
+        f"  - To find a true difference of {aim:.3f} (half of what these runs can find) with 80 % power "
+        f"takes {spread.say_seeds(aim, test.comparisons)}. Make new runs with sweep.ipynb and fix their "
+        "number before the first: adding seeds until p < 0.05 can find differences that do not exist. "
+        "(Ranges are in brackets because few seeds show only roughly how much runs vary.)"
     )
 
 

@@ -97,21 +97,12 @@ def iou(counts: Array) -> np.ndarray:
     return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
 
 
-def mean_iou(counts: Array) -> float:
-    """Mean of `iou` over the classes in truth or prediction.
-
-    Raises:
-        ValueError: no labelled pixel.
-    """
-    return float(np.nanmean(iou(_pool_labelled(counts))))
-
-
 def truth_iou(counts: Array) -> np.ndarray:
     """As `iou`, but NaN for every class that is not in the truth."""
     return np.where(_pool(counts).sum(1) > 0, iou(counts), np.nan)
 
 
-def mean_truth_iou(counts: Array) -> float:
+def mean_iou(counts: Array) -> float:
     """Mean of `iou` over the classes in the truth: the mIoU that this project reports.
 
     Classes that are only predicted are left out, so that all runs and epochs average the same classes of the
@@ -125,7 +116,7 @@ def mean_truth_iou(counts: Array) -> float:
 
 
 def averaged_classes(counts: Array) -> int:
-    """How many classes `mean_truth_iou` averages."""
+    """How many classes `mean_iou` averages."""
     return int(np.isfinite(truth_iou(counts)).sum())
 
 
@@ -319,7 +310,7 @@ def image_accuracy(counts: np.ndarray) -> np.ndarray:
 def all_scores(counts: Array) -> dict[str, float]:
     """The scalar scores of a set of images."""
     return {
-        "miou": mean_truth_iou(counts),
+        "miou": mean_iou(counts),
         "averaged_classes": averaged_classes(counts),
         "pixel_accuracy": pixel_accuracy(counts),
         "mean_class_accuracy": float(np.nanmean(class_accuracy(_pool_labelled(counts)))),

@@ -18,7 +18,7 @@ from lib.data.samples import Samples
 from lib.device import autocast, choose_device, choose_precision, explain_out_of_memory, move_model
 from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
 from lib.losses import lovasz_loss, masked_l1, median_frequency_weights, segmentation_losses
-from lib.metrics import mean_truth_iou, pixel_accuracy
+from lib.metrics import mean_iou, pixel_accuracy
 from lib.model import Prediction, SegmentationDepthNet, build_model
 from lib.options import check_options
 from lib.progress import progress_bar
@@ -328,7 +328,7 @@ def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     if scored is None:
         scores = {"valid_miou": math.nan, "valid_pixel_acc": math.nan}
         return _columns("valid", [math.nan] * len(Losses._fields)) | scores
-    scores = {"valid_miou": mean_truth_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
+    scores = {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
     return _columns("valid", scored.losses) | scores
 
 

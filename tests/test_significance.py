@@ -7,7 +7,7 @@ from clustered import VALID_SIZES, confuse, scenes_of, simulate_rates, true_diff
 from scipy import stats
 
 from lib import significance
-from lib.metrics import iou, mean_truth_iou
+from lib.metrics import iou, mean_iou
 from lib.significance import (
     compare_checkpoints,
     compare_recipes,
@@ -91,12 +91,12 @@ def test_degrees_of_freedom_are_those_of_unequal_scenes(pair, scene):
 def test_swaps_equal_brute_force(scenes):
     scene = np.arange(2 * scenes) // 2
     a, b = make_runs(2, scene, gain=0.01)[:, 0]
-    observed = np.append(mean_truth_iou(b) - mean_truth_iou(a), iou(b) - iou(a))
+    observed = np.append(mean_iou(b) - mean_iou(a), iou(b) - iou(a))
     extreme = np.zeros(5)
     for swaps in itertools.product([False, True], repeat=scenes):
         swapped = np.array(swaps)[scene, None, None]
         first, second = np.where(swapped, b, a), np.where(swapped, a, b)
-        difference = np.append(mean_truth_iou(second) - mean_truth_iou(first), iou(second) - iou(first))
+        difference = np.append(mean_iou(second) - mean_iou(first), iou(second) - iou(first))
         extreme += np.abs(difference) >= np.abs(observed) - 1e-12
     result = compare_checkpoints(a, b, scene)
     assert result.p_value == extreme[0] / 2**scenes
@@ -125,9 +125,9 @@ def test_a_constant_gain_is_certain(scene):
 
 def test_scores_are_those_of_the_metrics(pair, recipes, scene):
     result = compare_checkpoints(*pair, scene)
-    assert result.difference == pytest.approx(mean_truth_iou(pair[1]) - mean_truth_iou(pair[0]))
+    assert result.difference == pytest.approx(mean_iou(pair[1]) - mean_iou(pair[0]))
     np.testing.assert_allclose(result.class_difference, iou(pair[1]) - iou(pair[0]))
-    means = [np.mean([mean_truth_iou(run) for run in side]) for side in recipes]
+    means = [np.mean([mean_iou(run) for run in side]) for side in recipes]
     assert compare_recipes(*recipes, scene).difference == pytest.approx(means[1] - means[0])
 
 
@@ -254,9 +254,9 @@ def test_crossed_t_equals_a_reference_on_a_linear_score():
 
 def test_paired_recipes_equal_one_side_of_differences(recipes, scene):
     result = compare_recipes(*recipes, scene, paired=True)
-    differences = np.array([mean_truth_iou(b) - mean_truth_iou(a) for a, b in zip(*recipes, strict=True)])
+    differences = np.array([mean_iou(b) - mean_iou(a) for a, b in zip(*recipes, strict=True)])
     left_out = np.array([
-        [mean_truth_iou(b[scene != out]) - mean_truth_iou(a[scene != out]) for out in range(24)]
+        [mean_iou(b[scene != out]) - mean_iou(a[scene != out]) for out in range(24)]
         for a, b in zip(*recipes, strict=True)
     ])  # fmt: skip
     products = 23**2 / 24 * np.cov(left_out)
@@ -272,7 +272,7 @@ def test_without_scenes_to_vary_it_is_welchs_t(scene):
     """Runs that differ by the same pixels in every image: the crossed t has only the seeds."""
     a = np.stack([two_classes([hits] * 197) for hits in (4, 5, 7)])
     b = np.stack([two_classes([hits] * 197) for hits in (6, 8, 9, 7)])
-    scores = [[mean_truth_iou(run) for run in side] for side in (a, b)]
+    scores = [[mean_iou(run) for run in side] for side in (a, b)]
     crossed, welch = compare_recipes(a, b, scene), compare_seeds(*scores)
     assert crossed.scene_variance == pytest.approx(0, abs=1e-20)
     assert crossed.p_value == pytest.approx(welch.p_value)
@@ -305,10 +305,10 @@ def test_seeds_equal_scipys_welch(a):
 def test_score_interval_by_jackknife(pair, scene):
     result = score_interval(pair[0], scene)
     left_out = np.array(
-        [[mean_truth_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))]
+        [[mean_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))]
     )
     half = stats.t.ppf(0.975, 13.4972) * np.sqrt(23 / 24 * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    assert result.score == pytest.approx(mean_truth_iou(pair[0]))
+    assert result.score == pytest.approx(mean_iou(pair[0]))
     np.testing.assert_allclose(result.interval, result.score + half[0] * np.array([-1, 1]), rtol=1e-5)
     np.testing.assert_allclose(result.class_score, iou(pair[0]))
     np.testing.assert_allclose(

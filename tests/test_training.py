@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lib import training
 from lib.batches import encode_batch, plain_batch, training_loader
 from lib.evaluation import evaluate
-from lib.metrics import confusion_counts, iou, mean_iou, mean_truth_iou
+from lib.metrics import confusion_counts, iou, mean_iou
 from lib.model import Prediction, load_model
 from lib.runs import checkpoints, open_run, read_counts, read_history, read_scores, runs_folder
 from lib.runs.checkpoints import Checkpoint, fingerprint
@@ -62,7 +62,7 @@ def test_run_folder_holds_the_best_epoch(samples, usual):
     assert scores["best_epoch"] == best["epoch"]
     assert scores["valid_miou"] == best["valid_miou"]
     saved = read_counts(run / "counts.npz")
-    assert mean_truth_iou(saved.counts) == best["valid_miou"]
+    assert mean_iou(saved.counts) == best["valid_miou"]
     assert saved.classes == samples.classes
     assert list(saved.names) == list(samples.names[13:])
     assert list(saved.scene) == list(samples.scene[13:])
@@ -103,7 +103,7 @@ def test_equal_to_a_plain_loop(samples, schedule):
         assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
         scored = evaluate(model, samples[13:], batch_size=4, loss=LOSS)
         assert row["valid_loss"] == pytest.approx(scored.losses[0], rel=1e-6)
-        assert row["valid_miou"] == pytest.approx(mean_truth_iou(scored.counts), rel=1e-6)
+        assert row["valid_miou"] == pytest.approx(mean_iou(scored.counts), rel=1e-6)
 
 
 def test_the_model_knows_what_it_was_trained_for(usual):
@@ -176,7 +176,7 @@ def test_other_inputs_train_and_predict(samples, inputs):
     assert history[1]["train_loss"] < history[0]["train_loss"]
     model = load_model(runs_folder() / inputs / "best.pt")
     predicted = evaluate(model, samples[13:])
-    assert max(row["valid_miou"] for row in history) == mean_truth_iou(predicted.counts)
+    assert max(row["valid_miou"] for row in history) == mean_iou(predicted.counts)
     np.testing.assert_array_equal(evaluate(model, blind[13:]).predicted, predicted.predicted)
 
 
@@ -185,7 +185,7 @@ def test_samples_without_depth_train_on_rgb(samples):
     (row,) = train("flat", flat, inputs="rgb", depth_weight=0.0, epochs=1)
     assert row["valid_depth_l1"] == 0
     scored = evaluate(load_model(runs_folder() / "flat" / "best.pt"), flat[13:])
-    assert mean_truth_iou(scored.counts) == row["valid_miou"]
+    assert mean_iou(scored.counts) == row["valid_miou"]
 
 
 def test_other_classes_travel_into_the_run(samples):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.metrics import iou, mean_truth_iou, pixel_accuracy, strata_edges
+from lib.metrics import iou, mean_iou, pixel_accuracy, strata_edges
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
 from lib.notebooks.error_analysis import name_bins
@@ -209,7 +209,7 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
         for at in kept:
             first, other = (side[:, :, at] for side in sides)
             test = compare_recipes(first, other, None).adjusted(len(kept))
-            score = np.mean([mean_truth_iou(run) for run in first])
+            score = np.mean([mean_iou(run) for run in first])
             found = (test.difference, *test.interval, test.p_value)
             rows.append((name, name_bins(name, edges)[at], pixels[at] / pixels.sum(), score, *found))
     columns = ["stratum", "bin", "pixels", "mIoU of the baseline", "difference", "low", "high", "p"]

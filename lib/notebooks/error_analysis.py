@@ -132,7 +132,7 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
     scores = {
         "pixels": total / max(total.sum(), 1),
         "pixel accuracy": np.trace(counts, axis1=1, axis2=2) / total,
-        "mIoU": [metrics.mean_truth_iou(one) if one.any() else np.nan for one in counts],
+        "mIoU": [metrics.mean_iou(one) if one.any() else np.nan for one in counts],
     }
     return pd.DataFrame(scores)
 
@@ -156,7 +156,7 @@ def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
     wrong_near = (near.sum() - np.trace(near)) / max(pooled.sum() - np.trace(pooled), 1)
     lines = [
         f"On {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** has an mIoU of "
-        f"**{metrics.mean_truth_iou(pooled):.3f}** and a pixel accuracy of "
+        f"**{metrics.mean_iou(pooled):.3f}** and a pixel accuracy of "
         f"{percent(metrics.pixel_accuracy(pooled), 1)}. The lowest recall is that of "
         f"{errors.classes[least]}: {percent(recall[least])}.",
         f"{percent(near.sum() / pooled.sum())} of all pixels but {percent(wrong_near)} of the errors lie "

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lib.data import Split
-from lib.metrics import mean_truth_iou
+from lib.metrics import mean_iou
 from lib.notebooks import Markdown, plots
 from lib.notebooks.browse import Browser, browse_results
 from lib.notebooks.conclusions import match_seeds, name_run
@@ -33,7 +33,7 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
     """mIoU of each image over classes in its truth, `(N,)` of `(N, C, C)`; NaN without a labelled pixel."""
-    return np.array([mean_truth_iou(image) if image.any() else np.nan for image in counts])
+    return np.array([mean_iou(image) if image.any() else np.nan for image in counts])
 
 
 @plots.styled

@@ -17,7 +17,7 @@ from lib.data import Samples
 from lib.device import describe_processor
 from lib.evaluation import Evaluation
 from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, write_text
-from lib.metrics import averaged_classes, chance_miou, mean_truth_iou, pixel_accuracy, truth_iou
+from lib.metrics import averaged_classes, chance_miou, mean_iou, pixel_accuracy, truth_iou
 from lib.model import weights_digest
 
 RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
@@ -225,7 +225,7 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
         scores |= {
-            "valid_miou": mean_truth_iou(valid.counts),
+            "valid_miou": mean_iou(valid.counts),
             "valid_pixel_acc": pixel_accuracy(valid.counts),
             "averaged_classes": averaged_classes(valid.counts),
             "chance_miou": chance_miou(valid.counts),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from lib.classes import check_same_classes
 from lib.files import ROOT, read_json, write_atomically, write_text
-from lib.metrics import mean_truth_iou
+from lib.metrics import mean_iou
 from lib.options import FOLDS, check_options
 from lib.runs import (
     MAY_CHANGE,
@@ -88,7 +88,7 @@ class ScoredRun:
     @property
     def score(self) -> float:
         """mIoU over the classes in the ground truth, pooled over all images."""
-        return mean_truth_iou(self.counts)
+        return mean_iou(self.counts)
 
     @property
     def is_pooled(self) -> bool:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clustered import TRAIN_SIZES, VALID_SIZES, confuse, scenes_of, simulate_rates, true_difference
 
-from lib.metrics import mean_truth_iou
+from lib.metrics import mean_iou
 from lib.significance import compare_checkpoints, compare_recipes, compare_seeds, plan, pool_run_sd
 
 SEED = 1313  # of `tests`; fixed before the first run
@@ -221,7 +221,7 @@ def add_checkpoints(rates, rng, scene, correlation, gain, draw):
 def add_recipes(rates, rng, scene, correlation, recipe_sd, runs, gain, folds=1):
     truth, found = simulate_rates(rng, scene, max(runs), correlation, recipe_sd, folds=folds)
     a, b, better = confuse(truth, found[0]), confuse(truth, found[1]), confuse(truth, found[1] + gain)
-    scores = [np.array([mean_truth_iou(run) for run in side]) for side in (a, b, better)]
+    scores = [np.array([mean_iou(run) for run in side]) for side in (a, b, better)]
     pooled = "" if folds == 1 else ", five folds"
     for count in runs:
         row = scene.max() + 1, correlation, recipe_sd, count

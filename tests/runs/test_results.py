@@ -10,7 +10,7 @@ from scored_runs import CLASSES, DEFAULTS, names_of, scored_folder, scored_run, 
 
 from lib.classes import NYUV2_13
 from lib.files import read_json, write_json
-from lib.metrics import mean_truth_iou
+from lib.metrics import mean_iou
 from lib.runs.results import (
     COUNTS_FILE,
     RUNS_FILE,
@@ -75,7 +75,7 @@ def test_what_is_read_of_a_run_without_weights(home):
     assert not (run / "best.pt").exists()
     read = read_scored(run, "valid")
     np.testing.assert_array_equal(read.counts, counts)
-    assert read.score == mean_truth_iou(counts)
+    assert read.score == mean_iou(counts)
     assert list(read.names) == names_of(24)
     assert list(read.scene[:4]) == ["room 0"] * 3 + ["room 1"]
     assert (read.name, read.group, read.split, read.classes) == ("a", None, "valid", CLASSES)
@@ -665,7 +665,7 @@ def test_without_a_fold_its_images_are_left_out():
     assert list(run.names) == np.array(names_of(45))[kept].tolist()
     assert set(run.image_fold) == {0, 1, 2, 3}
     assert len(set(run.scene)) == 12
-    assert run.score == mean_truth_iou(counts[kept]) != mean_truth_iou(counts)
+    assert run.score == mean_iou(counts[kept]) != mean_iou(counts)
 
 
 def test_a_fold_of_runs_that_are_not_pooled_cannot_be_left_out():

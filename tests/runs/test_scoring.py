@@ -14,7 +14,7 @@ from lib.classes import NYUV2_13
 from lib.data import DataError, iterate_samples, load_samples
 from lib.evaluation import evaluate
 from lib.files import write_json
-from lib.metrics import DEPTH, DISTANCE, REGION, mean_truth_iou, truth_iou
+from lib.metrics import DEPTH, DISTANCE, REGION, mean_iou, truth_iou
 from lib.model import build_model, load_model, save_model
 from lib.notebooks.browse import plot_predictions
 from lib.notebooks.error_analysis import count_errors
@@ -86,13 +86,13 @@ def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
     assert [path.stem for path in masks] == list(valid.names)
     np.testing.assert_array_equal(read_masks(masks_folder(run, "valid"), valid.names), expected.predicted)
     assert Image.open(masks[0]).mode == "L"
-    assert facts["plain"]["miou"] == mean_truth_iou(expected.counts)
+    assert facts["plain"]["miou"] == mean_iou(expected.counts)
     flipped = evaluate(load_model(run / "best.pt"), valid, tta="flip")
-    assert facts["augmented"]["miou"] == mean_truth_iou(flipped.counts) != facts["plain"]["miou"]
+    assert facts["augmented"]["miou"] == mean_iou(flipped.counts) != facts["plain"]["miou"]
     for column, evaluation in (("IoU", expected), ("IoU, augmented", flipped)):
         by_class = [facts["classes"][name][column] for name in NYUV2_13]
         np.testing.assert_array_equal(by_class, truth_iou(evaluation.counts))
-    difference = mean_truth_iou(flipped.counts) - mean_truth_iou(expected.counts)
+    difference = mean_iou(flipped.counts) - mean_iou(expected.counts)
     assert facts["gain"]["difference"] == pytest.approx(difference)
     assert facts["images"] == len(valid) == 16
     assert (facts["data"], facts["validation"], facts["tta"], facts["labelled"]) == (
@@ -143,7 +143,7 @@ def test_the_report_and_the_state_know_of_it(scored):
     )
     assert run_state(run).evaluated == ("valid",)
     read = read_scored(run, "valid")
-    assert read.score == pytest.approx(mean_truth_iou(read.counts))
+    assert read.score == pytest.approx(mean_iou(read.counts))
     assert (read.name, read.data, read.validation, len(read.history)) == ("scored", "synthetic", "blocks", 2)
 
 

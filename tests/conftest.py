@@ -98,6 +98,7 @@ def history(count):
             "valid_loss": 3 / epoch,
             "valid_miou": 0.1,
             "valid_pixel_acc": 0.5,
+            "seconds": 20.0,
         }
         for epoch in range(1, count + 1)
     ]

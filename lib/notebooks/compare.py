@@ -48,24 +48,28 @@ def show_scores(table: pd.DataFrame) -> Styler:
     return style(table).format("{:.3f}").set_table_styles([one_line])
 
 
-def introduce_runs(runs: list[ScoredRun], split: str, where: str | None = None) -> str:
-    """How many runs are compared, on what; what the committed example is where it is shown."""
+def introduce_runs(
+    runs: list[ScoredRun], recipes: dict[str, list[ScoredRun]], split: str, where: str | None = None
+) -> str:
+    """How many runs are compared, on what; in what the recipes differ where their names do not say it.
+
+    Where the committed example is shown, it is explained.
+    """
     data = ", ".join(sorted({run.data for run in runs}))
     found = f"{len(runs)} runs match and were" if where else f"{len(runs)} runs were"
     lines = [f"{found} scored on split {split} of {data or 'no data'}."]
+    shown = sum(map(len, recipes.values()))
+    if shown < len(runs):
+        lines[0] += f" The five folds of each recipe and seed count as one run: {shown} are shown."
     if any(run.group == A_A_ARM for run in runs):
         lines.append(EXPLAINED)
         absent = {run.name for run in read_own(split, None)} - {run.name for run in runs}
         lines += [
             f"Your run {name} was scored on other images, so it is not shown here." for name in sorted(absent)
         ]
-    return "\n\n".join(lines)
-
-
-def describe_recipes(recipes: dict[str, list[ScoredRun]]) -> str:
-    """The parameters in which the recipes differ, a line for each whose name does not say them."""
     settings = settings_that_differ(recipes).items()
-    return "\n".join(f"- {name}: {values}" for name, values in settings if values and values != name)
+    differing = [f"- {name}: {values}" for name, values in settings if values and values != name]
+    return "\n\n".join([*lines, *(["\n".join(differing)] if differing else [])])
 
 
 @plots.styled
@@ -114,7 +118,7 @@ def plot_comparison(
 def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
     """What the right half shows; single runs, which have no recipe test, may stand beside several."""
     kinds = {isinstance(test, CheckpointComparison) for test in tests}
-    lines = ["difference in IoU, 95 % interval" if kinds else "difference in IoU"]
+    lines = ["difference, adjusted 95 % interval" if kinds else "difference in IoU"]
     if False in kinds:
         lines.append("filled: p < 0.05 by the recipe test")
     if True in kinds:

@@ -104,23 +104,24 @@ class Spread:
         """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
         numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
-        numbers += ")" if self.variance_per_scene else "; at least, as no variance over scenes was found)"
-        return f"a true difference of {numbers} would be found with 80 % power"
+        if not self.variance_per_scene:
+            numbers += "; at least, as the difference did not vary detectably over scenes"
+        return f"a true difference of {numbers}) would be found with 80 % power"
 
-    def say_seeds(self, difference: float, comparisons: int) -> str:
-        """How many seeds find a true difference with 80 % power, as `17 seeds of each recipe (9 to 59)`."""
-        found = [self._count_seeds(difference, comparisons, which) for which in range(3)]
-        if found[0] is None:
-            return f"more scenes, because {MOST_SEEDS} seeds are too few"
-        middle, low, high = (f"more than {MOST_SEEDS}" if runs is None else runs for runs in found)
-        least = "" if self.variance_per_scene else "at least "
-        return f"{least}{middle} seeds of each recipe ({low} to {high})"
-
-    def _count_seeds(self, difference: float, comparisons: int, which: int) -> int | None:
+    def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
+        """How many of each recipe find a true difference with 80 % power; None if more than 100."""
         for runs in range(2, MOST_SEEDS + 1):
             if self.plan(runs, which).adjusted(comparisons).power(difference) >= POWER:
                 return runs
         return None
+
+    def say_seeds(self, difference: float, comparisons: int) -> str:
+        """The same with its range, as `about 17 seeds of each recipe (9 to 59)`."""
+        found = [self.count_seeds(difference, comparisons, which) for which in range(3)]
+        if found[0] is None:
+            return f"more scenes, because {MOST_SEEDS} seeds are too few"
+        middle, low, high = (f"more than {MOST_SEEDS}" if runs is None else runs for runs in found)
+        return f"about {middle} seeds of each recipe ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Result:
     Attributes:
         recipe, against: names.
         runs: numbers of runs, of the baseline and of the recipe.
+        used_seeds: of all runs of both.
         pair: one run of each, of the same seed where there is one, for the checkpoint test.
         recipe_test, seed_test, checkpoint_test: each adjusted for the comparisons of its kind.
         spread: of the runs that the recipe test compares.
@@ -143,6 +145,7 @@ class Result:
     seed_test: SeedComparison | None = None
     checkpoint_test: CheckpointComparison | None = None
     spread: Spread | None = None
+    used_seeds: frozenset[int] = frozenset()
 
     @property
     def scene_count(self) -> int:
@@ -193,7 +196,7 @@ def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Resul
     first, other = shared[0] if shared else (baseline[0], members[0])
     sides = list(map(list, zip(*shared, strict=True))) if paired else [baseline, members]
     result = Result(name, against, (len(baseline), len(members)), (first, other))
-    tests = {}
+    tests = {"used_seeds": frozenset(run.parameters["seed"] for run in (*baseline, *members))}
     if min(result.runs) >= 2:
         tests["seed_test"] = compare_seeds(*([run.score for run in side] for side in (baseline, members)))
     if result.scene_count >= MIN_SCENES and not first.is_pooled:
@@ -292,7 +295,7 @@ def describe_single_runs(results: dict[str, Result]) -> str:
                 "",
                 f"- {_say_checkpoints(result)}",
                 *_say_seed_pairs(*result.pair),
-                f"- {_say_sweep(*result.pair)}",
+                f"- {_say_sweep(result, NEW_SEEDS)}",
                 "",
             ]
     return "\n".join(texts)
@@ -389,24 +392,40 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
     return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
 
 
-def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
-    """How often runs of one recipe differ by as much as these two."""
+def _count_seed_pairs(first: ScoredRun, run: ScoredRun) -> tuple[int, int, int]:
+    """How many pairs of runs of one recipe and fold differ by as much as these two, of how many; the runs."""
     cells = {}
     for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
         cell = recipe(each.parameters), each.parameters.get("fold")
         cells.setdefault(cell, {})[each.name] = each  # once, also where a study has it too
     pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell.values(), 2)]
     others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
+    larger = sum(abs(a.score - b.score) >= abs(run.score - first.score) for a, b in others)
+    return larger, len(others), sum(len(cell) for cell in cells.values() if len(cell) > 1)
+
+
+def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
+    """How often runs of one recipe differ by as much as these two."""
+    larger, others, count = _count_seed_pairs(first, run)
     if not others:
         return []
-    larger = sum(abs(a.score - b.score) >= abs(run.score - first.score) for a, b in others)
-    count = sum(len(cell) for cell in cells.values() if len(cell) > 1)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
+        f"- Seeds alone: of {others} other pairs of runs of one recipe and fold that differ only in the "
         f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs on "
         f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no p-value: the pairs share "
         "runs, and these recipes may vary more."
+    ]
+
+
+def _say_scale(first: ScoredRun, run: ScoredRun) -> list[str]:
+    """The same in short, for the conclusion."""
+    larger, others, _ = _count_seed_pairs(first, run)
+    if not others:
+        return []
+    return [
+        f"These two networks differ by {_say_number(run.score - first.score)} mIoU; so do, or by more, "
+        f"{larger} of {others} other pairs of runs that differ only in the seed."
     ]
 
 
@@ -416,9 +435,10 @@ def read_defaults() -> dict[str, object]:
     return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
 
 
-def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
+def _say_sweep(result: Result, count: int) -> str:
     """The sweep that trains new seeds of both recipes; two where a grid would make other recipes, too."""
-    sides = [run.parameters for run in (first, other)]
+    first, other = result.pair
+    sides = [run.parameters for run in result.pair]
     if recipe(sides[0]) == recipe(sides[1]):
         return "Both runs have the same parameters but the seed: they are one recipe, not two to compare."
     if any("recipe" in parameters for parameters in sides):
@@ -431,47 +451,70 @@ def _say_sweep(first: ScoredRun, other: ScoredRun) -> str:
     sweeps = [{"fixed": fixed, "grid": grid | folds}]
     if len(grid) > 1:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
-    used = {run.parameters["seed"] for run in (first, other)}
-    seeds = sorted(set(range(1, NEW_SEEDS + 3)) - used)[:NEW_SEEDS]
+    used = result.used_seeds
+    seeds = sorted(set(range(1, count + len(used) + 1)) - used)[:count]
     given = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
     texts = [
         yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
     ]
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
-    runs = 2 * NEW_SEEDS * (FOLDS if first.is_pooled else 1)
+    runs = 2 * count * (FOLDS if first.is_pooled else 1)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
     time = f", about {runs * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
-    return (
-        f"To compare the recipes, train {NEW_SEEDS} new seeds of each, {runs} runs{time}: {commands}. "
-        "sweep.ipynb first says what difference these can find; its last cell has the conclusion."
-    )
+    after = "It first says what difference these runs can find; its last cell has the conclusion."
+    if len(sweeps) > 1:
+        after = "Then compare the new runs with `compare.ipynb`."
+    return f"To compare the recipes, train {count} new seeds of each, {runs} runs{time}: {commands}. {after}"
 
 
 def _say_consequence(result: Result) -> str:
     """What follows from the recipe test, or what would make one."""
     test, spread = result.recipe_test, result.spread
     if test is None:
-        return _say_sweep(*result.pair)
+        return "\n  - ".join([*_say_scale(*result.pair), _say_sweep(result, NEW_SEEDS)])
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
         return (
-            f"By mIoU, prefer {better}. This holds for new seeds and scenes like these, not for other "
-            "training images, other data, other image sizes or other settings, such as more epochs."
+            f"By mIoU, prefer {better}.{_say_confounded(result)} This holds for new seeds and scenes like "
+            "these, with networks trained on the same images; not for other data, image sizes or settings, "
+            "such as more epochs."
         )
     if spread is None:
         return "Every run has the same confusion matrices: check whether one run was given twice."
-    aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     low, high = map(_say_number, test.interval)
     scenes = ""
     if not test.scene_variance:
-        scenes = " No variance over scenes was found, so this interval may be too narrow for new scenes."
+        scenes = (
+            " The difference did not vary detectably over scenes, so this interval may be too narrow for new "
+            "scenes."
+        )
     return (
         f"Inconclusive does not mean equal: true differences from {low} to {high} are compatible with these "
-        f"runs.{scenes}\n"
-        f"  - To find a true difference of {aim:.3f} (half of what these runs can find) with 80 % power "
-        f"takes {spread.say_seeds(aim, test.comparisons)}. Make new runs with sweep.ipynb and fix their "
-        "number before the first: adding seeds until p < 0.05 can find differences that do not exist. "
-        "(Ranges are in brackets because few seeds show only roughly how much runs vary.)"
+        f"runs.{scenes}\n  - {_say_more_seeds(result)}"
+    )
+
+
+def _say_confounded(result: Result) -> str:
+    sides = [dict(recipe(run.parameters)) for run in result.pair]
+    differing = [name for name in sides[0] if name in sides[1] and sides[0][name] != sides[1][name]]
+    if len(differing) < 2:
+        return ""
+    return (
+        f" The recipes differ in {' and '.join(differing)}: the test cannot tell which makes the difference."
+    )
+
+
+def _say_more_seeds(result: Result) -> str:
+    """What would find half of the difference that these runs can find."""
+    test, spread = result.recipe_test, result.spread
+    aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
+    count = spread.count_seeds(aim, test.comparisons)
+    sweep = f" {_say_sweep(result, count)}" if count else ""
+    return (
+        f"To find a true difference of {aim:.3f} (half of what these runs can find) with 80 % power takes "
+        f"{spread.say_seeds(aim, test.comparisons)}; ranges are in brackets, because few seeds show only "
+        f"roughly how much runs vary.{sweep} Fix the number before the first run: adding seeds until "
+        "p < 0.05 can find differences that do not exist."
     )
 
 
@@ -486,8 +529,8 @@ def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
 def _say_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
         return (
-            "The recipe test equals it, because no variance over scenes was found that all seeds share; "
-            "there may still be some."
+            "The recipe test equals it, because the difference did not vary detectably over scenes; it may "
+            "still vary."
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
@@ -503,7 +546,10 @@ def _say_checkpoints(result: Result) -> str:
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
     differ = "inconclusive"
     if test.p_value < LEVEL:
-        differ = "these two networks differ on scenes like these, as two seeds of one recipe may"
+        differ = (
+            "these two networks differ on scenes like these. Two seeds of one recipe may, too, so this is no "
+            "evidence about the recipes"
+        )
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

@@ -45,7 +45,9 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
     there = np.isfinite(first).sum()
     higher, lower = (second > first).sum(), (second < first).sum()
-    title = f"B higher on {higher} of {there} images,\nlower on {lower} (networks, not recipes)"
+    title = (
+        f"B higher on {higher} of {there} images, lower on {lower}\n(no test: images of a scene are alike)"
+    )
     a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
     limit = (0, min(1, 0.05 + np.nanmax((first, second))))
     axes.set(
@@ -69,8 +71,7 @@ def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> 
         every = iterate_split(first.parameters, first.split, first.data, run=first.folder)
         split = select_names(every, names)
     except FileNotFoundError as error:
-        missing = f"`{error.filename}` was not saved"
-        return Markdown(f"No images: {missing}. Studies and pooled folds keep few predictions or none.")
+        return Markdown(f"No images: the predictions of these runs were not kept (`{error.filename}`).")
     except ValueError as error:
         return Markdown(f"No images: {error}.")
     counts = {name: run.counts[there] for name, run in pair.items()}

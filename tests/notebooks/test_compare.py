@@ -9,7 +9,6 @@ from figures import SETS, class_names, draw
 from lib.metrics import DISTANCE, iou, mean_iou, pixel_accuracy
 from lib.notebooks.compare import (
     compare_strata,
-    describe_recipes,
     introduce_runs,
     plot_comparison,
     plot_strata_differences,
@@ -69,7 +68,7 @@ def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
     scored_folder(home, "mine", some_counts(0.8, 9), split="test", learning_rate=1.0)
     found = read_runs("all", "test")
     assert [run.name for run in found] == [*(run.name for run in example()), "mine"]
-    text = introduce_runs(found, "test")
+    text = introduce_runs(found, {}, "test")
     assert text.startswith("5 runs were scored on split test of ")
     assert "an A/A pair: a significant difference would be a false alarm" in text
     assert "is not shown" not in text
@@ -80,25 +79,28 @@ def test_a_run_on_other_images_is_said_to_be_missing(home):
     found = read_runs("all", "test")
     assert [run.name for run in found] == [run.name for run in example()]
     assert "Your run mine was scored on other images, so it is not shown here." in introduce_runs(
-        found, "test"
+        found, {}, "test"
     )
 
 
 def test_runs_of_ones_own_are_introduced_in_one_line(home):
     runs = [scored_run(name) for name in "ab"]
-    assert introduce_runs(runs, "valid") == "2 runs were scored on split valid of /disk/nyu."
-    assert introduce_runs(runs, "valid", "seed == 0").startswith("2 runs match and were scored")
-    assert introduce_runs([], "valid") == "0 runs were scored on split valid of no data."
+    assert introduce_runs(runs, {"a": runs}, "valid") == "2 runs were scored on split valid of /disk/nyu."
+    assert introduce_runs(runs, {}, "valid", "seed == 0").startswith("2 runs match and were scored")
+    assert introduce_runs([], {}, "valid") == "0 runs were scored on split valid of no data."
 
 
 def test_what_differs_is_said_where_names_do_not_say_it():
     runs = [
         scored_run(f"{name}{seed}", seed=seed, learning_rate=rate) for seed in (1, 2) for name, rate in RATES
     ]
-    assert describe_recipes(group_recipes(runs)) == ""
+    first = "4 runs were scored on split valid of /disk/nyu."
+    assert introduce_runs(runs, group_recipes(runs), "valid") == first
     named = [replace(run, group=run.name[0]) for run in runs]
-    assert describe_recipes(group_recipes(named)) == "- a: learning_rate 0.1\n- b: learning_rate 0.2"
-    assert describe_recipes(group_recipes(runs[::2])) == ""
+    text = introduce_runs(named, group_recipes(named), "valid")
+    assert text == f"{first}\n\n- a: learning_rate 0.1\n- b: learning_rate 0.2"
+    text = introduce_runs(runs, {"a": runs[:2]}, "valid")
+    assert text == f"{first} The five folds of each recipe and seed count as one run: 2 are shown."
 
 
 @pytest.mark.parametrize("count", SETS)

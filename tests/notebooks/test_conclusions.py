@@ -267,15 +267,16 @@ def test_the_smallest_detectable_difference_and_its_range():
     assert SPREAD.say_detectable(3, 2) == clause
     clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
     assert re.search(
-        r" \(0\.\d{3} to 0\.\d{3}; at least, as no variance over scenes was found\) would be found", clipped
+        r" \(0\.\d{3} to 0\.\d{3}; at least, as the difference did not vary detectably over scenes\) would be found",
+        clipped,
     )
 
 
 def test_how_many_seeds_a_true_difference_takes():
-    needed = int(SPREAD.say_seeds(0.025, 1).split()[0])
+    needed = SPREAD.count_seeds(0.025, 1)
+    assert SPREAD.say_seeds(0.025, 1).startswith(f"about {needed} seeds of each recipe (")
     assert SPREAD.plan(needed).power(0.025) >= 0.8 > SPREAD.plan(needed - 1).power(0.025)
     assert SPREAD.say_seeds(0.001, 1) == "more scenes, because 100 seeds are too few"
-    assert replace(SPREAD, variance_per_scene=0.0).say_seeds(0.025, 1).startswith("at least ")
     low, high = re.search(r"seeds of each recipe \((\d+) to (\d+)\)", SPREAD.say_seeds(0.025, 1)).groups()
     for which, runs in ((1, int(low)), (2, int(high))):
         assert SPREAD.plan(runs, which).power(0.025) >= 0.8 > SPREAD.plan(runs - 1, which).power(0.025)
@@ -388,6 +389,46 @@ def test_the_sweep_trains_the_recipes_of_both_runs(home):
             assert [each["seed"] for each in same] == [2, 3, 4, 5, 6]
 
 
+def test_the_sweep_of_pooled_runs_trains_all_folds(home):
+    """Also where each side is a sweep of its own."""
+    for change, count in (({}, 1), ({"learning_rate": 0.01}, 2)):
+        sides = {run.name: pooled([run]) for run in single_runs(**change)}
+        text = conclude(run_tests(sides))
+        assert "train 5 new seeds of each, 50 runs" in text
+        found = commands(text)
+        assert len(found) == count
+        assert ("compare the new runs with `compare.ipynb`" in text) == (count == 2)
+        for one in found:
+            assert one["grid"]["fold"] == [0, 1, 2, 3, 4]
+
+
+def test_an_inconclusive_result_names_the_sweep_that_finds_half_of_the_difference(home):
+    recipes = {
+        "ce": runs_of("ce", 0.7, [1, 2, 4], 0),
+        "soft": runs_of("soft", 0.7, [1, 2, 3], 1, learning_rate=0.02),
+    }
+    results = run_tests(recipes)
+    assert results["soft"].recipe_test.p_value > 0.05
+    text = conclude(results)
+    (given,) = commands(text)
+    needed = int(re.search(r"takes about (\d+) seeds of each recipe", text)[1])
+    assert len(given["seeds"]) == needed
+    assert not {1, 2, 3, 4} & set(given["seeds"])
+    assert f"train {needed} new seeds of each, {2 * needed} runs" in text
+
+
+def test_what_else_differs_is_said_of_a_finding():
+    """A test of two recipes cannot tell which of two changed parameters makes the difference."""
+    for change, said in (({}, False), ({"epochs": 5}, True)):
+        recipes = {
+            "a": runs_of("a", 0.6, range(3)),
+            "b": runs_of("b", 0.8, range(3), 1, learning_rate=0.02, **change),
+        }
+        text = conclude(run_tests(recipes))
+        assert "**b is better**" in text
+        assert ("differ in epochs and learning_rate: the test cannot tell which" in text) == said
+
+
 def test_external_predictions_need_predictions_of_further_seeds(home):
     external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "/disk/nyu", "fold": 4}
     other = scored_run("masks", some_counts(0.72, 2), scene=SCENE, external=external)
@@ -419,6 +460,8 @@ def test_how_much_seeds_alone_change(home):
         in text
     )
     assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
+    scale = f"so do, or by more, {larger} of 6 other pairs of runs that differ only in the seed"
+    assert scale in conclude(run_tests({"ce": [first], "soft": [other]}))
 
 
 def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows(home):
@@ -493,7 +536,7 @@ def test_no_variance_over_scenes_is_said():
     test = results["other"].recipe_test
     results["other"] = replace(results["other"], recipe_test=replace(test, scene_variance=0.0))
     assert (
-        "The recipe test equals it, because no variance over scenes was found that all seeds share"
+        "The recipe test equals it, because the difference did not vary detectably over scenes"
         in describe_details(results)
     )
     assert ("may be too narrow for new scenes" in conclude(results)) == (test.p_value >= 0.05)

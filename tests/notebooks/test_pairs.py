@@ -47,7 +47,7 @@ def test_all_is_inside_the_figure():
     runs = [scored_run(name, some_counts(rate), names=long, scene=None, learning_rate=rate)
             for name, rate in (("a " * 40, 0.6), ("b " * 40, 0.7))]  # fmt: skip
     texts = draw(plot_pair(choose_pair(group_recipes(runs))))
-    assert "B higher on 24 of 24 images,\nlower on 0 (networks, not recipes)" in texts
+    assert "B higher on 24 of 24 images, lower on 0\n(no test: images of a scene are alike)" in texts
 
 
 @pytest.fixture
@@ -104,9 +104,7 @@ def test_without_predictions_or_data_a_sentence_says_so(pair):
     b = pair["b, seed 0"]
     gone = masks_folder(b.folder, "test") / f"{b.names[0]}.png"
     gone.unlink()
-    assert browse_pair(pair).data == (
-        f"No images: `{gone}` was not saved. Studies and pooled folds keep few predictions or none."
-    )
+    assert browse_pair(pair).data == (f"No images: the predictions of these runs were not kept (`{gone}`).")
 
 
 def test_images_of_other_data_are_missed_by_name(pair, scenes, tmp_path):
@@ -134,7 +132,7 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     write_results(tmp_path / "none", [replace(run, masks=None) for run in kept])
     without = choose_pair(group_recipes(read_results(tmp_path / "none")))
     assert browse_pair(without).data == (
-        f"No images: `{names[0]}.png` was not saved. Studies and pooled folds keep few predictions or none."
+        f"No images: the predictions of these runs were not kept (`{names[0]}.png`)."
     )
 
 

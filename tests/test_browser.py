@@ -103,10 +103,14 @@ def browser_page():
 
 
 def copy_project(folder, notebook, **parameters):
-    """A copy of lib and of one notebook without its outputs, with other values for some parameters."""
+    """A copy of lib and of one notebook without its outputs, with other values for some parameters.
+
+    train.ipynb is there, too, for its defaults.
+    """
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     for kept in ("experiments", "studies"):
         shutil.copytree(ROOT / "notebooks" / kept, folder / "notebooks" / kept)
+    shutil.copy(ROOT / "notebooks" / "train.ipynb", folder / "notebooks")
     content = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4)
     for cell in content.cells:
         if cell.cell_type == "code":

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib.metrics import DISTANCE, class_accuracy, pixel_accuracy
+from lib.metrics import DISTANCE, class_accuracy, iou, pixel_accuracy
 from lib.notebooks.compare import compare_strata
 from lib.notebooks.conclusions import measure_spread, result_table, run_tests
 from lib.notebooks.sweep import plan_runs
@@ -330,14 +330,20 @@ def test_the_normalisation():
 
 @pytest.fixture(scope="module")
 def inputs():
-    """RGB, and RGB and depth, pooled over folds."""
+    """RGB, RGB and depth, and depth alone, pooled over folds."""
     return group_recipes(select_runs(read_results(DEPTH), "seed in (1, 2, 3)"), "RGB")
+
+
+@pytest.fixture(scope="module")
+def planned_arms(inputs):
+    return {name: inputs[name] for name in ("RGB", "RGB and depth")}
 
 
 def test_the_runs_of_the_study_of_depth():
     study, made = yaml.safe_load((DEPTH / "study.yaml").read_text()), read_results(DEPTH)
     rgb = {"fold": [0, 1, 2, 3, 4], "inputs": ["rgb"], "learning_rate": [0.004]}
-    grids = [(study["grid"], study["seeds"]), (rgb, study["seeds"])]
+    alone = {"fold": [0, 1, 2, 3, 4], "inputs": ["depth"]}
+    grids = [(study["grid"], study["seeds"]), (rgb, study["seeds"]), (alone, study["seeds"])]
     rates = {"fold": [4], "inputs": ["rgb", "rgbd"], "learning_rate": [0.001, 0.002, 0.004, 0.008]}
     grids.append((rates, [42]))
     weights = {"encoder_weights_digest": made[0].parameters["encoder_weights_digest"]}
@@ -365,17 +371,17 @@ def test_the_tuning_of_depth():
         assert rounded([run.score for run in runs], texts) == texts
 
 
-def test_what_depth_adds(inputs):
-    for name in inputs:
+def test_what_depth_adds(planned_arms):
+    for name in planned_arms:
         texts = published(DEPTH, f"| {name} |", "|\n")
-        assert rounded(scores(inputs[name]), texts) == texts
-    result, values = recipe_test(*inputs.values())
+        assert rounded(scores(planned_arms[name]), texts) == texts
+    result, values = recipe_test(*planned_arms.values())
     texts = published(DEPTH, "RGB and depth is better, ", "3 seeds, 123 scenes)")
     assert rounded(values[:3], texts[:3]) == texts[:3]
     assert values[3] < float(texts[3]) == 0.001
     by_class = dict(
         zip(
-            inputs["RGB"][0].classes,
+            planned_arms["RGB"][0].classes,
             zip(result.class_difference, *result.class_interval, strict=True),
             strict=True,
         )
@@ -387,17 +393,17 @@ def test_what_depth_adds(inputs):
     assert significant == ["floor", "table", "wall"]
     share = result.seed_variance / (result.seed_variance + result.scene_variance)
     assert f"{100 * share:.0f} % of the variance" in (DEPTH / "README.md").read_text()
-    _, values = recipe_test(*without_fold(inputs, 4).values())
+    _, values = recipe_test(*without_fold(planned_arms, 4).values())
     texts = published(DEPTH, "Without fold 4: ", ")")
     assert rounded(values[:3], texts[:3]) == texts[:3]
     assert values[3] < 0.001
-    accuracy = [np.mean([pixel_accuracy(run.counts) for run in runs]) for runs in inputs.values()]
+    accuracy = [np.mean([pixel_accuracy(run.counts) for run in runs]) for runs in planned_arms.values()]
     texts = published(DEPTH, "without a test): ", " with depth")
     assert rounded(accuracy, texts) == texts
 
 
-def test_where_depth_helps(inputs):
-    table = compare_strata(*inputs.values(), farthest_m=10.0)
+def test_where_depth_helps(planned_arms):
+    table = compare_strata(*planned_arms.values(), farthest_m=10.0)
     by_boundary = table[table.stratum == DISTANCE]
     assert by_boundary.bin[by_boundary.p < 0.05].tolist() == ["1-2", "2-4", "4-8", "8-16"]
     texts = published(DEPTH, "away from a boundary (", ")")
@@ -409,7 +415,29 @@ def test_where_depth_helps(inputs):
     assert rounded([by_depth.difference.min(), by_depth.difference.max()], texts) == texts
 
 
-def test_the_numbers_of_the_first_page(inputs, recipes):
+def test_depth_alone(inputs):
+    texts = published(DEPTH, "| Depth alone |", "|\n")
+    assert rounded(scores(inputs["Depth alone"]), texts) == texts
+    significant = {}
+    for name, start in (("RGB", "higher than RGB by "), ("RGB and depth", "that arm is higher by ")):
+        arms = (inputs[name], inputs["Depth alone"])
+        result, values = recipe_test(*(arms if name == "RGB" else arms[::-1]), comparisons=2)
+        texts = published(DEPTH, start, ")")
+        assert rounded(values[: len(texts)], texts) == texts
+        result, _ = recipe_test(*arms)
+        by_class = zip(inputs["RGB"][0].classes, result.class_difference, result.class_p_value, strict=True)
+        significant[name] = {(other, difference > 0) for other, difference, p in by_class if p < 0.05}
+    better = {"floor", "bed", "sofa", "chair", "table", "furniture"}
+    worse = {"window", "picture", "wall"}
+    both = significant["RGB"] & significant["RGB and depth"]
+    assert both == {(name, True) for name in better} | {(name, False) for name in worse}
+    floor = inputs["RGB"][0].classes.index("floor")
+    means = [np.mean([iou(run.counts)[floor] for run in inputs[name]]) for name in reversed(list(inputs))]
+    texts = published(DEPTH, "Floor is ", ". So")
+    assert sorted(rounded(means, texts)) == sorted(texts)
+
+
+def test_the_numbers_of_the_first_page(recipes):
     """What stands between markers there is what the pages of the studies say."""
     page = (ROOT / "README.md").read_text()
     for study in (DEPTH, SOFT_IOU):

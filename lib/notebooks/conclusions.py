@@ -331,10 +331,11 @@ def conclude(results: dict[str, Result]) -> str:
             f"split {run.split}"
         )
         test = result.recipe_test
-        found, colon, explained = result.conclusion.partition(": if ")
+        found, _, explained = result.conclusion.partition(": if ")
         lines += [
-            f"- {result.recipe} against {result.against}: **{found}**{colon}{explained}.",
+            f"- {result.recipe} against {result.against}: **{found}**.",
             *([f"  - Recipe test, {evidence}: {_say_test(test)}."] if test else []),
+            *([f"  - If {explained}."] if explained else []),
             f"  - {_say_consequence(result)}",
         ]
     return "\n".join(lines) or "Only one recipe found: there is nothing to compare."
@@ -423,9 +424,10 @@ def _say_scale(first: ScoredRun, run: ScoredRun) -> list[str]:
     larger, others, _ = _count_seed_pairs(first, run)
     if not others:
         return []
+    differ = "differs" if larger == 1 else "differ"
     return [
-        f"These two networks differ by {_say_number(run.score - first.score)} mIoU; so do, or by more, "
-        f"{larger} of {others} other pairs of runs that differ only in the seed."
+        f"These two networks differ by {_say_number(run.score - first.score)} mIoU. Of {others} other pairs "
+        f"of runs, which differ only in the seed, {larger} {differ} by as much or more."
     ]
 
 

@@ -227,7 +227,9 @@ def test_every_conclusion_agrees_with_its_row(drawn):
         assert row.conclusion.startswith("inconclusive: ") != significant
         if abs(row.p - 0.05) > 1e-9:
             assert significant == (row.low > 0 or row.high < 0)
-        assert f"- {row.recipe} against base: **{row.conclusion}".replace(": if", "**: if") in summary
+        found, _, explained = row.conclusion.partition(": if ")
+        assert f"- {row.recipe} against base: **{found}**.\n" in summary
+        assert f"  - If {explained}." in summary or not explained
         assert row.comparisons == len(drawn)
     bold = re.findall(r"\{\s*font-weight: bold;", html)
     assert bool(bold) == (table.p < 0.05).any()
@@ -460,7 +462,7 @@ def test_how_much_seeds_alone_change(home):
         in text
     )
     assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
-    scale = f"so do, or by more, {larger} of 6 other pairs of runs that differ only in the seed"
+    scale = f"Of 6 other pairs of runs, which differ only in the seed, {larger} differ"
     assert scale in conclude(run_tests({"ce": [first], "soft": [other]}))
 
 

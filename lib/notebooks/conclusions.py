@@ -172,7 +172,8 @@ class Result:
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
         found = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
-        return f"inconclusive: if runs vary as these did, {found}"
+        within = " within each fold" if self.spread.folds > 1 else ""  # better known than that of a few means
+        return f"inconclusive: if runs vary as these did{within}, {found}"
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
@@ -427,7 +428,7 @@ def _say_scale(first: ScoredRun, run: ScoredRun) -> list[str]:
     differ = "differs" if larger == 1 else "differ"
     return [
         f"These two networks differ by {_say_number(run.score - first.score)} mIoU. Of {others} other pairs "
-        f"of runs, which differ only in the seed, {larger} {differ} by as much or more."
+        f"of runs, which differ only in the seed, {larger} {differ} by as much or more (this is no p-value)."
     ]
 
 
@@ -501,9 +502,8 @@ def _say_confounded(result: Result) -> str:
     differing = [name for name in sides[0] if name in sides[1] and sides[0][name] != sides[1][name]]
     if len(differing) < 2:
         return ""
-    return (
-        f" The recipes differ in {' and '.join(differing)}: the test cannot tell which makes the difference."
-    )
+    named = " and ".join(f"{name} ({sides[1][name]} against {sides[0][name]})" for name in differing)
+    return f" The recipes differ in {named}: the test cannot tell which makes the difference."
 
 
 def _say_more_seeds(result: Result) -> str:

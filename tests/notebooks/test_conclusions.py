@@ -428,7 +428,9 @@ def test_what_else_differs_is_said_of_a_finding():
         }
         text = conclude(run_tests(recipes))
         assert "**b is better**" in text
-        assert ("differ in epochs and learning_rate: the test cannot tell which" in text) == said
+        assert (
+            "differ in epochs (5.0 against 3.0) and learning_rate (0.02 against 0.003): the test" in text
+        ) == said
 
 
 def test_external_predictions_need_predictions_of_further_seeds(home):

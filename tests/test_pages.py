@@ -51,6 +51,7 @@ def test_every_block_of_commands_runs_as_it_stands(tmp_path):
         "/path/to/mine": data,
         "/path/to/NYUv2": data,
         "/path/to/images": data / "test" / "image",
+        "/path/to/depths": data / "test" / "depth",
         "/path/to/masks": clone / "runs" / "mine" / "evaluation" / "valid",
     }
     (clone / ".venv" / "bin").mkdir(parents=True)

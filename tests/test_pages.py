@@ -15,7 +15,7 @@ PAGES = sorted(
     path for folder in (".", "lib", "notebooks", "tests") for path in ROOT.glob(f"{folder}/**/*.md")
 )
 PAGES = [path for path in dict.fromkeys(map(Path.resolve, PAGES)) if ".venv" not in path.parts]
-SMALL = "-p limit 30 -p epochs 1 -p image_height 48 -p image_width 64 -p encoder tu-test_resnet.r160_in1k"
+SMALL = "-p limit 40 -p epochs 1 -p image_height 48 -p image_width 64 -p encoder tu-test_resnet.r160_in1k"
 PAPERMILL = f"""#!/bin/sh
 # train.ipynb makes a small network in one epoch, without a download
 case "$1" in train.ipynb) set -- "$@" {SMALL} -p encoder_weights None ;; esac

@@ -347,27 +347,37 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     parameters = list(runs.values())
     seeds = len({each["seed"] for each in parameters})
     comparisons = len({recipe(each) for each in parameters}) - 1
+    folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
     earlier = find_earlier(parameters[0], split)
-    spreads = {source: measure_spread(group_recipes(found)) for source, found in earlier.items()}
-    known = {source: spread for source, spread in spreads.items() if spread}
+    spreads = {source: _expect_spread(found, folds, paired) for source, found in earlier.items()}
+    known = {source: spread for source, spread in spreads.items() if spread and spread.scenes >= MIN_SCENES}
     if not known or seeds < 2 or comparisons < 1:
         return (
             "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
-            "at this image size."
+            f"at this image size, scored on {MIN_SCENES} scenes or more."
         )
     source, spread = next(iter(known.items()))
-    folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
+    return (
+        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs "
+        f"vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
+    )
+
+
+def _expect_spread(earlier: list[ScoredRun], folds: int, paired: bool) -> Spread | None:
+    """That of earlier runs, on the scenes of so many folds; None where they can't be compared."""
+    try:
+        spread = measure_spread(group_recipes(earlier))
+    except ValueError:  # such as a seed twice, or single runs of several folds
+        return None
+    if spread is None:
+        return None
     share = folds / spread.folds
-    spread = replace(
+    return replace(
         spread,
         folds=folds,
         scenes=round(share * spread.scenes),
         scene_degrees=share * spread.scene_degrees,
         paired=paired,
-    )
-    return (
-        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs "
-        f"vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
     )
 
 

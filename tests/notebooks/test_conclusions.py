@@ -508,6 +508,23 @@ def test_a_plan_from_a_committed_study(home):
         assert describe_plan(few, "valid").startswith("No plan: ")
 
 
+def test_no_plan_from_earlier_runs_that_allow_none(home):
+    """Too few scenes, or one seed twice: a sweep goes on without a plan."""
+    runs = plan_runs(
+        None,
+        {"data": "/disk/nyu", "image_height": 48, "image_width": 64},
+        {"soft_iou_weight": [0, 0.5]},
+        [1, 2],
+    )
+    four = [replace(run, scene=SCENE % 4) for run in earlier_runs()]
+    twice = [replace(run, group=None, parameters=run.parameters | {"seed": 1}) for run in earlier_runs()]
+    for earlier in (four, twice):
+        write_results(home / "studies" / "earlier", earlier)
+        assert describe_plan(runs, "valid").startswith("No plan: ")
+    write_results(home / "studies" / "earlier", earlier_runs())
+    assert not describe_plan(runs, "valid").startswith("No plan: ")
+
+
 def test_a_plan_from_runs_of_ones_own(home):
     for seed in (1, 2):
         for weight in (0, 0.5):

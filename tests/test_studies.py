@@ -236,14 +236,32 @@ def test_the_table_of_results(recipes):
 # the others
 
 
-def test_the_pretrained_run():
-    (run,) = read_results(PRETRAINED)
-    texts = published(PRETRAINED, "197 validation images: mIoU ", " (one run")
-    assert rounded([run.score], texts) == texts
-    assert (len(run.names), len(set(run.scene))) == (197, 24)
-    expected = {"image_height": 192, "image_width": 256, "epochs": 24, "class_weights": "median", "validation": "blocks",
-                "fold": 4, "encoder": "tu-tf_efficientnet_lite0"}  # fmt: skip
-    assert expected.items() <= run.parameters.items()
+def test_the_pretrained_runs():
+    runs = read_results(PRETRAINED)
+    experiment = yaml.safe_load((ROOT / "notebooks" / "experiments" / "nyuv2_pretrained.yaml").read_text())
+    full = [run for run in runs if run.parameters["epochs"] == experiment["epochs"]]
+    for run, normalised in zip(full, ("Exp061", "the weights", "the weights"), strict=True):
+        assert (len(run.names), len(set(run.scene)), run.parameters["fold"]) == (197, 24, 4)
+        minutes = run.history.seconds.sum() / 60
+        row = f"| {run.parameters['learning_rate']} | {normalised} | {minutes:.0f} | {run.score:.3f} |"
+        assert row in (PRETRAINED / "README.md").read_text()
+    best = max(full, key=lambda run: run.score)
+    chosen = {
+        name: value
+        for name, value in experiment.items()
+        if name not in ("run_name", "validation", "encoder_weights")
+    }
+    assert chosen.items() <= best.parameters.items()
+    page = (ROOT / "notebooks" / "docs" / "results.md").read_text()
+    assert f"| {best.history.seconds.sum() / 60:.0f} minutes of one core | {best.score:.3f} |" in page
+    small = [run for run in runs if run.parameters["image_height"] == 96]
+    for first, other in zip(small[::2], small[1::2], strict=True):
+        rate, soft = (first.parameters[name] for name in ("learning_rate", "soft_iou_weight"))
+        assert (
+            f"| {rate} | {soft} | {first.score:.3f} | {other.score:.3f} |"
+            in (PRETRAINED / "README.md").read_text()
+        )
+    assert all(run.tree_unchanged for run in runs)
 
 
 def test_the_example_has_an_effect_and_none():

@@ -279,7 +279,7 @@ def test_runs_by_name_by_path_and_of_a_study(home, tmp_path, monkeypatch):
 def test_studies_are_found_from_anywhere(tmp_path, monkeypatch):
     """nbval runs in the notebook's folder, papermill in the caller's."""
     monkeypatch.chdir(tmp_path)
-    assert len(found("studies/pretrained", "valid")) == 1
+    assert found("studies/pretrained", "valid")[0] == "nyuv2_pretrained_fold4"
 
 
 def test_entries_that_are_no_runs(home, tmp_path):

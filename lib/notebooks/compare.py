@@ -69,7 +69,9 @@ def introduce_runs(
         ]
     settings = settings_that_differ(recipes).items()
     differing = [f"- {name}: {values}" for name, values in settings if values and values != name]
-    return "\n\n".join([*lines, *(["\n".join(differing)] if differing else [])])
+    if differing:
+        lines.append("\n".join(differing))
+    return "\n\n".join(lines)
 
 
 @plots.styled
@@ -117,11 +119,11 @@ def plot_comparison(
 
 def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
     """What the right half shows; single runs, which have no recipe test, may stand beside several."""
-    kinds = {isinstance(test, CheckpointComparison) for test in tests}
-    lines = ["difference, adjusted 95 % interval" if kinds else "difference in IoU"]
-    if False in kinds:
+    is_single = [isinstance(test, CheckpointComparison) for test in tests]
+    lines = ["difference, adjusted 95 % interval" if is_single else "difference in IoU"]
+    if not all(is_single):
         lines.append("filled: p < 0.05 by the recipe test")
-    if True in kinds:
+    if any(is_single):
         lines.append("one run: checkpoint test, not recipes")
     if cut:
         lines.append("triangle: cut at IoU 0 or 1")

@@ -13,6 +13,7 @@ import yaml
 from pandas.io.formats.style import Styler
 
 from lib.data.validation import FOLDS
+from lib.notebooks.plots import percent
 from lib.runs.results import (
     NO_RECIPE,
     NOTEBOOKS,
@@ -295,7 +296,7 @@ def describe_single_runs(results: dict[str, Result]) -> str:
                 f"**{result.conclusion}.** Only checkpoints can be compared:",
                 "",
                 f"- {_say_checkpoints(result)}",
-                *_say_seed_pairs(*result.pair),
+                *(f"- {text}" for text in _say_seed_pairs(*result.pair)),
                 f"- {_say_sweep(result, NEW_SEEDS)}",
                 "",
             ]
@@ -404,41 +405,25 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
     return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
 
 
-def _count_seed_pairs(first: ScoredRun, run: ScoredRun) -> tuple[int, int, int]:
-    """How many pairs of runs of one recipe and fold differ by as much as these two, of how many; the runs."""
+def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
+    """How often runs of one recipe differ by as much as these two; nothing where there are no such runs."""
     cells = {}
     for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
         cell = recipe(each.parameters), each.parameters.get("fold")
         cells.setdefault(cell, {})[each.name] = each  # once, also where a study has it too
     pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell.values(), 2)]
     others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
-    larger = sum(abs(a.score - b.score) >= abs(run.score - first.score) for a, b in others)
-    return larger, len(others), sum(len(cell) for cell in cells.values() if len(cell) > 1)
-
-
-def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
-    """How often runs of one recipe differ by as much as these two."""
-    larger, others, count = _count_seed_pairs(first, run)
     if not others:
         return []
+    difference = run.score - first.score
+    larger = sum(abs(a.score - b.score) >= abs(difference) for a, b in others)
+    count = sum(len(cell) for cell in cells.values() if len(cell) > 1)
     size = " x ".join(str(run.parameters[name]) for name in SIZE)
     return [
-        f"- Seeds alone: of {others} other pairs of runs of one recipe and fold that differ only in the "
-        f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much ({count} runs on "
-        f"{Path(run.data).name}, {size} pixels, split {run.split}). This is no p-value: the pairs share "
-        "runs, and these recipes may vary more."
-    ]
-
-
-def _say_scale(first: ScoredRun, run: ScoredRun) -> list[str]:
-    """The same in short, for the conclusion."""
-    larger, others, _ = _count_seed_pairs(first, run)
-    if not others:
-        return []
-    differ = "differs" if larger == 1 else "differ"
-    return [
-        f"These two networks differ by {_say_number(run.score - first.score)} mIoU. Of {others} other pairs "
-        f"of runs, which differ only in the seed, {larger} {differ} by as much or more (this is no p-value)."
+        f"Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
+        f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much as these two "
+        f"({_say_number(difference)} mIoU; {count} runs on {Path(run.data).name}, {size} pixels, split "
+        f"{run.split}). This is no p-value: the pairs share runs, and these recipes may vary more."
     ]
 
 
@@ -466,9 +451,10 @@ def _say_sweep(result: Result, count: int) -> str:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
     used = result.used_seeds
     seeds = sorted(set(range(1, count + len(used) + 1)) - used)[:count]
-    given = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
+    planned = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
     texts = [
-        yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip() for each in given
+        yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip()
+        for each in planned
     ]
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
     runs = 2 * count * (FOLDS if first.is_pooled else 1)
@@ -484,7 +470,7 @@ def _say_consequence(result: Result) -> str:
     """What follows from the recipe test, or what would make one."""
     test, spread = result.recipe_test, result.spread
     if test is None:
-        return "\n  - ".join([*_say_scale(*result.pair), _say_sweep(result, NEW_SEEDS)])
+        return "\n  - ".join([*_say_seed_pairs(*result.pair), _say_sweep(result, NEW_SEEDS)])
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
         return (
@@ -493,7 +479,7 @@ def _say_consequence(result: Result) -> str:
             "such as more epochs."
         )
     if spread is None:
-        return "Every run has the same confusion matrices: check whether one run was given twice."
+        return "Every run has the same confusion matrices: check whether one run is listed twice."
     low, high = map(_say_number, test.interval)
     scenes = ""
     if not test.scene_variance:
@@ -508,12 +494,13 @@ def _say_consequence(result: Result) -> str:
 
 
 def _say_confounded(result: Result) -> str:
+    """Nothing where one parameter differs; parameters that only one recipe has don't count."""
     sides = [dict(recipe(run.parameters)) for run in result.pair]
     differing = [name for name in sides[0] if name in sides[1] and sides[0][name] != sides[1][name]]
     if len(differing) < 2:
         return ""
-    named = " and ".join(f"{name} ({sides[1][name]} against {sides[0][name]})" for name in differing)
-    return f" The recipes differ in {named}: the test cannot tell which makes the difference."
+    changes = " and ".join(f"{name} ({sides[1][name]} against {sides[0][name]})" for name in differing)
+    return f" The recipes differ in {changes}; the difference may be due to any of these."
 
 
 def _say_more_seeds(result: Result) -> str:
@@ -546,7 +533,7 @@ def _say_variance(test: RecipeComparison) -> str:
         )
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
-        f"With these numbers of seeds and scenes, {100 * share:.0f} % of the variance of the difference is "
+        f"With these numbers of seeds and scenes, {percent(share)} of the variance of the difference is "
         "due to seeds, the rest to scenes."
     )
 

@@ -200,7 +200,7 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
     facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
     unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
-    facts += [_describe_depth(counts), f"{100 * unlabelled:.1f} % unlabelled"]
+    facts += [_describe_depth(counts), f"{plots.percent(unlabelled, 1)} unlabelled"]
     shared = _describe_scenes(train.scene, valid.scene)
     summary = f"**{', '.join(facts)}; validation ({len(valid)} images, by {valid.validation}) {shared}.**"
     return "\n- ".join([summary, *_warn(counts, train.scene)])
@@ -225,7 +225,7 @@ def _describe_depth(counts: DataCounts) -> str:
     depth = counts.depth.sum(0)
     (median,) = depth_quantiles(depth, (0.5,), counts.steps_m)
     over = "over " if median > counts.steps_m[-2] else ""
-    return f"median depth {over}{median:.1f} m, depth missing in {100 * depth[0] / depth.sum():.1f} %"
+    return f"median depth {over}{median:.1f} m, depth missing in {plots.percent(depth[0] / depth.sum(), 1)}"
 
 
 def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
@@ -257,17 +257,17 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = {
         f"These classes are in no image: {', '.join(absent)}.{explained if unlabelled else ''}": len(absent),
-        f"One scene has {100 * sizes.max() / sizes.sum():.0f} % of the images, so nothing can be concluded "
-        "about new scenes. (Images with numbers as names are treated as frames of a video.) If each image "
-        "shows its own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` "
+        f"One scene has {plots.percent(sizes.max() / sizes.sum())} of the images, so nothing can be "
+        "concluded about new scenes. (Images with numbers as names are treated as frames of a video.) If "
+        "each image shows its own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` "
         "to a .csv with the columns name,scene.": (sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()),
         f"{empty} images have no labelled pixel.": empty,
-        f"{100 * unlabelled:.1f} % of the pixels are unlabelled.": unlabelled > 0.5,
-        f"{100 * depth[0] / depth.sum():.1f} % of the pixels have no depth.": (
+        f"{plots.percent(unlabelled, 1)} of the pixels are unlabelled.": unlabelled > 0.5,
+        f"{plots.percent(depth[0] / depth.sum(), 1)} of the pixels have no depth.": (
             counts.has_depth and depth[0] > 0.5 * depth.sum()
         ),
-        f"{100 * outside:.1f} % of the depths are outside {near:g} to {far:g} m, the range to which networks "
-        "clip them: check `depth_unit_mm` and `depth_range_m` in `dataset.yaml`.": outside > 0.2,
+        f"{plots.percent(outside, 1)} of the depths are outside {near:g} to {far:g} m, the range to which "
+        "networks clip them: check `depth_unit_mm` and `depth_range_m` in `dataset.yaml`.": outside > 0.2,
     }
     return [warning for warning, applies in warnings.items() if applies]
 

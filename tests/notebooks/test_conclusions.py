@@ -429,7 +429,7 @@ def test_what_else_differs_is_said_of_a_finding():
         text = conclude(run_tests(recipes))
         assert "**b is better**" in text
         assert (
-            "differ in epochs (5.0 against 3.0) and learning_rate (0.02 against 0.003): the test" in text
+            "differ in epochs (5.0 against 3.0) and learning_rate (0.02 against 0.003); the" in text
         ) == said
 
 
@@ -463,9 +463,12 @@ def test_how_much_seeds_alone_change(home):
         f"of 6 other pairs of runs of one recipe and fold that differ only in the seed, {larger} differ"
         in text
     )
-    assert "(4 runs on nyu, 48 x 64 pixels, split valid)" in text
-    scale = f"Of 6 other pairs of runs, which differ only in the seed, {larger} differ"
-    assert scale in conclude(run_tests({"ce": [first], "soft": [other]}))
+    assert (
+        f"as these two ({other.score - first.score:+.3f} mIoU; 4 runs on nyu, 48 x 64 pixels, split valid)"
+        in text
+    )
+    (line,) = [line for line in text.splitlines() if "Seeds alone" in line]
+    assert f"  {line}" in conclude(run_tests({"ce": [first], "soft": [other]}))
 
 
 def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows(home):
@@ -476,7 +479,7 @@ def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows
     first, other = max(combinations(runs, 2), key=lambda pair: abs(pair[0].score - pair[1].score))
     text = describe_single_runs(run_tests({"a": [first], "b": [other]}))
     assert "of 5 other pairs of runs" in text
-    assert "the seed, 0 differ by at least as much (4 runs" in text
+    assert "the seed, 0 differ by at least as much as these two (" in text
     assert "Both runs have the same parameters but the seed: they are one recipe, not two to compare." in text
     assert "papermill" not in text
 
@@ -603,7 +606,7 @@ def test_identical_runs_are_inconclusive():
     }
     results = run_tests(recipes)
     assert results["y"].conclusion == "inconclusive: no difference in any run on any scene"
-    assert "check whether one run was given twice" in conclude(results)
+    assert "check whether one run is listed twice" in conclude(results)
 
 
 def test_an_effect_by_construction_is_found_in_both_directions():

@@ -57,7 +57,8 @@ class View(NamedTuple):
         """What browse.js takes: photographs as JPEG, other panels as PNG, values as bytes."""
         kinds = {title: ".jpg" if title in PHOTOGRAPHS else ".png" for title in self.panels}
         coded = {
-            title: cv2.imencode(kinds[title], panel[..., ::-1])[1] for title, panel in self.panels.items()
+            title: cv2.imencode(kinds[title], cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))[1]
+            for title, panel in self.panels.items()
         }
         values = self.values.items()
         return {

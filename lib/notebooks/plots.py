@@ -104,7 +104,7 @@ def _colour_table(classes: tuple[str, ...]) -> np.ndarray:
 
 def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Class indices `(H, W)` as colours `(H, W, 3)` uint8; unlabelled pixels are hatched."""
-    coloured = _colour_table(tuple(classes))[np.minimum(label, len(classes))]
+    coloured = np.take(_colour_table(tuple(classes)), label, axis=0, mode="clip")
     row, column = np.nonzero(label == IGNORE_INDEX)
     stripe = max(1, label.shape[1] // 60)
     coloured[row, column] = np.take(HATCH, (row + column) // stripe % 2)[:, None]
@@ -163,7 +163,7 @@ def colour_depth(depth: np.ndarray, shades: ScalarMappable) -> np.ndarray:
     """Millimetres `(H, W)` as colours `(H, W, 3)` uint8."""
     table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
     table[0] = 255
-    return table[depth]
+    return np.take(table, depth, axis=0)
 
 
 def shorten(name: str, length: int = 28) -> str:

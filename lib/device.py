@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -139,6 +140,14 @@ def _has_nvidia_gpu() -> bool:
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+
+
+def describe_memory(device: torch.device) -> str:
+    """The memory that training takes: the most that torch has had of a GPU; on a CPU, all of this process."""
+    used = psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+    return f"{used / 2**30:.1f} GiB"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from lib.batches import Batch, RawBatch, check_depth, encode_batch
 from lib.data.samples import Samples
-from lib.device import autocast, choose_device, choose_precision, explain_out_of_memory, move_model
+from lib.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    describe_memory,
+    explain_out_of_memory,
+    move_model,
+)
 from lib.evaluation import Evaluation, Loss, evaluate, mean_losses
 from lib.losses import lovasz_loss, masked_l1, median_frequency_weights, segmentation_losses
 from lib.metrics import mean_iou, pixel_accuracy
@@ -294,9 +301,10 @@ def train_epoch(
         positions.append(raw.position)
         bar.set_description(f"{words}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
-        if len(positions) % FINITE_STEPS == 0:
+        if len(positions) % FINITE_STEPS == 1:  # the first step already shows what memory it takes
             _check_finite(model, state.losses, positions, names)
-            bar.set_postfix_str(f"loss {state.losses[-1][0].item():.3f}", refresh=False)
+            loss = state.losses[-1][0].item()
+            bar.set_postfix_str(f"loss {loss:.3f}, {describe_memory(state.device)}", refresh=False)
         if state.is_due():
             _check_finite(model, state.losses, positions, names)
             state.save()

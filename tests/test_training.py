@@ -1,12 +1,14 @@
 import io
 import json
 import math
+import re
 import traceback
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from small_run import PARAMETERS, small_samples, train
@@ -397,7 +399,7 @@ def test_checksums_see_every_kind_of_change(samples):
     assert data_of(replace(filled, depth=None, label=None, measured=None)) != before
 
 
-def test_the_bar_says_the_batch_the_loss_and_when_it_validates(samples, monkeypatch):
+def test_the_bar_says_the_batch_the_loss_the_memory_and_when_it_validates(samples, monkeypatch):
     said, bars = [], []
 
     def watched(*arguments):
@@ -410,9 +412,9 @@ def test_the_bar_says_the_batch_the_loss_and_when_it_validates(samples, monkeypa
         return bar
 
     monkeypatch.setattr(training, "progress_bar", watched)
-    monkeypatch.setattr(training, "FINITE_STEPS", 3)
     (row,) = train("watched", samples, epochs=1)
     batches = [f"epoch 1 of 1, batch {batch} of 3" for batch in (1, 2, 3)]
     assert said == ["epoch 1 of 1", *batches, "epoch 1 of 1, validating", "epoch 1 of 1"]
-    assert bars[0].postfix.startswith("loss ")
-    assert float(bars[0].postfix[5:]) == pytest.approx(row["train_loss"], rel=0.5)
+    loss, memory = re.fullmatch(r"loss (\d\.\d{3}), (\d+\.\d) GiB", bars[0].postfix).groups()
+    assert float(loss) == pytest.approx(row["train_loss"], rel=0.5)
+    assert float(memory) == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.5)

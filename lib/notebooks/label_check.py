@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.classes import IGNORE_INDEX
 from lib.data import Split
 from lib.data.validation import FOLDS
 from lib.device import choose_device
@@ -81,7 +79,7 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
         for name, label, predicted, confidence in zip(
             batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True
         ):
-            for index, box, inside in _regions(label):
+            for index, box, inside in plots.large_regions(label, LEAST_SHARE, connectivity=4):
                 rows.append((name, *box, index, inside.mean()))
                 votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
     table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
@@ -96,16 +94,6 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
     order = np.argsort(-confidence * surprise * table.share**0.3, kind="stable")
     ranked = table.assign(**words, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
     return ranked.drop(columns="share").reset_index(drop=True)
-
-
-def _regions(label: np.ndarray) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
-    """Of `(H, W)`: class, box and, as `(H, W)` bool, the pixels of each region that is large enough."""
-    for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
-        same = (label == index).astype(np.uint8)
-        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=4)
-        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= LEAST_SHARE * label.size):
-            left, top, width, height = stats[number, :4].tolist()
-            yield index, (left, top, left + width, top + height), region == number
 
 
 def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:

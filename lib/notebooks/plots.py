@@ -4,7 +4,7 @@ import io
 import itertools
 import logging
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import cv2
@@ -283,15 +283,30 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
 def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
     """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
+    for index, _, inside in large_regions(label, least, connectivity=8):
+        rimmed = np.pad(inside.astype(np.uint8), 1)  # so that a region ends where the picture does
+        room = cv2.distanceTransform(rimmed, cv2.DIST_L2, 5)
+        row, column = np.unravel_index(room.argmax(), room.shape)
+        side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
+        axes.text(
+            column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=8, bbox=box
+        )
+
+
+def large_regions(
+    label: np.ndarray, least: float, connectivity: int
+) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
+    """Connected regions of one label that take that share of `(H, W)` or more, unlabelled ones left out.
+
+    Yields:
+        Of each its class, its box (left, top, right, bottom, ends excluded), its pixels as `(H, W)` bool.
+    """
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
-        rimmed = np.pad((label == index).astype(np.uint8), 1)  # so that a region ends where the picture does
-        _, region, stats, _ = cv2.connectedComponentsWithStats(rimmed)
+        same = (label == index).astype(np.uint8)
+        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=connectivity)
         for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
-            room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
-            row, column = np.unravel_index(room.argmax(), room.shape)
-            side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
-            style = {"ha": side, "va": "center", "fontsize": 8, "bbox": box}
-            axes.text(column - 1, row - 1, shorten(classes[index], 14), **style)
+            left, top, width, height = stats[number, :4].tolist()
+            yield index, (left, top, left + width, top + height), region == number
 
 
 def rows_height(count: int) -> float:

@@ -309,6 +309,14 @@ def large_regions(
             yield index, (left, top, left + width, top + height), region == number
 
 
+def draw_marks(
+    axes: Axes, across: np.ndarray, upwards: np.ndarray, filled: np.ndarray, colour: str | tuple
+) -> None:
+    """A mark at each of `(N,)` places; those that are not filled are white within."""
+    for chosen, face in ((filled, colour), (~filled, "white")):
+        axes.plot(across[chosen], upwards[chosen], "o", color=colour, markerfacecolor=face)
+
+
 def rows_height(count: int) -> float:
     """Inches of a figure with a row for each of so many classes."""
     return 1.1 + (0.22 if count <= FEW else 0.15) * count

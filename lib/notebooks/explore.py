@@ -52,7 +52,7 @@ class DataCounts:
 
     @property
     def unlabelled(self) -> float:
-        """The share of the pixels."""
+        """The share of the pixels that have no class."""
         return self.pixels[:, -1].sum() / self.pixels.sum()
 
     @property

@@ -147,7 +147,7 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
     if valid is not None and valid.validation == "predefined":
         images.append(valid.load())
         chosen["predefined"] = np.split(np.arange(len(samples) + len(valid)), [len(samples)])
-    signatures = np.concatenate([_colour_signatures(each.image) for each in images])
+    signatures = np.stack([_colour_signature(image) for each in images for image in each.image])
     checksums = [hashlib.sha256(image.tobytes()).hexdigest() for each in images for image in each.image]
     known = all(each.scene is not None for each in images)
     scene = np.concatenate([each.scene for each in images]) if known else None
@@ -191,14 +191,11 @@ def _compare(
     return Leakage(len(train), valid, match, same_scene, near_duplicates, copies)
 
 
-def _colour_signatures(image: np.ndarray) -> np.ndarray:
-    """`(N, 4096)` unit vectors: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
-    signatures = np.empty((len(image), 4096), np.float32)
-    for signature, picture in zip(signatures, image, strict=True):
-        lab = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB)
-        counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
-        signature[:] = np.sqrt(counts / counts.sum())
-    return signatures
+def _colour_signature(image: np.ndarray) -> np.ndarray:
+    """`(4096,)` unit vector: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
+    counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
+    return np.sqrt(counts / counts.sum())
 
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
@@ -345,9 +342,12 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     """Validation images beside the training image most like them: of one scene first, then the most alike."""
-    alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
+    sides = [
+        np.stack([_colour_signature(image) for image in samples.image[side]])
+        for side in (leak.valid, leak.match)
+    ]
     shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
-    order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]
+    order = np.argsort(-2 * shared - (sides[0] * sides[1]).sum(1), kind="stable")[:count]
     rows = {}
     for valid, train, same in zip(leak.valid[order], leak.match[order], shared[order], strict=True):
         caption = f"{samples.names[valid]} and {samples.names[train]}"

@@ -45,7 +45,7 @@ from lib.significance import (
 STUDIES = NOTEBOOKS / "studies"
 NEW_SEEDS = 5  # of each recipe, where single runs ask for more
 MOST_SEEDS = 100  # that a plan looks for
-CHOSEN_BY_SWEEP = {*NO_RECIPE, "save_figures"} - {"fold"}
+CHOSEN_BY_SWEEP = NO_RECIPE - {"fold"}
 SIZE = ("image_height", "image_width")
 COLUMNS = (
     "recipe",

@@ -20,7 +20,6 @@ from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split
 
 LEAST_SHARE = 0.005  # of the image: smaller regions are mostly boundary
-BOX = ["left", "top", "right", "bottom"]
 
 
 def find_folds(run: Path) -> list[Path]:
@@ -82,7 +81,7 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
             for index, box, inside in plots.large_regions(label, LEAST_SHARE, connectivity=4):
                 rows.append((name, *box, index, inside.mean()))
                 votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
-    table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
+    table = pd.DataFrame(rows, columns=["image", "left", "top", "right", "bottom", "labelled", "share"])
     votes = np.array(votes).reshape(-1, len(classes))
     usual = pd.DataFrame(votes * table[["share"]].to_numpy(float)).groupby(table.labelled).transform("sum")
     usual = usual.div(usual.sum(axis=1), axis=0).to_numpy()

@@ -18,7 +18,7 @@ from lib.metrics import DEPTH, DISTANCE, REGION, strata_counts, strata_edges
 from lib.notebooks import plots
 from lib.notebooks.browse import CONFUSED, rank_confusions
 from lib.notebooks.plots import percent
-from lib.progress import progress_bar
+from lib.runs.scoring import watched
 
 CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
@@ -67,18 +67,15 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((CONFIDENCE_BINS, 3))
     by_image = []
-    with progress_bar("predicting", len(samples)) as bar:
-        for batch in predict(model, samples, batch_size, confidence=True):
-            if batch.samples.label is None:
-                raise ValueError(
-                    "split: these images have no labels, so errors can't be counted; use another split"
-                )
-            confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
-            by_image.append(
-                (batch.samples.names, confusion, batch.confidence.mean((1, 2)), _depth_errors(batch))
+    for batch in watched("predicting", len(samples), predict(model, samples, batch_size, confidence=True)):
+        if batch.samples.label is None:
+            raise ValueError(
+                "split: these images have no labels, so errors can't be counted; use another split"
             )
-            _count_pixels(batch, strata, calibration, edges)
-            bar.update(len(batch.samples))
+        confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
+        sure = batch.confidence.mean((1, 2))
+        by_image.append((batch.samples.names, confusion, sure, _depth_errors(batch)))
+        _count_pixels(batch, strata, calibration, edges)
     if not by_image:
         raise ValueError(
             "split: found no image; with validation none there are no validation images, use another split"

@@ -1,6 +1,6 @@
 """Labels worth a second look: regions where networks not trained on the image confidently disagree."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,9 @@ from lib.evaluation import Predicted, predict
 from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
-from lib.progress import progress_bar
 from lib.runs import read_parameters, runs_folder
 from lib.runs.results import recipe
-from lib.runs.scoring import iterate_split
+from lib.runs.scoring import iterate_split, watched
 
 LEAST_SHARE = 0.005  # of the image: smaller regions are mostly boundary
 
@@ -47,16 +46,14 @@ def check_labels(
 ) -> pd.DataFrame:
     """`rank_regions` of these runs' validation images, each predicted by the run that validates on it."""
     splits = [iterate_split(read_parameters(run), "valid", data, run=run) for run in runs]
-    with progress_bar("checking labels", sum(map(len, splits))) as bar:
-
-        def predictions() -> Iterator[Predicted]:
-            for run, split in zip(runs, splits, strict=True):
-                model = load_model(run / "best.pt", choose_device(device))
-                for batch in predict(model, split, batch_size, confidence=True):
-                    yield batch
-                    bar.update(len(batch.samples))
-
-        return rank_regions(predictions(), splits[0].classes)
+    models = (load_model(run / "best.pt", choose_device(device)) for run in runs)  # one at a time
+    predictions = (
+        batch
+        for model, split in zip(models, splits, strict=True)
+        for batch in predict(model, split, batch_size, confidence=True)
+    )
+    images = sum(map(len, splits))
+    return rank_regions(watched("checking labels", images, predictions), splits[0].classes)
 
 
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:

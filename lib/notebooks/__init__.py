@@ -25,8 +25,7 @@ class Markdown(IPython.display.Markdown):
 
 def style(table: "pd.DataFrame") -> "Styler":
     """A table to be formatted whose names are shown as they are: pandas escapes none of a `Styler`."""
-    escaped = table.map(_escape_name).rename(index=_escape_name, columns=_escape_name)
-    return escaped.style
+    return table.map(_escape_name).rename(index=_escape_name, columns=_escape_name).style
 
 
 def _escape_name(value: object) -> object:

@@ -87,7 +87,8 @@ def plot_comparison(
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
     baseline, members = next(iter(recipes.items()))
-    order = np.argsort(-np.nan_to_num(_scores_by_class(members).mean(0)[1:]), kind="stable")
+    means = _scores_by_class(members).mean(0)
+    order = np.argsort(-np.nan_to_num(means[1:]), kind="stable")
     thickness = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
     figure, (left, right) = plots.new_figure(
         1 + thickness * (1 + len(order)), 1, 2, sharey=True, width_ratios=(1.2, 1)
@@ -95,11 +96,10 @@ def plot_comparison(
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
-    floor = _scores_by_class(members).mean(0)[shown]
     offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
     cut = False
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
-        cut |= _draw_differences(right, result, order, offset, colours[name], floor)
+        cut |= _draw_differences(right, result, order, offset, colours[name], means[shown])
         if len(differences) == 1:
             _write_differences(right, np.append(result.difference, result.class_difference[order]))
     _mark_unpredicted(right, recipes, order)
@@ -120,14 +120,13 @@ def plot_comparison(
 def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
     """What the right half shows; single runs, which have no recipe test, may stand beside several."""
     is_single = [isinstance(test, CheckpointComparison) for test in tests]
-    lines = ["difference, adjusted 95 % interval" if is_single else "difference in IoU"]
-    if not all(is_single):
-        lines.append("filled: p < 0.05 by the recipe test")
-    if any(is_single):
-        lines.append("one run: checkpoint test, not recipes")
-    if cut:
-        lines.append("triangle: cut at IoU 0 or 1")
-    return "\n".join(lines)
+    lines = {
+        "difference, adjusted 95 % interval" if is_single else "difference in IoU": True,
+        "filled: p < 0.05 by the recipe test": not all(is_single),
+        "one run: checkpoint test, not recipes": any(is_single),
+        "triangle: cut at IoU 0 or 1": cut,
+    }
+    return "\n".join(line for line, applies in lines.items() if applies)
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:
@@ -155,14 +154,11 @@ def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
 
 def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:
     """A small dot for each run, a large one for their mean."""
-    rows, mean = np.arange(scores.shape[1]), scores.mean(0)
-    label = f"{plots.shorten(name, 60)}: mIoU {mean[0]:.3f}"
-    if len(scores) == 1:
-        label += ", one run"
-    else:
-        axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
-        label += f", mean of {len(scores)} runs (small dots)"
-    axes.plot(mean, rows, "o", color=colour, label=label)
+    rows = np.arange(scores.shape[1])
+    mean = scores.mean(0)
+    runs = "one run" if len(scores) == 1 else f"mean of {len(scores)} runs (small dots)"
+    axes.plot(scores.T, rows, ".", color=colour, alpha=0.4, markersize=4)
+    axes.plot(mean, rows, "o", color=colour, label=f"{plots.shorten(name, 60)}: mIoU {mean[0]:.3f}, {runs}")
 
 
 def _draw_differences(
@@ -180,15 +176,14 @@ def _draw_differences(
     is_cut = np.isfinite(possible) & (possible != interval)
     for end, cut, marker in zip(possible, is_cut, "<>", strict=True):
         axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
-    for filled, face in ((significant, colour), (~significant, "white")):
-        axes.plot(middle[filled], rows[filled], "o", color=colour, markerfacecolor=face)
+    plots.draw_marks(axes, middle, rows, significant, colour)
     return bool(is_cut.any())
 
 
 def _write_differences(axes: Axes, differences: np.ndarray) -> None:
     for row in np.flatnonzero(np.isfinite(differences)):
-        place = {"xy": (1.02, row), "xycoords": axes.get_yaxis_transform(), "va": "center"}
-        axes.annotate(f"{round(differences[row], 3) + 0:+.3f}", color=plots.GREY, **place)
+        text = f"{round(differences[row], 3) + 0:+.3f}"
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", color=plots.GREY)
 
 
 def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest_m: float) -> pd.DataFrame:
@@ -230,13 +225,9 @@ def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
     for axes, (name, rows) in zip(grid[0], strata, strict=True):
         places = np.arange(len(rows))
         axes.vlines(places, rows.low, rows.high, color=plots.VALID_COLOUR, linewidth=1.5)
-        for significant, face in ((True, plots.VALID_COLOUR), (False, "white")):
-            chosen = (rows.p < LEVEL).to_numpy() == significant
-            style = {"color": plots.VALID_COLOUR, "markerfacecolor": face}
-            axes.plot(places[chosen], rows.difference[chosen], "o", **style)
+        plots.draw_marks(axes, places, rows.difference.to_numpy(), rows.p < LEVEL, plots.VALID_COLOUR)
         axes.axhline(0, color=plots.GREY, linewidth=1)
-        axes.set_xticks(places, rows.bin)
-        axes.set(title=f"by {name}".replace(" (", "\n("))
+        axes.set(title=f"by {name}".replace(" (", "\n("), xticks=places, xticklabels=rows.bin)
         axes.grid(axis="y", color="0.92")
     grid[0, 0].set_ylabel("difference in mIoU, 95 % interval")
     plots.add_title(figure, title)

@@ -45,7 +45,7 @@ from lib.significance import (
 STUDIES = NOTEBOOKS / "studies"
 NEW_SEEDS = 5  # of each recipe, where single runs ask for more
 MOST_SEEDS = 100  # that a plan looks for
-CHOSEN_BY_SWEEP = {*NO_RECIPE, "save_figures"} - {"fold"}
+CHOSEN_BY_SWEEP = NO_RECIPE - {"fold"}
 SIZE = ("image_height", "image_width")
 COLUMNS = (
     "recipe",
@@ -58,6 +58,14 @@ COLUMNS = (
     "scenes",
     "seeds",
     "conclusion",
+)
+UNTESTED = Comparison(  # where the runs allow no test
+    difference=np.nan,
+    interval=(np.nan, np.nan),
+    p_value=np.nan,
+    standard_error=np.nan,
+    degrees_of_freedom=np.nan,
+    comparisons=1,
 )
 TABLE_STYLES = [
     {
@@ -104,10 +112,14 @@ class Spread:
     def say_detectable(self, runs: float, comparisons: int) -> str:
         """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
-        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
-        if not self.variance_per_scene:
-            numbers += "; at least, as the difference did not vary detectably over scenes"
-        return f"a true difference of {numbers}) would be found with 80 % power"
+        least = (
+            ""
+            if self.variance_per_scene
+            else "; at least, as the difference did not vary detectably over scenes"
+        )
+        return "a true difference of {:.3f} ({:.3f} to {:.3f}{}) would be found with 80 % power".format(
+            *found, least
+        )
 
     def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
         """How many of each recipe find a true difference with 80 % power; None if more than 100."""
@@ -260,12 +272,9 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
     """
     rows = []
     for result in results.values():
-        test = result.recipe_test
-        found = [np.nan] * 4 + [1]
-        if test is not None:
-            found = [test.difference, *test.interval, test.p_value, test.comparisons]
-        found += [result.scene_count, _say_runs(result.runs), result.conclusion]
-        rows.append([result.recipe, result.against, *found])
+        test = result.recipe_test or UNTESTED
+        found = (test.difference, *test.interval, test.p_value, test.comparisons, result.scene_count)
+        rows.append((result.recipe, result.against, *found, _say_runs(result.runs), result.conclusion))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -273,11 +282,12 @@ def show_results(table: pd.DataFrame) -> Styler:
     """The table of `result_table` for a notebook; significant results are bold."""
     limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
     bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
-    adjusted = _say_adjusted(" Interval and p are ", max(table.comparisons, default=1))
     caption = "The recipe test was not possible."
     if table.p.notna().any():
-        caption = "Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval."
-        caption += adjusted
+        adjusted = _say_adjusted(" Interval and p are ", table.comparisons.max())
+        caption = (
+            f"Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval.{adjusted}"
+        )
     return (
         table.style.format(limits, na_rep="")
         .hide(axis="index")
@@ -308,7 +318,7 @@ def describe_details(results: dict[str, Result]) -> str:
     texts = []
     for result in results.values():
         test = result.recipe_test
-        if test is not None:
+        if test:
             texts += [
                 f"**{result.recipe}** against **{result.against}**:",
                 "",
@@ -349,18 +359,16 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     seeds = len({each["seed"] for each in parameters})
     comparisons = len({recipe(each) for each in parameters}) - 1
     folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
-    earlier = find_earlier(parameters[0], split)
-    spreads = {source: _expect_spread(found, folds, paired) for source, found in earlier.items()}
-    known = {source: spread for source, spread in spreads.items() if spread and spread.scenes >= MIN_SCENES}
-    if not known or seeds < 2 or comparisons < 1:
-        return (
-            "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
-            f"at this image size, scored on {MIN_SCENES} scenes or more."
-        )
-    source, spread = next(iter(known.items()))
+    for source, earlier in find_earlier(parameters[0], split).items():
+        spread = _expect_spread(earlier, folds, paired)
+        if spread and spread.scenes >= MIN_SCENES and seeds >= 2 and comparisons >= 1:
+            return (
+                f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if "
+                f"runs vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
+            )
     return (
-        f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if runs "
-        f"vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
+        "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
+        f"at this image size, scored on {MIN_SCENES} scenes or more."
     )
 
 
@@ -388,11 +396,10 @@ def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
     sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
     sources["earlier runs"] = read_own(split, parameters["data"])
     wanted = _setting(parameters, split, parameters["data"])
-    found = {
+    return {
         source: [run for run in runs if _setting(run.parameters, run.split, run.data) == wanted]
         for source, runs in sources.items()
     }
-    return {source: runs for source, runs in found.items() if runs}
 
 
 def _setting(parameters: dict, split: str, data: str) -> tuple:
@@ -447,28 +454,26 @@ def _say_sweep(result: Result, count: int) -> str:
     fixed = {name: value for name, value in sides[0].items() if name not in grid and value != defaults[name]}
     folds = {"fold": list(range(FOLDS))} if first.is_pooled else {}
     sweeps = [{"fixed": fixed, "grid": grid | folds}]
+    after = "It first says what difference these runs can find; its last cell has the conclusion."
     if len(grid) > 1:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
+        after = "Then compare the new runs with `compare.ipynb`."
     used = result.used_seeds
-    seeds = sorted(set(range(1, count + len(used) + 1)) - used)[:count]
-    planned = [sweep | {"seeds": seeds, "split": first.split} for sweep in sweeps]
+    shared = {"seeds": sorted(set(range(1, count + len(used) + 1)) - used)[:count], "split": first.split}
     texts = [
-        yaml.safe_dump(each, default_flow_style=True, width=10**6, sort_keys=False).strip()
-        for each in planned
+        yaml.safe_dump(sweep | shared, default_flow_style=True, width=10**6, sort_keys=False).strip()
+        for sweep in sweeps
     ]
     commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
     runs = 2 * count * (FOLDS if first.is_pooled else 1)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
     time = f", about {runs * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
-    after = "It first says what difference these runs can find; its last cell has the conclusion."
-    if len(sweeps) > 1:
-        after = "Then compare the new runs with `compare.ipynb`."
     return f"To compare the recipes, train {count} new seeds of each, {runs} runs{time}: {commands}. {after}"
 
 
 def _say_consequence(result: Result) -> str:
     """What follows from the recipe test, or what would make one."""
-    test, spread = result.recipe_test, result.spread
+    test = result.recipe_test
     if test is None:
         return "\n  - ".join([*_say_seed_pairs(*result.pair), _say_sweep(result, NEW_SEEDS)])
     if test.p_value < LEVEL:
@@ -478,15 +483,15 @@ def _say_consequence(result: Result) -> str:
             "these, with networks trained on the same images; not for other data, image sizes or settings, "
             "such as more epochs."
         )
-    if spread is None:
+    if result.spread is None:
         return "Every run has the same confusion matrices: check whether one run is listed twice."
     low, high = map(_say_number, test.interval)
-    scenes = ""
-    if not test.scene_variance:
-        scenes = (
-            " The difference did not vary detectably over scenes, so this interval may be too narrow for new "
-            "scenes."
-        )
+    scenes = (
+        ""
+        if test.scene_variance
+        else " The difference did not vary detectably over scenes, so this interval may be too narrow for "
+        "new scenes."
+    )
     return (
         f"Inconclusive does not mean equal: true differences from {low} to {high} are compatible with these "
         f"runs.{scenes}\n  - {_say_more_seeds(result)}"
@@ -543,12 +548,12 @@ def _say_checkpoints(result: Result) -> str:
     if test is None:
         return f"No checkpoint test: it needs {MIN_SCENES} scenes or more, and runs of one fold."
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
-    differ = "inconclusive"
-    if test.p_value < LEVEL:
-        differ = (
-            "these two networks differ on scenes like these. Two seeds of one recipe may, too, so this is no "
-            "evidence about the recipes"
-        )
+    differ = (
+        "these two networks differ on scenes like these. Two seeds of one recipe may, too, so this is no "
+        "evidence about the recipes"
+        if test.p_value < LEVEL
+        else "inconclusive"
+    )
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
         f"{_say_test(test)}: {differ}."

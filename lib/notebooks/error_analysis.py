@@ -18,7 +18,7 @@ from lib.metrics import DEPTH, DISTANCE, REGION, strata_counts, strata_edges
 from lib.notebooks import plots
 from lib.notebooks.browse import CONFUSED, rank_confusions
 from lib.notebooks.plots import percent
-from lib.progress import progress_bar
+from lib.runs.scoring import watched
 
 CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
@@ -67,18 +67,15 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
     calibration = np.zeros((CONFIDENCE_BINS, 3))
     by_image = []
-    with progress_bar("predicting", len(samples)) as bar:
-        for batch in predict(model, samples, batch_size, confidence=True):
-            if batch.samples.label is None:
-                raise ValueError(
-                    "split: these images have no labels, so errors can't be counted; use another split"
-                )
-            confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
-            by_image.append(
-                (batch.samples.names, confusion, batch.confidence.mean((1, 2)), _depth_errors(batch))
+    for batch in watched("predicting", len(samples), predict(model, samples, batch_size, confidence=True)):
+        if batch.samples.label is None:
+            raise ValueError(
+                "split: these images have no labels, so errors can't be counted; use another split"
             )
-            _count_pixels(batch, strata, calibration, edges)
-            bar.update(len(batch.samples))
+        confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
+        sure = batch.confidence.mean((1, 2))
+        by_image.append((batch.samples.names, confusion, sure, _depth_errors(batch)))
+        _count_pixels(batch, strata, calibration, edges)
     if not by_image:
         raise ValueError(
             "split: found no image; with validation none there are no validation images, use another split"
@@ -129,12 +126,13 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
     as a whole class missed.
     """
     total = pd.Series(counts.sum((1, 2)))
-    scores = {
-        "pixels": total / max(total.sum(), 1),
-        "pixel accuracy": np.trace(counts, axis1=1, axis2=2) / total,
-        "mIoU": [metrics.mean_iou(one) if one.any() else np.nan for one in counts],
-    }
-    return pd.DataFrame(scores)
+    return pd.DataFrame(
+        {
+            "pixels": total / max(total.sum(), 1),
+            "pixel accuracy": np.trace(counts, axis1=1, axis2=2) / total,
+            "mIoU": [metrics.mean_iou(one) if one.any() else np.nan for one in counts],
+        }
+    )
 
 
 def calibration_error(calibration: np.ndarray) -> float:
@@ -216,13 +214,12 @@ def plot_strata(errors: ErrorCounts) -> Figure:
     """Pixel accuracy and mIoU by depth, where it is known, distance to a boundary and size of the segment."""
     known = {name: counts for name, counts in errors.strata.items() if name != DEPTH or counts[1:].any()}
     figure, grid = plots.new_figure(3, 1, len(known), sharey=True, squeeze=False)
-    line = {"color": plots.VALID_COLOUR, "marker": "."}
     for axes, (name, counts) in zip(grid[0], known.items(), strict=True):
         table = score_strata(counts).set_axis(name_bins(name, errors.edges[name]))
         table = table[table.pixels > 0]
         axes.bar(table.index, table.pixels, color="0.9", label="share of the pixels")
-        axes.plot(table["pixel accuracy"], **line, linestyle="--", label="pixel accuracy")
-        axes.plot(table["mIoU"], **line, label="mIoU")
+        axes.plot(table["pixel accuracy"], ".--", color=plots.VALID_COLOUR, label="pixel accuracy")
+        axes.plot(table["mIoU"], ".-", color=plots.VALID_COLOUR, label="mIoU")
         axes.set(title=f"by {name}".replace(" (", "\n("), ylim=(0, 1))
         axes.tick_params(axis="x", labelsize="small", rotation=60)
     plots.add_legend(figure, grid[0, 0].get_legend_handles_labels()[0])
@@ -238,10 +235,15 @@ def plot_calibration(errors: ErrorCounts) -> Figure:
     axes.stairs(
         errors.calibration[:, 0] / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels"
     )
-    axes.plot([0, 1], [0, 1], color=plots.GREY, linewidth=1, linestyle=":", label="perfectly calibrated")
-    line = {"color": plots.VALID_COLOUR, "marker": "."}
-    axes.plot(confidence / pixels, right / pixels, **line, label="this network")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1, label="perfectly calibrated")
+    axes.plot(confidence / pixels, right / pixels, ".-", color=plots.VALID_COLOUR, label="this network")
+    axes.set(
+        title=f"The network is {_describe_gap(errors.calibration)}",
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        box_aspect=1,
+    )
     axes.legend(loc="upper left")
-    axes.set_title(f"The network is {_describe_gap(errors.calibration)}")
     return figure

@@ -23,11 +23,10 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
     if not scores["labelled"]:
         return saved
     iou = pd.DataFrame(scores["classes"], dtype=float).T.IoU
-    over = describe_classes(iou)
     best, worst = iou.idxmax(), iou.idxmin()
     return (
         f"On {scores['images']} {split} images **{run.name}** has an mIoU of "
-        f"**{scores['plain']['miou']:.3f}** {over} "
+        f"**{scores['plain']['miou']:.3f}** {describe_classes(iou)} "
         f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}) and a pixel accuracy of "
         f"{scores['plain']['pixel_accuracy']:.3f}. Best class: {best} (IoU {iou[best]:.2f}); worst: {worst} "
         f"({iou[worst]:.2f}). {_compare_with_validation(run) if split == 'test' else ''}{saved}"

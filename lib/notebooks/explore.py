@@ -51,6 +51,11 @@ class DataCounts:
         return np.linspace(0, self.depth_range_m[1], DEPTH_STEPS + 1)
 
     @property
+    def unlabelled(self) -> float:
+        """The share of the pixels that have no class."""
+        return self.pixels[:, -1].sum() / self.pixels.sum()
+
+    @property
     def has_depth(self) -> bool:
         """Whether any was measured."""
         return bool(self.depth[:, 1:].any())
@@ -142,7 +147,7 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
     if valid is not None and valid.validation == "predefined":
         images.append(valid.load())
         chosen["predefined"] = np.split(np.arange(len(samples) + len(valid)), [len(samples)])
-    signatures = np.concatenate([_colour_signatures(each.image) for each in images])
+    signatures = np.stack([_colour_signature(image) for each in images for image in each.image])
     checksums = [hashlib.sha256(image.tobytes()).hexdigest() for each in images for image in each.image]
     known = all(each.scene is not None for each in images)
     scene = np.concatenate([each.scene for each in images]) if known else None
@@ -186,23 +191,21 @@ def _compare(
     return Leakage(len(train), valid, match, same_scene, near_duplicates, copies)
 
 
-def _colour_signatures(image: np.ndarray) -> np.ndarray:
-    """`(N, 4096)` unit vectors: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
-    signatures = np.empty((len(image), 4096), np.float32)
-    for signature, picture in zip(signatures, image, strict=True):
-        lab = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB)
-        counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
-        signature[:] = np.sqrt(counts / counts.sum())
-    return signatures
+def _colour_signature(image: np.ndarray) -> np.ndarray:
+    """`(4096,)` unit vector: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
+    counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
+    return np.sqrt(counts / counts.sum())
 
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """In Markdown: what labelled images were read, how they are split, and warnings."""
-    facts = [f"{len(counts.pixels)} images, {len(counts.classes)} classes"]
-    unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
-    facts += [_describe_depth(counts), f"{plots.percent(unlabelled, 1)} unlabelled"]
     shared = _describe_scenes(train.scene, valid.scene)
-    summary = f"**{', '.join(facts)}; validation ({len(valid)} images, by {valid.validation}) {shared}.**"
+    summary = (
+        f"**{len(counts.pixels)} images, {len(counts.classes)} classes, {_describe_depth(counts)}, "
+        f"{plots.percent(counts.unlabelled, 1)} unlabelled; validation ({len(valid)} images, by "
+        f"{valid.validation}) {shared}.**"
+    )
     return "\n- ".join([summary, *_warn(counts, train.scene)])
 
 
@@ -244,7 +247,6 @@ def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
 
 def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     """Sentences about what is odd in the data."""
-    unlabelled = counts.pixels[:, -1].sum() / counts.pixels.sum()
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
     explained = (
         " If one of them has a label value that is read as unlabelled, such as 255, declare it under "
@@ -256,13 +258,15 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     near, far = counts.depth_range_m
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = {
-        f"These classes are in no image: {', '.join(absent)}.{explained if unlabelled else ''}": len(absent),
+        f"These classes are in no image: {', '.join(absent)}.{explained if counts.unlabelled else ''}": len(
+            absent
+        ),
         f"One scene has {plots.percent(sizes.max() / sizes.sum())} of the images, so nothing can be "
         "concluded about new scenes. (Images with numbers as names are treated as frames of a video.) If "
         "each image shows its own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` "
         "to a .csv with the columns name,scene.": (sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()),
         f"{empty} images have no labelled pixel.": empty,
-        f"{plots.percent(unlabelled, 1)} of the pixels are unlabelled.": unlabelled > 0.5,
+        f"{plots.percent(counts.unlabelled, 1)} of the pixels are unlabelled.": counts.unlabelled > 0.5,
         f"{plots.percent(depth[0] / depth.sum(), 1)} of the pixels have no depth.": (
             counts.has_depth and depth[0] > 0.5 * depth.sum()
         ),
@@ -289,7 +293,6 @@ def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | Non
 @plots.styled
 def plot_depth(counts: DataCounts) -> Figure:
     """The distribution of depth in each class; of all pixels, where nine in ten lie."""
-    total = counts.depth.sum(0)
     ends = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
     boxes = {
         name: dict(zip(ends, depth_quantiles(row, (*ends.values(),), counts.steps_m), strict=True))
@@ -305,10 +308,12 @@ def plot_depth(counts: DataCounts) -> Figure:
         boxprops={"facecolor": plots.BAR_COLOUR, "linewidth": 0}, whiskerprops={"color": plots.GREY},
     )  # fmt: skip
     plots.label_rows(axes, names)
-    near, far, farthest = depth_quantiles(total, (0.05, 0.95, 0.999), counts.steps_m)
-    title = f"All pixels: nine in ten from {near:.1f} to {far:.1f} m"
-    axes.set(xlabel=f"{plots.DEPTH}: half of a class in the box, nine in ten on the line", title=title)
-    axes.set_xlim(0, farthest)
+    near, far, farthest = depth_quantiles(counts.depth.sum(0), (0.05, 0.95, 0.999), counts.steps_m)
+    axes.set(
+        title=f"All pixels: nine in ten from {near:.1f} to {far:.1f} m",
+        xlabel=f"{plots.DEPTH}: half of a class in the box, nine in ten on the line",
+        xlim=(0, farthest),
+    )
     return figure
 
 
@@ -337,12 +342,15 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     """Validation images beside the training image most like them: of one scene first, then the most alike."""
-    alike = [_colour_signatures(samples.image[side]) for side in (leak.valid, leak.match)]
+    sides = [
+        np.stack([_colour_signature(image) for image in samples.image[side]])
+        for side in (leak.valid, leak.match)
+    ]
     shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
-    order = np.argsort(-2 * shared - (alike[0] * alike[1]).sum(1), kind="stable")[:count]
-    pairs, captions = [], []
+    order = np.argsort(-2 * shared - (sides[0] * sides[1]).sum(1), kind="stable")[:count]
+    rows = {}
     for valid, train, same in zip(leak.valid[order], leak.match[order], shared[order], strict=True):
-        pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
-        relation = ": same room, other view" if same else ""
-        captions.append(f"{samples.names[valid]} and {samples.names[train]}{relation}")
-    return plots.plot_grid(pairs, captions)
+        caption = f"{samples.names[valid]} and {samples.names[train]}"
+        pair = {"validation": samples.image[valid], "most similar in training": samples.image[train]}
+        rows[f"{caption}: same room, other view" if same else caption] = pair
+    return plots.plot_grid(list(rows.values()), list(rows))

@@ -1,14 +1,12 @@
 """Labels worth a second look: regions where networks not trained on the image confidently disagree."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.classes import IGNORE_INDEX
 from lib.data import Split
 from lib.data.validation import FOLDS
 from lib.device import choose_device
@@ -16,13 +14,11 @@ from lib.evaluation import Predicted, predict
 from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
-from lib.progress import progress_bar
 from lib.runs import read_parameters, runs_folder
 from lib.runs.results import recipe
-from lib.runs.scoring import iterate_split
+from lib.runs.scoring import iterate_split, watched
 
 LEAST_SHARE = 0.005  # of the image: smaller regions are mostly boundary
-BOX = ["left", "top", "right", "bottom"]
 
 
 def find_folds(run: Path) -> list[Path]:
@@ -50,16 +46,14 @@ def check_labels(
 ) -> pd.DataFrame:
     """`rank_regions` of these runs' validation images, each predicted by the run that validates on it."""
     splits = [iterate_split(read_parameters(run), "valid", data, run=run) for run in runs]
-    with progress_bar("checking labels", sum(map(len, splits))) as bar:
-
-        def predictions() -> Iterator[Predicted]:
-            for run, split in zip(runs, splits, strict=True):
-                model = load_model(run / "best.pt", choose_device(device))
-                for batch in predict(model, split, batch_size, confidence=True):
-                    yield batch
-                    bar.update(len(batch.samples))
-
-        return rank_regions(predictions(), splits[0].classes)
+    models = (load_model(run / "best.pt", choose_device(device)) for run in runs)  # one at a time
+    predictions = (
+        batch
+        for model, split in zip(models, splits, strict=True)
+        for batch in predict(model, split, batch_size, confidence=True)
+    )
+    images = sum(map(len, splits))
+    return rank_regions(watched("checking labels", images, predictions), splits[0].classes)
 
 
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:
@@ -81,10 +75,10 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
         for name, label, predicted, confidence in zip(
             batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True
         ):
-            for index, box, inside in _regions(label):
+            for index, box, inside in plots.large_regions(label, LEAST_SHARE, connectivity=4):
                 rows.append((name, *box, index, inside.mean()))
                 votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
-    table = pd.DataFrame(rows, columns=["image", *BOX, "labelled", "share"])
+    table = pd.DataFrame(rows, columns=["image", "left", "top", "right", "bottom", "labelled", "share"])
     votes = np.array(votes).reshape(-1, len(classes))
     usual = pd.DataFrame(votes * table[["share"]].to_numpy(float)).groupby(table.labelled).transform("sum")
     usual = usual.div(usual.sum(axis=1), axis=0).to_numpy()
@@ -96,16 +90,6 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
     order = np.argsort(-confidence * surprise * table.share**0.3, kind="stable")
     ranked = table.assign(**words, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
     return ranked.drop(columns="share").reset_index(drop=True)
-
-
-def _regions(label: np.ndarray) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
-    """Of `(H, W)`: class, box and, as `(H, W)` bool, the pixels of each region that is large enough."""
-    for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
-        same = (label == index).astype(np.uint8)
-        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=4)
-        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= LEAST_SHARE * label.size):
-            left, top, width, height = stats[number, :4].tolist()
-            yield index, (left, top, left + width, top + height), region == number
 
 
 def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:

@@ -43,15 +43,16 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
     axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
-    there = np.isfinite(first).sum()
-    higher, lower = (second > first).sum(), (second < first).sum()
-    title = (
-        f"B higher on {higher} of {there} images, lower on {lower}\n(no test: images of a scene are alike)"
-    )
     a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
     limit = (0, min(1, 0.05 + np.nanmax((first, second))))
     axes.set(
-        title=title, xlabel=f"A: {a_words}", ylabel=f"B: {b_words}", xlim=limit, ylim=limit, aspect="equal"
+        title=f"B higher on {(second > first).sum()} of {np.isfinite(first).sum()} images, lower on "
+        f"{(second < first).sum()}\n(no test: images of a scene are alike)",
+        xlabel=f"A: {a_words}",
+        ylabel=f"B: {b_words}",
+        xlim=limit,
+        ylim=limit,
+        aspect="equal",
     )
     return figure
 

@@ -4,7 +4,7 @@ import io
 import itertools
 import logging
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import cv2
@@ -62,7 +62,7 @@ TILE = 200  # pixels that an image in a figure is wide, at least
 WIDE_TILE = 256  # where there are at most three in a line
 DPI = 100  # of figures of images, in which these are whole pixels
 GAP = 8  # pixels between images
-LEVELS = 16  # of red, green and blue in a saved figure; class colours are among them
+STEP = 17  # between the 16 levels of red, green and blue in a saved figure; class colours are among them
 LINE = 20  # pixels of a line of text
 WRONG = "wrong pixels"
 CHANGED = "B fixes (blue), breaks (red)"
@@ -183,9 +183,10 @@ def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[
     """The classes in arrays of labels, for a legend; and unlabelled, if 255 is in one."""
     colours = class_colours(classes)
     present = sorted(set().union(*(np.unique(label).tolist() for label in labels)))
-    named = [(classes[index], colours[classes[index]]) for index in present if index != IGNORE_INDEX]
     patches = [  # edged, so that pale classes stand out from the page
-        Patch(facecolor=colour, label=shorten(name), edgecolor=GREY, linewidth=0.5) for name, colour in named
+        Patch(facecolor=colours[classes[index]], label=shorten(classes[index]), edgecolor=GREY, linewidth=0.5)
+        for index in present
+        if index != IGNORE_INDEX
     ]
     if IGNORE_INDEX in present:
         patches.append(
@@ -283,15 +284,38 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
 def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
     """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
+    for index, _, inside in large_regions(label, least, connectivity=8):
+        rimmed = np.pad(inside.astype(np.uint8), 1)  # so that a region ends where the picture does
+        room = cv2.distanceTransform(rimmed, cv2.DIST_L2, 5)
+        row, column = np.unravel_index(room.argmax(), room.shape)
+        side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
+        axes.text(
+            column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=8, bbox=box
+        )
+
+
+def large_regions(
+    label: np.ndarray, least: float, connectivity: int
+) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
+    """Connected regions of one label that take that share of `(H, W)` or more, unlabelled ones left out.
+
+    Yields:
+        Of each its class, its box (left, top, right, bottom, ends excluded), its pixels as `(H, W)` bool.
+    """
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
-        rimmed = np.pad((label == index).astype(np.uint8), 1)  # so that a region ends where the picture does
-        _, region, stats, _ = cv2.connectedComponentsWithStats(rimmed)
+        same = (label == index).astype(np.uint8)
+        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=connectivity)
         for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
-            room = cv2.distanceTransform((region == number).astype(np.uint8), cv2.DIST_L2, 5)
-            row, column = np.unravel_index(room.argmax(), room.shape)
-            side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
-            style = {"ha": side, "va": "center", "fontsize": 8, "bbox": box}
-            axes.text(column - 1, row - 1, shorten(classes[index], 14), **style)
+            left, top, width, height = stats[number, :4].tolist()
+            yield index, (left, top, left + width, top + height), region == number
+
+
+def draw_marks(
+    axes: Axes, across: np.ndarray, upwards: np.ndarray, filled: np.ndarray, colour: str | tuple
+) -> None:
+    """A mark at each of `(N,)` places; those that are not filled are white within."""
+    for chosen, face in ((filled, colour), (~filled, "white")):
+        axes.plot(across[chosen], upwards[chosen], "o", color=colour, markerfacecolor=face)
 
 
 def rows_height(count: int) -> float:
@@ -345,9 +369,8 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
         axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
         axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
-    line = {"color": VALID_COLOUR, "marker": "."}
-    score.plot(history.epoch, history.valid_pixel_acc, **line, linestyle="--")
-    score.plot(history.epoch, history.valid_miou, **line)
+    score.plot(history.epoch, history.valid_pixel_acc, ".--", color=VALID_COLOUR)
+    score.plot(history.epoch, history.valid_miou, ".-", color=VALID_COLOUR)
     score.set(title="No validation images", ylim=(0, 1))
     score.set_ylabel("mIoU (solid), accuracy (dashed)", fontsize="small")
     if history.valid_miou.notna().any():
@@ -418,11 +441,8 @@ def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: d
     figure, axes = new_figure(2.8)
     for name, runs in histories.items():
         for number, history in enumerate(runs):
-            line = {
-                "color": colours[name],
-                "label": "_" if number else shorten(name, 60),
-            }  # once in the legend
-            axes.plot(history.epoch, history.valid_miou, marker=".", linewidth=1, **line)
+            label = "_" if number else shorten(name, 60)  # once in the legend
+            axes.plot(history.epoch, history.valid_miou, ".-", color=colours[name], linewidth=1, label=label)
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
@@ -452,6 +472,5 @@ def small_png(figure: Figure) -> bytes:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     pixels = cv2.imdecode(np.frombuffer(drawn.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
-    step = 255 // (LEVELS - 1)
-    rounded = np.round(pixels / step).astype(np.uint8) * step
+    rounded = np.round(pixels / STEP).astype(np.uint8) * STEP
     return cv2.imencode(".png", rounded, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()

@@ -106,11 +106,14 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
     classes = predicted[0].samples.classes
     masks = [batch.labels[0] for batch in predicted]
     shades = ScalarMappable(Normalize(0, 1), "gray")
-    rows = []
-    for batch, mask in zip(predicted, masks, strict=True):
-        coloured = plots.colour_labels(mask, classes)
-        grey = shades.to_rgba(batch.confidence[0], bytes=True)[..., :3]
-        rows.append({"RGB": batch.samples.image[0], "prediction": coloured, CONFIDENCE: grey})
+    rows = [
+        {
+            "RGB": batch.samples.image[0],
+            "prediction": plots.colour_labels(batch.labels[0], classes),
+            CONFIDENCE: shades.to_rgba(batch.confidence[0], bytes=True)[..., :3],
+        }
+        for batch in predicted
+    ]
     captions = [batch.samples.names[0] for batch in predicted]
     figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), shades, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):

@@ -121,11 +121,11 @@ def execute_run(parameters: dict, split: str) -> None:
         RuntimeError: another process has the run.
     """
     run = runs_folder() / parameters["run_name"]
-    output = executed_notebook(run.name)
     wait_for_run(run, WAIT_SECONDS)
     if not run_state(run).trained:
         papermill.execute_notebook(
-            NOTEBOOKS / "train.ipynb", output, parameters | {"resume": (run / "parameters.json").exists()},
+            NOTEBOOKS / "train.ipynb", executed_notebook(run.name),
+            parameters | {"resume": (run / "parameters.json").exists()},
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     if split not in run_state(run).evaluated:

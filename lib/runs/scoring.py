@@ -154,7 +154,7 @@ def score_run(
         first = next(iter(passes))
         passes[first] = _saved(passes[first], masks_folder(run, split))
         counted = {
-            name: count_predictions(_watched(f"predicting, {name}", len(pieces), batches), thorough=True)
+            name: count_predictions(watched(f"predicting, {name}", len(pieces), batches), thorough=True)
             for name, batches in passes.items()
         }
         if not labelled:
@@ -243,7 +243,8 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     return described | {"classes": by_class.to_dict("index")}
 
 
-def _watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
+def watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
+    """The batches, while a bar counts their images."""
     with progress_bar(label, total) as bar:
         for batch in batches:
             yield batch

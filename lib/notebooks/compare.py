@@ -96,7 +96,8 @@ def plot_comparison(
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
-    offsets = np.linspace(-0.35, 0.35, 2 * len(differences) + 1)[1::2]
+    edges = np.linspace(-0.35, 0.35, len(differences) + 1)  # of the part of a row that each has
+    offsets = (edges[:-1] + edges[1:]) / 2
     cut = False
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
         cut |= _draw_differences(right, result, order, offset, colours[name], means[shown])
@@ -120,13 +121,14 @@ def plot_comparison(
 def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
     """What the right half shows; single runs, which have no recipe test, may stand beside several."""
     is_single = [isinstance(test, CheckpointComparison) for test in tests]
-    lines = {
-        "difference, adjusted 95 % interval" if is_single else "difference in IoU": True,
-        "filled: p < 0.05 by the recipe test": not all(is_single),
-        "one run: checkpoint test, not recipes": any(is_single),
-        "triangle: cut at IoU 0 or 1": cut,
-    }
-    return "\n".join(line for line, applies in lines.items() if applies)
+    lines = [
+        (bool(is_single), "difference, adjusted 95 % interval"),
+        (not is_single, "difference in IoU"),
+        (not all(is_single), "filled: p < 0.05 by the recipe test"),
+        (any(is_single), "one run: checkpoint test, not recipes"),
+        (cut, "triangle: cut at IoU 0 or 1"),
+    ]
+    return "\n".join(line for applies, line in lines if applies)
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:

@@ -592,18 +592,25 @@ def _say_runs(runs: tuple[int, int]) -> str:
 
 def _caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
-    caveats = {
-        "The scenes of these images are unknown, so images were treated as independent. If several images "
-        "show the same scene, every interval is too narrow.": any(run.scene is None for run in runs),
-        "Validation is `random`: the results hold only for rooms that the networks were trained on.": any(
-            run.validation == "random" for run in runs
+    few_seeds = [each for each in results.values() if each.recipe_test and min(each.runs) == 2]
+    caveats = [
+        (
+            any(run.scene is None for run in runs),
+            "The scenes of these images are unknown, so images were treated as independent. If several "
+            "images show the same scene, every interval is too narrow.",
         ),
-        "Pooled over five folds: the results hold for networks trained on four fifths of these scenes.": any(
-            run.is_pooled for run in runs
+        (
+            any(run.validation == "random" for run in runs),
+            "Validation is `random`: the results hold only for rooms that the networks were trained on.",
         ),
-        "Two seeds are too few for this many comparisons: in simulations, up to 10 % of such studies found a "
-        "nonexistent difference, instead of 5 %. Use three or more seeds.": (
-            sum(result.recipe_test is not None and min(result.runs) == 2 for result in results.values()) > 2
+        (
+            any(run.is_pooled for run in runs),
+            "Pooled over five folds: the results hold for networks trained on four fifths of these scenes.",
         ),
-    }
-    return [caveat for caveat, holds in caveats.items() if holds]
+        (
+            len(few_seeds) > 2,
+            "Two seeds are too few for this many comparisons: in simulations, up to 10 % of such studies "
+            "found a nonexistent difference, instead of 5 %. Use three or more seeds.",
+        ),
+    ]
+    return [caveat for applies, caveat in caveats if applies]

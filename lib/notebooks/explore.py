@@ -248,32 +248,42 @@ def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
 def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     """Sentences about what is odd in the data."""
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
-    explained = (
+    declare = (
         " If one of them has a label value that is read as unlabelled, such as 255, declare it under "
         "`classes` and `ignore`."
+        if counts.unlabelled
+        else ""
     )
     empty = (~counts.pixels[:, :-1].any(1)).sum()
     sizes = np.ones(1) if scene is None else np.unique(scene, return_counts=True)[1]
     depth = counts.depth.sum(0)
     near, far = counts.depth_range_m
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
-    warnings = {
-        f"These classes are in no image: {', '.join(absent)}.{explained if counts.unlabelled else ''}": len(
-            absent
+    warnings = [
+        (len(absent) > 0, f"These classes are in no image: {', '.join(absent)}.{declare}"),
+        (
+            sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum(),
+            f"One scene has {plots.percent(sizes.max() / sizes.sum())} of the images, so nothing can be "
+            "concluded about new scenes. (Images with numbers as names are treated as frames of a video.) If "
+            "each image shows its own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set "
+            "`scene` to a .csv with the columns name,scene.",
         ),
-        f"One scene has {plots.percent(sizes.max() / sizes.sum())} of the images, so nothing can be "
-        "concluded about new scenes. (Images with numbers as names are treated as frames of a video.) If "
-        "each image shows its own scene, write `scene: '^(.*)$'` into `dataset.yaml`; otherwise set `scene` "
-        "to a .csv with the columns name,scene.": (sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum()),
-        f"{empty} images have no labelled pixel.": empty,
-        f"{plots.percent(counts.unlabelled, 1)} of the pixels are unlabelled.": counts.unlabelled > 0.5,
-        f"{plots.percent(depth[0] / depth.sum(), 1)} of the pixels have no depth.": (
-            counts.has_depth and depth[0] > 0.5 * depth.sum()
+        (empty > 0, f"{empty} images have no labelled pixel."),
+        (
+            counts.unlabelled > 0.5,
+            f"{plots.percent(counts.unlabelled, 1)} of the pixels are unlabelled.",
         ),
-        f"{plots.percent(outside, 1)} of the depths are outside {near:g} to {far:g} m, the range to which "
-        "networks clip them: check `depth_unit_mm` and `depth_range_m` in `dataset.yaml`.": outside > 0.2,
-    }
-    return [warning for warning, applies in warnings.items() if applies]
+        (
+            counts.has_depth and depth[0] > 0.5 * depth.sum(),
+            f"{plots.percent(depth[0] / depth.sum(), 1)} of the pixels have no depth.",
+        ),
+        (
+            outside > 0.2,
+            f"{plots.percent(outside, 1)} of the depths are outside {near:g} to {far:g} m, the range to "
+            "which networks clip them: check `depth_unit_mm` and `depth_range_m` in `dataset.yaml`.",
+        ),
+    ]
+    return [warning for applies, warning in warnings if applies]
 
 
 def count_test_images(data: str, limit: int | None, classes: str | None) -> int | None:

@@ -19,7 +19,7 @@ import papermill
 import ray
 import yaml
 
-from lib.files import ROOT, wait_for_run
+from lib.files import ROOT, hold_run
 from lib.model import is_file
 from lib.notebooks.conclusions import read_defaults
 from lib.options import check_choice, check_options, explain_unknown
@@ -122,8 +122,9 @@ def execute_run(parameters: dict, split: str) -> None:
     """
     run = runs_folder() / parameters["run_name"]
     output = executed_notebook(run.name)
-    wait_for_run(run, WAIT_SECONDS)
-    if not run_state(run).trained:
+    with hold_run(run, WAIT_SECONDS):
+        is_trained = run_state(run).trained
+    if not is_trained:
         papermill.execute_notebook(
             NOTEBOOKS / "train.ipynb", output, parameters | {"resume": (run / "parameters.json").exists()},
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,

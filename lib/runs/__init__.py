@@ -45,7 +45,6 @@ def open_run(
     parameters: dict[str, object],
     resume: bool = False,
     samples: Sequence[Samples] = (),
-    wait_seconds: float = 0,
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
@@ -56,7 +55,6 @@ def open_run(
         parameters: of the notebook, `run_name` among them.
         resume: go on with the run of that name.
         samples: what it will train and validate on, refused if loaded with other parameters than these.
-        wait_seconds: for another process to let go of it.
 
     Raises:
         ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
@@ -85,7 +83,7 @@ def open_run(
             )
     if resume:
         _check_resumable(run, saved)
-    with hold_run(run, wait_seconds):
+    with hold_run(run):
         older = None if resume else _set_aside(run)
         run.mkdir(exist_ok=True)
         if not _is_begun(run):

@@ -265,14 +265,9 @@ def read_parameters(run: Path) -> dict:
     return read_json(run / "parameters.json")
 
 
-def is_of_older_version(parameters: dict[str, object]) -> bool:
-    """Whether they have their names of before the first release, under which nothing is found."""
-    return "validation" not in parameters
-
-
 def check_version(run_name: str, parameters: dict[str, object]) -> None:
-    """Raises a ValueError for a run of an older version."""
-    if is_of_older_version(parameters):
+    """Raises a ValueError for parameters with their names of before the first release."""
+    if "validation" not in parameters:
         raise ValueError(
             f"run {run_name!r} was trained before parameters were renamed, so its parameters.json has no "
             "`validation`; train it again"

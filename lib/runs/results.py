@@ -20,7 +20,6 @@ from lib.runs import (
     PLACES,
     RECORDED,
     check_version,
-    is_of_older_version,
     list_runs,
     read_counts,
     read_history,
@@ -102,16 +101,8 @@ class ScoredRun:
 
     def select(self, chosen: np.ndarray) -> "ScoredRun":
         """The same run on some of its images, `chosen` as positions or `(N,)` bool."""
-        scene = None if self.scene is None else self.scene[chosen]
-        fold = None if self.image_fold is None else self.image_fold[chosen]
-        return replace(
-            self,
-            names=self.names[chosen],
-            counts=self.counts[chosen],
-            scene=scene,
-            strata=None,
-            image_fold=fold,
-        )
+        by_image = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, strata=None, **{name: array[chosen] for name, array in by_image.items()})
 
     def read_masks(self, names: Iterable[str]) -> list[np.ndarray]:
         """The predictions `(H, W)` of these images.
@@ -167,7 +158,7 @@ def scored_folders(split: str) -> list[Path]:
     """Folders of the runs that are scored on a split and can be compared, the latest evaluation last."""
     files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
     folders = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
-    return [folder for folder in folders if not is_of_older_version(read_parameters(folder))]
+    return [folder for folder in folders if "validation" in read_parameters(folder)]  # see check_version
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
@@ -178,14 +169,12 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
     lines = []
     arrays = {}
     lists: dict[tuple, str] = {}
-    for run in runs:
+    for number, run in enumerate(runs):
         listed = {"names": run.names, "classes": np.array(run.classes)}
         listed |= {} if run.scene is None else {"scene": run.scene}
         content = tuple((name, *array.tolist()) for name, array in listed.items())
         images = lists.setdefault(content, f"images{len(lists)}")
-        key = run.name
-        while f"counts/{key}" in arrays:  # another run of that name, or the same run on another split
-            key += "+"
+        key = f"{number} {run.name}"  # another run may have that name
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
         for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
             arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
@@ -196,22 +185,25 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
 
 
 def _describe_run(run: ScoredRun) -> dict:
-    """What `runs.jsonl` says of a run, paths cut to their last component."""
-    parameters = {name: value for name, value in run.parameters.items() if name != "run_name"}
-    for name in (*PLACES, "predictions"):
-        if parameters.get(name) is not None:
-            parameters[name] = Path(parameters[name]).name
+    """What `runs.jsonl` says of a run."""
+    parameters = _cut_paths(run.parameters)
     history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
     return {
         "name": run.name,
         "group": run.group,
-        "parameters": parameters,
+        "parameters": {name: value for name, value in parameters.items() if name != "run_name"},
         **{name: getattr(run, name) for name in RECORDED},
         "split": run.split,
         "data": Path(run.data).name,
         "validation": run.validation,
         "history": None if history is None else history.to_dict("list"),
     }
+
+
+def _cut_paths(parameters: dict[str, object]) -> dict[str, object]:
+    """Parameters in which paths of data, weights and predictions are their last component."""
+    places = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
+    return parameters | {name: Path(parameters[name]).name for name in places}
 
 
 def read_results(folder: Path) -> list[ScoredRun]:
@@ -255,11 +247,11 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
-    kept = {name: value for name, value in parameters.items() if value is not None and name not in NO_RECIPE}
-    for name in PLACES:  # the same files may lie elsewhere
-        digest = kept.pop(f"{name}_digest", None)
-        if name in kept:
-            kept[name] = digest or Path(kept[name]).name
+    kept = {
+        name: parameters.get(f"{name}_digest", value)  # the same files may lie elsewhere
+        for name, value in _cut_paths(parameters).items()
+        if value is not None and name not in NO_RECIPE and not name.endswith("_digest")
+    }
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
     as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
@@ -318,8 +310,9 @@ def read_entry(entry: str, split: str) -> list[ScoredRun]:
             results = read_results(folder)
             splits = {run.split for run in results}
             if splits and split not in splits:
-                there = ", ".join(sorted(splits))
-                raise ValueError(f"split: found {split!r}, the runs of {entry} were scored on {there}")
+                raise ValueError(
+                    f"split: found {split!r}, the runs of {entry} were scored on {', '.join(sorted(splits))}"
+                )
             return [run for run in results if run.split == split]
     raise ValueError(
         f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in "
@@ -347,8 +340,7 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             f'parameters {", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
-        values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}
-        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items())
+        listed = "; ".join(f"{name}: {', '.join(sorted(table[name].map(str).unique()))}" for name in names)
         raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {listed}")
     return list(itertools.compress(runs, is_matching))
 
@@ -401,12 +393,10 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
     settings = settings_that_differ(by_recipe)
-    groups = [group for group, _ in by_recipe]
+    groups = [group for group, _ in by_recipe if group]
     named = {}
     for (group, key), members in by_recipe.items():
-        label = group
-        if not group or groups.count(group) > 1:
-            label = _label(members, settings[group, key])
+        label = group if groups.count(group) == 1 else _label(members, settings[group, key])
         if label in named:
             label = f"{label} ({members[0].name})"
         named[label] = members
@@ -421,9 +411,8 @@ def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hasha
 
 
 def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
-    values = {name: run.parameters[name] for name in differing if name in _row(run)}
-    values |= {name: Path(str(value)).name for name, value in values.items() if name in PLACES}
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    values = _cut_paths(run.parameters)
+    return ", ".join(f"{name} {values[name]}" for name in differing if name in _row(run))
 
 
 def _row(run: ScoredRun) -> dict[str, str]:

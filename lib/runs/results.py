@@ -359,10 +359,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no
             such baseline.
     """
-    by_recipe: dict[tuple, list[ScoredRun]] = {}
-    for run in _pool_folds(runs):
-        by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
-    named = _name_recipes(by_recipe)
+    named = _name_recipes(_group(_pool_folds(runs)))
     for members in named.values():
         members.sort(key=lambda run: run.parameters["seed"])
         for run in members:
@@ -376,18 +373,23 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     return {name: named[name] for name in dict.fromkeys((first[0], *named))}
 
 
+def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[ScoredRun]]:
+    """Runs by their group, recipe and these parameters, in the order in which they first occur."""
+    groups: dict[tuple, list[ScoredRun]] = {}
+    for run in runs:
+        key = (run.group, recipe(run.parameters), *map(run.parameters.get, parameters))
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
 def _check_distinct(runs: list[ScoredRun]) -> None:
     """A seed counts once, however often it was trained or named: another run of it is no other draw."""
-    seen: dict[tuple, ScoredRun] = {}
-    for run in runs:
-        seed = run.parameters.get("seed")
-        fold = run.parameters.get("fold")
-        other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
-        if other is not run:
+    for (*_, seed, fold), (first, *others) in _group(runs, "seed", "fold").items():
+        if others:
             raise ValueError(
-                f"runs: {other.name!r} and {run.name!r} have the same recipe, seed {seed} and fold {fold}, "
-                "but each seed counts once; name only one of them, or train or score the other with another "
-                "seed (or, for external predictions, under another recipe)"
+                f"runs: {first.name!r} and {others[0].name!r} have the same recipe, seed {seed} and fold "
+                f"{fold}, but each seed counts once; name only one of them, or train or score the other with "
+                "another seed (or, for external predictions, under another recipe)"
             )
 
 
@@ -449,13 +451,11 @@ def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
     if len({run.parameters.get("fold") for run in runs}) < 2:
         return runs
-    groups: dict[tuple, dict[int, ScoredRun]] = {}
-    for run in runs:
-        key = run.group, recipe(run.parameters), run.parameters["seed"]
-        groups.setdefault(key, {})[run.parameters.get("fold")] = run
-    whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
+    groups = _group(runs, "seed")
+    by_fold = {key: {run.parameters.get("fold"): run for run in members} for key, members in groups.items()}
+    whole = [folds for folds in by_fold.values() if set(folds) == set(range(FOLDS))]
     if not whole:
-        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
+        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in by_fold.items())
         raise ValueError(
             f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs"
         )

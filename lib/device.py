@@ -72,12 +72,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     check_options(precision=precision)
     if precision != "auto":
         return precision
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    elif device.type == "cpu":  # emulated, bf16 is several times slower than fp32
-        native = bool({"avx512_bf16", "amx_bf16"} & _cpu_instructions())
-    return "bf16" if native else "fp32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return "bf16"
+    if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & _cpu_instructions():
+        return "bf16"  # where it is emulated, it is several times slower than fp32
+    return "fp32"
 
 
 def _cpu_instructions() -> set[str]:

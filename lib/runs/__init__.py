@@ -22,7 +22,6 @@ from lib.model import weights_digest
 
 RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
 MAY_CHANGE = ("num_workers", "save_figures")  # when a run is resumed; neither changes its result
-WHERE = ("device", "precision")  # what these come to is held against the checkpoint
 WEIGHTS = ("encoder_weights", "init_from")  # files of weights, known by a digest
 PLACES = ("data", *WEIGHTS)  # paths, which may differ from machine to machine
 
@@ -159,7 +158,8 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *WHERE, *RECORDED, *same_file)
+        if name not in (*MAY_CHANGE, *RECORDED, *same_file)
+        and name not in ("device", "precision")  # what these come to is held against the checkpoint
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:

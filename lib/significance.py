@@ -162,7 +162,7 @@ def compare_checkpoints(
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
     difference, error = scores[1] - scores[0], _jackknife_error(left_out[1] - left_out[0])
-    p_values = np.where(np.isfinite(error), _swap_test(*totals, seed), np.nan)
+    p_values = np.where(np.isfinite(error), _swap_test(*totals, difference, seed), np.nan)
     fields = _difference_fields(difference, error, degrees, p_values)
     return CheckpointComparison(**fields, scene_count=totals.shape[1])
 
@@ -387,8 +387,8 @@ def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
     return p_values
 
 
-def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
-    """p-values `(1 + C,)` of all scores from the totals of each scene `(G, 3, C)`."""
+def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> Array:
+    """p-values of the observed differences of all scores `(1 + C,)` from the totals of scenes `(G, 3, C)`."""
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
@@ -397,7 +397,6 @@ def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
         swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
     moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)
     swapped = _scores(totals_b.sum(0) - moved) - _scores(totals_a.sum(0) + moved)
-    observed = _scores(totals_b.sum(0)) - _scores(totals_a.sum(0))
     extreme = (np.abs(swapped) >= np.abs(observed) - ROUNDING).sum(0)
     return extreme / len(swaps) if exact else (1 + extreme) / (1 + len(swaps))
 

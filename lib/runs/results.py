@@ -247,15 +247,19 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
+    return tuple(item for item in _settings(parameters).items() if parameters[item[0]] is not None)
+
+
+def _settings(parameters: dict[str, object]) -> dict[str, str]:
+    """The parameters that make the recipe, as text in the order of their names; None is a value, too."""
     kept = {
         name: parameters.get(f"{name}_digest", value)  # the same files may lie elsewhere
         for name, value in _cut_paths(parameters).items()
-        if value is not None and name not in NO_RECIPE and not name.endswith("_digest")
+        if name not in NO_RECIPE and not name.endswith("_digest")
     }
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
-    as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
-    return tuple(sorted((name, str(value)) for name, value in as_float.items()))
+    return {name: str(float(value) if type(value) is int else value) for name, value in sorted(kept.items())}
 
 
 def identity(parameters: dict[str, object]) -> tuple:
@@ -407,21 +411,14 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
 
 def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
     """By recipe the parameters in which these recipes differ, such as `learning_rate 0.003`."""
-    table = pd.DataFrame([_row(members[0]) for members in recipes.values()], dtype=object)
+    table = pd.DataFrame([_settings(members[0].parameters) for members in recipes.values()], dtype=object)
     differing = table.columns[table.nunique() > 1]  # among the recipes that know them
     return {name: _describe_settings(members[0], differing) for name, members in recipes.items()}
 
 
 def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
     values = _cut_paths(run.parameters)
-    return ", ".join(f"{name} {values[name]}" for name in differing if name in _row(run))
-
-
-def _row(run: ScoredRun) -> dict[str, str]:
-    """The parameters that make the recipe, and those that are None, which is a value of them, too."""
-    kept = dict(recipe(run.parameters))
-    nothing = (name for name, value in run.parameters.items() if value is None and name not in NO_RECIPE)
-    return kept | dict.fromkeys(nothing, "None")
+    return ", ".join(f"{name} {values[name]}" for name in differing if name in _settings(run.parameters))
 
 
 def _label(members: list[ScoredRun], settings: str) -> str:

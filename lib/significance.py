@@ -216,11 +216,12 @@ def compare_recipes(
     _, scores_a, left_out_a, scene_degrees = _by_scene(counts_a, scene)
     _, scores_b, left_out_b, _ = _by_scene(counts_b, scene)
     difference = scores_b.mean(0) - scores_a.mean(0)
-    scores, left_out = [scores_a, scores_b], [left_out_a, left_out_b]
+    sides = [(scores_a, left_out_a), (scores_b, left_out_b)]
     if paired:
-        scores, left_out = [scores_b - scores_a], [left_out_b - left_out_a]
-    seeds, scenes = _crossed_variance(scores, left_out)
-    runs = np.array([[len(side)] for side in scores])
+        sides = [(scores_b - scores_a, left_out_b - left_out_a)]
+    seeds = np.stack([scores.var(0, ddof=1) / len(scores) for scores, _ in sides])
+    scenes = _scene_variance([left_out for _, left_out in sides])
+    runs = np.array([[len(scores)] for scores, _ in sides])
     error, degrees = _crossed_error(seeds, runs, scenes, scene_degrees)
     _check_varies("counts", difference[0], error[0])
     return RecipeComparison(
@@ -343,16 +344,12 @@ def _jackknife_error(left_out: Array) -> Array:
     return np.sqrt((scenes - 1) / scenes * ((left_out - left_out.mean(0)) ** 2).sum(0))
 
 
-def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array, Array]:
-    """Variances due to seeds `(sides, K)` and to scenes `(K,)`.
-
-    They are those of scores `(S, K)`, and `(S, G, K)` without each scene.
-    """
-    seeds = np.stack([side.var(0, ddof=1) / len(side) for side in scores])
-    scenes = sum(_covariance(side, side) for side in left_out)
+def _scene_variance(left_out: list[Array]) -> Array:
+    """Variance `(K,)` due to scenes, of the scores `(S, G, K)` of each side without each scene."""
+    variance = sum(_covariance(side, side) for side in left_out)
     if len(left_out) == 2:
-        scenes = scenes - 2 * _covariance(*left_out)
-    return seeds, np.maximum(scenes, 0)
+        variance = variance - 2 * _covariance(*left_out)
+    return np.maximum(variance, 0)
 
 
 def _covariance(first: Array, second: Array) -> Array:

@@ -282,8 +282,7 @@ def find_run(run: str, parameter: str = "run") -> Path:
     """
     file = runs_folder() / Path(run).expanduser() / "best.pt"  # an absolute path stays what it is
     if run == "latest":
-        trained = runs_folder().glob("*/best.pt")
-        file = max(trained, key=lambda path: path.stat().st_mtime, default=file)
+        file = max(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, default=file)
     if not file.exists():
         raise ValueError(
             f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one "

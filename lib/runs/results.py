@@ -157,8 +157,8 @@ def read_scored(run: Path, split: str) -> ScoredRun:
 def scored_folders(split: str) -> list[Path]:
     """Folders of the runs that are scored on a split and can be compared, the latest evaluation last."""
     files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
-    return [folder for folder in folders if "validation" in read_parameters(folder)]  # see check_version
+    scored = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
+    return [folder for folder in scored if "validation" in read_parameters(folder)]  # see check_version
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:

@@ -73,18 +73,17 @@ def choose_precision(precision: str, device: torch.device) -> str:
     check_options(precision=precision)
     if precision != "auto":
         return precision
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    elif device.type == "cpu":  # emulated, bf16 is several times slower than fp32
-        native = bool({"avx512_bf16", "amx_bf16"} & _cpu_instructions())
-    return "bf16" if native else "fp32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return "bf16"
+    if device.type == "cpu" and _bf16_instructions():
+        return "bf16"  # where it is emulated, it is several times slower than fp32
+    return "fp32"
 
 
-def _cpu_instructions() -> set[str]:
-    """The instructions that torch knows of this CPU; empty before torch 2.7, which does not tell."""
-    tell = getattr(torch.cpu, "get_capabilities", dict)
-    return {name for name, available in tell().items() if available is True}
+def _bf16_instructions() -> list[str]:
+    """Those of this CPU that torch knows; empty before torch 2.7, which does not tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return [name for name in ("avx512_bf16", "amx_bf16") if known.get(name)]
 
 
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
@@ -111,8 +110,8 @@ def describe_processor() -> str:
     if Path("/proc/cpuinfo").exists():
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = named[1] if named else name
-    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in _cpu_instructions()]
-    return f"{name} ({', '.join([torch.backends.cpu.get_cpu_capability(), *bf16])})"
+    instructions = [torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()]
+    return f"{name} ({', '.join(instructions)})"
 
 
 def _unused_gpu() -> str:

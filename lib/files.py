@@ -1,7 +1,6 @@
 """Files that are whole or not there: checkpoints, JSON, text, locks."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,15 +49,8 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json(content: dict, path: Path) -> None:
     """A JSON file, whole or not there; NaN and infinity become null, which JSON knows."""
-    write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", path)
-
-
-def _finite(content: object) -> object:
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
+    write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", path)
 
 
 def read_json(path: Path) -> dict:
@@ -91,12 +83,6 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
         ) from error
     with held:
         yield
-
-
-def wait_for_run(run: Path, seconds: float) -> None:
-    """Wait until no other process has the run; raises as `hold_run`."""
-    with hold_run(run, seconds):
-        return
 
 
 def save_checkpoint(state: dict, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
@@ -103,18 +103,16 @@ def check_choice(parameter: str, value: object, choices: Iterable) -> None:
     if value in choices:
         return
     hint = ""
-    if parameter in ("split", "validation"):
-        sibling = "validation" if parameter == "split" else "split"
-        if value in OPTIONS[sibling].values:
-            hint = f"; did you mean {sibling}: {value}?"
-        elif value in _OLDER_VALUES:
-            hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
+    sibling = {"split": "validation", "validation": "split"}.get(parameter)
+    if sibling and value in OPTIONS[sibling].values:
+        hint = f"; did you mean {sibling}: {value}?"
+    elif sibling and value in _OLDER_VALUES:
+        hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")
 
 
-def explain_unknown(name: str, known: Iterable[str]) -> str:
+def explain_unknown(name: str, known: Collection[str]) -> str:
     """What is wrong with a parameter or key that is not known: its new name, or the nearest one."""
-    known = list(known)
     if OLDER_NAMES.get(name) in known:
         return f"{name}: is called {OLDER_NAMES[name]} now"
     close = difflib.get_close_matches(name, known, 1)

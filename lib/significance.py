@@ -10,6 +10,7 @@ scenes there is no result: what depends on scenes is NaN.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from scipy import optimize, stats
@@ -25,25 +26,38 @@ ROUNDING = 1e-12  # scores closer than this are equal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What the three tests share: the difference of the mIoU, b minus a."""
+class Sensitivity:
+    """What a t test of a difference can find, before its runs are made or after."""
 
-    difference: float
-    interval: tuple[float, float]  # (low, high), 95 %
-    p_value: float
-    standard_error: float
+    standard_error: float  # of the difference
     degrees_of_freedom: float  # of t; NaN where nothing varies
-    comparisons: int | None = None  # that p-value and interval are adjusted for; None: not adjusted
+    comparisons: int | None = None  # that it is adjusted for; None: not adjusted
 
     @property
     def detectable(self) -> float:
         """The true difference found with 80 % power at the level 0.05 over the number of comparisons."""
-        return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons or 1)
+        if not self.standard_error > ROUNDING:  # nothing varies, or NaN
+            return self.standard_error
+        if not self.degrees_of_freedom >= 1:  # below, scenes are so unequal that nothing is found
+            return np.nan if np.isnan(self.degrees_of_freedom) else np.inf
+        highest = self.standard_error
+        while self.power(highest) < POWER:
+            highest *= 2
+        return optimize.brentq(lambda difference: self.power(difference) - POWER, 0, highest)
 
-    def adjusted(self, comparisons: int) -> "Comparison":
-        """The result as one of so many comparisons: p-value and interval by Bonferroni; 1 changes neither.
+    def power(self, difference: float) -> float:
+        """The probability that the two-sided test finds a true difference, by the noncentral t."""
+        effect = abs(difference) / self.standard_error
+        least = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
+        # NaN now and then where it is next to 0
+        other_side = np.nan_to_num(stats.nct.cdf(-least, self.degrees_of_freedom, effect))
+        return float(stats.nct.sf(least, self.degrees_of_freedom, effect) + other_side)
 
-        p-values and intervals of classes are adjusted for the number of classes that are tested.
+    def adjusted(self, comparisons: int) -> Self:
+        """The same as one of so many comparisons, by Bonferroni; 1 changes nothing.
+
+        Of a result this adjusts p-value and interval; p-values and intervals of classes are adjusted for the
+        number of classes that are tested.
 
         Raises:
             ValueError: fewer than one comparison, or a result that is adjusted already.
@@ -53,11 +67,26 @@ class Comparison:
                 f"comparisons: found {comparisons} for a result adjusted for {self.comparisons or 'none'}, "
                 "expected 1 or more for an unadjusted result"
             )
-        (low,), (high,) = _interval(
-            *np.array([[self.difference], [self.standard_error], [self.degrees_of_freedom]]), comparisons
-        )
+        return replace(self, comparisons=comparisons)
+
+
+class Plan(Sensitivity):
+    """What a recipe test can find before its runs are made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Sensitivity):
+    """What the three tests share: the difference of the mIoU, b minus a."""
+
+    difference: float
+    interval: tuple[float, float]  # (low, high), 95 %
+    p_value: float
+
+    def adjusted(self, comparisons: int) -> Self:
+        adjusted = super().adjusted(comparisons)
+        interval = _interval(self.difference, self.standard_error, self.degrees_of_freedom, comparisons)
         p_value = float(np.minimum(1, comparisons * self.p_value))
-        return replace(self, interval=(float(low), float(high)), p_value=p_value, comparisons=comparisons)
+        return replace(adjusted, interval=tuple(interval.tolist()), p_value=p_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +103,7 @@ class SceneComparison(Comparison):
     class_degrees_of_freedom: Array  # (C,)
     scene_count: int
 
-    def adjusted(self, comparisons: int) -> "SceneComparison":
+    def adjusted(self, comparisons: int) -> Self:
         tested = max(1, int(np.isfinite(self.class_p_value).sum()))
         errors = self.class_standard_error, self.class_degrees_of_freedom
         return replace(
@@ -99,28 +128,6 @@ class RecipeComparison(SceneComparison):
 
 class SeedComparison(Comparison):
     """Result of the seed test."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe test can find before its runs are made."""
-
-    standard_error: float  # of the difference
-    degrees_of_freedom: float
-    comparisons: int = 1
-
-    @property
-    def detectable(self) -> float:
-        """The true difference that is found with 80 % power."""
-        return _detectable(self.standard_error, self.degrees_of_freedom, self.comparisons)
-
-    def power(self, difference: float) -> float:
-        """The probability that the test finds a true difference, by the noncentral t."""
-        return _power(difference / self.standard_error, self.degrees_of_freedom, self.comparisons)
-
-    def adjusted(self, comparisons: int) -> "Plan":
-        """The plan of one of so many comparisons, adjusted by Bonferroni."""
-        return replace(self, comparisons=comparisons)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def compare_checkpoints(
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
     difference, error = scores[1] - scores[0], _jackknife_error(left_out[1] - left_out[0])
-    p_values = np.where(np.isfinite(error), _swap_test(*totals, seed), np.nan)
+    p_values = np.where(np.isfinite(error), _swap_test(*totals, difference, seed), np.nan)
     fields = _difference_fields(difference, error, degrees, p_values)
     return CheckpointComparison(**fields, scene_count=totals.shape[1])
 
@@ -209,11 +216,12 @@ def compare_recipes(
     _, scores_a, left_out_a, scene_degrees = _by_scene(counts_a, scene)
     _, scores_b, left_out_b, _ = _by_scene(counts_b, scene)
     difference = scores_b.mean(0) - scores_a.mean(0)
-    scores, left_out = [scores_a, scores_b], [left_out_a, left_out_b]
+    sides = [(scores_a, left_out_a), (scores_b, left_out_b)]
     if paired:
-        scores, left_out = [scores_b - scores_a], [left_out_b - left_out_a]
-    seeds, scenes = _crossed_variance(scores, left_out)
-    runs = np.array([[len(side)] for side in scores])
+        sides = [(scores_b - scores_a, left_out_b - left_out_a)]
+    seeds = np.stack([scores.var(0, ddof=1) / len(scores) for scores, _ in sides])
+    scenes = _scene_variance([left_out for _, left_out in sides])
+    runs = np.array([[len(scores)] for scores, _ in sides])
     error, degrees = _crossed_error(seeds, runs, scenes, scene_degrees)
     _check_varies("counts", difference[0], error[0])
     return RecipeComparison(
@@ -265,7 +273,7 @@ def plan(
     (error,), (degrees,) = _crossed_error(
         seeds, runs * sides, np.array([variance_per_scene / scenes]), scene_degrees
     )
-    return Plan(float(error), float(degrees))
+    return Plan(standard_error=float(error), degrees_of_freedom=float(degrees))
 
 
 def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
@@ -336,16 +344,12 @@ def _jackknife_error(left_out: Array) -> Array:
     return np.sqrt((scenes - 1) / scenes * ((left_out - left_out.mean(0)) ** 2).sum(0))
 
 
-def _crossed_variance(scores: list[Array], left_out: list[Array]) -> tuple[Array, Array]:
-    """Variances due to seeds `(sides, K)` and to scenes `(K,)`.
-
-    They are those of scores `(S, K)`, and `(S, G, K)` without each scene.
-    """
-    seeds = np.stack([side.var(0, ddof=1) / len(side) for side in scores])
-    scenes = sum(_covariance(side, side) for side in left_out)
+def _scene_variance(left_out: list[Array]) -> Array:
+    """Variance `(K,)` due to scenes, of the scores `(S, G, K)` of each side without each scene."""
+    variance = sum(_covariance(side, side) for side in left_out)
     if len(left_out) == 2:
-        scenes = scenes - 2 * _covariance(*left_out)
-    return seeds, np.maximum(scenes, 0)
+        variance = variance - 2 * _covariance(*left_out)
+    return np.maximum(variance, 0)
 
 
 def _covariance(first: Array, second: Array) -> Array:
@@ -363,8 +367,10 @@ def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Arra
     return np.sqrt(total), np.divide(total**2, squares, where=squares != 0, out=np.full_like(total, np.nan))
 
 
-def _interval(middle: Array, error: Array, degrees: Array, comparisons: int = 1) -> Array:
-    """`(2, K)`, simultaneous for so many comparisons by Bonferroni."""
+def _interval(
+    middle: Array | float, error: Array | float, degrees: Array | float, comparisons: int = 1
+) -> Array:
+    """`(2, ...)` of each, simultaneous for so many comparisons by Bonferroni."""
     half = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
     return np.stack((middle - half, middle + half))
 
@@ -378,8 +384,8 @@ def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
     return p_values
 
 
-def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
-    """p-values `(1 + C,)` of all scores from the totals of each scene `(G, 3, C)`."""
+def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> Array:
+    """p-values of the observed differences of all scores `(1 + C,)` from the totals of scenes `(G, 3, C)`."""
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
@@ -388,29 +394,8 @@ def _swap_test(totals_a: Array, totals_b: Array, seed: int) -> Array:
         swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
     moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)
     swapped = _scores(totals_b.sum(0) - moved) - _scores(totals_a.sum(0) + moved)
-    observed = _scores(totals_b.sum(0)) - _scores(totals_a.sum(0))
     extreme = (np.abs(swapped) >= np.abs(observed) - ROUNDING).sum(0)
     return extreme / len(swaps) if exact else (1 + extreme) / (1 + len(swaps))
-
-
-def _power(effect: float, degrees: float, comparisons: int) -> float:
-    """Of the two-sided t test for a true difference of so many standard errors."""
-    least = stats.t.ppf(1 - LEVEL / 2 / comparisons, degrees)
-    other_side = np.nan_to_num(
-        stats.nct.cdf(-least, degrees, abs(effect))
-    )  # NaN now and then where it is next to 0
-    return float(stats.nct.sf(least, degrees, abs(effect)) + other_side)
-
-
-def _detectable(error: float, degrees: float, comparisons: int) -> float:
-    if not error > ROUNDING:  # nothing varies, or NaN
-        return error
-    if not degrees >= 1:  # below, scenes are so unequal that nothing is found
-        return np.nan if np.isnan(degrees) else np.inf
-    highest = 1.0
-    while _power(highest, degrees, comparisons) < POWER:
-        highest *= 2
-    return error * optimize.brentq(lambda effect: _power(effect, degrees, comparisons) - POWER, 0, highest)
 
 
 def _shared_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:

@@ -19,7 +19,7 @@ import papermill
 import ray
 import yaml
 
-from lib.files import ROOT, wait_for_run
+from lib.files import ROOT, hold_run
 from lib.model import is_file
 from lib.notebooks.conclusions import read_defaults
 from lib.options import check_choice, check_options, explain_unknown
@@ -121,8 +121,9 @@ def execute_run(parameters: dict, split: str) -> None:
         RuntimeError: another process has the run.
     """
     run = runs_folder() / parameters["run_name"]
-    wait_for_run(run, WAIT_SECONDS)
-    if not run_state(run).trained:
+    with hold_run(run, WAIT_SECONDS):
+        is_trained = run_state(run).trained
+    if not is_trained:
         papermill.execute_notebook(
             NOTEBOOKS / "train.ipynb", executed_notebook(run.name),
             parameters | {"resume": (run / "parameters.json").exists()},

@@ -22,7 +22,6 @@ from lib.model import weights_digest
 
 RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
 MAY_CHANGE = ("num_workers", "save_figures")  # when a run is resumed; neither changes its result
-WHERE = ("device", "precision")  # what these come to is held against the checkpoint
 WEIGHTS = ("encoder_weights", "init_from")  # files of weights, known by a digest
 PLACES = ("data", *WEIGHTS)  # paths, which may differ from machine to machine
 
@@ -45,7 +44,6 @@ def open_run(
     parameters: dict[str, object],
     resume: bool = False,
     samples: Sequence[Samples] = (),
-    wait_seconds: float = 0,
 ) -> Iterator[Path]:
     """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
 
@@ -56,7 +54,6 @@ def open_run(
         parameters: of the notebook, `run_name` among them.
         resume: go on with the run of that name.
         samples: what it will train and validate on, refused if loaded with other parameters than these.
-        wait_seconds: for another process to let go of it.
 
     Raises:
         ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
@@ -85,7 +82,7 @@ def open_run(
             )
     if resume:
         _check_resumable(run, saved)
-    with hold_run(run, wait_seconds):
+    with hold_run(run):
         older = None if resume else _set_aside(run)
         run.mkdir(exist_ok=True)
         if not _is_begun(run):
@@ -161,7 +158,8 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *WHERE, *RECORDED, *same_file)
+        if name not in (*MAY_CHANGE, *RECORDED, *same_file)
+        and name not in ("device", "precision")  # what these come to is held against the checkpoint
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
@@ -267,14 +265,9 @@ def read_parameters(run: Path) -> dict:
     return read_json(run / "parameters.json")
 
 
-def is_of_older_version(parameters: dict[str, object]) -> bool:
-    """Whether they have their names of before the first release, under which nothing is found."""
-    return "validation" not in parameters
-
-
 def check_version(run_name: str, parameters: dict[str, object]) -> None:
-    """Raises a ValueError for a run of an older version."""
-    if is_of_older_version(parameters):
+    """Raises a ValueError for parameters with their names of before the first release."""
+    if "validation" not in parameters:
         raise ValueError(
             f"run {run_name!r} was trained before parameters were renamed, so its parameters.json has no "
             "`validation`; train it again"
@@ -289,8 +282,7 @@ def find_run(run: str, parameter: str = "run") -> Path:
     """
     file = runs_folder() / Path(run).expanduser() / "best.pt"  # an absolute path stays what it is
     if run == "latest":
-        trained = runs_folder().glob("*/best.pt")
-        file = max(trained, key=lambda path: path.stat().st_mtime, default=file)
+        file = max(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, default=file)
     if not file.exists():
         raise ValueError(
             f"{parameter}: found {run!r}, trained runs in {runs_folder()}: {list_runs('best.pt')}. Make one "

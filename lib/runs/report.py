@@ -47,10 +47,10 @@ def summarise(run: Path) -> str:
     few = max(1, min(3, len(ranked) // 2))
     named = [f"{name} ({value:.2f})" for name, value in ranked.items()]
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
-    chance = f" (chance level {scores['chance_miou']:.3f})" if "chance_miou" in scores else ""
     return (
-        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}**"
-        f"{chance} {describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
+        f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
+        f"(chance level {scores['chance_miou']:.3f}) "
+        f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
         f"{scores['valid_pixel_acc']:.3f}. {_describe_rise(history.valid_miou)}Best classes: "
         f"{', '.join(named[:few])}. Worst classes: {', '.join(named[-few:])}."
     )

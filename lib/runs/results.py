@@ -20,7 +20,6 @@ from lib.runs import (
     PLACES,
     RECORDED,
     check_version,
-    is_of_older_version,
     list_runs,
     read_counts,
     read_history,
@@ -102,16 +101,8 @@ class ScoredRun:
 
     def select(self, chosen: np.ndarray) -> "ScoredRun":
         """The same run on some of its images, `chosen` as positions or `(N,)` bool."""
-        scene = None if self.scene is None else self.scene[chosen]
-        fold = None if self.image_fold is None else self.image_fold[chosen]
-        return replace(
-            self,
-            names=self.names[chosen],
-            counts=self.counts[chosen],
-            scene=scene,
-            strata=None,
-            image_fold=fold,
-        )
+        by_image = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, strata=None, **{name: array[chosen] for name, array in by_image.items()})
 
     def read_masks(self, names: Iterable[str]) -> list[np.ndarray]:
         """The predictions `(H, W)` of these images.
@@ -166,8 +157,8 @@ def read_scored(run: Path, split: str) -> ScoredRun:
 def scored_folders(split: str) -> list[Path]:
     """Folders of the runs that are scored on a split and can be compared, the latest evaluation last."""
     files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
-    folders = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
-    return [folder for folder in folders if not is_of_older_version(read_parameters(folder))]
+    scored = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
+    return [folder for folder in scored if "validation" in read_parameters(folder)]  # see check_version
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
@@ -178,14 +169,12 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
     lines = []
     arrays = {}
     lists: dict[tuple, str] = {}
-    for run in runs:
+    for number, run in enumerate(runs):
         listed = {"names": run.names, "classes": np.array(run.classes)}
         listed |= {} if run.scene is None else {"scene": run.scene}
         content = tuple((name, *array.tolist()) for name, array in listed.items())
         images = lists.setdefault(content, f"images{len(lists)}")
-        key = run.name
-        while f"counts/{key}" in arrays:  # another run of that name, or the same run on another split
-            key += "+"
+        key = f"{number} {run.name}"  # another run may have that name
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
         for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
             arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
@@ -196,22 +185,25 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
 
 
 def _describe_run(run: ScoredRun) -> dict:
-    """What `runs.jsonl` says of a run, paths cut to their last component."""
-    parameters = {name: value for name, value in run.parameters.items() if name != "run_name"}
-    for name in (*PLACES, "predictions"):
-        if parameters.get(name) is not None:
-            parameters[name] = Path(parameters[name]).name
+    """What `runs.jsonl` says of a run."""
+    parameters = _cut_paths(run.parameters)
     history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
     return {
         "name": run.name,
         "group": run.group,
-        "parameters": parameters,
+        "parameters": {name: value for name, value in parameters.items() if name != "run_name"},
         **{name: getattr(run, name) for name in RECORDED},
         "split": run.split,
         "data": Path(run.data).name,
         "validation": run.validation,
         "history": None if history is None else history.to_dict("list"),
     }
+
+
+def _cut_paths(parameters: dict[str, object]) -> dict[str, object]:
+    """Parameters in which paths of data, weights and predictions are their last component."""
+    places = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
+    return parameters | {name: Path(parameters[name]).name for name in places}
 
 
 def read_results(folder: Path) -> list[ScoredRun]:
@@ -255,15 +247,19 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
-    kept = {name: value for name, value in parameters.items() if value is not None and name not in NO_RECIPE}
-    for name in PLACES:  # the same files may lie elsewhere
-        digest = kept.pop(f"{name}_digest", None)
-        if name in kept:
-            kept[name] = digest or Path(kept[name]).name
+    return tuple(item for item in _settings(parameters).items() if parameters[item[0]] is not None)
+
+
+def _settings(parameters: dict[str, object]) -> dict[str, str]:
+    """The parameters that make the recipe, as text in the order of their names; None is a value, too."""
+    kept = {
+        name: parameters.get(f"{name}_digest", value)  # the same files may lie elsewhere
+        for name, value in _cut_paths(parameters).items()
+        if name not in NO_RECIPE and not name.endswith("_digest")
+    }
     if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
         kept.pop("soft_iou_pooling", None)
-    as_float = {name: float(value) if type(value) is int else value for name, value in kept.items()}
-    return tuple(sorted((name, str(value)) for name, value in as_float.items()))
+    return {name: str(float(value) if type(value) is int else value) for name, value in sorted(kept.items())}
 
 
 def identity(parameters: dict[str, object]) -> tuple:
@@ -318,8 +314,9 @@ def read_entry(entry: str, split: str) -> list[ScoredRun]:
             results = read_results(folder)
             splits = {run.split for run in results}
             if splits and split not in splits:
-                there = ", ".join(sorted(splits))
-                raise ValueError(f"split: found {split!r}, the runs of {entry} were scored on {there}")
+                raise ValueError(
+                    f"split: found {split!r}, the runs of {entry} were scored on {', '.join(sorted(splits))}"
+                )
             return [run for run in results if run.split == split]
     raise ValueError(
         f"runs: found {entry!r}, which is neither a run nor a folder with {RUNS_FILE}; runs in "
@@ -347,8 +344,7 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             f'parameters {", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
-        values = {name: sorted(map(str, table[name].map(str).unique())) for name in names}
-        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in values.items())
+        listed = "; ".join(f"{name}: {', '.join(sorted(table[name].map(str).unique()))}" for name in names)
         raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {listed}")
     return list(itertools.compress(runs, is_matching))
 
@@ -367,10 +363,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no
             such baseline.
     """
-    by_recipe: dict[tuple, list[ScoredRun]] = {}
-    for run in _pool_folds(runs):
-        by_recipe.setdefault((run.group, recipe(run.parameters)), []).append(run)
-    named = _name_recipes(by_recipe)
+    named = _name_recipes(_group(_pool_folds(runs)))
     for members in named.values():
         members.sort(key=lambda run: run.parameters["seed"])
         for run in members:
@@ -384,29 +377,32 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
     return {name: named[name] for name in dict.fromkeys((first[0], *named))}
 
 
+def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[ScoredRun]]:
+    """Runs by their group, recipe and these parameters, in the order in which they first occur."""
+    groups: dict[tuple, list[ScoredRun]] = {}
+    for run in runs:
+        key = (run.group, recipe(run.parameters), *map(run.parameters.get, parameters))
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
 def _check_distinct(runs: list[ScoredRun]) -> None:
     """A seed counts once, however often it was trained or named: another run of it is no other draw."""
-    seen: dict[tuple, ScoredRun] = {}
-    for run in runs:
-        seed = run.parameters.get("seed")
-        fold = run.parameters.get("fold")
-        other = seen.setdefault((run.group, recipe(run.parameters), seed, fold), run)
-        if other is not run:
+    for (*_, seed, fold), (first, *others) in _group(runs, "seed", "fold").items():
+        if others:
             raise ValueError(
-                f"runs: {other.name!r} and {run.name!r} have the same recipe, seed {seed} and fold {fold}, "
-                "but each seed counts once; name only one of them, or train or score the other with another "
-                "seed (or, for external predictions, under another recipe)"
+                f"runs: {first.name!r} and {others[0].name!r} have the same recipe, seed {seed} and fold "
+                f"{fold}, but each seed counts once; name only one of them, or train or score the other with "
+                "another seed (or, for external predictions, under another recipe)"
             )
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
     settings = settings_that_differ(by_recipe)
-    groups = [group for group, _ in by_recipe]
+    groups = [group for group, _ in by_recipe if group]
     named = {}
     for (group, key), members in by_recipe.items():
-        label = group
-        if not group or groups.count(group) > 1:
-            label = _label(members, settings[group, key])
+        label = group if groups.count(group) == 1 else _label(members, settings[group, key])
         if label in named:
             label = f"{label} ({members[0].name})"
         named[label] = members
@@ -415,22 +411,14 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
 
 def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
     """By recipe the parameters in which these recipes differ, such as `learning_rate 0.003`."""
-    table = pd.DataFrame([_row(members[0]) for members in recipes.values()], dtype=object)
+    table = pd.DataFrame([_settings(members[0].parameters) for members in recipes.values()], dtype=object)
     differing = table.columns[table.nunique() > 1]  # among the recipes that know them
     return {name: _describe_settings(members[0], differing) for name, members in recipes.items()}
 
 
 def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
-    values = {name: run.parameters[name] for name in differing if name in _row(run)}
-    values |= {name: Path(str(value)).name for name, value in values.items() if name in PLACES}
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _row(run: ScoredRun) -> dict[str, str]:
-    """The parameters that make the recipe, and those that are None, which is a value of them, too."""
-    kept = dict(recipe(run.parameters))
-    nothing = (name for name, value in run.parameters.items() if value is None and name not in NO_RECIPE)
-    return kept | dict.fromkeys(nothing, "None")
+    values = _cut_paths(run.parameters)
+    return ", ".join(f"{name} {values[name]}" for name in differing if name in _settings(run.parameters))
 
 
 def _label(members: list[ScoredRun], settings: str) -> str:
@@ -460,13 +448,11 @@ def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
     if len({run.parameters.get("fold") for run in runs}) < 2:
         return runs
-    groups: dict[tuple, dict[int, ScoredRun]] = {}
-    for run in runs:
-        key = run.group, recipe(run.parameters), run.parameters["seed"]
-        groups.setdefault(key, {})[run.parameters.get("fold")] = run
-    whole = [folds for folds in groups.values() if set(folds) == set(range(FOLDS))]
+    groups = _group(runs, "seed")
+    by_fold = {key: {run.parameters.get("fold"): run for run in members} for key, members in groups.items()}
+    whole = [folds for folds in by_fold.values() if set(folds) == set(range(FOLDS))]
     if not whole:
-        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in groups.items())
+        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in by_fold.items())
         raise ValueError(
             f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs"
         )

@@ -31,7 +31,6 @@ READ_WITH = (
     "classes",
     "fold",
 )  # parameters that say which images a split holds
-MASK_VALUES = ("indices", "labels")  # what the values of external masks are
 
 
 def find_scored(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
@@ -54,7 +53,7 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
             "data: found None, expected the data set whose images were predicted, such as a folder's path"
         )
     parameters = {"mask_values": "indices"} | parameters
-    check_choice("mask_values", parameters["mask_values"], MASK_VALUES)
+    check_choice("mask_values", parameters["mask_values"], ("indices", "labels"))
     kept = ("run_name", "recipe", "seed", "predictions", "mask_values", *READ_WITH)
     with open_run({name: parameters[name] for name in kept}) as folder:
         return folder
@@ -79,10 +78,8 @@ def iterate_split(
     """
     check_version(parameters.get("run_name"), parameters)
     source = parameters["data"] if data is None else data
-    own = {}
-    if run is not None and Path(source).name == Path(parameters["data"]).name:
-        own = read_images(run)
-    if split in own:
+    has_own = run is not None and Path(source).name == Path(parameters["data"]).name
+    if has_own and split in read_images(run):
         return _select_own(run, split, source, parameters, batch_size)
     selected_by = {name: parameters[name] for name in READ_WITH[1:] if name in parameters}
     if split == "test":
@@ -93,24 +90,22 @@ def iterate_split(
 def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size: int) -> Split:
     """The images that a run was trained or validated on; says how many the data set has beside them."""
     own = read_images(run)
-    predefined = own["validation"] == "predefined"
-    drawn_from = (split, "predefined") if predefined else ("train", "none")
+    drawn_from = (split, "predefined") if own["validation"] == "predefined" else ("train", "none")
     pool = iterate_samples(source, *drawn_from, classes=parameters.get("classes"), batch_size=batch_size)
-    position = {name: at for at, name in enumerate(pool.names.tolist())}
-    missing = [name for name in own[split] if name not in position]
+    positions = pd.Index(pool.names).get_indexer(own[split])  # -1: not there
+    missing = [name for name, at in zip(own[split], positions, strict=True) if at < 0]
     if missing:
         raise DataError(
             f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run "
             f"{run.name!r} are missing, the first is {missing[0]!r}; put them back, or train again"
         )
-    new = position.keys() - {*own["train"], *own["valid"]}
+    new = {*pool.names.tolist()} - {*own["train"], *own["valid"]}
     if new and parameters.get("limit") is None:
         print(
             f"{len(new)} images of {source} were added after {run.name} was trained, such as {min(new)}; the "
             f"original {len(own[split])} {split} images are used."
         )
-    chosen = pool.select(np.array([position[name] for name in own[split]], int))
-    return replace(chosen, split=split, validation=own["validation"])
+    return replace(pool.select(positions), split=split, validation=own["validation"])
 
 
 def check_labelled(parameters: dict, split: str) -> None:

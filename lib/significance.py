@@ -9,6 +9,7 @@ averages the classes in the truth, the same for both sides. Differences are b mi
 scenes there is no result: what depends on scenes is NaN.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -317,15 +318,16 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
     totals = np.moveaxis(np.tensordot(membership, totals, (1, -3)), 0, -3)
     pooled = totals.sum(-3, keepdims=True)
     truth = counts.sum(-1).reshape(-1, images, classes)[0]
-    held = membership @ np.column_stack(
-        (np.ones(images), truth > 0)
-    )  # images by scene, and those with each class
-    degrees = (
-        held.sum(0) ** 2 / np.maximum((held**2).sum(0), 1) - 1
-        if len(names) >= MIN_SCENES
-        else np.full(1, np.nan)
-    )
+    images_of_scene = membership @ np.column_stack((np.ones(images), truth > 0))  # all, and with each class
+    degrees = _effective_count(images_of_scene) - 1
+    if len(names) < MIN_SCENES:
+        degrees = np.full(1, np.nan)
     return totals, _scores(pooled)[..., 0, :], _scores(pooled - totals), degrees
+
+
+def _effective_count(sizes: Array) -> Array:
+    """How many equally large groups vary as much as groups of sizes `(G, K)`: (sum n)^2 / sum n^2, `(K,)`."""
+    return sizes.sum(0) ** 2 / np.maximum((sizes**2).sum(0), 1)
 
 
 def _scores(totals: Array) -> Array:
@@ -389,7 +391,7 @@ def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> 
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
-        swaps = np.arange(2**scenes)[:, None] >> np.arange(scenes) & 1
+        swaps = np.array(list(itertools.product((0, 1), repeat=scenes)))
     else:
         swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
     moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)

@@ -25,7 +25,6 @@ from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # for smp's
 PREFIXES = re.compile(r"^((module|encoder|backbone|model)\.)+")  # that a file may put before every name
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
@@ -279,7 +278,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
 
 def is_file(weights: str | None) -> bool:
     """Whether weights are meant by a path, not by a name."""
-    return weights is not None and Path(weights).suffix in WEIGHT_FILES
+    return weights is not None and Path(weights).suffix in (".pth", ".pt", ".bin", ".safetensors")
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
@@ -340,8 +339,10 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
             "path of a .pth or .safetensors file"
         )
     channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
-    with _explain_fetching(encoder_weights, name), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with (
+        _explain_fetching(encoder_weights, name),
+        warnings.catch_warnings(action="error", category=UserWarning),
+    ):
         weights = True if name.startswith("tu-") else encoder_weights
         fetched = get_encoder(name, channels, weights=weights)
     encoder.load_state_dict(fetched.state_dict())

@@ -71,6 +71,7 @@ def segmentation_losses(
     cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
     soft_iou = _soft_iou_loss(intersection, count, prediction, soft_iou_pooling)
     if class_weights is not None:
+        class_weights = class_weights.to(logits.device, non_blocking=True)
         cross_entropy = class_weights * cross_entropy
         count = class_weights * count
     weight = count.sum()

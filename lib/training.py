@@ -65,11 +65,8 @@ class Objective:
 
     def __call__(self, prediction: Prediction, batch: Batch) -> Losses:
         """The terms for one batch. Soft IoU is computed with weight 0 too, since it costs nothing."""
-        weights = self.class_weights
-        if weights is not None:
-            weights = weights.to(batch.label.device, non_blocking=True)
         total, cross_entropy, soft_iou = segmentation_losses(
-            prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, weights
+            prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, self.class_weights
         )
         lovasz = torch.zeros_like(total)
         depth_l1 = torch.zeros_like(total)
@@ -133,12 +130,11 @@ class Optimisation:
 
     def build_optimizer(self, model: SegmentationDepthNet) -> torch.optim.AdamW:
         """AdamW with two groups of parameters: the encoder's and the others."""
-        encoder = list(model.net.encoder.parameters())
         others = [
             weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")
         ]
         groups = [
-            {"params": encoder, "lr": self.encoder_lr_scale * self.learning_rate},
+            {"params": model.net.encoder.parameters(), "lr": self.encoder_lr_scale * self.learning_rate},
             {"params": others},
         ]
         return torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay, fused=True)
@@ -149,8 +145,11 @@ class Optimisation:
         """The schedule over all epochs of so many steps."""
         if self.schedule == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.epochs)
-        highest = [group["lr"] for group in optimizer.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=self.epochs * steps)
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=self.epochs * steps,
+        )
 
     def keeps(self, row: dict, history: list[dict]) -> bool:
         """Whether the epoch of this row, the next of the history, is the one to keep so far."""

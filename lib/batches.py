@@ -89,8 +89,7 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConf
     """
     channels = []
     if config.inputs != "depth":
-        mean = torch.tensor(config.rgb_mean).to(image.device, non_blocking=True)
-        std = torch.tensor(config.rgb_std).to(image.device, non_blocking=True)
+        mean, std = torch.tensor([config.rgb_mean, config.rgb_std]).to(image.device, non_blocking=True)
         channels.append(((image / 255 - mean) / std).permute(0, 3, 1, 2))
     if config.inputs != "rgb":
         channels.append(encode_depth(depth_mm, config.depth_encoding, config.depth_range_m)[:, None])

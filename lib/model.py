@@ -306,8 +306,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
     with _explain_fetching(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
     highest = config["input_range"][1]
-    mean, std = ([value / highest for value in config[name]] for name in ("mean", "std"))
-    return tuple(mean), tuple(std)
+    return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
 
 
 def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:

@@ -68,8 +68,7 @@ class Objective:
         total, cross_entropy, soft_iou = segmentation_losses(
             prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, self.class_weights
         )
-        lovasz = torch.zeros_like(total)
-        depth_l1 = torch.zeros_like(total)
+        lovasz = depth_l1 = torch.zeros_like(total)
         if self.lovasz_weight:
             lovasz = lovasz_loss(prediction.logits, batch.label)
             total = total + self.lovasz_weight * lovasz
@@ -92,9 +91,8 @@ class Objective:
 def build_objective(parameters: dict, train: Samples) -> Objective:
     """The objective that the parameters of `train.ipynb` describe; class weights are from training labels."""
     check_options(class_weights=parameters["class_weights"])
-    weights = None
-    if parameters["class_weights"] == "median":
-        weights = median_frequency_weights(train.label, len(train.classes))
+    is_weighted = parameters["class_weights"] == "median"
+    weights = median_frequency_weights(train.label, len(train.classes)) if is_weighted else None
     names = ("soft_iou_weight", "soft_iou_pooling", "depth_weight", "lovasz_weight")
     return Objective(class_weights=weights, **{name: parameters[name] for name in names})
 
@@ -325,10 +323,14 @@ def _check_finite(
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """The history's columns about validation; NaN without validation images."""
     if scored is None:
-        scores = {"valid_miou": math.nan, "valid_pixel_acc": math.nan}
-        return _columns("valid", [math.nan] * len(Losses._fields)) | scores
-    scores = {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
-    return _columns("valid", scored.losses) | scores
+        return _columns("valid", [math.nan] * len(Losses._fields)) | {
+            "valid_miou": math.nan,
+            "valid_pixel_acc": math.nan,
+        }
+    return _columns("valid", scored.losses) | {
+        "valid_miou": mean_iou(scored.counts),
+        "valid_pixel_acc": pixel_accuracy(scored.counts),
+    }
 
 
 def _columns(prefix: str, terms: list[float]) -> dict[str, float]:

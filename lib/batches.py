@@ -89,7 +89,8 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConf
     """
     channels = []
     if config.inputs != "depth":
-        mean, std = torch.tensor([config.rgb_mean, config.rgb_std]).to(image.device, non_blocking=True)
+        mean = torch.tensor(config.rgb_mean).to(image.device, non_blocking=True)
+        std = torch.tensor(config.rgb_std).to(image.device, non_blocking=True)
         channels.append(((image / 255 - mean) / std).permute(0, 3, 1, 2))
     if config.inputs != "rgb":
         channels.append(encode_depth(depth_mm, config.depth_encoding, config.depth_range_m)[:, None])
@@ -198,14 +199,13 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
         epoch, position = key
-        samples = self.samples
         arrays = {
-            "image": samples.image[position],
+            "image": self.samples.image[position],
             "depth": self.depth[position],
-            "mask": samples.label[position] + np.uint8(1),  # 255 wraps to 0, the value that fills borders
+            "mask": self.samples.label[position] + np.uint8(1),  # 255 wraps to 0, which fills borders
         }
-        if samples.measured is not None:
-            arrays["measured"] = samples.measured[position].view(np.uint8)
+        if self.samples.measured is not None:
+            arrays["measured"] = self.samples.measured[position].view(np.uint8)
         if self.augmentation is not None:
             transforms = self.augmentation.transforms
             seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(len(transforms))

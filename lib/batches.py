@@ -125,9 +125,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     check_options(augment=augment)
     if augment == "none":
         return None
-    height, width = size
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # albumentations ignores an unknown option with a warning
+    with warnings.catch_warnings(action="error"):  # albumentations ignores an unknown option with a warning
         if not augment.startswith("crops"):
             shift, scale, turn, share = (
                 (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
@@ -138,19 +136,24 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
                 mask_interpolation=cv2.INTER_NEAREST, p=share,
             )  # fmt: skip
         else:
-            ratio = width / height
+            ratio = size[1] / size[0]
             geometry = albumentations.RandomResizedCrop(  # plain INTER_NEAREST would shift masks against RGB
                 size,
                 scale=(0.35, 1.0),
                 ratio=(0.85 * ratio, 1.18 * ratio),
                 mask_interpolation=cv2.INTER_NEAREST_EXACT,
             )
-        colour = albumentations.ColorJitter(
-            brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8
-        )
         transforms = [albumentations.HorizontalFlip(p=0.5), geometry]
         if augment.endswith("_colour"):
-            transforms.append(colour)
+            transforms.append(
+                albumentations.ColorJitter(
+                    brightness=(0.6, 1.4),
+                    contrast=(0.6, 1.4),
+                    saturation=(0.6, 1.4),
+                    hue=(-0.05, 0.05),
+                    p=0.8,
+                )
+            )
         return albumentations.Compose(
             transforms,
             additional_targets={"depth": "mask", "measured": "mask"},
@@ -196,11 +199,13 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, ...]:
         epoch, position = key
-        samples = self.samples
-        arrays = {"image": samples.image[position], "depth": self.depth[position]}
-        arrays["mask"] = samples.label[position] + np.uint8(1)  # 255 wraps to 0, the value that fills borders
-        if samples.measured is not None:
-            arrays["measured"] = samples.measured[position].view(np.uint8)
+        arrays = {
+            "image": self.samples.image[position],
+            "depth": self.depth[position],
+            "mask": self.samples.label[position] + np.uint8(1),  # 255 wraps to 0, which fills borders
+        }
+        if self.samples.measured is not None:
+            arrays["measured"] = self.samples.measured[position].view(np.uint8)
         if self.augmentation is not None:
             transforms = self.augmentation.transforms
             seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(len(transforms))
@@ -209,9 +214,9 @@ class TrainingSet(Dataset):
             arrays = self.augmentation(**arrays)
             # enlarged by a zoom, things look as if they were nearer
             arrays["depth"] = cv2.multiply(arrays["depth"], 1 / _zoom(arrays["applied_transforms"]))
-        image, depth, label = arrays["image"], arrays["depth"], arrays["mask"] - np.uint8(1)
+        depth = arrays["depth"]
         measured = arrays["measured"].view(bool) if "measured" in arrays else depth > 0
-        return image, depth, label, measured, np.int64(position)
+        return arrays["image"], depth, arrays["mask"] - np.uint8(1), measured, np.int64(position)
 
 
 class EpochBatches(Sampler):
@@ -300,12 +305,11 @@ def _start_worker(worker: int) -> None:
 
 def plain_batch(samples: Samples) -> RawBatch:
     """Samples as they are, without augmentation; labels that are held back are all 255."""
-    position = np.arange(len(samples))
     arrays = (
         samples.image,
         samples.depth_or_missing,
         samples.labels_or_ignored,
         samples.measured_depth,
-        position,
+        np.arange(len(samples)),
     )
     return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only

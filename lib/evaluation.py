@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -26,8 +27,7 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
-SCORES_BYTES = 2**30  # of class scores at the size of the images that are in memory at a time
-COPIES = 4  # of them, while views are averaged
+SCORES_BYTES = 2**28  # of class scores at the size of the images: while views are averaged, 4 times as many
 STRATA_CLASSES = 60  # beyond, matrices by scene and stratum would fill the memory
 BATCH_PIXELS = 2**24  # of the images of a batch: one photograph of 12 megapixels, 54 images of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
@@ -138,6 +138,7 @@ def decide(scores: torch.Tensor) -> torch.Tensor:
     return scores.max(1).indices
 
 
+@torch.inference_mode()
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
@@ -145,16 +146,15 @@ def _predict_views(
     config, device = model.config, next(model.parameters()).device
     logits, depth_m, losses = [], None, None
     for flipped, view in _looks(batch, views, config.size):
-        with torch.inference_mode(), autocast(device, precision):
-            encoded = encode_batch(plain_batch(view), config, device)
+        encoded = encode_batch(plain_batch(view), config, device)
+        with autocast(device, precision):
             prediction = model(encoded.inputs)
-        with torch.inference_mode():
-            if not logits and prediction.depth is not None:
-                linear = _upsample(prediction.depth.float(), batch.size)[:, 0]
-                depth_m = decode_depth(linear, config.depth_range_m).cpu().numpy()
-            if not logits and loss is not None:
-                losses = torch.stack(loss(prediction, encoded))
-            logits.append((prediction.logits.flip(-1) if flipped else prediction.logits).float())
+        if not logits and prediction.depth is not None:
+            linear = _upsample(prediction.depth.float(), batch.size)[:, 0]
+            depth_m = decode_depth(linear, config.depth_range_m).cpu().numpy()
+        if not logits and loss is not None:
+            losses = torch.stack(loss(prediction, encoded))
+        logits.append((prediction.logits.flip(-1) if flipped else prediction.logits).float())
     return logits, depth_m, losses
 
 
@@ -169,13 +169,11 @@ def _decide(
     count, classes = views[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
     sure = np.empty((count, *size), np.float32) if confidence else None
-    step = max(1, SCORES_BYTES // (COPIES * 4 * count * classes * size[1]))
+    step = max(1, SCORES_BYTES // (4 * count * classes * size[1]))
     for start in range(0, size[0], step):
         rows = slice(start, min(start + step, size[0]))
-        total = 0
-        for logits in views:
-            grown = _upsample(logits, size, rows)
-            total = total + (grown.softmax(1) if len(views) > 1 else grown)
+        grown = (_upsample(logits, size, rows) for logits in views)  # one after the other
+        total = sum(scores.softmax(1) if len(views) > 1 else scores for scores in grown)
         labels[:, rows] = decide(total).byte().cpu().numpy()
         if sure is not None:
             shares = total / len(views) if len(views) > 1 else total.softmax(1)
@@ -203,8 +201,8 @@ def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = 
     if rows is None or rows == slice(0, size[0]):
         return scores if scores.shape[2:] == size else interpolate(scores, size, mode="bilinear")
     height = scores.shape[2]
-    place = (torch.arange(rows.start, rows.stop, device=scores.device) + 0.5) * (height / size[0]) - 0.5
-    place = place.clamp(0, height - 1)
+    centres = torch.arange(rows.start, rows.stop, device=scores.device) + 0.5
+    place = (centres * (height / size[0]) - 0.5).clamp(0, height - 1)
     above = place.long()
     below = (above + 1).clamp(max=height - 1)
     share = (place - above)[:, None]
@@ -228,52 +226,53 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
     Raises:
         ValueError: no image.
     """
-    names, scenes, counts, boundary, depth, predicted, losses = [], [], [], [], [np.zeros(4)], [], []
+    found = defaultdict(list, depth=[np.zeros(4)])  # of the batches, by the names in `Evaluation`
     strata = {}
     for batch in batches:
-        samples, labels, classes = batch.samples, batch.labels, batch.samples.classes
-        names.append(samples.names)
-        scenes.append(samples.scene)
-        counts.append(confusion_counts(labels, samples.labels_or_ignored, len(classes)))
+        samples, labels = batch.samples, batch.labels
+        truth = samples.labels_or_ignored
+        found["names"].append(samples.names)
+        found["scene"].append(samples.scene)
+        found["counts"].append(confusion_counts(labels, truth, len(samples.classes)))
+        found["losses"].append(batch.losses)
+        if keep:
+            found["predicted"].extend(labels)
         if thorough:
-            boundary.append(boundary_counts(labels, samples.labels_or_ignored, len(classes)))
+            found["boundary"].append(boundary_counts(labels, truth, len(samples.classes)))
             _add_strata(strata, samples, labels)
         if thorough and batch.depth_m is not None:
-            depth.append(depth_sums(batch.depth_m, samples.depth_or_missing / 1000, samples.measured_depth))
-        if keep:
-            predicted.extend(labels)
-        losses.append(batch.losses)
-    if not names:
+            depth_m = samples.depth_or_missing / 1000
+            found["depth"].append(depth_sums(batch.depth_m, depth_m, samples.measured_depth))
+    if not found["names"]:
         raise ValueError(
             "split: found no image to evaluate; with validation none there are no validation images, use "
             "split test"
         )
-    one_size = len({labels.shape for labels in predicted}) == 1
+    one_size = len({labels.shape for labels in found["predicted"]}) == 1
     return Evaluation(
-        names=np.concatenate(names),
-        scene=None if scenes[0] is None else np.concatenate(scenes),
-        classes=classes,
-        counts=np.concatenate(counts),
-        predicted=np.stack(predicted) if one_size else predicted,
-        boundary=np.concatenate(boundary) if thorough else None,
-        depth=np.sum(depth, axis=0) if thorough else None,
-        losses=None if losses[0] is None else mean_losses(losses),
-        strata=_stack_strata(strata) if strata else None,
+        names=np.concatenate(found["names"]),
+        scene=None if samples.scene is None else np.concatenate(found["scene"]),
+        classes=samples.classes,
+        counts=np.concatenate(found["counts"]),
+        predicted=np.stack(found["predicted"]) if one_size else found["predicted"],
+        boundary=np.concatenate(found["boundary"]) if thorough else None,
+        depth=np.sum(found["depth"], axis=0) if thorough else None,
+        losses=None if batch.losses is None else mean_losses(found["losses"]),
+        strata={name: _stack(by_scene) for name, by_scene in strata.items()} if strata else None,
     )
 
 
 def _add_strata(strata: dict, samples: Samples, predicted: np.ndarray) -> None:
-    """Add what a batch has in each stratum of each scene; `strata` is `{scene: {name: (bins, C, C)}}`."""
+    """Add what a batch has in each stratum of each scene; `strata` is `{name: {scene: (bins, C, C)}}`."""
     if samples.scene is None or len(samples.classes) > STRATA_CLASSES:
         return
     edges = strata_edges(samples.depth_range_m[1])
     images = zip(predicted, samples.labels_or_ignored, samples.depth_or_missing, strict=True)
     for scene, image in zip(samples.scene.tolist(), images, strict=True):
-        known = strata.setdefault(scene, {})
         for name, counts in strata_counts(*image, len(samples.classes), edges).items():
-            known[name] = known.get(name, 0) + counts.astype(np.uint32)
+            by_scene = strata.setdefault(name, {})
+            by_scene[scene] = by_scene.get(scene, 0) + counts.astype(np.uint32)
 
 
-def _stack_strata(strata: dict) -> dict[str, np.ndarray]:
-    ordered = [strata[scene] for scene in sorted(strata)]
-    return {name: np.stack([known[name] for known in ordered]) for name in ordered[0]}
+def _stack(by_scene: dict[str, np.ndarray]) -> np.ndarray:
+    return np.stack([by_scene[scene] for scene in sorted(by_scene)])

@@ -1,5 +1,7 @@
 """Losses: cross-entropy and soft IoU in one pass, Lovász-softmax, masked L1 for depth."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
@@ -69,6 +71,7 @@ def segmentation_losses(
     cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
     soft_iou = _soft_iou_loss(intersection, count, prediction, soft_iou_pooling)
     if class_weights is not None:
+        class_weights = class_weights.to(logits.device, non_blocking=True)
         cross_entropy = class_weights * cross_entropy
         count = class_weights * count
     weight = count.sum()
@@ -114,11 +117,9 @@ def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tens
     """
     pixels = np.stack([np.bincount(image.ravel(), minlength=256)[:class_count] for image in labels])
     where_present = np.where(pixels > 0, pixels.sum(1, keepdims=True), 0).sum(0)
-    occurs = where_present > 0
-    frequency = pixels.sum(0)[occurs] / where_present[occurs]
-    weights = np.ones(class_count, np.float32)
-    weights[occurs] = np.median(frequency) / frequency
-    return torch.from_numpy(weights)
+    frequency = np.ma.divide(pixels.sum(0), where_present)  # masked where a class does not occur
+    weights = np.ma.divide(np.ma.median(frequency), frequency)
+    return torch.from_numpy(weights.filled(1).astype(np.float32))
 
 
 def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -157,32 +158,28 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        rows = _rows(logits)
-        pieces = zip(logits.split(rows, 2), labels.split(rows, 1), strict=True)
-        sums, log_sum_exp = zip(*(_class_sums(*piece) for piece in pieces), strict=True)
+        sums, log_sum_exp = zip(*(_class_sums(*piece) for piece in _in_rows(logits, labels)), strict=True)
         ctx.save_for_backward(logits, labels, torch.cat(log_sum_exp, 1))
         return torch.stack(sums).sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, labels, log_sum_exp = ctx.saved_tensors
-        rows = _rows(logits)
-        gradient = torch.empty_like(logits)
-        pieces = gradient.split(rows, 2), logits.split(rows, 2), labels.split(rows, 1)
-        for piece in zip(*pieces, log_sum_exp.split(rows * logits.shape[3], 1), strict=True):
+        gradient = torch.empty_like(ctx.saved_tensors[0])
+        for piece in _in_rows(gradient, *ctx.saved_tensors):
             _write_gradient(d_sums, *piece)
         return gradient, None
 
 
-def _rows(logits: torch.Tensor) -> int:
-    """How many rows of the images to take at a time."""
+def _in_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same few rows of the images in each tensor `(..., H, W)`, chunk after chunk."""
     chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
-    return max(1, chunk // max(1, logits[:, :, :1].numel()))
+    rows = max(1, chunk // max(1, logits[:, :, :1].numel()))
+    return zip(*(tensor.split(rows, -2) for tensor in (logits, *others)), strict=True)
 
 
 def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `_ClassSums`, and the log-sum-exp `(N, P)` of each pixel: inf where it has no label."""
+    """The sums of `_ClassSums`, and the log-sum-exp of each pixel: inf where it has no label."""
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX
     truth = torch.where(labelled, labels.flatten(1), 0).long()
@@ -192,10 +189,9 @@ def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     prediction = (shares * (labelled / total)[:, None]).sum(2)
     log_sum_exp = torch.where(labelled, highest + total.log(), torch.inf)
     log_truth = scores.gather(1, truth[:, None])[:, 0] - log_sum_exp
-    by_class = torch.zeros((3, *logits.shape[:2]), dtype=scores.dtype, device=scores.device)
     values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
-    by_class = by_class.scatter_add(2, truth.expand_as(values), values)
-    return torch.cat((by_class, prediction[None])), log_sum_exp
+    by_class = values.new_zeros(3, *prediction.shape).scatter_add(2, truth.expand_as(values), values)
+    return torch.cat((by_class, prediction[None])), log_sum_exp.view(labels.shape)
 
 
 def _write_gradient(
@@ -207,7 +203,7 @@ def _write_gradient(
 ) -> None:
     """Loss by logits, from loss by the sums of `_ClassSums`."""
     d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
-    softmax = (logits.flatten(2).to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp()
+    softmax = (logits.to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp().flatten(2)
     truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
     at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
     total = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)

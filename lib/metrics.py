@@ -86,6 +86,11 @@ def _pool_labelled(counts: Array) -> np.ndarray:
     return pooled
 
 
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part of the whole, both numbers of pixels; NaN where there is no pixel."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
 def iou(counts: Array) -> np.ndarray:
     """Intersection over union, `(C,)` float64, pooled over all leading axes of `(..., C, C)` counts.
 
@@ -93,8 +98,7 @@ def iou(counts: Array) -> np.ndarray:
     """
     pooled = _pool(counts)
     hits = np.diagonal(pooled)
-    union = pooled.sum(0) + pooled.sum(1) - hits
-    return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+    return _share(hits, pooled.sum(0) + pooled.sum(1) - hits)
 
 
 def truth_iou(counts: Array) -> np.ndarray:
@@ -148,8 +152,7 @@ def pixel_accuracy(counts: Array) -> float:
 def class_accuracy(counts: Array) -> np.ndarray:
     """Recall, `(C,)`: share of each class's pixels that are right; NaN for a class not in the truth."""
     pooled = _pool(counts)
-    truth = pooled.sum(1)
-    return np.where(truth > 0, np.diagonal(pooled) / np.maximum(truth, 1), np.nan)
+    return _share(np.diagonal(pooled), pooled.sum(1))
 
 
 def frequency_weighted_iou(counts: Array) -> float:
@@ -211,8 +214,7 @@ def _inner_band(regions: np.ndarray, reach: int) -> np.ndarray:
 def boundary_iou(boundary: np.ndarray) -> np.ndarray:
     """`(C,)` from `(N, C, 3)` `boundary_counts`, pooled over images; NaN for a class in neither band."""
     both, truth, prediction = boundary.sum(0).T
-    union = truth + prediction - both
-    return np.where(union > 0, both / np.maximum(union, 1), np.nan)
+    return _share(both, truth + prediction - both)
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
@@ -303,8 +305,7 @@ def depth_scores(sums: np.ndarray) -> dict[str, float]:
 
 def image_accuracy(counts: np.ndarray) -> np.ndarray:
     """Pixel accuracy of each image, `(N,)`; NaN for an image without a labelled pixel."""
-    total = counts.sum((1, 2))
-    return np.where(total > 0, np.trace(counts, axis1=1, axis2=2) / np.maximum(total, 1), np.nan)
+    return _share(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
 
 
 def all_scores(counts: Array) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,7 @@ import timm
 import torch
 from segmentation_models_pytorch import MODEL_ARCHITECTURES_MAPPING
 from segmentation_models_pytorch.base import SegmentationHead
-from segmentation_models_pytorch.encoders import (
-    encoders,
-    get_encoder,
-    get_encoder_names,
-    get_preprocessing_params,
-)
+from segmentation_models_pytorch.encoders import encoders, get_encoder, get_preprocessing_params
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import adapt_input_conv, get_pretrained_cfg, load_state_dict
 from torch import nn
@@ -29,9 +25,8 @@ from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # for smp's
-PREFIXES = ("module.", "encoder.", "backbone.", "model.")  # that a file of weights may put before every name
+PREFIXES = re.compile(r"^((module|encoder|backbone|model)\.)+")  # that a file may put before every name
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
 
@@ -168,17 +163,13 @@ def build_model(
 def check_network(architecture: str, encoder: str) -> None:
     """Raise a ValueError that names an architecture or an encoder that does not exist."""
     check_choice("architecture", architecture, ARCHITECTURES)
-    if encoder.startswith("tu-"):
-        known = [f"tu-{name}" for name in timm.list_models()]
-        exists = timm.is_model(encoder.removeprefix("tu-"))
-    else:
-        known = get_encoder_names()
-        exists = encoder in encoders
-    if not exists:
+    is_of_timm = encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-"))
+    if encoder not in encoders and not is_of_timm:
+        known = [*encoders, *(f"tu-{name}" for name in timm.list_models())]
         close = difflib.get_close_matches(encoder, known, 3)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise ValueError(
-            f"encoder: found {encoder!r}, {hint}there are: {', '.join(get_encoder_names())}, "
+            f"encoder: found {encoder!r}, {hint}there are: {', '.join(encoders)}, "
             "and tu-NAME for any model NAME of timm"
         )
 
@@ -186,11 +177,10 @@ def check_network(architecture: str, encoder: str) -> None:
 def _build_network(config: ModelConfig) -> SegmentationDepthNet:
     """A network that has seen one image of its size: some encoders are made for one size only."""
     check_network(config.architecture, config.encoder)
-    height, width = config.size
     try:
         model = SegmentationDepthNet(config)
         with torch.no_grad():
-            model.eval()(torch.zeros(1, len(config.channels), height, width))
+            model.eval()(torch.zeros(1, len(config.channels), *config.size))
     except (
         ValueError,
         NotImplementedError,
@@ -200,10 +190,10 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
         AssertionError,
     ) as error:
         raise ValueError(
-            f"encoder: {config.encoder!r} can't be used in {config.architecture} at {height}x{width} "
-            f"({error}). If the encoder can't be dilated, use architecture fpn, unet or upernet; if it needs "
-            "a fixed image size, set image_height and image_width to it. resnet18 works with nearly every "
-            "architecture"
+            f"encoder: {config.encoder!r} can't be used in {config.architecture} at "
+            f"{'x'.join(map(str, config.size))} ({error}). If the encoder can't be dilated, use "
+            "architecture fpn, unet or upernet; if it needs a fixed image size, set image_height and "
+            "image_width to it. resnet18 works with nearly every architecture"
         ) from error
     return model.train()
 
@@ -228,7 +218,12 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     own = model.state_dict()
     given = trained.state_dict()
     first = next(name for name, tensor in own.items() if name.startswith("net.encoder.") and tensor.ndim == 4)
-    given[first] = _match_channels(own[first], given[first], model.config.channels, trained.config.channels)
+    common = set(model.config.channels) & set(trained.config.channels)
+    given[first] = (
+        _match_channels(own[first], given[first], model.config.channels, trained.config.channels)
+        if common
+        else own[first]
+    )
     if trained.config.classes != model.config.classes:
         given = {
             name: tensor for name, tensor in given.items() if not name.startswith("net.segmentation_head.")
@@ -242,7 +237,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     for name in new:
         part = name.removeprefix("net.").split(".")[0].replace("_", " ")
         model.started_anew[part] = model.started_anew.get(part, 0) + own[name].numel()
-    if not set(trained.config.channels) & set(model.config.channels):
+    if not common:
         model.started_anew["first layer"] = own[first].numel()
 
 
@@ -250,12 +245,10 @@ def _match_channels(
     own: torch.Tensor, given: torch.Tensor, channels: tuple[str, ...], trained: tuple[str, ...]
 ) -> torch.Tensor:
     """Filters `(F, C, h, w)` of the first layer: those of common channels, zero for others."""
-    common = [channel for channel in channels if channel in trained]
-    if not common:
-        return own
     filters = torch.zeros_like(own)
-    for channel in common:
-        filters[:, channels.index(channel)] = given[:, trained.index(channel)]
+    for position, channel in enumerate(channels):
+        if channel in trained:
+            filters[:, position] = given[:, trained.index(channel)]
     return filters
 
 
@@ -285,7 +278,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
 
 def is_file(weights: str | None) -> bool:
     """Whether weights are meant by a path, not by a name."""
-    return weights is not None and Path(weights).suffix in WEIGHT_FILES
+    return weights is not None and Path(weights).suffix in (".pth", ".pt", ".bin", ".safetensors")
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
@@ -313,8 +306,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
     with _explain_fetching(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
     highest = config["input_range"][1]
-    mean, std = ([value / highest for value in config[name]] for name in ("mean", "std"))
-    return tuple(mean), tuple(std)
+    return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
 
 
 def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:
@@ -346,8 +338,10 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
             "path of a .pth or .safetensors file"
         )
     channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
-    with _explain_fetching(encoder_weights, name), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with (
+        _explain_fetching(encoder_weights, name),
+        warnings.catch_warnings(action="error", category=UserWarning),
+    ):
         weights = True if name.startswith("tu-") else encoder_weights
         fetched = get_encoder(name, channels, weights=weights)
     encoder.load_state_dict(fetched.state_dict())
@@ -388,19 +382,18 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
     first = next(name for name, tensor in own.items() if tensor.ndim == 4)
     if first in found and found[first].shape[1] == 3:
         found[first] = adapt_input_conv(own[first].shape[1], found[first])
-    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    misshapen = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in found.items()
-        if tensor.shape != own[name].shape
+    problems = {
+        "missing": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            for name, tensor in found.items()
+            if tensor.shape != own[name].shape
+        ],
+    }
+    listed = [
+        f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names
     ]
-    if missing or misshapen:
-        problems = {"missing": missing, "of another shape": misshapen}
-        listed = [
-            f"{len(names)} {what}, such as {', '.join(names[:3])}"
-            for what, names in problems.items()
-            if names
-        ]
+    if listed:
         raise CheckpointError(
             f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: "
             f"{'; '.join(listed)}; expected the weights of exactly this encoder, with names as in timm "
@@ -411,6 +404,4 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
 
 def _bare_name(name: str) -> str:
     """Without prefixes; timm writes `stem.0`, or `stem_0` where it extracts features."""
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name.replace(".", "_")
+    return PREFIXES.sub("", name).replace(".", "_")

@@ -72,14 +72,10 @@ class Objective:
 
     def __call__(self, prediction: Prediction, batch: Batch) -> Losses:
         """The terms for one batch. Soft IoU is computed with weight 0 too, since it costs nothing."""
-        weights = self.class_weights
-        if weights is not None:
-            weights = weights.to(batch.label.device, non_blocking=True)
         total, cross_entropy, soft_iou = segmentation_losses(
-            prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, weights
+            prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, self.class_weights
         )
-        lovasz = torch.zeros_like(total)
-        depth_l1 = torch.zeros_like(total)
+        lovasz = depth_l1 = torch.zeros_like(total)
         if self.lovasz_weight:
             lovasz = lovasz_loss(prediction.logits, batch.label)
             total = total + self.lovasz_weight * lovasz
@@ -102,9 +98,8 @@ class Objective:
 def build_objective(parameters: dict, train: Samples) -> Objective:
     """The objective that the parameters of `train.ipynb` describe; class weights are from training labels."""
     check_options(class_weights=parameters["class_weights"])
-    weights = None
-    if parameters["class_weights"] == "median":
-        weights = median_frequency_weights(train.label, len(train.classes))
+    is_weighted = parameters["class_weights"] == "median"
+    weights = median_frequency_weights(train.label, len(train.classes)) if is_weighted else None
     names = ("soft_iou_weight", "soft_iou_pooling", "depth_weight", "lovasz_weight")
     return Objective(class_weights=weights, **{name: parameters[name] for name in names})
 
@@ -140,12 +135,11 @@ class Optimisation:
 
     def build_optimizer(self, model: SegmentationDepthNet) -> torch.optim.AdamW:
         """AdamW with two groups of parameters: the encoder's and the others."""
-        encoder = list(model.net.encoder.parameters())
         others = [
             weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")
         ]
         groups = [
-            {"params": encoder, "lr": self.encoder_lr_scale * self.learning_rate},
+            {"params": model.net.encoder.parameters(), "lr": self.encoder_lr_scale * self.learning_rate},
             {"params": others},
         ]
         return torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay, fused=True)
@@ -156,8 +150,11 @@ class Optimisation:
         """The schedule over all epochs of so many steps."""
         if self.schedule == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.epochs)
-        highest = [group["lr"] for group in optimizer.param_groups]
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=self.epochs * steps)
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=self.epochs * steps,
+        )
 
     def keeps(self, row: dict, history: list[dict]) -> bool:
         """Whether the epoch of this row, the next of the history, is the one to keep so far."""
@@ -334,10 +331,14 @@ def _check_finite(
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """The history's columns about validation; NaN without validation images."""
     if scored is None:
-        scores = {"valid_miou": math.nan, "valid_pixel_acc": math.nan}
-        return _columns("valid", [math.nan] * len(Losses._fields)) | scores
-    scores = {"valid_miou": mean_iou(scored.counts), "valid_pixel_acc": pixel_accuracy(scored.counts)}
-    return _columns("valid", scored.losses) | scores
+        return _columns("valid", [math.nan] * len(Losses._fields)) | {
+            "valid_miou": math.nan,
+            "valid_pixel_acc": math.nan,
+        }
+    return _columns("valid", scored.losses) | {
+        "valid_miou": mean_iou(scored.counts),
+        "valid_pixel_acc": pixel_accuracy(scored.counts),
+    }
 
 
 def _columns(prefix: str, terms: list[float]) -> dict[str, float]:

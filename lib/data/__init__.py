@@ -81,8 +81,15 @@ def iterate_samples(
         "chosen_validation": chosen,
         **dict(zip(("image_height", "image_width"), size or (), strict=False)),
     }
-    known = {"data": str(source), "validation": chosen, "loaded_with": loaded_with}
-    return replace(opened, split=split, size=size, batch_size=batch_size, **known)
+    return replace(
+        opened,
+        split=split,
+        size=size,
+        batch_size=batch_size,
+        data=str(source),
+        validation=chosen,
+        loaded_with=loaded_with,
+    )
 
 
 def _open_source(source: str | os.PathLike, split: str, classes: str | None, limit: int | None) -> Split:

@@ -52,10 +52,9 @@ def map_arrays(
     folder = cache_root() / "-".join(name)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if (arrays := _open(folder, key, layout)) is None:
+            if _open(folder, key, layout) is None:
                 _write(folder, key, layout, blocks)
-                arrays = _open(folder, key, layout)
-            return arrays
+            return _open(folder, key, layout)
     except (OSError, NotImplementedError) as error:  # a full disk, or one without locks
         needed = sum(
             np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
@@ -75,12 +74,10 @@ def select_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np
 
 def _open(folder: Path, key: dict, layout: Layout) -> dict[str, np.ndarray] | None:
     """The mapped arrays, or None where they are missing, cut short or made for another key."""
-    try:
-        if (folder / "key.json").read_text() != json.dumps(key):
-            return None
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in layout}
-    except (OSError, ValueError):
-        return None
+    with suppress(OSError, ValueError):
+        if (folder / "key.json").read_text() == json.dumps(key):
+            return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in layout}
+    return None
 
 
 def _write(folder: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]) -> None:

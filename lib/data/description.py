@@ -158,7 +158,7 @@ class Description(BaseModel):
         """Raise the DataError of values that are neither a class nor unlabelled, with their pixel shares."""
         yaml, values = self.root / FILE, list(self.by_value)
         unknown = sorted(shares)[:MOST_SHOWN]
-        found = [[value >> 16, value >> 8 & 255, value & 255] if self.colours else value for value in unknown]
+        found = [list(value.to_bytes(3)) if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
         expected = (
             f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} "
@@ -186,8 +186,7 @@ KEYS = [key for key in Description.model_fields if key != "root"]
 
 def pack_colours(colour: list[int]) -> int:
     """A colour as one number."""
-    red, green, blue = colour
-    return red << 16 | green << 8 | blue
+    return int.from_bytes(bytes(colour))
 
 
 def read_description(root: Path) -> Description:

@@ -236,9 +236,8 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
     lines = [compose(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
-        what = "is empty"
-        if lines:
-            what = f"{len(unknown)} of {len(lines)} lines name no image, the first is {unknown[0]!r}"
+        count = f"{len(unknown)} of {len(lines)} lines name no image"
+        what = f"{count}, the first is {unknown[0]!r}" if unknown else "is empty"
         raise DataError(
             f"{place}: {what}; expected a name a line, such as {next(iter(images), None)!r}, of images in "
             f"{description.root / description.folders['image']}"

@@ -294,7 +294,7 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     """First hit of each ray by the slab test: box, depth, and in the box's frame point and face."""
     start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
-    near, far = (-start - half).astype(np.float32), (-start + half).astype(np.float32)
+    near, far = np.float32((-start - half).T[..., None]), np.float32((-start + half).T[..., None])
     cos, sin = (
         np.cos(boxes["yaw"], dtype=np.float32)[:, None],
         np.sin(boxes["yaw"], dtype=np.float32)[:, None],
@@ -302,13 +302,11 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     x, y, z = rays.T.astype(np.float32)
     box = np.empty(len(rays), int)
     for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # small enough for the cache
-        enter, leave = np.float32(0.02), np.float32(np.inf)
         turned = cos * x[chunk] - sin * z[chunk], y[None, chunk], sin * x[chunk] + cos * z[chunk]
-        for axis, direction in enumerate(turned):
-            inverse = 1 / (direction + np.float32(1e-9))
-            first, second = near[:, axis, None] * inverse, far[:, axis, None] * inverse
-            enter = np.maximum(enter, np.minimum(first, second))
-            leave = np.minimum(leave, np.maximum(first, second))
+        inverse = 1 / (np.stack(np.broadcast_arrays(*turned)) + np.float32(1e-9))
+        first, second = near * inverse, far * inverse
+        enter = np.minimum(first, second).max(0, initial=np.float32(0.02))
+        leave = np.maximum(first, second).min(0)
         box[chunk] = np.where(enter < leave, enter, np.float32(np.inf)).argmin(0)
     direction = _turn(rays, boxes["yaw"][box]) + 1e-9
     slabs = (-start[box] - np.sign(direction) * half[box]) / direction

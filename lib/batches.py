@@ -258,10 +258,7 @@ def training_loader(
     samples: Samples, augment: str, batch_size: int, num_workers: int, seed: int
 ) -> DataLoader:
     """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
-    if num_workers < 0:
-        raise ValueError(
-            f"num_workers: found {num_workers}, expected 0 (load in the training process) or more"
-        )
+    check_options(num_workers=num_workers)
     # shared memory holds two batches a worker, the one in use and the next; without room a worker waits
     needed = (
         min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)

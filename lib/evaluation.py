@@ -117,9 +117,7 @@ def predict(
     confidence: bool = False,
 ) -> Iterator[Predicted]:
     """Yield batch after batch in the order of the samples; arguments as `evaluate`."""
-    check_options(tta=tta)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+    check_options(tta=tta, batch_size=batch_size)
     model.eval()
     for piece in [samples] if isinstance(samples, Samples) else samples:
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")

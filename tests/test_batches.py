@@ -320,7 +320,7 @@ def test_training_without_depth(scenes):
 
 
 def test_negative_workers_are_refused(scenes):
-    with pytest.raises(ValueError, match="num_workers: found -1, expected 0"):
+    with pytest.raises(ValueError, match="num_workers: found -1, expected a whole number of 0 or more"):
         training_loader(scenes, "none", 4, -1, seed=0)
 
 

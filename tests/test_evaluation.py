@@ -280,7 +280,7 @@ def test_empty_splits_and_batches_of_nothing(model, scenes):
             match="split: found no image to evaluate; with validation none there are no validation images, use split test",
         ):
             evaluate(model, nothing)
-    with pytest.raises(ValueError, match="batch_size: found 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="batch_size: found 0, expected a whole number of 1 or more"):
         evaluate(model, scenes, batch_size=0)
     with pytest.raises(ValueError, match="tta: found 'rotate', expected one of none, flip, scales"):
         evaluate(model, scenes, tta="rotate")

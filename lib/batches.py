@@ -61,12 +61,14 @@ def encode_depth(
 ) -> torch.Tensor:
     """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at the nearest, `inverse` at the farthest; missing depth looks the same.
+    `linear` and `log` are 0 at the nearest end of the range, `inverse` at the farthest: there a network can't
+    tell depth from missing depth.
     """
     check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    low, high = scale(torch.tensor(depth_range_m)).aminmax(dim=0)  # on the CPU, or a GPU would wait
+    # of inverse depth the farthest end is the low one; on the CPU, or a GPU would wait
+    low, high = scale(torch.tensor(depth_range_m)).aminmax(dim=0)
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 
@@ -222,8 +224,8 @@ class TrainingSet(Dataset):
 class EpochBatches(Sampler):
     """Shuffled batches of (epoch, position); call `start` before each pass.
 
-    The last batch is kept, but a single left-over image joins the batch before: DeepLabV3+
-    normalises its pooled features over the batch and cannot train on one image.
+    The last batch is kept, but a single left-over image joins the batch before, so that 9 images in batches
+    of 4 are 4 and 5: DeepLabV3+ normalises its pooled features over the batch and cannot train on one image.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -241,7 +243,8 @@ class EpochBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        for batch in np.split(order, self.batch_size * np.arange(1, len(self)))[self.skip :]:
+        ends = self.batch_size * np.arange(1, len(self))  # of all batches but the last
+        for batch in np.split(order, ends)[self.skip :]:
             yield [(self.epoch, int(position)) for position in batch]
 
     def __len__(self) -> int:
@@ -309,4 +312,6 @@ def plain_batch(samples: Samples) -> RawBatch:
         samples.measured_depth,
         np.arange(len(samples)),
     )
-    return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))  # a copy: maps are read-only
+    return RawBatch(
+        *(torch.from_numpy(np.array(array)) for array in arrays)
+    )  # copies: memory maps are read-only

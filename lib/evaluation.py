@@ -121,13 +121,14 @@ def predict(
     model.eval()
     for piece in [samples] if isinstance(samples, Samples) else samples:
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")
-        if loss is None:  # the mean of which is over batches of this size
-            batch_size = max(1, min(batch_size, BATCH_PIXELS // math.prod(piece.size)))
-        for start in range(0, len(piece), batch_size):
-            batch = piece[start : start + batch_size]
+        at_once = batch_size
+        if loss is None:  # a loss is averaged over batches of this very size
+            at_once = max(1, min(batch_size, BATCH_PIXELS // math.prod(piece.size)))
+        for start in range(0, len(piece), at_once):
+            batch = piece[start : start + at_once]
             check_depth(model.config, batch)
-            views, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
-            labels, how_sure = _decide(views, batch.size, confidence)
+            logits, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
+            labels, how_sure = _decide(logits, batch.size, confidence)
             yield Predicted(batch, labels, how_sure, depth_m, losses)
 
 
@@ -140,10 +141,10 @@ def decide(scores: torch.Tensor) -> torch.Tensor:
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
-    """Logits `(B, C, H, W)` of each view at its size; depth at the batch's size and loss of the first."""
+    """Logits `(B, C, H, W)` of each view at its size; of the first depth at the batch's size and the loss."""
     config, device = model.config, next(model.parameters()).device
     logits, depth_m, losses = [], None, None
-    for flipped, view in _looks(batch, views, config.size):
+    for flipped, view in _make_views(batch, views, config.size):
         encoded = encode_batch(plain_batch(view), config, device)
         with autocast(device, precision):
             prediction = model(encoded.inputs)
@@ -158,28 +159,28 @@ def _predict_views(
 
 @torch.inference_mode()
 def _decide(
-    views: list[torch.Tensor], size: tuple[int, int], confidence: bool
+    logits_of_views: list[torch.Tensor], size: tuple[int, int], confidence: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The most likely class `(B, H, W)` and, if wanted, its probability.
 
     Scores at full size exist for few rows at a time.
     """
-    count, classes = views[0].shape[:2]
+    count, classes = logits_of_views[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
     sure = np.empty((count, *size), np.float32) if confidence else None
     step = max(1, SCORES_BYTES // (4 * count * classes * size[1]))
     for start in range(0, size[0], step):
         rows = slice(start, min(start + step, size[0]))
-        grown = (_upsample(logits, size, rows) for logits in views)  # one after the other
-        total = sum(scores.softmax(1) if len(views) > 1 else scores for scores in grown)
+        grown = (_upsample(logits, size, rows) for logits in logits_of_views)  # one after the other
+        total = sum(scores.softmax(1) if len(logits_of_views) > 1 else scores for scores in grown)
         labels[:, rows] = decide(total).byte().cpu().numpy()
         if sure is not None:
-            shares = total / len(views) if len(views) > 1 else total.softmax(1)
+            shares = total / len(logits_of_views) if len(logits_of_views) > 1 else total.softmax(1)
             sure[:, rows] = shares.amax(1).cpu().numpy()
     return labels, sure
 
 
-def _looks(
+def _make_views(
     batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]
 ) -> Iterator[tuple[bool, Samples]]:
     """Of each view whether it is flipped, and the batch as a network that works at this size sees it."""

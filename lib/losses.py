@@ -26,8 +26,8 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
             in it, the form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with a
             labelled pixel of the class. `exp061`: per image I / (U + 1e-6), averaged over images x classes
             present in the batch; a pair whose class is absent from the image adds a constant 1 without
-            gradient, so a perfect prediction does not give 0 and an unlabelled image costs 1. Kept to
-            reproduce Exp061.
+            gradient, so a perfect prediction does not give 0, and an unlabelled image costs 1 beside
+            labelled ones. Kept to reproduce the published experiment Exp061.
 
     Returns:
         A scalar; 0, with zero gradient, for a batch without a labelled pixel.
@@ -68,22 +68,24 @@ def segmentation_losses(
     """`segmentation_loss` and its two terms, mean cross-entropy and soft IoU loss, in one pass."""
     check_options(soft_iou_pooling=soft_iou_pooling)
     _check_labels(logits, labels)
-    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)
+    cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)  # (N, C) each
     soft_iou = _soft_iou_loss(intersection, count, prediction, soft_iou_pooling)
     if class_weights is not None:
         class_weights = class_weights.to(logits.device, non_blocking=True)
         cross_entropy = class_weights * cross_entropy
         count = class_weights * count
-    weight = count.sum()
-    mean = cross_entropy.sum() / torch.where(weight > 0, weight, 1)
-    total = mean if soft_iou_weight == 0 else mean + soft_iou_weight * soft_iou
-    return total, mean, soft_iou
+    divisor = count.sum()
+    mean_cross_entropy = cross_entropy.sum() / torch.where(divisor > 0, divisor, 1)
+    total = mean_cross_entropy
+    if soft_iou_weight > 0:
+        total = mean_cross_entropy + soft_iou_weight * soft_iou
+    return total, mean_cross_entropy, soft_iou
 
 
 def _soft_iou_loss(
     intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str
 ) -> torch.Tensor:
-    if pooling == "batch":
+    if pooling == "batch":  # (C,) from here on, else (N, C)
         intersection, count, prediction = (sums.sum(0) for sums in (intersection, count, prediction))
     union = prediction + count - intersection
     if pooling == "exp061":
@@ -123,7 +125,7 @@ def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tens
 
 
 def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference where `valid`, of tensors of one shape; 0 where nothing is."""
+    """Mean absolute difference where `valid`, of tensors of one shape; 0 if no pixel is valid."""
     if not prediction.shape == target.shape == valid.shape:
         raise ValueError(
             f"depth: found shapes {tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(valid.shape)} "
@@ -140,7 +142,7 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
             "expected (N, H, W) with (N, C, H, W)"
         )
     if labels.device.type == "cpu":  # elsewhere the check would wait for the device at every step
-        wrong = labels[(labels < 0) | (labels >= logits.shape[1]) & (labels != IGNORE_INDEX)]
+        wrong = labels[(labels < 0) | ((labels >= logits.shape[1]) & (labels != IGNORE_INDEX))]
         if len(wrong):
             raise ValueError(
                 f"labels: found the value {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or "
@@ -179,18 +181,21 @@ def _in_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torc
 
 
 def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `_ClassSums`, and the log-sum-exp of each pixel: inf where it has no label."""
+    """The sums of `_ClassSums`, and the log-sum-exp of each pixel.
+
+    It is inf where a pixel has no label, so that its softmax is 0, here and in the backward pass.
+    """
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX
-    truth = torch.where(labelled, labels.flatten(1), 0).long()
+    index = torch.where(labelled, labels.flatten(1), 0).long()
     highest = scores.amax(1)
     shares = (scores - highest[:, None]).exp()  # of the softmax, before it is normalised
-    total = shares.sum(1)
-    prediction = (shares * (labelled / total)[:, None]).sum(2)
-    log_sum_exp = torch.where(labelled, highest + total.log(), torch.inf)
-    log_truth = scores.gather(1, truth[:, None])[:, 0] - log_sum_exp
+    divisor = shares.sum(1)
+    prediction = (shares * (labelled / divisor)[:, None]).sum(2)
+    log_sum_exp = torch.where(labelled, highest + divisor.log(), torch.inf)
+    log_truth = scores.gather(1, index[:, None])[:, 0] - log_sum_exp
     values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
-    by_class = values.new_zeros(3, *prediction.shape).scatter_add(2, truth.expand_as(values), values)
+    by_class = values.new_zeros(3, *prediction.shape).scatter_add(2, index.expand_as(values), values)
     return torch.cat((by_class, prediction[None])), log_sum_exp.view(labels.shape)
 
 
@@ -201,10 +206,14 @@ def _write_gradient(
     labels: torch.Tensor,
     log_sum_exp: torch.Tensor,
 ) -> None:
-    """Loss by logits, from loss by the sums of `_ClassSums`."""
+    """Derivatives of the loss by logits, from those by the sums of `_ClassSums`.
+
+    With softmax p, one-hot truth y and g_c = y_c (p_c dI_c - dCE_c) + p_c dP_c, that by logit c is
+    g_c - p_c sum(g).
+    """
     d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
     softmax = (logits.to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp().flatten(2)
-    truth = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
-    at_truth = torch.where(truth, softmax * d_intersection - d_cross_entropy, 0)
-    total = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
-    gradient.copy_(at_truth.addcmul(softmax, d_prediction - total).view(gradient.shape))
+    one_hot = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
+    at_truth = torch.where(one_hot, softmax * d_intersection - d_cross_entropy, 0)
+    sum_g = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
+    gradient.copy_(at_truth.addcmul(softmax, d_prediction - sum_g).view(gradient.shape))

@@ -33,10 +33,9 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         ValueError: shapes that differ, or values that are no class.
     """
     if isinstance(prediction, np.ndarray):
-        copies = (
-            torch.from_numpy(np.array(prediction)),
-            torch.from_numpy(np.array(labels)),
-        )  # maps are read-only
+        copies = [
+            torch.from_numpy(np.array(array)) for array in (prediction, labels)
+        ]  # no read-only memory map
         return confusion_counts(*copies, class_count).numpy()
     if prediction.shape != labels.shape or prediction.ndim < 2:
         raise ValueError(
@@ -61,6 +60,7 @@ def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: i
     narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
     cells = labels.to(narrow) * class_count + prediction.to(narrow)
     counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
+    # rows of values that are neither a class nor 255
     strange = counts[class_count:IGNORE_INDEX].any(1).nonzero().flatten()
     if len(strange):
         raise ValueError(f"labels: found the value {class_count + int(strange[0])}, expected {expected}")

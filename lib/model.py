@@ -135,7 +135,7 @@ def build_model(
         encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or
             the path of a file, see `load_encoder_weights`.
         rgb_normalisation: `weights` takes the mean and std that the pretrained weights were trained with, and
-            Exp061's without pretrained weights; `exp061` always takes Exp061's.
+            Exp061's without pretrained weights; `exp061` takes Exp061's. With `init_from` neither counts.
         init_from: a `best.pt` whose weights and normalisation to begin with, see `copy_weights`.
         config: see `ModelConfig`.
 
@@ -305,7 +305,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     with _explain_fetching(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
-    highest = config["input_range"][1]
+    highest = config["input_range"][1]  # 1, or 255 where images were not divided by it
     return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
 
 

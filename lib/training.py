@@ -37,7 +37,10 @@ FINITE_STEPS = 20  # between checks of the losses: each check makes a GPU wait
 
 
 class Losses(NamedTuple):
-    """Scalar terms of one batch, before their weights, and `total`, the weighted sum that is minimised."""
+    """Scalar terms of one batch, before their weights, and `total`, the weighted sum that is minimised.
+
+    `soft_iou` is the loss, 1 - soft IoU; `lovasz` and `depth_l1` are 0 where they are not used.
+    """
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
@@ -157,7 +160,7 @@ class Optimisation:
         )
 
     def keeps(self, row: dict, history: list[dict]) -> bool:
-        """Whether the epoch of this row, the next of the history, is the one to keep so far."""
+        """Whether the epoch of this row is the one to keep so far; the history has the epochs before it."""
         if self.checkpoint == "last" or math.isnan(row["valid_miou"]):
             return row["epoch"] == self.epochs
         return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
@@ -242,7 +245,7 @@ def fit(
             started = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {optimisation.epochs}")
             row = state.begin_epoch(epoch, scheduler.get_last_lr()[-1])
-            loader.batch_sampler.start(epoch, skip=len(state.losses))
+            loader.batch_sampler.start(epoch, skip=len(state.losses))  # a loss per finished batch
             row |= _columns("train", train_epoch(model, step, loader, state, bar))
             if optimisation.schedule == "cosine":
                 scheduler.step()
@@ -298,8 +301,9 @@ def train_epoch(
         positions.append(raw.position)
         bar.set_description(f"{words}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
-        if len(positions) % FINITE_STEPS == 1:  # the first step already shows what memory it takes
+        if len(positions) % FINITE_STEPS == 1:
             _check_finite(model, state.losses, positions, names)
+            # the first step already shows what memory it takes
             loss = state.losses[-1][0].item()
             bar.set_postfix_str(f"loss {loss:.3f}, {describe_memory(state.device)}", refresh=False)
         if state.is_due():
@@ -323,7 +327,7 @@ def _check_finite(
         found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
             f"{found}, expected a number, for the batch of the images "
-            f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt keep the state before it. "
+            f"{', '.join(names[positions[batch].numpy()])}. The files of the run keep a state before it. "
             "Check these images; if they are fine, lower learning_rate or use precision fp32"
         )
 

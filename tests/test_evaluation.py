@@ -56,6 +56,13 @@ def test_batch_size_changes_nothing(model, scenes, tta):
     np.testing.assert_array_equal(one.counts.sum((1, 2)), (scenes.label[:9] != 255).sum((1, 2)))
 
 
+def test_a_huge_image_does_not_slow_the_images_after_it(model, scenes, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH_PIXELS", 4 * 96 * 128)
+    huge = resize_samples(scenes[:2], (192, 256))
+    batches = predict(model, [huge, scenes[2:9]], batch_size=8)
+    assert [len(batch.samples) for batch in batches] == [1, 1, 4, 3]
+
+
 def test_what_is_scored_travels_along(model, scenes):
     result = evaluate(model, scenes)
     assert list(result.names) == list(scenes.names)

@@ -52,14 +52,27 @@ class Predicted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What is known of predictions on samples; where labels are held back all counts are 0.
+class Counts:
+    """What `counts.npz` and `evaluation/*.npz` of a run hold; where labels are held back all counts are 0.
 
     Attributes:
         names: `(N,)` of the images.
         scene: `(N,)` scene of each image; None where that is unknown.
         classes: names of the C classes.
         counts: `(N, C, C)` int64, rows = truth.
+    """
+
+    names: np.ndarray
+    scene: np.ndarray | None
+    classes: tuple[str, ...]
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation(Counts):
+    """What is known of predictions on samples, beside `Counts`.
+
+    Attributes:
         predicted: `(N, H, W)` uint8; a list of `(H, W)` where sizes differ, and empty unless asked for.
         boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
@@ -68,10 +81,6 @@ class Evaluation:
             `strata_counts`; None for unknown scenes, for more than 60 classes, or where not asked for.
     """
 
-    names: np.ndarray
-    scene: np.ndarray | None
-    classes: tuple[str, ...]
-    counts: np.ndarray
     predicted: np.ndarray | list[np.ndarray]
     boundary: np.ndarray | None
     depth: np.ndarray | None

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lib.data import Samples
 from lib.device import describe_processor
-from lib.evaluation import Evaluation
+from lib.evaluation import Counts, Evaluation
 from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, chance_miou, mean_iou, pixel_accuracy, truth_iou
 from lib.model import weights_digest
@@ -234,25 +234,17 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
     write_json(scores, run / "scores.json")
 
 
-def write_counts(path: Path, evaluation: Evaluation) -> None:
-    arrays = {"names": evaluation.names, "counts": evaluation.counts, "classes": np.array(evaluation.classes)}
-    scene = {} if evaluation.scene is None else {"scene": evaluation.scene}
+def write_counts(path: Path, counted: Counts) -> None:
+    """The names, counts, classes and, where they are known, scenes."""
+    arrays = {"names": counted.names, "counts": counted.counts, "classes": np.array(counted.classes)}
+    scene = {} if counted.scene is None else {"scene": counted.scene}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays, **scene))
-
-
-class Counts(NamedTuple):
-    """What `counts.npz` and `evaluation/*.npz` hold; see `Evaluation`."""
-
-    names: np.ndarray
-    counts: np.ndarray
-    scene: np.ndarray | None
-    classes: tuple[str, ...]
 
 
 def read_counts(path: Path) -> Counts:
     """What `write_counts` wrote."""
     with np.load(path) as saved:
-        return Counts(saved["names"], saved["counts"], saved.get("scene"), tuple(saved["classes"].tolist()))
+        return Counts(saved["names"], saved.get("scene"), tuple(saved["classes"].tolist()), saved["counts"])
 
 
 def read_scores(run: Path) -> dict:

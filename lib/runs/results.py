@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lib.classes import check_same_classes
+from lib.evaluation import Counts
 from lib.files import ROOT, read_json, write_atomically, write_text
 from lib.metrics import mean_iou
 from lib.options import FOLDS, check_options
@@ -45,8 +46,8 @@ NO_RECIPE = {
 }
 
 
-@dataclass(frozen=True)
-class ScoredRun:
+@dataclass(frozen=True, kw_only=True)
+class ScoredRun(Counts):
     """A run on one split of one data set, or five runs pooled over all five folds.
 
     Attributes:
@@ -56,7 +57,6 @@ class ScoredRun:
         split: `train`, `valid` or `test`.
         data: the data set, as it was named when the run was scored.
         validation: how its validation images were chosen; None on the test split.
-        names, counts, scene, classes: as in `Counts`.
         strata: as in `Evaluation`; None where some of the images were selected.
         history: a row per epoch; None for external predictions and pooled folds.
         commit, tree_unchanged, processor: what the run recorded about its code and its machine.
@@ -71,10 +71,6 @@ class ScoredRun:
     split: str
     data: str
     validation: str | None
-    names: np.ndarray
-    counts: np.ndarray
-    scene: np.ndarray | None
-    classes: tuple[str, ...]
     strata: dict[str, np.ndarray] | None = None
     history: pd.DataFrame | None = None
     commit: str | None = None
@@ -150,7 +146,7 @@ def read_scored(run: Path, split: str) -> ScoredRun:
         folder=run,
         strata=dict(np.load(strata)) if strata.exists() else None,
         **{name: parameters.get(name) for name in RECORDED},
-        **read_counts(path.with_suffix(".npz"))._asdict(),
+        **vars(read_counts(path.with_suffix(".npz"))),
     )
 
 

@@ -51,7 +51,7 @@ class Predicted(NamedTuple):
     losses: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
     """What `counts.npz` and `evaluation/*.npz` of a run hold; where labels are held back all counts are 0.
 
@@ -68,7 +68,7 @@ class Counts:
     counts: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation(Counts):
     """What is known of predictions on samples, beside `Counts`.
 

@@ -15,7 +15,7 @@ from lib.notebooks.compare import compare_strata
 from lib.notebooks.conclusions import measure_spread, result_table, run_tests
 from lib.notebooks.sweep import plan_runs
 from lib.runs.results import group_recipes, identity, read_results, recipe, select_runs, without_fold
-from lib.significance import compare_checkpoints, compare_recipes, plan
+from lib.significance import compare_checkpoints, compare_recipes, plan, score_interval
 
 ROOT = Path(__file__).parents[1]
 STUDIES_FOLDER = ROOT / "notebooks" / "studies"
@@ -239,7 +239,7 @@ def test_the_table_of_results(recipes):
 def test_the_pretrained_runs():
     runs = read_results(PRETRAINED)
     experiment = yaml.safe_load((ROOT / "notebooks" / "experiments" / "nyuv2_pretrained.yaml").read_text())
-    full = [run for run in runs if run.parameters["epochs"] == experiment["epochs"]]
+    *full, plain, _ = [run for run in runs if run.parameters["epochs"] == experiment["epochs"]]
     for run, normalised in zip(full, ("Exp061", "the weights", "the weights"), strict=True):
         assert (len(run.names), len(set(run.scene)), run.parameters["fold"]) == (197, 24, 4)
         minutes = run.history.seconds.sum() / 60
@@ -252,6 +252,7 @@ def test_the_pretrained_runs():
         if name not in ("run_name", "validation", "encoder_weights")
     }
     assert chosen.items() <= best.parameters.items()
+    assert chosen.items() <= plain.parameters.items()
     page = (ROOT / "notebooks" / "docs" / "results.md").read_text()
     assert f"| {best.history.seconds.sum() / 60:.0f} minutes of one core | {best.score:.3f} |" in page
     small = [run for run in runs if run.parameters["image_height"] == 96]
@@ -262,6 +263,29 @@ def test_the_pretrained_runs():
             in (PRETRAINED / "README.md").read_text()
         )
     assert all(run.tree_unchanged for run in runs)
+
+
+def test_the_one_run_on_a_fold_that_was_used_for_no_choice():
+    plain, scales = read_results(PRETRAINED)[-2:]
+    assert recipe(plain.parameters) == recipe(scales.parameters)
+    assert [run.parameters["fold"] for run in read_results(PRETRAINED)].count(0) == 2
+    assert (len(plain.names), len(set(plain.scene)), scales.group) == (149, 25, "scales at test time")
+    page = (PRETRAINED / "README.md").read_text()
+    minutes = f"{plain.history.seconds.sum() / 60:.0f}"
+    for run, name, time in ((plain, "none", minutes + " "), (scales, "`scales`", "")):
+        low, high = score_interval(run.counts, run.scene).interval
+        assert f"| {name} | {time}| {run.score:.3f} | {low:.3f} to {high:.3f} |" in page
+    gain = compare_checkpoints(plain.counts, scales.counts, plain.scene)
+    low, high = gain.interval
+    assert f"adds {gain.difference:.3f} on scenes like these ({low:.3f} to {high:.3f}, p < 0.001" in page
+    assert gain.p_value < 0.001
+    row = f"| 149, fold 0, 1 run | 192x256, 24 | {minutes} minutes | RGB and depth {plain.score:.3f} |"
+    assert row in (ROOT / "README.md").read_text()
+    results = (ROOT / "notebooks" / "docs" / "results.md").read_text()
+    assert f"| {minutes} minutes of one core | {plain.score:.3f} |" in results
+    assert f"`tta: scales` | | {scales.score:.3f} |" in results
+    header = (ROOT / "notebooks" / "experiments" / "nyuv2_pretrained.yaml").read_text()
+    assert f"{plain.score:.3f} on fold 0, which was used for no choice, {scales.score:.3f} with tta" in header
 
 
 def test_the_example_has_an_effect_and_none():

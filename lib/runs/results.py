@@ -46,7 +46,7 @@ NO_RECIPE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ScoredRun(Counts):
     """A run on one split of one data set, or five runs pooled over all five folds.
 

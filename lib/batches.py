@@ -312,6 +312,5 @@ def plain_batch(samples: Samples) -> RawBatch:
         samples.measured_depth,
         np.arange(len(samples)),
     )
-    return RawBatch(
-        *(torch.from_numpy(np.array(array)) for array in arrays)
-    )  # copies: memory maps are read-only
+    # copies, as torch warns of memory maps that are read-only
+    return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))

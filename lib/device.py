@@ -75,8 +75,9 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return "bf16"
+    # a CPU without these instructions emulates bf16, which is slower than fp32
     if device.type == "cpu" and _bf16_instructions():
-        return "bf16"  # where it is emulated, it is several times slower than fp32
+        return "bf16"
     return "fp32"
 
 
@@ -142,10 +143,10 @@ def _has_nvidia_gpu() -> bool:
 
 
 def describe_memory(device: torch.device) -> str:
-    """The memory that training takes: the most that torch has had of a GPU; on a CPU, all of this process."""
+    """The memory in use: what torch has reserved of a GPU, elsewhere what this process holds."""
     used = psutil.Process().memory_info().rss
     if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
+        used = torch.cuda.memory_reserved(device)
     return f"{used / 2**30:.1f} GiB"
 
 

@@ -27,7 +27,7 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
-SCORES_BYTES = 2**28  # of class scores at the size of the images: while views are averaged, 4 times as many
+SCORES_BYTES = 2**28  # of class scores at full size at a time; averaging views takes four times as much
 STRATA_CLASSES = 60  # beyond, matrices by scene and stratum would fill the memory
 BATCH_PIXELS = 2**24  # of the images of a batch: one photograph of 12 megapixels, 54 images of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
@@ -180,8 +180,10 @@ def _decide(
     step = max(1, SCORES_BYTES // (4 * count * classes * size[1]))
     for start in range(0, size[0], step):
         rows = slice(start, min(start + step, size[0]))
-        grown = (_upsample(logits, size, rows) for logits in logits_of_views)  # one after the other
-        total = sum(scores.softmax(1) if len(logits_of_views) > 1 else scores for scores in grown)
+        total = 0
+        for logits in logits_of_views:
+            scores = _upsample(logits, size, rows)
+            total = total + (scores.softmax(1) if len(logits_of_views) > 1 else scores)
         labels[:, rows] = decide(total).byte().cpu().numpy()
         if sure is not None:
             shares = total / len(logits_of_views) if len(logits_of_views) > 1 else total.softmax(1)
@@ -259,13 +261,13 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
     one_size = len({labels.shape for labels in found["predicted"]}) == 1
     return Evaluation(
         names=np.concatenate(found["names"]),
-        scene=None if samples.scene is None else np.concatenate(found["scene"]),
+        scene=None if found["scene"][0] is None else np.concatenate(found["scene"]),
         classes=samples.classes,
         counts=np.concatenate(found["counts"]),
         predicted=np.stack(found["predicted"]) if one_size else found["predicted"],
         boundary=np.concatenate(found["boundary"]) if thorough else None,
         depth=np.sum(found["depth"], axis=0) if thorough else None,
-        losses=None if batch.losses is None else mean_losses(found["losses"]),
+        losses=None if found["losses"][0] is None else mean_losses(found["losses"]),
         strata={name: _stack(by_scene) for name, by_scene in strata.items()} if strata else None,
     )
 

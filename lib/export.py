@@ -2,16 +2,17 @@
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
 from lib.batches import encode_inputs
-from lib.data import load_samples
+from lib.data import Samples
+from lib.data.synthetic import render_scene
 from lib.evaluation import predict
 from lib.files import write_atomically
 from lib.model import SegmentationDepthNet
@@ -104,8 +105,8 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
     """
     model = deepcopy(model).cpu().eval()
     content = _convert(model)
-    scene = load_samples("synthetic", "test", size=CHECKED_SIZE, limit=1)
-    samples = replace(scene, classes=model.config.classes)
+    image, depth, _ = render_scene(0, 0, CHECKED_SIZE)
+    samples = Samples(np.array(["scene"]), image[None], depth[None], classes=model.config.classes)
     session = onnxruntime.InferenceSession(content)
     labels, _ = session.run(
         None, {taken.name: getattr(samples, taken.name) for taken in session.get_inputs()}

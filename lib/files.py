@@ -50,7 +50,7 @@ def write_text(text: str, path: Path) -> None:
 def write_json(content: dict, path: Path) -> None:
     """A JSON file, whole or not there; NaN and infinity become null, which JSON knows."""
     finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
-    write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", path)
+    write_text(json.dumps(finite, indent=2) + "\n", path)
 
 
 def read_json(path: Path) -> dict:

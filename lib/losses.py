@@ -77,7 +77,7 @@ def segmentation_losses(
     divisor = count.sum()
     mean_cross_entropy = cross_entropy.sum() / torch.where(divisor > 0, divisor, 1)
     total = mean_cross_entropy
-    if soft_iou_weight > 0:
+    if soft_iou_weight != 0:
         total = mean_cross_entropy + soft_iou_weight * soft_iou
     return total, mean_cross_entropy, soft_iou
 
@@ -167,8 +167,9 @@ class _ClassSums(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = torch.empty_like(ctx.saved_tensors[0])
-        for piece in _in_rows(gradient, *ctx.saved_tensors):
+        logits, labels, log_sum_exp = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for piece in _in_rows(gradient, logits, labels, log_sum_exp):
             _write_gradient(d_sums, *piece)
         return gradient, None
 

@@ -33,9 +33,8 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         ValueError: shapes that differ, or values that are no class.
     """
     if isinstance(prediction, np.ndarray):
-        copies = [
-            torch.from_numpy(np.array(array)) for array in (prediction, labels)
-        ]  # no read-only memory map
+        # copies, as torch warns of memory maps that are read-only
+        copies = [torch.from_numpy(np.array(array)) for array in (prediction, labels)]
         return confusion_counts(*copies, class_count).numpy()
     if prediction.shape != labels.shape or prediction.ndim < 2:
         raise ValueError(

@@ -26,7 +26,7 @@ from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # for smp's
-PREFIXES = re.compile(r"^((module|encoder|backbone|model)\.)+")  # that a file may put before every name
+PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # that a file may put before every name
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
 OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
 
@@ -219,11 +219,13 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     given = trained.state_dict()
     first = next(name for name, tensor in own.items() if name.startswith("net.encoder.") and tensor.ndim == 4)
     common = set(model.config.channels) & set(trained.config.channels)
-    given[first] = (
-        _match_channels(own[first], given[first], model.config.channels, trained.config.channels)
-        if common
-        else own[first]
-    )
+    if common:
+        given[first] = _match_channels(
+            own[first], given[first], model.config.channels, trained.config.channels
+        )
+    else:
+        given[first] = own[first]
+        model.started_anew["first layer"] = own[first].numel()
     if trained.config.classes != model.config.classes:
         given = {
             name: tensor for name, tensor in given.items() if not name.startswith("net.segmentation_head.")
@@ -237,8 +239,6 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     for name in new:
         part = name.removeprefix("net.").split(".")[0].replace("_", " ")
         model.started_anew[part] = model.started_anew.get(part, 0) + own[name].numel()
-    if not common:
-        model.started_anew["first layer"] = own[first].numel()
 
 
 def _match_channels(
@@ -404,4 +404,4 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
 
 def _bare_name(name: str) -> str:
     """Without prefixes; timm writes `stem.0`, or `stem_0` where it extracts features."""
-    return PREFIXES.sub("", name).replace(".", "_")
+    return PREFIX.sub("", name).replace(".", "_")

@@ -55,7 +55,7 @@ class Sensitivity:
         return float(stats.nct.sf(least, self.degrees_of_freedom, effect) + other_side)
 
     def adjusted(self, comparisons: int) -> Self:
-        """The same as one of so many comparisons, by Bonferroni; 1 changes nothing.
+        """The same as one of so many comparisons, by Bonferroni; 1 changes no number.
 
         Of a result this adjusts p-value and interval; p-values and intervals of classes are adjusted for the
         number of classes that are tested.

@@ -301,9 +301,8 @@ def train_epoch(
         positions.append(raw.position)
         bar.set_description(f"{words}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
-        if len(positions) % FINITE_STEPS == 1:
+        if (len(positions) - 1) % FINITE_STEPS == 0:  # the first step already shows what memory it takes
             _check_finite(model, state.losses, positions, names)
-            # the first step already shows what memory it takes
             loss = state.losses[-1][0].item()
             bar.set_postfix_str(f"loss {loss:.3f}, {describe_memory(state.device)}", refresh=False)
         if state.is_due():
@@ -327,8 +326,8 @@ def _check_finite(
         found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
         raise FloatingPointError(
             f"{found}, expected a number, for the batch of the images "
-            f"{', '.join(names[positions[batch].numpy()])}. The files of the run keep a state before it. "
-            "Check these images; if they are fine, lower learning_rate or use precision fp32"
+            f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt, where they exist, are from "
+            "before it. Check these images; if they are fine, lower learning_rate or use precision fp32"
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from lib import export
 from lib.batches import encode_inputs
@@ -138,6 +139,18 @@ def test_means_that_end_in_a_half_may_be_rounded_otherwise(size, to):
     np.testing.assert_array_equal(
         export._resize_depth(torch.tensor(depth)[None], to)[0], resize_nearest(depth, to)
     )
+
+
+def test_a_file_that_shrinks_pictures_otherwise_is_not_written(exported, tmp_path, monkeypatch):
+    """Bilinear instead of by area, which only fine detail shows: the picture that is checked must have it."""
+
+    def shrink(image, size):
+        return interpolate(image.permute(0, 3, 1, 2).float(), size, mode="bilinear").permute(0, 2, 3, 1)
+
+    model, _ = exported("rgb", NYUV2_13, "fpn")
+    monkeypatch.setattr(export, "_resize_image", shrink)
+    with pytest.raises(ValueError, match="not written"):
+        export_onnx(model, tmp_path / "network.onnx")
 
 
 def test_a_file_that_says_something_else_is_not_written(exported, tmp_path, monkeypatch):

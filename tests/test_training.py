@@ -400,7 +400,7 @@ def test_checksums_see_every_kind_of_change(samples):
 
 
 def test_the_bar_says_the_batch_the_loss_the_memory_and_when_it_validates(samples, monkeypatch):
-    said, bars = [], []
+    said, postfixes = [], []
 
     def watched(*arguments):
         bar = tqdm(total=arguments[1], file=io.StringIO())
@@ -408,13 +408,15 @@ def test_the_bar_says_the_batch_the_loss_the_memory_and_when_it_validates(sample
         monkeypatch.setattr(
             bar, "set_description", lambda text, **more: (said.append(text), describe(text, **more))
         )
-        bars.append(bar)
         return bar
 
     monkeypatch.setattr(training, "progress_bar", watched)
+    monkeypatch.setattr(training, "FINITE_STEPS", 2)
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, **_: postfixes.append((bar.n, text)))
     (row,) = train("watched", samples, epochs=1)
     batches = [f"epoch 1 of 1, batch {batch} of 3" for batch in (1, 2, 3)]
     assert said == ["epoch 1 of 1", *batches, "epoch 1 of 1, validating", "epoch 1 of 1"]
-    loss, memory = re.fullmatch(r"loss (\d\.\d{3}), (\d+\.\d) GiB", bars[0].postfix).groups()
+    assert [step for step, _ in postfixes] == [1, 3]
+    loss, memory = re.fullmatch(r"loss (\d\.\d{3}), (\d+\.\d) GiB", postfixes[-1][1]).groups()
     assert float(loss) == pytest.approx(row["train_loss"], rel=0.5)
     assert float(memory) == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.5)

@@ -294,7 +294,8 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     """First hit of each ray by the slab test: box, depth, and in the box's frame point and face."""
     start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
-    near, far = np.float32((-start - half).T[..., None]), np.float32((-start + half).T[..., None])
+    near = (-start - half).T[..., None].astype(np.float32)
+    far = (-start + half).T[..., None].astype(np.float32)
     cos, sin = (
         np.cos(boxes["yaw"], dtype=np.float32)[:, None],
         np.sin(boxes["yaw"], dtype=np.float32)[:, None],

@@ -227,7 +227,9 @@ def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
     for axes, (name, rows) in zip(grid[0], strata, strict=True):
         places = np.arange(len(rows))
         axes.vlines(places, rows.low, rows.high, color=plots.VALID_COLOUR, linewidth=1.5)
-        plots.draw_marks(axes, places, rows.difference.to_numpy(), rows.p < LEVEL, plots.VALID_COLOUR)
+        plots.draw_marks(
+            axes, places, rows.difference.to_numpy(), (rows.p < LEVEL).to_numpy(), plots.VALID_COLOUR
+        )
         axes.axhline(0, color=plots.GREY, linewidth=1)
         axes.set(title=f"by {name}".replace(" (", "\n("), xticks=places, xticklabels=rows.bin)
         axes.grid(axis="y", color="0.92")

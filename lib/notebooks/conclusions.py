@@ -112,14 +112,10 @@ class Spread:
     def say_detectable(self, runs: float, comparisons: int) -> str:
         """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
-        least = (
-            ""
-            if self.variance_per_scene
-            else "; at least, as the difference did not vary detectably over scenes"
-        )
-        return "a true difference of {:.3f} ({:.3f} to {:.3f}{}) would be found with 80 % power".format(
-            *found, least
-        )
+        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
+        if not self.variance_per_scene:
+            numbers += "; at least, as the difference did not vary detectably over scenes"
+        return f"a true difference of {numbers}) would be found with 80 % power"
 
     def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
         """How many of each recipe find a true difference with 80 % power; None if more than 100."""

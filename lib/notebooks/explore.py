@@ -358,9 +358,10 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     ]
     shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
     order = np.argsort(-2 * shared - (sides[0] * sides[1]).sum(1), kind="stable")[:count]
-    rows = {}
+    pairs = []
+    captions = []
     for valid, train, same in zip(leak.valid[order], leak.match[order], shared[order], strict=True):
-        caption = f"{samples.names[valid]} and {samples.names[train]}"
-        pair = {"validation": samples.image[valid], "most similar in training": samples.image[train]}
-        rows[f"{caption}: same room, other view" if same else caption] = pair
-    return plots.plot_grid(list(rows.values()), list(rows))
+        pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
+        relation = ": same room, other view" if same else ""
+        captions.append(f"{samples.names[valid]} and {samples.names[train]}{relation}")
+    return plots.plot_grid(pairs, captions)

@@ -310,12 +310,10 @@ def large_regions(
             yield index, (left, top, left + width, top + height), region == number
 
 
-def draw_marks(
-    axes: Axes, across: np.ndarray, upwards: np.ndarray, filled: np.ndarray, colour: str | tuple
-) -> None:
-    """A mark at each of `(N,)` places; those that are not filled are white within."""
+def draw_marks(axes: Axes, x: np.ndarray, y: np.ndarray, filled: np.ndarray, colour: str | tuple) -> None:
+    """A mark at each place x, y, `(N,)` each; those that are not `filled` are white inside."""
     for chosen, face in ((filled, colour), (~filled, "white")):
-        axes.plot(across[chosen], upwards[chosen], "o", color=colour, markerfacecolor=face)
+        axes.plot(x[chosen], y[chosen], "o", color=colour, markerfacecolor=face)
 
 
 def rows_height(count: int) -> float:

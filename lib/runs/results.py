@@ -243,7 +243,7 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
     """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
-    return tuple(item for item in _settings(parameters).items() if parameters[item[0]] is not None)
+    return tuple((name, text) for name, text in _settings(parameters).items() if parameters[name] is not None)
 
 
 def _settings(parameters: dict[str, object]) -> dict[str, str]:
@@ -384,12 +384,12 @@ def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[Scor
 
 def _check_distinct(runs: list[ScoredRun]) -> None:
     """A seed counts once, however often it was trained or named: another run of it is no other draw."""
-    for (*_, seed, fold), (first, *others) in _group(runs, "seed", "fold").items():
-        if others:
+    for (*_, seed, fold), members in _group(runs, "seed", "fold").items():
+        if len(members) > 1:
             raise ValueError(
-                f"runs: {first.name!r} and {others[0].name!r} have the same recipe, seed {seed} and fold "
-                f"{fold}, but each seed counts once; name only one of them, or train or score the other with "
-                "another seed (or, for external predictions, under another recipe)"
+                f"runs: {members[0].name!r} and {members[1].name!r} have the same recipe, seed {seed} and "
+                f"fold {fold}, but each seed counts once; name only one of them, or train or score the other "
+                "with another seed (or, for external predictions, under another recipe)"
             )
 
 
@@ -414,7 +414,8 @@ def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hasha
 
 def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
     values = _cut_paths(run.parameters)
-    return ", ".join(f"{name} {values[name]}" for name in differing if name in _settings(run.parameters))
+    known = _settings(run.parameters)
+    return ", ".join(f"{name} {values[name]}" for name in differing if name in known)
 
 
 def _label(members: list[ScoredRun], settings: str) -> str:

@@ -29,7 +29,7 @@ VIEWS = {
 }
 SCORES_BYTES = 2**28  # of class scores at full size at a time; averaging views takes four times as much
 STRATA_CLASSES = 60  # beyond, matrices by scene and stratum would fill the memory
-BATCH_PIXELS = 2**24  # of the images of a batch: one photograph of 12 megapixels, 54 images of 480x640
+BATCH_PIXELS = 2**24  # of the images of a batch: one image of 12 megapixels, or 54 of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
 

@@ -9,7 +9,6 @@ averages the classes in the truth, the same for both sides. Differences are b mi
 scenes there is no result: what depends on scenes is NaN.
 """
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -47,7 +46,12 @@ class Sensitivity:
         return optimize.brentq(lambda difference: self.power(difference) - POWER, 0, highest)
 
     def power(self, difference: float) -> float:
-        """The probability that the two-sided test finds a true difference, by the noncentral t."""
+        """The probability that the two-sided test finds a true difference, by the noncentral t.
+
+        NaN where nothing varies.
+        """
+        if not self.standard_error > ROUNDING:
+            return np.nan
         effect = abs(difference) / self.standard_error
         least = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
         # NaN now and then where it is next to 0
@@ -391,7 +395,7 @@ def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> 
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
-        swaps = np.array(list(itertools.product((0, 1), repeat=scenes)))
+        swaps = np.indices((2,) * scenes).reshape(scenes, -1).T  # each row one choice of 0 or 1 by scene
     else:
         swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
     moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)

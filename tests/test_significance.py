@@ -284,6 +284,7 @@ def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
     a, b = two_classes([5] * 197), two_classes([6] * 197)
     same = compare_recipes(np.stack([a, a]), np.stack([a, a]), scene)
     assert (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
+    assert np.isnan(same.power(0.01))
     with pytest.raises(
         ValueError, match="counts: found a difference of 0.07381 between runs that do not vary"
     ):
@@ -418,6 +419,7 @@ def test_a_plan_equals_the_test_of_runs_that_vary_so(recipes, scene):
     assert made.standard_error == pytest.approx(result.standard_error)
     assert made.degrees_of_freedom == pytest.approx(result.degrees_of_freedom)
     assert made.detectable == pytest.approx(result.detectable)
+    assert made.power(0.02) == pytest.approx(result.power(0.02))
 
 
 @pytest.mark.filterwarnings("error")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # it needs torch, which takes seconds to import; explore brow
 
 ALL = "all images"
 CONFUSED = " confused with "
-PHOTOGRAPHS = ("RGB", plots.DEPTH)
+JPEG_PANELS = ("RGB", plots.DEPTH)  # without class colours, which JPEG would change
 DIFFERENCES = {
     1: (plots.WRONG, plots.colour_errors),
     2: (plots.CHANGED, plots.colour_changes),
@@ -54,8 +54,8 @@ class View(NamedTuple):
     shades: ScalarMappable | None
 
     def encode(self) -> dict[str, object]:
-        """What browse.js takes: photographs as JPEG, other panels as PNG, values as bytes."""
-        kinds = {title: ".jpg" if title in PHOTOGRAPHS else ".png" for title in self.panels}
+        """What browse.js takes: RGB and depth as JPEG, other panels as PNG, values as bytes."""
+        kinds = {title: ".jpg" if title in JPEG_PANELS else ".png" for title in self.panels}
         coded = {
             title: cv2.imencode(kinds[title], cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))[1]
             for title, panel in self.panels.items()

@@ -256,7 +256,7 @@ def test_bad_descriptions(folder, text, message):
 
 
 def test_kinds_in_one_folder_are_told_apart_by_their_names(tmp_path, scenes):
-    """Photographs are no labels in a wrong format: in the test split labels are held back."""
+    """RGB images are no labels in a wrong format: in the test split labels are held back."""
     kinds = {"image": "{name}_rgb.jpg", "depth": "{name}_depth.png", "label": "{name}_label.png"}
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"folders": kinds}))
     for split, written in (("train", ("image", "depth", "label")), ("test", ("image", "depth"))):

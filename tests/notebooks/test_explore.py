@@ -278,7 +278,7 @@ def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
     ],
 )
 def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warned):
-    """Photographs that are numbered 0001, 0002, ... are read as a video."""
+    """Images that are numbered 0001, 0002, ... are read as a video."""
     label = np.zeros((len(scene), 4, 4), np.uint8)
     label[:, 2:] = 1
     image = np.zeros((*label.shape, 3), np.uint8)

@@ -142,7 +142,7 @@ def test_means_that_end_in_a_half_may_be_rounded_otherwise(size, to):
 
 
 def test_a_file_that_shrinks_pictures_otherwise_is_not_written(exported, tmp_path, monkeypatch):
-    """Bilinear instead of by area, which only fine detail shows: the picture that is checked must have it."""
+    """Bilinear instead of by area."""
 
     def shrink(image, size):
         return interpolate(image.permute(0, 3, 1, 2).float(), size, mode="bilinear").permute(0, 2, 3, 1)

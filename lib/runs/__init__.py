@@ -1,4 +1,4 @@
-"""A run's folder: open it, say what is there of it, write and read it, report."""
+"""Run folders: create or reopen them, check their progress, and read and write their files."""
 
 import datetime
 import itertools
@@ -20,22 +20,22 @@ from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, w
 from lib.metrics import averaged_classes, chance_miou, mean_iou, pixel_accuracy, truth_iou
 from lib.model import weights_digest
 
-RECORDED = ("commit", "tree_unchanged", "processor")  # facts about a run, not parameters of it
-MAY_CHANGE = ("num_workers", "save_figures")  # when a run is resumed; neither changes its result
-WEIGHTS = ("encoder_weights", "init_from")  # files of weights, known by a digest
-PLACES = ("data", *WEIGHTS)  # paths, which may differ from machine to machine
+RECORDED = ("commit", "tree_unchanged", "processor")  # metadata of a run, not parameters
+MAY_CHANGE = ("num_workers", "save_figures")  # may differ on resumption, without effect on results
+WEIGHTS = ("encoder_weights", "init_from")  # weights files, identified by a digest
+PLACES = ("data", *WEIGHTS)  # paths, which may differ between machines
 
 
-LONGEST_NAME = 200  # bytes of a run's name: disks take 255 with what is put before and behind it
+LONGEST_NAME = 200  # bytes; file systems allow 255, including the prefixes and suffixes that are added
 
 
 def runs_folder() -> Path:
-    """Where runs are kept: `runs/` beside `lib/`, unless the environment variable RUNS_DIR says otherwise."""
+    """Return the folder of all runs: RUNS_DIR if this environment variable is set, else `ROOT/runs`."""
     return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
 
 
 def list_runs(having: str = "parameters.json") -> str:
-    """Names of the runs that have a file, for a message."""
+    """Return the names of the runs that contain a file, comma-separated for a message, or `none`."""
     return ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{having}"))) or "none"
 
 
@@ -45,19 +45,20 @@ def open_run(
     resume: bool = False,
     samples: Sequence[Samples] = (),
 ) -> Iterator[Path]:
-    """The folder of a new run, or of an interrupted one; no other process has it until the end of the block.
+    """Create or reopen a run's folder and lock it until the block ends.
 
-    An older run of that name is kept under a dated name in `older/`, and comes back where the block fails
-    before anything was computed.
+    Unless `resume` is set, an existing run of the same name is moved to `older/` under a dated name. It is
+    moved back if the block fails before any progress is saved.
 
     Args:
-        parameters: of the notebook, `run_name` among them.
-        resume: go on with the run of that name.
-        samples: what it will train and validate on, refused if loaded with other parameters than these.
+        parameters: all notebook parameters, including `run_name`.
+        resume: continue the existing run of that name.
+        samples: the training and validation samples; they must have been loaded with these parameters.
 
     Raises:
-        ValueError: a name that is no plain folder name; nothing to resume; other parameters than the run's.
-        RuntimeError: another process has the run.
+        ValueError: if `run_name` is not a plain folder name, there is no run to resume, or the samples or
+            the run to resume have other parameters.
+        RuntimeError: if another process has locked the run, or its folder can't be locked.
     """
     run_name = parameters["run_name"]
     if (
@@ -98,12 +99,12 @@ def open_run(
 
 
 def _is_begun(run: Path) -> bool:
-    """Whether anything has been computed."""
+    """Whether any training progress has been saved."""
     return run_state(run).trained or (run / "last.pt").exists()
 
 
 def _write_images(run: Path, samples: Sequence[Samples]) -> None:
-    """Which images train and validate, for the day when the data set has others."""
+    """Save the names of the training and validation images, in case the data set changes later."""
     if len(samples) == 2 and samples[0].loaded_with is not None:
         train, valid = (one.names.tolist() for one in samples)
         chosen = {"validation": samples[0].loaded_with["chosen_validation"], "train": train, "valid": valid}
@@ -111,12 +112,12 @@ def _write_images(run: Path, samples: Sequence[Samples]) -> None:
 
 
 def read_images(run: Path) -> dict:
-    """How validation images were chosen, and image names by split; empty if the run did not record them."""
+    """Return how validation images were chosen, and image names by split; empty if they were not recorded."""
     return read_json(run / "images.json") if (run / "images.json").exists() else {}
 
 
 def _record() -> dict[str, object]:
-    """The commit of the code, whether its tree was unchanged, and the processor; None for what is unknown."""
+    """Return the commit, whether the working tree was unchanged, and the processor; None if unknown."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
@@ -126,7 +127,7 @@ def _record() -> dict[str, object]:
 
 
 def weights_digests(parameters: dict) -> dict[str, str]:
-    """The digests of the files of weights that a run begins with, as parameters `NAME_digest`."""
+    """Return the digests of the weights files that initialise a run, as parameters `NAME_digest`."""
     init_from = parameters.get("init_from")
     digests = {
         "encoder_weights_digest": weights_digest(parameters.get("encoder_weights")),
@@ -136,7 +137,10 @@ def weights_digests(parameters: dict) -> dict[str, str]:
 
 
 def _set_aside(run: Path) -> Path | None:
-    """Where an older run of that name is now, with the time when it was finished; None if there was none."""
+    """Move an existing run to `older/` and return its new path, or None if there is no run.
+
+    The new name contains the time of the folder's last change.
+    """
     if not run.exists():
         return None
     finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
@@ -152,14 +156,14 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             "False"
         )
     saved = read_parameters(run)
-    same_file = [  # perhaps elsewhere
+    same_file = [  # their paths may differ
         name for name in WEIGHTS if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
     ]
     differing = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
         if name not in (*MAY_CHANGE, *RECORDED, *same_file)
-        and name not in ("device", "precision")  # what these come to is held against the checkpoint
+        and name not in ("device", "precision")  # `Checkpoint.restore` checks what `auto` selected
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
     if differing:
@@ -175,13 +179,13 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
 
 
 class RunState(NamedTuple):
-    """What is there of a run.
+    """The progress of a run.
 
     Attributes:
-        epochs: that it was started for; 0 where nothing is there, or where it was not trained here.
-        done: epochs that are finished.
-        trained: whether all of them are, with the report.
-        evaluated: splits that it was scored on, or predicted where labels are held back.
+        epochs: planned number of epochs; 0 if the run does not exist or consists of external predictions.
+        done: number of finished epochs.
+        trained: whether all epochs are finished and the report is written.
+        evaluated: splits that were scored, or only predicted if their labels are held back.
     """
 
     epochs: int
@@ -190,7 +194,7 @@ class RunState(NamedTuple):
     evaluated: tuple[str, ...]
 
     def describe(self) -> str:
-        """In words, before it trains."""
+        """Describe the progress before training starts or resumes."""
         if self.trained:
             return f"is finished, all {self.epochs} epochs are done; nothing changes"
         if self.done:
@@ -199,7 +203,7 @@ class RunState(NamedTuple):
 
 
 def run_state(run: Path) -> RunState:
-    """See `RunState`; of any folder, also one that does not exist."""
+    """Return the progress of the run in a folder, which need not exist."""
     epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
     done = len(read_history(run)) if (run / "history.csv").exists() else 0
     trained = 0 < epochs <= done and (run / "report.md").exists()
@@ -208,18 +212,26 @@ def run_state(run: Path) -> RunState:
 
 
 def write_history(run: Path, history: list[dict]) -> None:
-    """One row per epoch so far."""
+    """Write `history.csv`, with one row per epoch so far."""
     write_text(pd.DataFrame(history).to_csv(index=False), run / "history.csv")
 
 
 def read_history(run: Path) -> pd.DataFrame:
-    """The rows that `write_history` wrote."""
-    text = pd.read_csv(run / "history.csv", dtype=str)  # pandas 2 rounds numbers that it reads itself
+    """Read the history saved by `write_history`."""
+    text = pd.read_csv(run / "history.csv", dtype=str)  # pandas 2 does not parse floats exactly
     return text.astype(float).astype({"epoch": int})
 
 
 def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
-    """The kept epoch's row of history, its scores and counts at the working size; None: nothing validates."""
+    """Write the scores and, with validation images, the confusion matrices of the kept epoch.
+
+    Both are computed at the training resolution. Evaluations of an earlier kept epoch are deleted.
+
+    Args:
+        run: folder of the run.
+        row: history row of the epoch.
+        valid: evaluation of the validation images; None if there are none.
+    """
     scores = {"best_epoch": row["epoch"]} | {name: value for name, value in row.items() if name != "epoch"}
     if valid is not None:
         scores |= {
@@ -230,35 +242,35 @@ def write_scores(run: Path, row: dict, valid: Evaluation | None) -> None:
             "class_iou": dict(zip(valid.classes, truth_iou(valid.counts).round(6).tolist(), strict=True)),
         }
         write_counts(run / "counts.npz", valid)
-    shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier best epoch
+    shutil.rmtree(run / "evaluation", ignore_errors=True)  # of an earlier epoch
     write_json(scores, run / "scores.json")
 
 
 def write_counts(path: Path, counted: Counts) -> None:
-    """The names, counts, classes and, where they are known, scenes."""
+    """Write image names, confusion matrices, class names and, if known, scenes to an .npz file."""
     arrays = {"names": counted.names, "counts": counted.counts, "classes": np.array(counted.classes)}
     scene = {} if counted.scene is None else {"scene": counted.scene}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays, **scene))
 
 
 def read_counts(path: Path) -> Counts:
-    """What `write_counts` wrote."""
+    """Read a file saved by `write_counts`."""
     with np.load(path) as saved:
         return Counts(saved["names"], saved.get("scene"), tuple(saved["classes"].tolist()), saved["counts"])
 
 
 def read_scores(run: Path) -> dict:
-    """What `write_scores` wrote, without the counts."""
+    """Read the scores saved by `write_scores`, without the confusion matrices."""
     return read_json(run / "scores.json")
 
 
 def read_parameters(run: Path) -> dict:
-    """The parameters that a run was started with."""
+    """Read the parameters that a run was started with, and its metadata (`RECORDED`)."""
     return read_json(run / "parameters.json")
 
 
 def check_version(run_name: str, parameters: dict[str, object]) -> None:
-    """Raises a ValueError for parameters with their names of before the first release."""
+    """Raise a ValueError if the parameters have their names from before the first release."""
     if "validation" not in parameters:
         raise ValueError(
             f"run {run_name!r} was trained before parameters were renamed, so its parameters.json has no "
@@ -267,12 +279,16 @@ def check_version(run_name: str, parameters: dict[str, object]) -> None:
 
 
 def find_run(run: str, parameter: str = "run") -> Path:
-    """The folder of a trained run: `latest`, a name, or a path, which a parameter of the notebook holds.
+    """Return the folder of a trained run, that is, one that contains `best.pt`.
+
+    Args:
+        run: name or path of the run, or `latest` for the one trained last.
+        parameter: notebook parameter to mention in the error message.
 
     Raises:
-        ValueError: there is none; the message names the command that makes one.
+        ValueError: if there is no such run; the message includes the command to train one.
     """
-    file = runs_folder() / Path(run).expanduser() / "best.pt"  # an absolute path stays what it is
+    file = runs_folder() / Path(run).expanduser() / "best.pt"  # an absolute path replaces runs_folder()
     if run == "latest":
         file = max(runs_folder().glob("*/best.pt"), key=lambda path: path.stat().st_mtime, default=file)
     if not file.exists():
@@ -284,7 +300,7 @@ def find_run(run: str, parameter: str = "run") -> Path:
 
 
 def find_weights(init_from: str) -> Path:
-    """The `best.pt` that training begins with: a path, or that of a run by name."""
+    """Return the weights file to start from: a .pt path, or the `best.pt` of a run, see `find_run`."""
     path = Path(init_from).expanduser()
     if path.suffix == ".pt" and path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""Resume state: what an interrupted training continues from, and whether it may."""
+"""Checkpoints for resuming interrupted training, and checks that device, precision and data are the same."""
 
 import copy
 import time
@@ -14,20 +14,21 @@ from lib.files import load_checkpoint, save_checkpoint
 from lib.model import save_model
 from lib.runs import write_history, write_scores
 
-CHECKPOINT_SECONDS = 30  # that an interrupted run loses at most; a large network takes a second to write
+# An interruption loses at most this much training. Saving a large network takes one second.
+CHECKPOINT_SECONDS = 30
 
 
 class Checkpoint:
-    """A training run's state, in memory and on disk.
+    """The state of a training run, in memory and on disk.
 
-    Everything is written together, or `last.pt` would continue beside a `best.pt` of epochs that it does not
-    know: `last.pt`, `history.csv` and, for the epoch that is kept, `best.pt`, `scores.json` and `counts.npz`.
-    Each file is whole or not there.
+    All files are saved together: `last.pt`, `history.csv` and, for the epoch that is kept, `best.pt`,
+    `scores.json` and `counts.npz`. Otherwise training could resume from a `last.pt` that is older than
+    `best.pt`. Each file is written atomically.
 
     Attributes:
-        history: the rows of the finished epochs.
-        row: of the epoch that has begun; empty between epochs.
-        losses: its terms of the loss, a tensor per batch.
+        history: history rows of the finished epochs.
+        row: history row of the current epoch; empty between epochs.
+        losses: loss terms of the current epoch, one tensor per batch.
     """
 
     def __init__(self, run: Path, stateful: dict[str, object], device: torch.device) -> None:
@@ -42,10 +43,14 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def restore(self, made_of: dict) -> None:
-        """Continue from `last.pt`; without that file nothing has been computed yet.
+        """Load the state from `last.pt`, if that file exists.
+
+        Args:
+            made_of: the current `fingerprint`.
 
         Raises:
-            ValueError: it was computed differently or from other data than `fingerprint` says now.
+            ValueError: if the device, precision or data have changed since the run was started.
+            CheckpointError: if the file can't be read.
         """
         self._made_of = made_of
         path = self.run / "last.pt"
@@ -64,29 +69,29 @@ class Checkpoint:
         self.losses = [loss.to(self.device) for loss in progress["losses"]]
 
     def begin_epoch(self, epoch: int, learning_rate: float) -> dict:
-        """The row of an epoch, which may have begun before an interruption."""
+        """Return a new row for an epoch, or its restored row if the epoch was interrupted."""
         self.row = self.row or {"epoch": epoch, "learning_rate": learning_rate}
         return self.row
 
     def end_epoch(self, row: dict) -> None:
-        """Add the row to the history."""
+        """Append the row to the history."""
         self.history.append(row)
         self.row = {}
         self.losses = []
 
     def keep(self, model: nn.Module, row: dict, scored: Evaluation | None) -> None:
-        """Remember this epoch's network and scores for the next `save`."""
+        """Copy this epoch's network and scores for the next `save`."""
         self._kept = copy.deepcopy(model).cpu(), row, scored
 
     def is_due(self) -> bool:
-        """Whether the last `save` is long enough ago."""
+        """Whether more than `CHECKPOINT_SECONDS` have passed since the last `save`."""
         return time.monotonic() - self._saved > CHECKPOINT_SECONDS
 
     def save(self) -> None:
-        """Write everything.
+        """Save the state to disk.
 
         Raises:
-            OSError: it can't be written; earlier files are intact.
+            OSError: if a file can't be written; earlier files are intact.
         """
         if self._kept is not None:
             model, row, scored = self._kept
@@ -104,17 +109,17 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Delete `last.pt`: a finished run is not continued."""
+        """Delete `last.pt`, because a finished run is not resumed."""
         (self.run / "last.pt").unlink(missing_ok=True)
 
 
 def fingerprint(computed: str, train: Samples, valid: Samples) -> dict[str, object]:
-    """What a resumed run must share with its beginning: device and precision, and checksums of all images."""
+    """Return what must match on resumption: the device and precision, and the checksum of every image."""
     return {"computed": computed, "data": _checksums(train, "train") | _checksums(valid, "valid")}
 
 
 def _checksums(samples: Samples, split: str) -> dict[str, int]:
-    """Of all pixels of each image, by `split/name`."""
+    """Return the CRC-32 of each sample's arrays (RGB, depth, label, measured), keyed by `split/name`."""
     kinds = (samples.image, samples.depth, samples.label, samples.measured)
     by_image = zip(*(array for array in kinds if array is not None), strict=True)
     sums = (zlib.crc32(b"".join(array.tobytes() for array in arrays)) for arrays in by_image)

@@ -1,4 +1,4 @@
-"""`report.md`: a run on one page."""
+"""Write `report.md`, a one-page summary of a run."""
 
 from pathlib import Path
 
@@ -9,12 +9,15 @@ from lib.classes import escape_html
 from lib.files import read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
-RISING = 0.01  # of mIoU in the last quarter of the epochs
-REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ... and the best
+RISING = 0.01  # train for longer if mIoU rose by more in the last quarter of the epochs
+REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ..., the best and the last
 
 
 def write_report(run: Path) -> Path:
-    """`report.md`: configuration, results and progression of training, evaluations, as far as there are."""
+    """Write `report.md` and return its path.
+
+    It contains the configuration, results and training progression, and evaluations, if available.
+    """
     sections = [
         f"# {run.name}",
         "## Configuration\n\n" + _table(pd.DataFrame({"value": read_parameters(run)}), "g"),
@@ -37,7 +40,7 @@ def write_report(run: Path) -> Path:
 
 
 def summarise(run: Path) -> str:
-    """In Markdown: the kept epoch, its scores, whether they still rose, the best and the worst classes."""
+    """Summarise training in Markdown: the kept epoch, its scores, their trend, best and worst classes."""
     scores = read_scores(run)
     history = read_history(run)
     epochs = len(history)
@@ -57,7 +60,7 @@ def summarise(run: Path) -> str:
 
 
 def _describe_rise(miou: pd.Series) -> str:
-    """How much the mIoU rose in the last quarter of the epochs, and whether to go on."""
+    """Describe the change in mIoU over the last quarter of the epochs and whether to train for longer."""
     last = -(-len(miou) // 4)
     if last == len(miou):
         return ""
@@ -68,7 +71,7 @@ def _describe_rise(miou: pd.Series) -> str:
 
 
 def describe_classes(iou: pd.Series) -> str:
-    """Over which classes an mIoU is taken, and which have no pixel, from the IoU by class."""
+    """Describe how many classes an mIoU averages and which have no pixels (NaN in the IoU per class)."""
     absent = iou.index[iou.isna()].tolist()
     missing = f" ({', '.join(absent)} {'has' if len(absent) == 1 else 'have'} no pixel)" if absent else ""
     return f"over {iou.notna().sum()} of {len(iou)} classes{missing}"
@@ -94,18 +97,18 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
 
 
 def _table(scores: pd.DataFrame, form: str) -> str:
-    """In Markdown; what has no score, as a class that is not in the truth, has a dash."""
+    """Format a Markdown table; missing scores, such as classes not in the ground truth, become dashes."""
     cells = scores.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
     return cells.astype(object).where(cells.notna(), None).to_markdown(floatfmt=form, missingval="-")
 
 
 def _escape_cell(value: object) -> object:
-    """A name with a bar or a line break would begin another cell or row."""
+    """Escape bars and remove line breaks, which would start a new cell or row."""
     return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
 
 
 def _evaluation_section(split: str, scores: dict) -> str:
-    """Scores on one split, without and with test-time augmentation, then by class."""
+    """Format the scores on one split, without and with test-time augmentation, and per class."""
     text = (
         f"## Evaluation on split {split}\n\n{scores['images']} images of {scores['data']}, at their own size"
     )
@@ -123,7 +126,10 @@ def _evaluation_section(split: str, scores: dict) -> str:
 
 
 def describe_interval(low: float | None, high: float | None, scenes: int | None) -> str:
-    """A 95 % interval, and over what it was taken."""
+    """Describe a 95 % interval and its sampling units, or explain why there is none.
+
+    If `scenes` is None, scenes are unknown and images are treated as independent.
+    """
     over = (
         "images treated as independent, because their scenes are unknown"
         if scenes is None

@@ -1,4 +1,4 @@
-"""Scored runs without their weights: from run folders or a study's two files, by recipe, for comparison."""
+"""Read, write, select and group scored runs for comparison, without needing their weights."""
 
 import io
 import itertools
@@ -48,21 +48,21 @@ NO_RECIPE = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ScoredRun(Counts):
-    """A run on one split of one data set, or five runs pooled over all five folds.
+    """A run scored on one split of a data set, or the pooled runs of all five folds.
 
     Attributes:
-        name: of the run.
-        group: the arm that it is shown under; None where that is its recipe.
-        parameters: of `train.ipynb`, or of the predictions of another model.
+        name: name of the run.
+        group: study arm under which the run is shown; if None, its recipe.
+        parameters: parameters of `train.ipynb`, or those recorded for external predictions.
         split: `train`, `valid` or `test`.
-        data: the data set, as it was named when the run was scored.
-        validation: how its validation images were chosen; None on the test split.
-        strata: as in `Evaluation`; None where some of the images were selected.
-        history: a row per epoch; None for external predictions and pooled folds.
-        commit, tree_unchanged, processor: what the run recorded about its code and its machine.
-        image_fold: `(N,)` the fold each image was scored in; None unless folds are pooled.
-        folder: of the run, with its predictions.
-        masks: predictions of a few images by name, where there is no folder.
+        data: the data set, as given when the run was scored.
+        validation: how the validation images were chosen; None on the test split.
+        strata: as in `Evaluation`; None if not available, for example after `select`.
+        history: one row per epoch; None for external predictions and pooled folds.
+        commit, tree_unchanged, processor: code version and hardware recorded by the run; None if unknown.
+        image_fold: `(N,)` fold in which each image was scored; None unless folds are pooled.
+        folder: folder of the run, with its predictions; None for pooled folds and runs from `read_results`.
+        masks: `(H, W)` predictions of a few images by name, for runs without a folder.
     """
 
     name: str
@@ -87,7 +87,7 @@ class ScoredRun(Counts):
 
     @property
     def is_pooled(self) -> bool:
-        """Whether these are five runs, each scored on its own fold."""
+        """Whether five runs are pooled, each scored on its own fold."""
         return self.image_fold is not None
 
     def shows_same_images(self, other: "ScoredRun") -> bool:
@@ -96,15 +96,15 @@ class ScoredRun(Counts):
         return np.array_equal(self.names, other.names) and np.array_equal(*truths)
 
     def select(self, chosen: np.ndarray) -> "ScoredRun":
-        """The same run on some of its images, `chosen` as positions or `(N,)` bool."""
+        """Return the run restricted to some of its images, given as positions or an `(N,)` bool mask."""
         by_image = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, strata=None, **{name: array[chosen] for name, array in by_image.items()})
 
     def read_masks(self, names: Iterable[str]) -> list[np.ndarray]:
-        """The predictions `(H, W)` of these images.
+        """Return the predictions `(H, W)` for the named images.
 
         Raises:
-            FileNotFoundError: one was not saved.
+            FileNotFoundError: if a prediction was not saved.
         """
         if self.folder is not None:
             return read_masks(masks_folder(self.folder, self.split), names)
@@ -115,12 +115,13 @@ class ScoredRun(Counts):
 
 
 def read_scored(run: Path, split: str) -> ScoredRun:
-    """A run from its folder, as `score_run` wrote it.
+    """Read a run scored by `score_run` from its folder.
 
     Raises:
-        ValueError: it is not scored on that split, or of an older version.
+        ValueError: if the run is not scored on the split, the labels of the split are held back, or the run
+            was trained with an older version.
     """
-    path = run / "evaluation" / f"{split}.json"  # which is written last
+    path = run / "evaluation" / f"{split}.json"  # written last
     if not path.exists():
         raise ValueError(
             f"runs: {run.name!r} is not evaluated on split {split!r}; run "
@@ -151,16 +152,17 @@ def read_scored(run: Path, split: str) -> ScoredRun:
 
 
 def scored_folders(split: str) -> list[Path]:
-    """Folders of the runs that are scored on a split and can be compared, the latest evaluation last."""
+    """Return the folders of comparable runs scored on a split, in order of evaluation."""
     files = sorted(runs_folder().glob(f"*/evaluation/{split}.json"), key=lambda path: path.stat().st_mtime)
     scored = [path.parents[1] for path in files if path.with_suffix(".npz").exists()]
     return [folder for folder in scored if "validation" in read_parameters(folder)]  # see check_version
 
 
 def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
-    """Write runs as `runs.jsonl`, a line each, and `counts.npz`, with names and scenes once per image list.
+    """Write runs to `runs.jsonl` and `counts.npz`.
 
-    Paths of data and weights are cut to their last component.
+    `runs.jsonl` has one line per run, with the paths of data, weights and predictions shortened to their last
+    component. `counts.npz` stores names and scenes once per list of images.
     """
     lines = []
     arrays = {}
@@ -170,18 +172,18 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
         listed |= {} if run.scene is None else {"scene": run.scene}
         content = tuple((name, *array.tolist()) for name, array in listed.items())
         images = lists.setdefault(content, f"images{len(lists)}")
-        key = f"{number} {run.name}"  # another run may have that name
+        key = f"{number} {run.name}"  # run names may repeat
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
         for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
             arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
         lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
-    write_text("".join(f"{line}\n" for line in lines), folder / RUNS_FILE)  # last: it says what is there
+    write_text("".join(f"{line}\n" for line in lines), folder / RUNS_FILE)  # last: it lists the arrays
 
 
 def _describe_run(run: ScoredRun) -> dict:
-    """What `runs.jsonl` says of a run."""
+    """Return the entry of a run in `runs.jsonl`."""
     parameters = _cut_paths(run.parameters)
     history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
     return {
@@ -197,22 +199,22 @@ def _describe_run(run: ScoredRun) -> dict:
 
 
 def _cut_paths(parameters: dict[str, object]) -> dict[str, object]:
-    """Parameters in which paths of data, weights and predictions are their last component."""
+    """Shorten the paths of data, weights and predictions to their last component."""
     places = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
     return parameters | {name: Path(parameters[name]).name for name in places}
 
 
 def read_results(folder: Path) -> list[ScoredRun]:
-    """The runs that `write_results` wrote.
+    """Read the runs that `write_results` wrote.
 
     Raises:
-        ValueError: one of the two files is damaged or misses a run.
+        ValueError: if one of the two files is missing or damaged, or lacks a run.
     """
     try:
         lines = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
         with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as saved:
             return [_read_line(line, saved) for line in lines]
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen exception types
         raise ValueError(
             f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and "
             f"{COUNTS_FILE}, as `sweep.ipynb -p results` writes them"
@@ -220,7 +222,7 @@ def read_results(folder: Path) -> list[ScoredRun]:
 
 
 def _take(saved: np.lib.npyio.NpzFile, prefix: str) -> dict[str, np.ndarray] | None:
-    """The arrays of which the names begin so, without that beginning; None if there are none."""
+    """Return the arrays whose names start with a prefix, which is removed; None if there are none."""
     names = [name for name in saved.files if name.startswith(prefix)]
     return {name.removeprefix(prefix): saved[name] for name in names} or None
 
@@ -242,43 +244,47 @@ def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
 
 
 def recipe(parameters: dict[str, object]) -> tuple[tuple[str, str], ...]:
-    """What makes runs the same recipe: every parameter that matters, but seed and fold; hashable."""
+    """Return the recipe of a run in hashable form: all relevant parameters except seed and fold.
+
+    Parameters that are None are left out.
+    """
     return tuple((name, text) for name, text in _settings(parameters).items() if parameters[name] is not None)
 
 
 def _settings(parameters: dict[str, object]) -> dict[str, str]:
-    """The parameters that make the recipe, as text in the order of their names; None is a value, too."""
+    """Return the parameters that define the recipe as text, sorted by name, including those that are None."""
     kept = {
-        name: parameters.get(f"{name}_digest", value)  # the same files may lie elsewhere
+        name: parameters.get(f"{name}_digest", value)  # the same file may have another path
         for name, value in _cut_paths(parameters).items()
         if name not in NO_RECIPE and not name.endswith("_digest")
     }
-    if kept.get("soft_iou_weight") == 0:  # without the term, its form is no difference
+    if kept.get("soft_iou_weight") == 0:  # without this loss term, its pooling is irrelevant
         kept.pop("soft_iou_pooling", None)
     return {name: str(float(value) if type(value) is int else value) for name, value in sorted(kept.items())}
 
 
 def identity(parameters: dict[str, object]) -> tuple:
-    """What makes a run that run: its recipe, seed and fold, wherever its data and weights lie."""
+    """Return the recipe, seed and fold, which identify a run wherever its data and weights are stored."""
     if not any(name.endswith("_digest") for name in parameters):
         parameters = parameters | weights_digests(parameters)
     return recipe(parameters), parameters["seed"], parameters["fold"]
 
 
 def read_runs(runs: str, split: str, data: str | None = None, where: str | None = None) -> list[ScoredRun]:
-    """The runs to compare, of which weights are not needed.
+    """Read the runs to compare, without their weights.
 
     Args:
-        runs: names or paths of runs, or folders of results as `write_results` makes them, with commas between
-            (a path may have commas of its own in the folder of runs alone); or `all`: every run in the folder
-            of runs that is scored on the split. Where these are fewer than two, `all` takes the committed
-            example, and beside it a run of one's own on the same images.
+        runs: comma-separated list of runs (names or paths) and of folders written by `write_results`, or
+            `all`. Only the path of the runs folder may itself contain commas. `all` reads every run in the
+            runs folder that is scored on the split. If there are fewer than two and `data` is None, it reads
+            the committed example, together with your own run if that is on the same images.
         split: `train`, `valid` or `test`.
-        data: with `all`, only runs scored on this data; None takes that of the latest evaluation.
-        where: a query over the runs' parameters, as `pandas.DataFrame.query` takes it; None takes all.
+        data: with `all`, read only runs scored on this data set; if None, that of the latest evaluation.
+        where: query over the runs' parameters, in the syntax of `pandas.DataFrame.query`; if None, all runs
+            are returned.
 
     Raises:
-        ValueError: a run that is missing or not scored, or a query that no run matches.
+        ValueError: if a run is missing or not scored, or the query is invalid or matches no run.
     """
     check_options(split=split)
     if runs == "all":
@@ -287,21 +293,21 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
             example = [run for run in read_results(EXAMPLE) if run.split == split]
             found = example + [run for run in found if not example or run.shows_same_images(example[0])]
     else:
-        home = re.escape(str(runs_folder()))  # may have commas; the names of runs in it stay
+        home = re.escape(str(runs_folder()))  # removed, because it may contain commas
         entries = re.sub(rf"(^|,)\s*{home}[/\\]", r"\1", runs).split(",")
         found = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
     return found if where is None else select_runs(found, where)
 
 
 def read_own(split: str, data: str | None) -> list[ScoredRun]:
-    """The scored runs in the folder of runs, of this data or of that of the latest evaluation."""
+    """Read the scored runs in the runs folder, sorted by name; see `data` of `read_runs`."""
     own = [read_scored(folder, split) for folder in scored_folders(split)]
     wanted = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
     return sorted(wanted, key=lambda run: run.name)
 
 
 def read_entry(entry: str, split: str) -> list[ScoredRun]:
-    """A run by name or path, or the runs of a study that were scored on the split."""
+    """Read a run by name or path, or the runs of a study that were scored on the split."""
     for home in (runs_folder(), Path(), NOTEBOOKS):
         folder = home / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
@@ -321,10 +327,12 @@ def read_entry(entry: str, split: str) -> list[ScoredRun]:
 
 
 def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
-    """The runs whose parameters match a query, as `pandas.DataFrame.query` takes it; None stays None there.
+    """Select runs by a query over their parameters, in the syntax of `pandas.DataFrame.query`.
+
+    In the query, parameters that are None or missing are None, not NaN.
 
     Raises:
-        ValueError: a query that can't be evaluated, or that no run matches.
+        ValueError: if the query can't be evaluated, or no run matches it.
     """
     names = dict.fromkeys(name for run in runs for name in run.parameters)
     table = pd.DataFrame(
@@ -334,7 +342,7 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
         is_matching = table.eval(where, engine="python")
         if not is_matching.map(type).isin((bool, np.bool_)).all():
             raise ValueError("it is not a condition")
-    except Exception as error:  # pandas raises a dozen kinds for a query that it can't evaluate
+    except Exception as error:  # pandas raises a dozen exception types
         raise ValueError(
             f"where: found {where!r}, which can't be evaluated ({error}); expected a query over the "
             f'parameters {", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
@@ -346,18 +354,19 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
 
 
 def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[str, list[ScoredRun]]:
-    """Runs by recipe, the baseline's first, all on the same images; runs over five folds are pooled.
+    """Group runs by recipe, with the baseline first, and pool the runs of five folds.
 
-    A recipe is named after its group; after its only run; or after the parameters in which the recipes
-    differ. Runs of two groups are never one recipe, so that a recipe can be compared with itself.
+    All runs must be scored on the same images. A recipe is named after its group, its only run, the recipe
+    name of external predictions, or the parameters in which the recipes differ. Runs of different groups are
+    never merged into one recipe, so that a recipe can be compared with itself.
 
     Args:
-        runs: from `read_runs`.
-        baseline: name of a run, or of a recipe; None takes the first.
+        runs: runs from `read_runs`.
+        baseline: name of a run or recipe; if None, the first recipe is the baseline.
 
     Raises:
-        ValueError: runs that can't be compared, a run of a recipe, seed and fold that is there already, or no
-            such baseline.
+        ValueError: if runs can't be compared, two runs of a group have the same recipe, seed and fold, or the
+            baseline does not exist.
     """
     named = _name_recipes(_group(_pool_folds(runs)))
     for members in named.values():
@@ -374,7 +383,7 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
 
 
 def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[ScoredRun]]:
-    """Runs by their group, recipe and these parameters, in the order in which they first occur."""
+    """Group runs by group, recipe and the given parameters, in order of first occurrence."""
     groups: dict[tuple, list[ScoredRun]] = {}
     for run in runs:
         key = (run.group, recipe(run.parameters), *map(run.parameters.get, parameters))
@@ -383,7 +392,7 @@ def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[Scor
 
 
 def _check_distinct(runs: list[ScoredRun]) -> None:
-    """A seed counts once, however often it was trained or named: another run of it is no other draw."""
+    """Raise a ValueError if a recipe repeats a seed and fold, because these runs are not independent."""
     for (*_, seed, fold), members in _group(runs, "seed", "fold").items():
         if len(members) > 1:
             raise ValueError(
@@ -406,9 +415,9 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
 
 
 def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
-    """By recipe the parameters in which these recipes differ, such as `learning_rate 0.003`."""
+    """Return the parameters of each recipe that differ between recipes, such as `learning_rate 0.003`."""
     table = pd.DataFrame([_settings(members[0].parameters) for members in recipes.values()], dtype=object)
-    differing = table.columns[table.nunique() > 1]  # among the recipes that know them
+    differing = table.columns[table.nunique() > 1]  # among the recipes that have them
     return {name: _describe_settings(members[0], differing) for name, members in recipes.items()}
 
 
@@ -420,7 +429,7 @@ def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
 
 def _label(members: list[ScoredRun], settings: str) -> str:
     run = members[0]
-    if "recipe" in run.parameters:  # of external predictions
+    if "recipe" in run.parameters:  # external predictions
         return run.parameters["recipe"]
     if not settings or (len(members) == 1 and len(run.name) <= len(settings)):
         return run.name
@@ -428,10 +437,10 @@ def _label(members: list[ScoredRun], settings: str) -> str:
 
 
 def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, list[ScoredRun]]:
-    """Pooled runs on the images of the other folds, such as to leave out the fold of a tuning.
+    """Exclude the images of one fold from pooled runs, for example the fold used for tuning.
 
     Raises:
-        ValueError: a run that is not pooled over folds.
+        ValueError: if a run is not pooled over folds.
     """
     for run in itertools.chain(*recipes.values()):
         if not run.is_pooled:
@@ -442,7 +451,10 @@ def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, li
 
 
 def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
-    """Where runs are of several folds: those of one recipe and seed as one, if all five are there."""
+    """Pool the runs of each recipe and seed over the five folds, leaving out incomplete sets.
+
+    If all runs are on the same fold, they are returned unchanged.
+    """
     if len({run.parameters.get("fold") for run in runs}) < 2:
         return runs
     groups = _group(runs, "seed")
@@ -481,7 +493,7 @@ def _pool(folds: list[ScoredRun]) -> ScoredRun:
 
 
 def _pool_strata(folds: list[ScoredRun]) -> dict[str, np.ndarray] | None:
-    """The strata of all scenes in their order; None where a fold has none, or a scene is in two of them."""
+    """Merge the strata of all folds, sorted by scene; None if a fold has none or two folds share a scene."""
     if any(run.strata is None for run in folds):
         return None
     scenes = np.concatenate([np.unique(run.scene) for run in folds])

@@ -1,4 +1,4 @@
-"""Score a run, or any predictions, on a split of its data; leave what a comparison needs in its folder."""
+"""Score a run, or external predictions, on one split and write the results to the folder of the run."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,23 +24,28 @@ from lib.runs import check_version, find_run, open_run, read_images, read_parame
 from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
+# parameters that determine the images of a split
 READ_WITH = (
     "data",
     "validation",
     "limit",
     "classes",
     "fold",
-)  # parameters that say which images a split holds
+)
 
 
 def find_scored(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
-    """The folder of a trained run, or a new one for predictions from elsewhere.
+    """Find the folder of a trained run, or create one for external predictions.
 
     Args:
-        run: name or path of a trained run, or `latest`; unused with predictions.
-        predictions: None, or a folder of masks as `read_external` takes them.
-        parameters: of `evaluate.ipynb`; with predictions, those that name the run, its recipe and seed, and
-            the images are kept as the run's own.
+        run: name or path of a trained run, or `latest`; ignored if `predictions` is given.
+        predictions: folder of masks for `read_external`; None for a trained run.
+        parameters: parameters of `evaluate.ipynb`. With `predictions`, those that identify the run and
+            select its images are saved as the parameters of the new run.
+
+    Raises:
+        ValueError: if the run or the folder of masks does not exist, or a parameter for external predictions
+            is missing or invalid.
     """
     if predictions is None:
         return find_run(run)
@@ -62,19 +67,21 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
 def iterate_split(
     parameters: dict, split: str, data: str | None = None, batch_size: int = 8, run: Path | None = None
 ) -> Split:
-    """The images of a split at their own size, selected as the parameters of a run say.
+    """Return the images of a split at their native size, selected by the parameters of a run.
+
+    The test split is always read in full, without the run's `limit`.
 
     Args:
-        parameters: of the run.
+        parameters: parameters of the run.
         split: `train`, `valid` or `test`.
-        data: another data set than the run's, of which only `test` is selected by nothing.
-        batch_size: images of a piece, at most.
-        run: folder of the run; where it recorded which images it trained and validated on, these are taken,
-            also if the data set has others by now.
+        data: data set to read instead of the run's own.
+        batch_size: maximum number of images per batch.
+        run: folder of the run. If the data set has the same name as the run's, the training or validation
+            images that the run recorded are used, even if images were added since.
 
     Raises:
-        DataError: the data lack images that the run was trained with.
-        ValueError: the run is of an older version.
+        DataError: if recorded images are missing from the data.
+        ValueError: if the run was trained with an older version.
     """
     check_version(parameters.get("run_name"), parameters)
     source = parameters["data"] if data is None else data
@@ -88,11 +95,11 @@ def iterate_split(
 
 
 def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size: int) -> Split:
-    """The images that a run was trained or validated on; says how many the data set has beside them."""
+    """Return the images that a run was trained or validated on, and print how many were added since."""
     own = read_images(run)
     drawn_from = (split, "predefined") if own["validation"] == "predefined" else ("train", "none")
     pool = iterate_samples(source, *drawn_from, classes=parameters.get("classes"), batch_size=batch_size)
-    positions = pd.Index(pool.names).get_indexer(own[split])  # -1: not there
+    positions = pd.Index(pool.names).get_indexer(own[split])  # -1: missing
     missing = [name for name, at in zip(own[split], positions, strict=True) if at < 0]
     if missing:
         raise DataError(
@@ -109,7 +116,7 @@ def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size
 
 
 def check_labelled(parameters: dict, split: str) -> None:
-    """Raise a ValueError where the labels of a split are held back, so that nothing could be scored on it."""
+    """Raise a ValueError if the labels of a split are held back, so that no run can be scored on it."""
     if not is_labelled(iterate_split(parameters, split)):
         raise ValueError(
             f"split: the labels of split {split!r} of {parameters['data']} are held back, so runs can't be "
@@ -118,23 +125,27 @@ def check_labelled(parameters: dict, split: str) -> None:
 
 
 def is_labelled(pieces: Iterable[Samples]) -> bool:
-    """Whether any pixel has a label; labels that are 255 everywhere are held back as if there were none."""
+    """Whether any pixel has a label; labels count as held back if they are all 255 or missing."""
     return any((piece.labels_or_ignored != IGNORE_INDEX).any() for piece in pieces)
 
 
 def score_run(
     run: Path, split: str, pieces: Split, tta: str = "flip", device: str = "auto"
 ) -> dict[str, object]:
-    """Predict a split, without and with test-time augmentation, and write `evaluation/` of the run.
+    """Predict a split with and without test-time augmentation and write the run's `evaluation/` folder.
 
-    In it are `SPLIT.json` with the scores, `SPLIT.npz` with the counts per image, `SPLIT.strata.npz` with the
-    counts per scene by depth, distance to a boundary and size of the region, and `SPLIT/NAME.png`, the
-    predicted class indices. Where labels are held back, these are with augmentation, and `submission.npy`
-    holds them, too, `(N, H, W)` in the order of the names, if they are of one size. Predictions from
-    elsewhere are scored as they are.
+    The folder contains `SPLIT.json` (scores), `SPLIT.npz` (counts per image), `SPLIT.strata.npz` (counts per
+    scene by depth, distance to a boundary and region size) and `SPLIT/NAME.png` (class indices, predicted
+    without augmentation).
+
+    If labels are held back, there are no scores or counts, and the masks are predicted with augmentation. If
+    they all have the same size, they are also saved as `submission.npy`, or `submission_SPLIT.npy` for splits
+    other than test: `(N, H, W)`, sorted by name.
+
+    External predictions are scored as they are.
 
     Returns:
-        What `SPLIT.json` holds.
+        The content of `SPLIT.json`.
     """
     with hold_run(run):
         labelled = is_labelled(pieces)
@@ -162,7 +173,7 @@ def score_run(
 def _predict_passes(
     run: Path, pieces: Split, labelled: bool, tta: str, device: str
 ) -> tuple[dict[str, object], dict[str, Iterator[Predicted]]]:
-    """What is recorded of how a run predicts, and its predictions by pass: `plain`, `augmented` or both."""
+    """Return the prediction settings to record, and the predictions by pass: `plain`, `augmented` or both."""
     parameters = read_parameters(run)
     if "predictions" in parameters:
         folder = Path(parameters["predictions"]).expanduser()
@@ -180,16 +191,20 @@ def _submission(run: Path, split: str) -> Path:
 
 
 def _remove_evaluation(run: Path, split: str) -> None:
-    """What an earlier evaluation wrote, perhaps of other data; scores first: they say the rest is there."""
+    """Delete an earlier evaluation, possibly on other data.
+
+    The scores are deleted first, because their presence marks an evaluation as complete.
+    """
     for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission(run, split)):
-        path.unlink(missing_ok=True)  # .json comes before .npz
+        path.unlink(missing_ok=True)  # sorted: .json comes before .npz
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
 
 def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Evaluation]) -> dict[str, object]:
-    """`SPLIT.json`, which it returns, and the report.
+    """Write `SPLIT.json` and the report, and return the content of `SPLIT.json`.
 
-    Of thorough counts of `plain` also `SPLIT.npz` and `SPLIT.strata.npz`.
+    Unless `counted` is empty, also write `SPLIT.npz` and, if available, `SPLIT.strata.npz` for `plain`. The
+    counts must be thorough (see `count_predictions`).
     """
     (run / "evaluation").mkdir(exist_ok=True)
     if counted:
@@ -205,9 +220,9 @@ def write_evaluation(run: Path, split: str, facts: dict, counted: dict[str, Eval
 
 
 def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
-    """Scores of `plain` predictions and, where there are, of `augmented` ones; intervals over scenes.
+    """Compute the scores of `plain` and, if present, `augmented` predictions, with intervals over scenes.
 
-    The mIoU is over the classes in the truth, as in comparisons.
+    The mIoU averages the classes in the ground truth, as in comparisons.
     """
     plain = counted["plain"]
     truth = plain.counts.sum(2)
@@ -239,7 +254,7 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
 
 
 def watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
-    """The batches, while a bar counts their images."""
+    """Yield the batches while a progress bar counts their images."""
     with progress_bar(label, total) as bar:
         for batch in batches:
             yield batch
@@ -256,26 +271,27 @@ def _saved(batches: Iterable[Predicted], folder: Path) -> Iterator[Predicted]:
 
 
 def masks_folder(run: Path, split: str) -> Path:
-    """Where a run keeps its predictions for a split, as PNGs of class indices."""
+    """Return the folder of a run's predictions for a split (PNGs of class indices)."""
     return run / "evaluation" / split
 
 
 def read_masks(folder: Path, names: Iterable[str]) -> list[np.ndarray]:
-    """The predictions of these images, `(H, W)` uint8 each."""
+    """Read the predictions for the named images, `(H, W)` uint8 each."""
     return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
 
 
 def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> Iterator[Predicted]:
-    """Masks `FOLDER/NAME.png` of any model, one for each image.
+    """Yield the predictions of any model from its masks `FOLDER/NAME.png`, one per image.
 
     Args:
-        folder: of the masks.
-        pieces: the images.
-        mask_values: `indices` of classes in the data's order, or `labels`: the values of the data's labels.
+        folder: folder of the masks.
+        pieces: the images, in batches.
+        mask_values: `indices` for class indices in the data's order, or `labels` for the values in the data's
+            label files.
 
     Raises:
-        DataError: a mask that is missing or damaged, of another size than its image, or with a value that is
-            no class; where the values mean classes only in the other reading, it says so.
+        DataError: if a mask is missing or damaged, differs in size from its image, or contains a value that
+            is no class. The message mentions the other choice of `mask_values` if all masks fit it.
     """
     there = {
         compose(path.relative_to(folder).with_suffix("").as_posix()): path
@@ -302,7 +318,7 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
 
 
 def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndarray:
-    """The uint8 class index of each value of the masks, all of which are looked at before any is taken."""
+    """Check the values of all masks and return the lookup table from value to uint8 class index."""
     count = len(pieces.classes)
     readings = {"indices": list(range(count)), "labels": list(pieces.label_values or range(count))}
     taken = readings.pop(mask_values)

@@ -1,4 +1,4 @@
-"""A network with a segmentation and a depth head; its config records inputs, normalisation and classes."""
+"""A segmentation network with an optional depth head: config, pretrained weights, saving and loading."""
 
 import difflib
 import hashlib
@@ -25,10 +25,10 @@ from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
-TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # for smp's
-PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # that a file may put before every name
-ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # its decoder takes more than features
-OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as Exp061 has it
+TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # by smp name
+PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # prefixes in weights files
+ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # DPT's decoder also takes prefix tokens
+OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as in Exp061
 
 
 class Prediction(NamedTuple):
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         logits: `(N, C, H, W)` class scores before softmax.
-        depth: `(N, 1, H, W)` depth as `encode_depth` makes it `linear`, or None without a depth head.
+        depth: `(N, 1, H, W)` depth in the `linear` encoding of `encode_depth`; None without a depth head.
     """
 
     logits: torch.Tensor
@@ -45,19 +45,19 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that is needed to build a network, and to feed it.
+    """Everything needed to build a network and encode its inputs.
 
     Attributes:
         classes: names of the classes, in the order of their indices.
-        inputs: `rgb`, `depth`, `rgbd` or `rgbd_xy` (pixel coordinates too).
+        inputs: `rgb`, `depth`, `rgbd` or `rgbd_xy` (also pixel coordinates).
         depth_encoding: `inverse`, `linear` or `log`.
-        depth_range_m: (nearest, farthest) that depth is clipped to.
-        size: (height, width) it works at.
-        architecture: of segmentation-models-pytorch.
-        encoder: of segmentation-models-pytorch.
-        depth_head: whether it predicts depth, too.
-        rgb_mean: subtracted from RGB in 0..1.
-        rgb_std: by which RGB is then divided.
+        depth_range_m: (nearest, farthest) in metres; depth is clipped to this range.
+        size: (height, width) in pixels that images are resized to.
+        architecture: name of an architecture in segmentation-models-pytorch.
+        encoder: name of an encoder in segmentation-models-pytorch.
+        depth_head: whether the network also predicts depth.
+        rgb_mean: mean subtracted from RGB values in 0..1.
+        rgb_std: standard deviation by which they are then divided.
     """
 
     classes: tuple[str, ...]
@@ -76,7 +76,7 @@ class ModelConfig:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the input channels, in the order of the network's first layer."""
+        """Names of the input channels, in the order of the first layer."""
         rgb = ("red", "green", "blue")
         depth = (f"{self.depth_encoding} depth",)
         return {"rgb": rgb, "depth": depth, "rgbd": rgb + depth, "rgbd_xy": (*rgb, *depth, "x", "y")}[
@@ -85,13 +85,13 @@ class ModelConfig:
 
 
 class SegmentationDepthNet(nn.Module):
-    """A shared encoder and decoder with one or two heads, for images of any size.
+    """A shared encoder and decoder with a segmentation head and an optional depth head, for any image size.
 
-    `started_anew` holds what `init_from` could not copy, by name the number of parameters.
+    The default architecture is DeepLabV3+ (Chen et al., "Encoder-Decoder with Atrous Separable Convolution
+    for Semantic Image Segmentation", ECCV 2018) from segmentation-models-pytorch. The depth head is a 3x3
+    convolution on the output of the decoder, upsampled like the segmentation head.
 
-    By default DeepLabV3+: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
-    Segmentation", ECCV 2018, as in segmentation-models-pytorch. The depth head is like the segmentation head,
-    on the same decoder output.
+    `started_anew` maps each layer or head that `init_from` could not copy to its number of parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -113,7 +113,7 @@ class SegmentationDepthNet(nn.Module):
             self.depth_head = SegmentationHead(last.in_channels, 1, kernel_size=3, upsampling=upsampling)
 
     def forward(self, inputs: torch.Tensor) -> Prediction:
-        """`(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
+        """Map `(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
         height, width = inputs.shape[-2:]
         stride = self.net.encoder.output_stride
         padded = nn.functional.pad(inputs, (0, -width % stride, 0, -height % stride), mode="replicate")
@@ -129,20 +129,20 @@ def build_model(
     init_from: Path | str | None = None,
     **config: object,
 ) -> SegmentationDepthNet:
-    """A network ready to train, in float32 on the CPU.
+    """Build a network in training mode, in float32 on the CPU.
 
     Args:
-        encoder_weights: None for random weights, a name such as `imagenet` (fetched once, then cached), or
-            the path of a file, see `load_encoder_weights`.
-        rgb_normalisation: `weights` takes the mean and std that the pretrained weights were trained with, and
-            Exp061's without pretrained weights; `exp061` takes Exp061's. With `init_from` neither counts.
-        init_from: a `best.pt` whose weights and normalisation to begin with, see `copy_weights`.
-        config: see `ModelConfig`.
+        encoder_weights: name of pretrained weights such as `imagenet` (downloaded once, then cached), path of
+            a weights file (see `load_encoder_weights`), or None for random weights.
+        rgb_normalisation: `weights` for the mean and std of the pretrained weights, or Exp061's if there are
+            none; `exp061` for Exp061's. Ignored with `init_from`.
+        init_from: path of a `best.pt` whose weights and RGB normalisation are copied, see `copy_weights`.
+        config: fields of `ModelConfig`.
 
     Raises:
-        ValueError: an unknown architecture, encoder or weights, or two that don't go together.
-        RuntimeError: the weights can't be fetched.
-        CheckpointError: a file of weights that can't be used.
+        ValueError: if the architecture, encoder or weights are unknown or can't be combined.
+        RuntimeError: if the weights can't be downloaded.
+        CheckpointError: if a weights file can't be used.
     """
     check_options(rgb_normalisation=rgb_normalisation)
     if encoder_weights is not None and init_from is not None:
@@ -161,7 +161,7 @@ def build_model(
 
 
 def check_network(architecture: str, encoder: str) -> None:
-    """Raise a ValueError that names an architecture or an encoder that does not exist."""
+    """Raise a ValueError if the architecture or the encoder does not exist."""
     check_choice("architecture", architecture, ARCHITECTURES)
     is_of_timm = encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-"))
     if encoder not in encoders and not is_of_timm:
@@ -175,7 +175,7 @@ def check_network(architecture: str, encoder: str) -> None:
 
 
 def _build_network(config: ModelConfig) -> SegmentationDepthNet:
-    """A network that has seen one image of its size: some encoders are made for one size only."""
+    """Build a network and test it on a blank image, because some encoders support only one image size."""
     check_network(config.architecture, config.encoder)
     try:
         model = SegmentationDepthNet(config)
@@ -199,15 +199,15 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
 
 
 def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:
-    """Copy every weight of a trained network whose name and shape fit.
+    """Copy all weights of a trained network that match in name and shape, and its RGB normalisation.
 
-    In the first layer the filters of channels that both networks take are copied, and those of other channels
-    start at zero, so that the network first sees what the trained one saw; without a common channel it starts
-    anew. The RGB normalisation is copied. A segmentation head for other classes and a depth head that the
-    trained network lacks start anew; `started_anew` names them.
+    In the first layer, filters of channels that both networks have are copied. Filters of new channels are
+    set to zero, so that they have no effect at first. If the networks have no channel in common, the first
+    layer keeps its initial weights. So do the segmentation head if the classes differ, and the depth head if
+    the trained network has none. `model.started_anew` lists the parts that keep their initial weights.
 
     Raises:
-        ValueError: another encoder or architecture.
+        ValueError: if encoder or architecture differ, or other weights don't match.
     """
     for name in ("architecture", "encoder"):
         found, wanted = getattr(trained.config, name), getattr(model.config, name)
@@ -244,7 +244,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
 def _match_channels(
     own: torch.Tensor, given: torch.Tensor, channels: tuple[str, ...], trained: tuple[str, ...]
 ) -> torch.Tensor:
-    """Filters `(F, C, h, w)` of the first layer: those of common channels, zero for others."""
+    """Return first-layer filters `(F, C, h, w)`: copied for common channels, zero for the others."""
     filters = torch.zeros_like(own)
     for position, channel in enumerate(channels):
         if channel in trained:
@@ -253,15 +253,17 @@ def _match_channels(
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:
-    """Write weights and what is needed to build the network again."""
+    """Save the weights and the config, from which `load_model` rebuilds the network."""
     save_checkpoint({"config": asdict(model.config), "weights": model.state_dict()}, path)
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> SegmentationDepthNet:
-    """The network that `save_model` wrote, in evaluation mode: all that evaluation and prediction need.
+    """Load a network saved by `save_model`, in evaluation mode.
+
+    Evaluation and prediction need no other file.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no model of this project.
+        CheckpointError: if the file is missing, damaged or not a model of this project.
     """
     path = Path(path).expanduser()
     saved = load_checkpoint(path, device, ("config", "weights"))
@@ -277,24 +279,25 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
 
 
 def is_file(weights: str | None) -> bool:
-    """Whether weights are meant by a path, not by a name."""
+    """Whether weights are given as a file path, not as a name."""
     return weights is not None and Path(weights).suffix in (".pth", ".pt", ".bin", ".safetensors")
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
-    """SHA-256 of a weights file, so that a run knows it wherever it lies; None for a name or no such file."""
+    """Return the SHA-256 of a weights file, whatever its path, or None for a name or a missing file."""
     if not is_file(weights) or not Path(weights).expanduser().exists():
         return None
     return hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest()
 
 
 def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """RGB mean and std in 0..1 that pretrained weights were trained with, by timm's or smp's configuration.
+    """Return the RGB mean and std, for values in 0..1, that pretrained weights were trained with.
 
-    A file of weights has none: timm's for this encoder is taken, or ImageNet's where timm does not know it.
+    They come from the configuration of timm or smp. Weights files contain no configuration, so the mean and
+    std are those of timm's model of the same name, or ImageNet's if timm has no such model.
 
     Raises:
-        RuntimeError: smp's configuration can't be fetched.
+        RuntimeError: if smp's configuration can't be downloaded.
     """
     name = encoder.removeprefix("tu-").removeprefix("timm-")
     name = TIMM_NAMES.get(name, name)
@@ -305,27 +308,27 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     with _explain_fetching(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
-    highest = config["input_range"][1]  # 1, or 255 where images were not divided by it
+    highest = config["input_range"][1]  # 1, or 255 for weights trained on values in 0..255
     return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
 
 
 def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:
-    """Fill an encoder of segmentation-models-pytorch with pretrained weights.
+    """Load pretrained weights into an encoder of segmentation-models-pytorch.
 
-    Those of its first layer are repeated over the input channels and rescaled, or summed for one channel, as
-    timm does, whether they come by name or from a file.
+    In the first layer, the RGB weights are repeated over the input channels and rescaled, or summed for a
+    single channel, as in timm. This applies to named weights and to files.
 
     Args:
-        encoder: of any number of input channels.
-        encoder_weights: `imagenet` or another name that the encoder has, or the path of a .pth or
-            .safetensors file with names as timm or segmentation-models-pytorch write them. Such a file is
-            read as data: nothing in it is executed.
-        name: of the encoder.
+        encoder: encoder with any number of input channels.
+        encoder_weights: name of weights available for this encoder, such as `imagenet`, or path of a .pth,
+            .pt, .bin or .safetensors file with the parameter names of timm or segmentation-models-pytorch.
+            Code in the file is not executed.
+        name: name of the encoder.
 
     Raises:
-        ValueError: an unknown name of weights.
-        RuntimeError: weights that can't be fetched.
-        CheckpointError: a file that is missing, damaged or covers only part of the encoder.
+        ValueError: if there are no weights of that name.
+        RuntimeError: if the weights can't be downloaded.
+        CheckpointError: if the file is missing or damaged, or does not match the whole encoder.
     """
     if is_file(encoder_weights):
         path = Path(encoder_weights).expanduser()
@@ -351,7 +354,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
 def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever the hub, the network or the cache raise
+    except Exception as error:  # hub, network and cache raise many exception types
         raise RuntimeError(
             f"encoder_weights: {encoder_weights!r} for {name} could not be fetched ({type(error).__name__}). "
             "They are downloaded once and then cached: run once while online, give the path of a file, or "
@@ -360,12 +363,12 @@ def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Names and tensors of a file, as timm reads them, whatever wraps them; data only."""
+    """Read the state dict of a weights file with timm, which unwraps it; no code in it is executed."""
     if not path.exists():
         raise CheckpointError(f"encoder_weights: {path}: no such file")
     try:
         return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged or foreign file
+    except Exception as error:  # torch and safetensors raise many exception types here
         raise CheckpointError(
             f"encoder_weights: {path}: can't be read as weights ({type(error).__name__}); it is "
             "truncated, or contains code, which is not executed here: save only the state_dict"
@@ -373,7 +376,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy all tensors of the encoder from the file, strictly."""
+    """Load a file's weights into the encoder; all except `num_batches_tracked` must exist and fit."""
     own = encoder.state_dict()
     by_name = {
         _bare_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
@@ -403,5 +406,5 @@ def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> N
 
 
 def _bare_name(name: str) -> str:
-    """Without prefixes; timm writes `stem.0`, or `stem_0` where it extracts features."""
+    """Remove prefixes and replace dots: timm's feature extractors write `stem_0` instead of `stem.0`."""
     return PREFIX.sub("", name).replace(".", "_")

@@ -1,12 +1,15 @@
-"""Is a difference between two runs or recipes real? Three tests of different questions, a plan for new runs.
+"""Significance tests for differences between runs or recipes, and power analysis for planned runs.
 
-The checkpoint test, `compare_checkpoints`: do these two checkpoints differ on scenes like these? Scenes vary.
-The seed test, `compare_seeds`: do the two recipes differ on these very images? Seeds vary.
-The recipe test, `compare_recipes`: do the two recipes differ on scenes like these? Seeds and scenes vary.
+Three tests answer different questions:
 
-Images of one scene are alike, so the cases are scenes. Scores are IoU pooled over all images, and the mIoU
-averages the classes in the truth, the same for both sides. Differences are b minus a. With fewer than 6
-scenes there is no result: what depends on scenes is NaN.
+- Checkpoint test, `compare_checkpoints`: do two checkpoints differ on new scenes? (random factor: scenes)
+- Seed test, `compare_seeds`: do two recipes differ on these images? (random factor: seeds)
+- Recipe test, `compare_recipes`: do two recipes differ on new scenes? (random factors: seeds and scenes)
+
+New scenes are scenes of the same kind. Images of one scene are correlated, so the sampling unit is the scene.
+IoU is computed from counts pooled over all images. The mIoU averages the classes in the ground truth, which
+are the same on both sides. Differences are b minus a. With fewer than 6 scenes, the checkpoint and recipe
+tests give no result: p-values and intervals are NaN, unless the runs of a recipe test do not vary at all.
 """
 
 from dataclasses import dataclass, replace
@@ -18,27 +21,32 @@ from scipy import optimize, stats
 Array = np.ndarray
 LEVEL = 0.05
 POWER = 0.8
-# all swaps of 5 give no p below 0.06; in the recipe test 3 to 5 with ten seeds reject true nulls in 7 to 13 %
+# With 5 scenes, p is at least 0.06 in the permutation test. With 3 to 5 scenes and ten seeds, the recipe test
+# has a type I error of 7 to 13 %.
 MIN_SCENES = 6
-MAX_EXACT_SCENES = 14  # up to here all 2^G swaps are counted
-SWAPS = 9_999
-ROUNDING = 1e-12  # scores closer than this are equal
+MAX_EXACT_SCENES = 14  # up to this number, all 2^G permutations are enumerated
+SWAPS = 9_999  # random permutations with more scenes
+ROUNDING = 1e-12  # scores that differ by less count as equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What a t test of a difference can find, before its runs are made or after."""
+    """Power and smallest detectable difference of a t test, planned or completed."""
 
     standard_error: float  # of the difference
-    degrees_of_freedom: float  # of t; NaN where nothing varies
-    comparisons: int | None = None  # that it is adjusted for; None: not adjusted
+    degrees_of_freedom: float  # of t; NaN with fewer than 6 scenes or if runs do not vary
+    comparisons: int | None = None  # number adjusted for (Bonferroni); None: unadjusted
 
     @property
     def detectable(self) -> float:
-        """The true difference found with 80 % power at the level 0.05 over the number of comparisons."""
+        """The smallest true difference detected with 80 % power at the Bonferroni-adjusted level 0.05.
+
+        It is about 0 if nothing varies, infinite with less than one degree of freedom, and NaN if there are
+        fewer than 6 scenes.
+        """
         if not self.standard_error > ROUNDING:  # nothing varies, or NaN
             return self.standard_error
-        if not self.degrees_of_freedom >= 1:  # below, scenes are so unequal that nothing is found
+        if not self.degrees_of_freedom >= 1:  # scenes differ too much in size to detect anything
             return np.nan if np.isnan(self.degrees_of_freedom) else np.inf
         highest = self.standard_error
         while self.power(highest) < POWER:
@@ -46,26 +54,27 @@ class Sensitivity:
         return optimize.brentq(lambda difference: self.power(difference) - POWER, 0, highest)
 
     def power(self, difference: float) -> float:
-        """The probability that the two-sided test finds a true difference, by the noncentral t.
+        """Return the power of the two-sided test for a true difference, from the noncentral t distribution.
 
-        NaN where nothing varies.
+        It is NaN if nothing varies, or with fewer than 6 scenes.
         """
         if not self.standard_error > ROUNDING:
             return np.nan
         effect = abs(difference) / self.standard_error
         least = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
-        # NaN now and then where it is next to 0
+        # scipy sometimes returns NaN for probabilities close to 0
         other_side = np.nan_to_num(stats.nct.cdf(-least, self.degrees_of_freedom, effect))
         return float(stats.nct.sf(least, self.degrees_of_freedom, effect) + other_side)
 
     def adjusted(self, comparisons: int) -> Self:
-        """The same as one of so many comparisons, by Bonferroni; 1 changes no number.
+        """Return a copy that is Bonferroni-adjusted for a number of comparisons.
 
-        Of a result this adjusts p-value and interval; p-values and intervals of classes are adjusted for the
-        number of classes that are tested.
+        The adjustment applies to power and, in test results, to the p-value and interval of the mIoU. One
+        comparison leaves them unchanged. The p-values and intervals of classes are adjusted for the number of
+        classes tested, whatever `comparisons` is.
 
         Raises:
-            ValueError: fewer than one comparison, or a result that is adjusted already.
+            ValueError: if `comparisons` is less than 1, or the result is already adjusted.
         """
         if comparisons < 1 or self.comparisons is not None:
             raise ValueError(
@@ -76,15 +85,15 @@ class Sensitivity:
 
 
 class Plan(Sensitivity):
-    """What a recipe test can find before its runs are made."""
+    """Power of a planned recipe test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Sensitivity):
-    """What the three tests share: the difference of the mIoU, b minus a."""
+    """Result fields common to the three tests: the mIoU difference, b minus a."""
 
     difference: float
-    interval: tuple[float, float]  # (low, high), 95 %
+    interval: tuple[float, float]  # 95 %, (low, high)
     p_value: float
 
     def adjusted(self, comparisons: int) -> Self:
@@ -96,13 +105,13 @@ class Comparison(Sensitivity):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneComparison(Comparison):
-    """What the checkpoint test and the recipe test share.
+    """Result fields common to the checkpoint test and the recipe test.
 
-    Of a class in fewer than two scenes, interval and p-value are NaN.
+    The interval and p-value of a class are NaN if it occurs in fewer than two scenes.
     """
 
-    class_difference: Array  # (C,) of the IoU; NaN for a class that is not in the truth
-    class_interval: Array  # (2, C)
+    class_difference: Array  # (C,) IoU; NaN for a class not in the ground truth
+    class_interval: Array  # (2, C), 95 %, low and high
     class_p_value: Array  # (C,)
     class_standard_error: Array  # (C,)
     class_degrees_of_freedom: Array  # (C,)
@@ -119,15 +128,15 @@ class SceneComparison(Comparison):
 
 
 class CheckpointComparison(SceneComparison):
-    """Result of the checkpoint test. Its p-value, by swaps, decides; its interval is a jackknife."""
+    """Result of the checkpoint test: a permutation p-value, which decides, and a jackknife interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeComparison(SceneComparison):
     """Result of the recipe test."""
 
-    seed_variance: float  # of the difference, due to seeds: half of it with twice the seeds
-    scene_variance: float  # of the difference, due to scenes, whatever the number of seeds; at least 0
+    seed_variance: float  # of the difference, due to seeds; inversely proportional to their number
+    scene_variance: float  # of the difference, due to scenes; unaffected by the number of seeds, at least 0
     scene_degrees_of_freedom: float
 
 
@@ -137,7 +146,10 @@ class SeedComparison(Comparison):
 
 @dataclass(frozen=True)
 class ScoreInterval:
-    """mIoU over classes in the truth and IoU `(C,)`; 95 % intervals `(low, high)` and `(2, C)` in 0..1."""
+    """mIoU and IoU `(C,)` of a run, with 95 % intervals `(low, high)` and `(2, C)` clipped to 0..1.
+
+    The mIoU averages the classes in the ground truth; the IoU of other classes is NaN.
+    """
 
     score: float
     interval: tuple[float, float]
@@ -149,20 +161,22 @@ class ScoreInterval:
 def compare_checkpoints(
     counts_a: Array, counts_b: Array, scene: Array | None, seed: int = 0
 ) -> CheckpointComparison:
-    """The checkpoint test: do two checkpoints differ on scenes like these? It says nothing about recipes.
+    """Perform the checkpoint test: do two checkpoints differ on new scenes?
 
-    Intervals are Tukey's jackknife, leaving out scene by scene (Efron and Tibshirani, "An Introduction to the
-    Bootstrap", 1993, chapter 11); p-values say how often exchanging the two in some of the scenes gives as
-    large a difference, over all 2^G ways for up to 14 scenes, else over 9,999 drawn with `seed`.
+    The result does not generalise to recipes. Standard errors come from Tukey's jackknife over scenes (Efron
+    and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11). Intervals are based on the t
+    distribution with `sum(m)^2 / sum(m^2) - 1` degrees of freedom for scenes of m images. The p-values come
+    from a two-sided permutation test that swaps the two checkpoints in some of the scenes. It uses all
+    2^G permutations for up to 14 scenes, otherwise 9,999 random ones.
 
     Args:
-        counts_a: `(N, C, C)` counts per image, rows = truth.
-        counts_b: the same of checkpoint b, of the same images in the same order.
-        scene: `(N,)` the scene of each image; None takes every image as its own.
-        seed: of the drawn swaps.
+        counts_a: `(N, C, C)` confusion matrix of each image, rows = ground truth.
+        counts_b: confusion matrices of checkpoint b for the same images in the same order.
+        scene: `(N,)` scene of each image; if None, images are treated as independent.
+        seed: random seed of the permutations.
 
     Raises:
-        ValueError: shapes or truths that differ, no image, nothing labelled.
+        ValueError: if shapes or ground truths do not match, there is no image, or no pixel is labelled.
     """
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
@@ -173,14 +187,17 @@ def compare_checkpoints(
 
 
 def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
-    """The seed test: do two recipes differ on these very images? Welch's t (Biometrika, 1947) over seeds.
+    """Perform the seed test, Welch's t test over seeds: do two recipes differ on these images?
+
+    See Welch (Biometrika, 1947).
 
     Args:
-        scores_a: `(S,)` the score of each run of recipe a.
-        scores_b: those of recipe b; they may be more or fewer.
+        scores_a: `(S,)` score of each run of recipe a.
+        scores_b: scores of recipe b; the number of runs may differ.
 
     Raises:
-        ValueError: a side with one run; values that are no numbers; runs that do not vary and yet differ.
+        ValueError: if a recipe has fewer than two runs, scores are not finite, or the recipes differ although
+            neither varies over its runs.
     """
     scores_a, scores_b = np.asarray(scores_a, float), np.asarray(scores_b, float)
     for name, scores in (("scores_a", scores_a), ("scores_b", scores_b)):
@@ -190,9 +207,8 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
     difference = scores_b.mean(keepdims=True) - scores_a.mean(keepdims=True)
     runs = np.array([[len(scores_a)], [len(scores_b)]])
     variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]]) / runs
-    error, degrees = _crossed_error(
-        variances, runs, np.zeros(1), np.ones(1)
-    )  # scipy warns of a constant side
+    # not scipy.stats.ttest_ind, which warns if one side is constant
+    error, degrees = _crossed_error(variances, runs, np.zeros(1), np.ones(1))
     _check_varies("scores", difference[0], error[0])
     return SeedComparison(**_shared_fields(difference, error, degrees, _p_values(difference, error, degrees)))
 
@@ -200,21 +216,29 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
 def compare_recipes(
     counts_a: Array, counts_b: Array, scene: Array | None, paired: bool = False
 ) -> RecipeComparison:
-    """The recipe test: do two recipes differ on scenes like these? Only it may say that a recipe is better.
+    """Perform the recipe test: do two recipes differ on new scenes?
 
-    Crossed t, with seeds as readers and scenes as cases (Obuchowski and Rockette, Communications in
-    Statistics, 1995; degrees of freedom as by Hillis, Statistics in Medicine, 2007): the variance of the
-    difference is that over seeds, plus the jackknife covariance over scenes between runs of different seeds.
+    Only this test supports the conclusion that one recipe is better. It is a t test with crossed random
+    effects, in which seeds are the readers and scenes are the cases (Obuchowski and Rockette, Communications
+    in Statistics, 1995; degrees of freedom after Hillis, Statistics in Medicine, 2007). The variance of the
+    difference is
+
+        V = s_a^2 / S_a + s_b^2 / S_b + K,    K = max(0, cov(a, a') + cov(b, b') - 2 cov(a, b))
+
+    where s^2 is the variance over S seeds, and cov is the mean jackknife covariance over scenes between runs
+    i != j. If `paired`, V = s_D^2 / S + max(0, cov(D, D')) for the differences D within pairs.
 
     Args:
-        counts_a: `(S, N, C, C)` counts per run and image, rows = truth.
-        counts_b: the same of recipe b, of the same images in the same order; S may differ unless `paired`.
-        scene: `(N,)` the scene of each image; None takes every image as its own.
-        paired: whether run i of a and run i of b belong together, such as by their seed.
+        counts_a: `(S, N, C, C)` confusion matrix of each run and image, rows = ground truth.
+        counts_b: confusion matrices of recipe b for the same images in the same order; S may differ unless
+            `paired`.
+        scene: `(N,)` scene of each image; if None, images are treated as independent.
+        paired: whether run i of a and run i of b form a pair, for example because they share a seed.
 
     Raises:
-        ValueError: shapes or truths that differ, no image, nothing labelled; a side with one run;
-            runs that vary neither over seeds nor over scenes and yet differ.
+        ValueError: if shapes or ground truths do not match, there is no image, or no pixel is labelled; if a
+            recipe has fewer than two runs, or paired recipes have different numbers of runs; if the recipes
+            differ although nothing varies over seeds or scenes.
     """
     counts_a, counts_b = _check_counts("(S, N, C, C)", counts_a, counts_b)
     _check_runs("counts", len(counts_a), len(counts_b), paired)
@@ -247,20 +271,23 @@ def plan(
     paired: bool = False,
     scene_degrees: float | None = None,
 ) -> Plan:
-    """What the recipe test can find with so many runs a side, each cross-validated over so many folds.
+    """Plan a recipe test: return its power for a number of runs, folds and scenes.
+
+    The variance of the difference is `2 run_sd^2 / (folds runs) + variance_per_scene / scenes`.
 
     Args:
-        runs: of each recipe (their harmonic mean where they differ).
-        folds: that each run is trained and scored on, 1 without cross-validation.
-        scenes: in all folds together.
+        runs: number of runs per recipe; the harmonic mean if the recipes have different numbers.
+        folds: number of folds that each run is trained and scored on; 1 without cross-validation.
+        scenes: total number of scenes in all folds.
         run_sd: standard deviation over seeds of the mIoU on one fold; if `paired`, that of the difference
-            within pairs over the square root of 2.
+            within pairs divided by the square root of 2.
         variance_per_scene: `scene_variance` of an earlier recipe test times its number of scenes.
-        paired: whether runs of one seed belong together.
-        scene_degrees: degrees of freedom over scenes, fewer if these differ in size; None takes scenes - 1.
+        paired: whether runs of both recipes with the same seed form pairs.
+        scene_degrees: degrees of freedom over scenes, lower if scenes differ in size; if None, `scenes - 1`.
 
     Raises:
-        ValueError: fewer than 2 runs or 6 scenes; variances that are negative, no numbers, or all 0.
+        ValueError: if there are fewer than 2 runs, 1 fold or 6 scenes; if `run_sd` or `variance_per_scene` is
+            negative or NaN, or both are 0.
     """
     if runs < 2 or folds < 1 or scenes < MIN_SCENES:
         raise ValueError(
@@ -282,10 +309,10 @@ def plan(
 
 
 def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
-    """The standard deviation over seeds, pooled over cells of recipe and fold, and its 95 % chi-square range.
+    """Pool the standard deviation over seeds and return it with its 95 % chi-square interval.
 
     Args:
-        scores: of each cell those of its runs, `(S,)` each.
+        scores: one `(S,)` array per recipe and fold, with the scores of its runs; S may differ.
     """
     squares = sum(((np.asarray(cell) - np.mean(cell)) ** 2).sum() for cell in scores)
     degrees = sum(len(cell) - 1 for cell in scores)
@@ -294,7 +321,7 @@ def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
 
 
 def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
-    """The scores of one run, counts `(N, C, C)`, with intervals as in the checkpoint test."""
+    """Return the scores of one run from its counts `(N, C, C)`, with intervals as in the checkpoint test."""
     (counts,) = _check_counts("(N, C, C)", counts)
     _, scores, left_out, degrees = _by_scene(counts, scene)
     interval = np.clip(_interval(scores, _jackknife_error(left_out), degrees), 0, 1)
@@ -304,11 +331,14 @@ def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
 
 
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
-    """What all tests need of counts `(..., N, C, C)`.
+    """Aggregate counts `(..., N, C, C)` by scene and compute leave-one-scene-out scores.
 
-    Pixels of each class in truth, prediction and both by scene `(..., G, 3, C)`, which add up; scores
-    `(..., 1 + C)`; scores without each scene `(..., G, 1 + C)`; degrees of freedom over scenes `(1 + C,)`, as
-    many as equally large ones have, for a class over the images that have it.
+    Returns:
+        totals: `(..., G, 3, C)` pixels of each class in ground truth, prediction and both, summed by scene.
+        scores: `(..., 1 + C)` mIoU, then the IoU of each class.
+        left_out: `(..., G, 1 + C)` scores without each scene.
+        degrees: `(1 + C,)` degrees of freedom over scenes: the effective number of scenes minus 1, where only
+            the images that contain a class count for it. With fewer than 6 scenes, `(1,)` NaN.
     """
     images, classes = counts.shape[-3:-1]
     scene = np.arange(images) if scene is None else np.asarray(scene)
@@ -322,7 +352,8 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
     totals = np.moveaxis(np.tensordot(membership, totals, (1, -3)), 0, -3)
     pooled = totals.sum(-3, keepdims=True)
     truth = counts.sum(-1).reshape(-1, images, classes)[0]
-    images_of_scene = membership @ np.column_stack((np.ones(images), truth > 0))  # all, and with each class
+    # images per scene: all, then those that contain each class
+    images_of_scene = membership @ np.column_stack((np.ones(images), truth > 0))
     degrees = _effective_count(images_of_scene) - 1
     if len(names) < MIN_SCENES:
         degrees = np.full(1, np.nan)
@@ -330,28 +361,36 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
 
 
 def _effective_count(sizes: Array) -> Array:
-    """How many equally large groups vary as much as groups of sizes `(G, K)`: (sum n)^2 / sum n^2, `(K,)`."""
+    """Return the effective number `(K,)` of groups of sizes n `(G, K)`: (sum n)^2 / sum n^2 (Kish)."""
     return sizes.sum(0) ** 2 / np.maximum((sizes**2).sum(0), 1)
 
 
 def _scores(totals: Array) -> Array:
-    """`(..., 1 + C)` from totals `(..., 3, C)`: the mIoU over classes in the truth, then the IoU of each."""
+    """Compute `(..., 1 + C)` mIoU and class IoUs from `(..., 3, C)` totals.
+
+    The mIoU averages the classes in the ground truth. Scores without ground truth are NaN.
+    """
     truth, prediction, hits = np.moveaxis(totals, -2, 0)
     present = truth > 0
     iou = np.where(present, hits / np.maximum(truth + prediction - hits, 1), np.nan)
-    with np.errstate(invalid="ignore"):  # the mIoU of nothing is NaN
+    with np.errstate(invalid="ignore"):  # the mIoU is NaN without a labelled pixel
         mean = np.where(present, iou, 0).sum(-1) / present.sum(-1)
     return np.concatenate((mean[..., None], iou), -1)
 
 
 def _jackknife_error(left_out: Array) -> Array:
-    """Standard errors `(K,)` of statistics that are `(G, K)` without each scene; NaN with too few scenes."""
+    """Return standard errors `(K,)` from leave-one-scene-out statistics `(G, K)`; NaN below 6 scenes."""
     scenes = len(left_out) if len(left_out) >= MIN_SCENES else np.nan
     return np.sqrt((scenes - 1) / scenes * ((left_out - left_out.mean(0)) ** 2).sum(0))
 
 
 def _scene_variance(left_out: list[Array]) -> Array:
-    """Variance `(K,)` due to scenes, of the scores `(S, G, K)` of each side without each scene."""
+    """Return the variance `(K,)` due to scenes, clipped at 0.
+
+    Args:
+        left_out: one `(S, G, K)` array of leave-one-scene-out scores per side, or a single one of the paired
+            differences.
+    """
     variance = sum(_covariance(side, side) for side in left_out)
     if len(left_out) == 2:
         variance = variance - 2 * _covariance(*left_out)
@@ -359,7 +398,7 @@ def _scene_variance(left_out: list[Array]) -> Array:
 
 
 def _covariance(first: Array, second: Array) -> Array:
-    """Mean jackknife covariance `(K,)` over i != j of runs i of the first and j of the second `(S, G, K)`."""
+    """Return the mean jackknife covariance `(K,)` over all pairs of runs i != j of two sides `(S, G, K)`."""
     scenes = first.shape[1]
     first, second = first - first.mean(1, keepdims=True), second - second.mean(1, keepdims=True)
     covariance = (scenes - 1) / scenes * np.einsum("igk,jgk->ijk", first, second)
@@ -367,7 +406,16 @@ def _covariance(first: Array, second: Array) -> Array:
 
 
 def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Array) -> tuple[Array, Array]:
-    """Standard errors `(K,)` and their degrees of freedom (Satterthwaite) from the parts of the variance."""
+    """Return standard errors `(K,)` and Satterthwaite degrees of freedom `(K,)` from variance components.
+
+    The degrees of freedom are NaN if nothing varies.
+
+    Args:
+        seeds: `(sides, K)` variance due to seeds of each side's mean; one side if paired.
+        runs: `(sides, 1)` number of runs.
+        scenes: `(K,)` variance due to scenes.
+        scene_degrees: `(K,)` or `(1,)` degrees of freedom over scenes.
+    """
     total = seeds.sum(0) + scenes
     squares = (seeds**2 / (runs - 1)).sum(0) + scenes**2 / scene_degrees
     return np.sqrt(total), np.divide(total**2, squares, where=squares != 0, out=np.full_like(total, np.nan))
@@ -376,13 +424,13 @@ def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Arra
 def _interval(
     middle: Array | float, error: Array | float, degrees: Array | float, comparisons: int = 1
 ) -> Array:
-    """`(2, ...)` of each, simultaneous for so many comparisons by Bonferroni."""
+    """Return 95 % t intervals `(2, ...)`, Bonferroni-adjusted for the number of comparisons."""
     half = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
     return np.stack((middle - half, middle + half))
 
 
 def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
-    """`(K,)` by t; where nothing varies, 1 for no difference and NaN for one."""
+    """Return two-sided p-values `(K,)` of t tests; if nothing varies, 1 for no difference, else NaN."""
     constant = error < ROUNDING
     degrees = np.where(constant, 1, degrees)
     p_values = 2 * stats.t.sf(np.abs(difference) / np.where(constant, 1, error), degrees)
@@ -391,11 +439,15 @@ def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
 
 
 def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> Array:
-    """p-values of the observed differences of all scores `(1 + C,)` from the totals of scenes `(G, 3, C)`."""
+    """Return permutation p-values `(1 + C,)` of the observed differences, given scene totals `(G, 3, C)`.
+
+    p is k / n over all n permutations, or (1 + k) / (1 + n) over n random ones, where k permutations give at
+    least as large an absolute difference as observed.
+    """
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
-        swaps = np.indices((2,) * scenes).reshape(scenes, -1).T  # each row one choice of 0 or 1 by scene
+        swaps = np.indices((2,) * scenes).reshape(scenes, -1).T  # a row per permutation; 1 swaps a scene
     else:
         swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
     moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)
@@ -405,7 +457,7 @@ def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> 
 
 
 def _shared_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:
-    """The fields of a `Comparison`."""
+    """Return the fields of a `Comparison` from `(K,)` arrays in which the mIoU comes first."""
     return {
         "difference": float(difference[0]),
         "interval": tuple(_interval(difference, error, degrees)[:, 0].tolist()),
@@ -416,7 +468,7 @@ def _shared_fields(difference: Array, error: Array, degrees: Array, p_values: Ar
 
 
 def _difference_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:
-    """The fields of a `SceneComparison` that the mIoU and then the classes have."""
+    """Return the fields of a `SceneComparison` from `(1 + C,)` arrays of the mIoU and then the classes."""
     return _shared_fields(difference, error, degrees, p_values) | {
         "class_difference": difference[1:],
         "class_interval": _interval(difference, error, degrees)[:, 1:],

@@ -1,4 +1,4 @@
-"""Train a network: the loss of a batch, a step, an epoch, and `fit`, which also keeps what was computed."""
+"""Training: the objective, the optimiser settings, and `fit`, the training loop with checkpoints."""
 
 import math
 import time
@@ -33,13 +33,13 @@ from lib.runs import find_weights, read_history, run_state
 from lib.runs.checkpoints import Checkpoint, fingerprint
 from lib.runs.report import write_report
 
-FINITE_STEPS = 20  # between checks of the losses: each check makes a GPU wait
+FINITE_STEPS = 20  # steps between checks for non-finite losses; each check synchronises with the GPU
 
 
 class Losses(NamedTuple):
-    """Scalar terms of one batch, before their weights, and `total`, the weighted sum that is minimised.
+    """The unweighted scalar loss terms of one batch and `total`, their weighted sum, which is minimised.
 
-    `soft_iou` is the loss, 1 - soft IoU; `lovasz` and `depth_l1` are 0 where they are not used.
+    `soft_iou` is the loss, 1 - soft IoU. `lovasz` is 0 if its weight is 0, `depth_l1` without a depth head.
     """
 
     total: torch.Tensor
@@ -51,12 +51,12 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: `segmentation_loss`, plus a weighted Lovász-softmax, plus weighted L1 of depth.
+    """The training objective: `segmentation_loss` plus weighted Lovász-softmax and depth L1 losses.
 
     Attributes:
         soft_iou_weight, soft_iou_pooling, class_weights: see `segmentation_loss`.
-        depth_weight: of `masked_l1` on the depth head's output.
-        lovasz_weight: of `lovasz_loss`.
+        depth_weight: weight of `masked_l1` on the depth head's output.
+        lovasz_weight: weight of `lovasz_loss`.
     """
 
     soft_iou_weight: float = 0.5
@@ -74,7 +74,7 @@ class Objective:
         )
 
     def __call__(self, prediction: Prediction, batch: Batch) -> Losses:
-        """The terms for one batch. Soft IoU is computed with weight 0 too, since it costs nothing."""
+        """Return the losses of one batch. Soft IoU is computed even with weight 0, at no extra cost."""
         total, cross_entropy, soft_iou = segmentation_losses(
             prediction.logits, batch.label, self.soft_iou_weight, self.soft_iou_pooling, self.class_weights
         )
@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term by its name in `Losses`."""
+        """The weight of each loss term, keyed by its name in `Losses`."""
         return {
             "cross_entropy": 1,
             "soft_iou": self.soft_iou_weight,
@@ -99,7 +99,7 @@ class Objective:
 
 
 def build_objective(parameters: dict, train: Samples) -> Objective:
-    """The objective that the parameters of `train.ipynb` describe; class weights are from training labels."""
+    """Build the objective from the parameters of `train.ipynb`, with class weights from training labels."""
     check_options(class_weights=parameters["class_weights"])
     is_weighted = parameters["class_weights"] == "median"
     weights = median_frequency_weights(train.label, len(train.classes)) if is_weighted else None
@@ -109,15 +109,16 @@ def build_objective(parameters: dict, train: Samples) -> Objective:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How it is minimised, by AdamW; the names are those of `train.ipynb`.
+    """AdamW optimisation settings, named as in `train.ipynb`.
 
     Attributes:
-        epochs: passes over the training images.
-        learning_rate: at its highest.
-        weight_decay: of AdamW.
-        schedule: of the learning rate: `one_cycle`, updated every batch, or `cosine` to 0, every epoch.
-        encoder_lr_scale: learning rate of the encoder over that of the rest.
-        checkpoint: the epoch that is kept: `best`, of the highest validation mIoU (the last epoch without
+        epochs: number of passes over the training images.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of AdamW.
+        schedule: learning rate schedule: `one_cycle`, updated after every batch, or `cosine`, which decays
+            to 0 and is updated after every epoch.
+        encoder_lr_scale: ratio of the encoder's learning rate to that of the other parameters.
+        checkpoint: epoch to keep: `best` for the highest validation mIoU (the last epoch if there are no
             validation images), or `last`.
     """
 
@@ -133,11 +134,11 @@ class Optimisation:
 
     @classmethod
     def of(cls, parameters: dict) -> "Optimisation":
-        """That of the parameters of `train.ipynb`."""
+        """Create the settings from the parameters of `train.ipynb`."""
         return cls(**{name: parameters[name] for name in cls.__dataclass_fields__})
 
     def build_optimizer(self, model: SegmentationDepthNet) -> torch.optim.AdamW:
-        """AdamW with two groups of parameters: the encoder's and the others."""
+        """Build AdamW with two parameter groups: the encoder first, then everything else."""
         others = [
             weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")
         ]
@@ -150,7 +151,7 @@ class Optimisation:
     def build_schedule(
         self, optimizer: torch.optim.Optimizer, steps: int
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule over all epochs of so many steps."""
+        """Build the learning rate schedule for all epochs, with `steps` batches per epoch."""
         if self.schedule == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.epochs)
         return torch.optim.lr_scheduler.OneCycleLR(
@@ -160,7 +161,7 @@ class Optimisation:
         )
 
     def keeps(self, row: dict, history: list[dict]) -> bool:
-        """Whether the epoch of this row is the one to keep so far; the history has the epochs before it."""
+        """Whether to keep the epoch of this row, given the history of all earlier epochs."""
         if self.checkpoint == "last" or math.isnan(row["valid_miou"]):
             return row["epoch"] == self.epochs
         return row["valid_miou"] > max((past["valid_miou"] for past in history), default=-1)
@@ -169,7 +170,7 @@ class Optimisation:
 def build_network(
     parameters: dict, classes: tuple[str, ...], depth_range_m: tuple[float, float]
 ) -> SegmentationDepthNet:
-    """The network that the parameters of `train.ipynb` describe for these data, initialised by their seed."""
+    """Set torch's seed and build the network, both from the parameters of `train.ipynb`."""
     torch.manual_seed(parameters["seed"])
     init_from = parameters["init_from"]
     return build_model(
@@ -195,27 +196,31 @@ def fit(
     precision: str = "auto",
     device: str = "auto",
 ) -> Iterator[dict[str, float]]:
-    """Train, and yield each epoch's row of the history.
+    """Train a network and yield the history row of each epoch.
 
-    Where the run's folder holds a `last.pt`, training continues from it, on a CPU exactly, and the rows of
-    earlier epochs are yielded first; a finished run only yields its rows. What is written, and when: see
-    `Checkpoint`. In the end `report.md` is written. A resumed epoch's `seconds` count from its resumption.
+    If the run's folder contains `last.pt`, training resumes from it, and the rows of earlier epochs are
+    yielded first. On a CPU, the result is exactly that of an uninterrupted run. The `seconds` of a resumed
+    epoch count from its resumption. If the run is finished, its rows are yielded without training.
+
+    `Checkpoint` lists the files that are saved during training. `report.md` is written at the end.
 
     Args:
-        build: makes the network, the same each time, so that a cell run again never trains a trained one.
-        loader: from `training_loader`.
-        valid: scored after each epoch; may be empty.
-        run: the folder, opened by `open_run`.
-        objective: called with a prediction and a batch.
-        optimisation: epochs, learning rate and its schedule, and which epoch is kept.
-        precision, device: `auto` for what suits this machine.
+        build: returns a new network, initialised in the same way on each call, so that rerunning a notebook
+            cell does not continue training a trained network.
+        loader: training batches from `training_loader`.
+        valid: validation samples, scored after each epoch; may be empty.
+        run: folder of the run, from `open_run`.
+        objective: computes the losses from a prediction and a batch.
+        optimisation: epochs, optimiser settings, and which epoch to keep.
+        precision, device: see `choose_precision` and `choose_device`; `auto` selects by hardware.
 
     Raises:
-        ValueError: a device or precision that is not available, or data changed since the run was started.
-        MemoryError: a GPU's memory does not suffice.
-        CheckpointError: `last.pt` can't be read.
-        FloatingPointError: a loss is not finite; the images of its batch are named.
-        OSError: something can't be written; what was there before is intact.
+        ValueError: if the device is unavailable, the precision is unknown, the samples lack depth that the
+            network needs, or a resumed run was started with another device, precision or data.
+        MemoryError: if the GPU or the CPU runs out of memory.
+        CheckpointError: if `last.pt` can't be read.
+        FloatingPointError: if a loss or a weight is not finite; the message lists the images of the batch.
+        OSError: if a file can't be written; earlier files are intact.
     """
     if run_state(run).trained:
         yield from read_history(run).to_dict("records")
@@ -223,7 +228,7 @@ def fit(
     place = choose_device(device)
     precision = choose_precision(precision, place)
     train = loader.dataset.samples
-    loader.pin_memory = place.type == "cuda"  # pinning opens a GPU, also for a run on the CPU
+    loader.pin_memory = place.type == "cuda"  # pinning initialises CUDA, even for a run on the CPU
     model = move_model(build(), place)
     for samples in (train, valid):
         check_depth(model.config, samples, trains=True)
@@ -245,7 +250,7 @@ def fit(
             started = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {optimisation.epochs}")
             row = state.begin_epoch(epoch, scheduler.get_last_lr()[-1])
-            loader.batch_sampler.start(epoch, skip=len(state.losses))  # a loss per finished batch
+            loader.batch_sampler.start(epoch, skip=len(state.losses))  # `losses`: one per finished batch
             row |= _columns("train", train_epoch(model, step, loader, state, bar))
             if optimisation.schedule == "cosine":
                 scheduler.step()
@@ -269,7 +274,10 @@ def fit(
 def training_step(
     model: nn.Module, batch: Batch, objective: Loss, optimizer: torch.optim.Optimizer, precision: str
 ) -> torch.Tensor:
-    """Forward, backward, update; returns the loss terms on the device, as `.item()` would make a GPU wait."""
+    """Run one optimisation step and return the detached loss terms, in the order of `Losses`.
+
+    They stay on the device, because `.item()` would synchronise with the GPU.
+    """
     with autocast(batch.inputs.device, precision):
         prediction = model(batch.inputs)
     losses = objective(prediction, batch)
@@ -286,22 +294,22 @@ def train_epoch(
     state: Checkpoint,
     bar: tqdm,
 ) -> list[float]:
-    """Train on the rest of an epoch; returns the mean of each term of the loss over all of its batches.
+    """Train on the remaining batches of an epoch and return the mean of each loss term over all its batches.
 
     Raises:
-        FloatingPointError: a loss or a weight is not finite.
+        FloatingPointError: if a loss or a weight is not finite.
     """
     model.train()
     words = bar.desc.removesuffix(": ")
     names = loader.dataset.samples.names
-    # of the batches of this pass; those before were checked when they were saved
+    # image positions of the batches of this call; earlier losses were checked before they were saved
     positions: list[torch.Tensor] = []
     for raw in loader:
         state.losses.append(step(raw))
         positions.append(raw.position)
         bar.set_description(f"{words}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
-        if (len(positions) - 1) % FINITE_STEPS == 0:  # the first step already shows what memory it takes
+        if (len(positions) - 1) % FINITE_STEPS == 0:  # also after the first step, to show memory use
             _check_finite(model, state.losses, positions, names)
             loss = state.losses[-1][0].item()
             bar.set_postfix_str(f"loss {loss:.3f}, {describe_memory(state.device)}", refresh=False)
@@ -315,7 +323,7 @@ def train_epoch(
 def _check_finite(
     model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
 ) -> None:
-    """Check the last losses, and the weights too: a finite loss can have a gradient that is not."""
+    """Check the losses of these batches and the weights: a finite loss can have a non-finite gradient."""
     if not positions:
         return
     losses = losses[-len(positions) :]
@@ -332,7 +340,7 @@ def _check_finite(
 
 
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
-    """The history's columns about validation; NaN without validation images."""
+    """Return the validation columns of a history row; they are NaN without validation images."""
     if scored is None:
         return _columns("valid", [math.nan] * len(Losses._fields)) | {
             "valid_miou": math.nan,
@@ -345,6 +353,6 @@ def describe_validation(scored: Evaluation | None) -> dict[str, float]:
 
 
 def _columns(prefix: str, terms: list[float]) -> dict[str, float]:
-    """Columns of the history: `train_loss` is the total, then each term by itself."""
+    """Return loss columns of a history row: the total, such as `train_loss`, and each unweighted term."""
     names = [f"{prefix}_{'loss' if name == 'total' else name}" for name in Losses._fields]
     return dict(zip(names, terms, strict=True))

@@ -1,4 +1,4 @@
-"""Browse images by class or confusion, the most harmful first; in JupyterLab with widgets, else the first."""
+"""Browse images by class or confusion, with widgets in JupyterLab and as a static figure elsewhere."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -22,29 +22,30 @@ from lib.data.samples import choose_evenly
 from lib.notebooks import plots
 from lib.options import check_choice
 
-if TYPE_CHECKING:  # it needs torch, which takes seconds to import; explore browses without
+if TYPE_CHECKING:  # imports torch, which takes seconds and is not needed by explore.ipynb
     from lib.evaluation import Predicted
 
 ALL = "all images"
 CONFUSED = " confused with "
-JPEG_PANELS = ("RGB", plots.DEPTH)  # without class colours, which JPEG would change
+JPEG_PANELS = ("RGB", plots.DEPTH)  # no class colours here; JPEG would alter them
 DIFFERENCES = {
     1: (plots.WRONG, plots.colour_errors),
     2: (plots.CHANGED, plots.colour_changes),
-}  # by number of runs
+}  # number of runs: (panel title, colouring function)
 Look = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
 
 class View(NamedTuple):
-    """One image.
+    """The panels and pixel values of one image.
 
     Attributes:
-        panels: `(H, W, 3)` uint8 by title.
-        values: `(H, W)` by name, to read out: uint8 class indices, float confidence, or uint16 millimetres.
+        panels: `(H, W, 3)` uint8 RGB panels by title.
+        values: `(H, W)` arrays by name for the pixel readout: uint8 class indices, float32 confidence, or
+            uint16 depth in millimetres.
         classes: names of the classes.
-        shown: titles of the panels that are shown at first.
-        shades: of depth.
+        shown: titles of the initially visible panels.
+        shades: colour scale of the depth panel; None without one.
     """
 
     panels: dict[str, np.ndarray]
@@ -54,7 +55,7 @@ class View(NamedTuple):
     shades: ScalarMappable | None
 
     def encode(self) -> dict[str, object]:
-        """What browse.js takes: RGB and depth as JPEG, other panels as PNG, values as bytes."""
+        """Encode the view for browse.js: RGB and depth as JPEG, other panels as PNG, values as raw bytes."""
         kinds = {title: ".jpg" if title in JPEG_PANELS else ".png" for title in self.panels}
         coded = {
             title: cv2.imencode(kinds[title], cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))[1]
@@ -74,20 +75,20 @@ class View(NamedTuple):
 
 
 class Panels(anywidget.AnyWidget):
-    """The panels of one image in the page; see browse.js."""
+    """A widget that shows the panels of one image, implemented in browse.js."""
 
     _esm = Path(__file__).with_name("browse.js")
     image = traitlets.Dict().tag(sync=True)
 
 
 class Browser(ipywidgets.VBox):
-    """Widgets that go through images.
+    """Widgets for browsing images.
 
     Args:
-        names: `(N,)` of the images.
-        choices: `(N,)` bool by words, which images can be chosen together.
-        orders: by words, of a choice the `(N,)` keys by which its images are sorted.
-        draw: of an image's position and a choice.
+        names: `(N,)` image names.
+        choices: `(N,)` bool masks of the images to show, by menu entry.
+        orders: sort orders by menu entry; each function maps a choice to `(N,)` keys, smallest first.
+        draw: function that returns the `View` of an image, given its position and the choice.
     """
 
     def __init__(
@@ -127,17 +128,17 @@ class Browser(ipywidgets.VBox):
         self._list()
 
     def choose(self, only: str) -> "Browser":
-        """Show the images of one of the choices, such as `tv` or `tv confused with wall`."""
+        """Show the images of one choice, such as `tv` or `tv confused with wall`, and return the browser."""
         check_choice("only", only, self.choices)
         self.only.value = only
         return self
 
     def step(self, by: int) -> None:
-        """That many images on."""
+        """Move forward by this number of images, or back if it is negative."""
         self.slider.value += by
 
     def _list(self, _: object = None) -> None:
-        """From the first image of what is chosen."""
+        """Filter and sort the images, then show the first one."""
         ranked = np.argsort(self.orders[self.order.value](self.only.value), kind="stable")
         self.images = ranked[self.choices[self.only.value][ranked]].tolist()
         with self.hold_sync(), self.slider.hold_trait_notifications():
@@ -147,7 +148,7 @@ class Browser(ipywidgets.VBox):
         self._show()
 
     def _show(self, _: object = None) -> None:
-        """Draw the current image, unless it is drawn; the one after it is drawn in the meantime."""
+        """Show the current image and draw the next one in the background."""
         place = self.slider.value
         keys = [(image, self.only.value) for image in self.images[place - 1 : place + 1]]
         self.coming = {key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in keys}
@@ -163,7 +164,7 @@ class Browser(ipywidgets.VBox):
         return view, view.encode()
 
     def _find(self, change: dict) -> None:
-        """Go to the first image whose name begins like this."""
+        """Go to the first image whose name starts with the entered text."""
         found = [at for at, image in enumerate(self.images) if self.names[image].startswith(change["new"])]
         if found and change["new"]:
             self.slider.value = found[0] + 1
@@ -172,7 +173,7 @@ class Browser(ipywidgets.VBox):
             self.message.value = f"no image is called {change['new']} here"
 
     def _hear(self, _: object, content: dict, __: list) -> None:
-        """The page has the panels, so that the plain picture can go; or an arrow key was pressed."""
+        """Handle messages from browse.js: `ready` hides the static image, `step` moves to another image."""
         if content.get("ready"):
             self.picture.layout.display = "none"
         self.step(content.get("step", 0))
@@ -189,9 +190,10 @@ def browse(
     draw: Callable[[int, str], View],
     interactive: bool | None,
 ) -> Browser | Figure:
-    """A `Browser`; the first image alone where papermill or nbval runs the cell, so that no widget is saved.
+    """Return a `Browser`, or a figure of the first image if `interactive` is False.
 
-    With `interactive` None, widgets show where an editor runs the cell.
+    If `interactive` is None, widgets are shown only if an editor runs the cell, so that papermill and nbval
+    save no widgets. For the other arguments see `Browser`.
     """
     if runs_in_editor() if interactive is None else interactive:
         return Browser(
@@ -205,7 +207,7 @@ def browse(
 def browse_samples(
     samples: Samples, shades: ScalarMappable | None = None, interactive: bool | None = None
 ) -> Browser | Figure:
-    """Goes through labelled samples; `shades` of depth."""
+    """Browse labelled samples, with a depth panel if `shades` is given."""
     pixels = np.array(
         [np.bincount(each.ravel(), minlength=IGNORE_INDEX + 1) for each in samples.labels_or_ignored]
     )
@@ -233,14 +235,17 @@ def browse_results(
     keys: dict[str, np.ndarray] | None = None,
     interactive: bool | None = None,
 ) -> Browser | Figure:
-    """Goes through the results of one run from the worst image to the best; of two, from where B gains most.
+    """Browse the results of one run or of two runs, A and B.
+
+    Initially, the images of one run are sorted by wrong pixels, and those of two runs by the gain of B over
+    A, in descending order.
 
     Args:
-        split: the images.
-        counts: by run, `(N, C, C)` confusion matrices of them.
-        looks: by run, what predicts `Samples`; confidence may be None.
-        keys: by words, `(N,)` by which images can be sorted too, the smallest first.
-        interactive: as for `browse`.
+        split: the N images.
+        counts: `(N, C, C)` confusion matrices of the images, by run name.
+        looks: functions that predict `Samples`, by run name; the confidence may be None.
+        keys: additional `(N,)` sort keys by menu entry, smallest first.
+        interactive: see `browse`.
     """
     cells = _choose_cells(sum(counts.values()), split.classes)
     choices = {words: (sum(counts.values()) * cell).any((1, 2)) for words, cell in cells.items()}
@@ -248,7 +253,7 @@ def browse_results(
     correct = np.eye(len(split.classes), dtype=bool)
 
     def score(run: np.ndarray, only: str) -> np.ndarray:
-        """The IoU of a class, of all images the pixel accuracy."""
+        """Return `(N,)` image scores: pixel accuracy for `ALL`, IoU for a class, 0 for a confusion."""
         cell = cells[only]
         return (run * (cell & correct)).sum((1, 2)) / np.maximum((run * cell).sum((1, 2)), 1)
 
@@ -268,9 +273,12 @@ def browse_results(
 
 
 def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """By words, the `(C, C)` cells of confusion matrices that are meant: of a class its row and column."""
+    """Return the `(C, C)` bool cells of a confusion matrix that each choice selects.
+
+    `ALL` selects all cells, a class its row and column, and a confusion a single cell.
+    """
     cells = {ALL: np.ones((len(classes), len(classes)), bool)}
-    for words in (*classes, *rank_confusions(counts, classes).index[:20]):  # the most costly
+    for words in (*classes, *rank_confusions(counts, classes).index[:20]):  # the 20 most costly
         truth, predicted = (classes.index(name) for name in (words.split(CONFUSED) * 2)[:2])
         cells[words] = np.zeros_like(cells[ALL])
         cells[words][truth, predicted] = True
@@ -280,16 +288,16 @@ def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.
 
 
 def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFrame:
-    """Confusions by what they cost: the gain in mIoU if these pixels were predicted correctly.
+    """Rank confusions by their cost: the gain in mIoU if these pixels were predicted correctly.
 
     Args:
-        counts: `(N, C, C)`, of which the pixels are pooled.
-        classes: their names.
+        counts: `(N, C, C)` confusion matrices, which are pooled over images.
+        classes: names of the C classes.
 
     Returns:
-        Most costly first, by `A confused with B`: `cost` in mIoU over the classes in the ground truth,
-        `pixels`, their `share` of the wrong pixels, and the `images` with them. Classes of the truth that are
-        confused alone.
+        A table of the confusions that occur, indexed by `A confused with B`, most costly first: `cost` in
+        mIoU over the classes in the ground truth, number of `pixels`, their `share` of all wrong pixels, and
+        number of `images` with the confusion.
     """
     pooled = counts.sum(0)
     hits = np.diagonal(pooled)
@@ -315,9 +323,10 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
 def view_sample(
     sample: Samples, predicted: dict[str, "Predicted"], shades: ScalarMappable | None, only: str = ALL
 ) -> View:
-    """One image with the predictions of no, one or two runs; class colours outside what is chosen are faded.
+    """Return the view of one image with the predictions of up to two runs.
 
-    `only` is `ALL`, a class, or two with `CONFUSED` between them, whose pixels are outlined.
+    `only` is `ALL`, a class, or a confusion such as `tv confused with wall`. The pixels of a class or
+    confusion are outlined, and class colours are shown only there, on a faded image.
     """
     image, classes = sample.image[0], sample.classes
     titles = (
@@ -355,14 +364,14 @@ def view_sample(
 
 
 def _choose_pixels(masks: list[np.ndarray], indices: list[int]) -> np.ndarray:
-    """`(H, W)` bool: where a class is in truth or prediction, or the first is predicted as the second."""
+    """Return `(H, W)` bool: one class in any mask, or the first class predicted as the second."""
     if len(indices) == 1:
         return np.any([mask == indices[0] for mask in masks], axis=0)
     return (masks[0] == indices[0]) & np.any([mask == indices[1] for mask in masks[1:]], axis=0)
 
 
 def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
-    """A row for each view: RGB and the panels that are shown at first."""
+    """Draw one row per view: RGB and the initially visible panels."""
     rows = [{title: view.panels[title] for title in dict.fromkeys(("RGB", *view.shown))} for view in views]
     labels = [value for view in views for value in view.values.values() if value.dtype == np.uint8]
     legend = plots.class_patches(views[0].classes, labels)
@@ -370,7 +379,7 @@ def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
 
 
 def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
-    """A row for each sample: RGB, depth, labels."""
+    """Draw one row per sample: RGB, labels and, if `shades` is given, depth."""
     views = [view_sample(samples[[at]], {}, shades) for at in range(len(samples))]
     return plot_views(views, samples.names.tolist())
 
@@ -378,11 +387,16 @@ def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
 def plot_predictions(
     samples: Samples | Sequence[Samples], predicted: Sequence[np.ndarray], captions: Sequence[str] = ()
 ) -> Figure:
-    """A row for each image: RGB, prediction and, where there is ground truth, this and the wrong pixels.
+    """Draw one row per image: RGB, ground truth, prediction and wrong pixels.
 
-    Samples are of one size, or pieces each of its own; `predicted` are class indices `(H, W)` of each.
+    Without labels, only RGB and the prediction are drawn.
+
+    Args:
+        samples: `Samples`, or a sequence of `Samples` that may differ in size.
+        predicted: `(H, W)` class indices of each image.
+        captions: text below each row.
     """
-    from lib.evaluation import Predicted  # here: it needs torch, see above
+    from lib.evaluation import Predicted  # imported here because it imports torch
 
     pieces = [samples] if isinstance(samples, Samples) else samples
     images = [piece[[at]] for piece in pieces for at in range(len(piece))]
@@ -391,6 +405,9 @@ def plot_predictions(
 
 
 def runs_in_editor() -> bool:
-    """Whether JupyterLab or another editor runs the cell: they say which it is, papermill and nbval don't."""
+    """Return whether JupyterLab or another editor runs the cell.
+
+    Editors send the ID of the cell that they run; papermill and nbval don't.
+    """
     kernel = getattr(get_ipython(), "kernel", None)
     return "cellId" in kernel.get_parent().get("metadata", {}) if kernel else False

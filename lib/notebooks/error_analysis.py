@@ -1,4 +1,4 @@
-"""Where and why a run is wrong: counts in one pass of the model, and their figures."""
+"""Error analysis: count the errors of a run in one pass of the model and plot the counts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 
 
 def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
-    """The bins of a stratum in words."""
+    """Return a label for each bin of a stratum, such as `1-2`, `over 16` or `missing`."""
     if name == DEPTH:
         return ["missing", *name_bins("", edges[1:])]
     return [f"{low:g}-{high:g}" for low, high in pairwise((0, *edges))] + [f"over {edges[-1]:g}"]
@@ -33,17 +33,20 @@ def name_bins(name: str, edges: tuple[float, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """What is known of a model's errors on N labelled images; rows of every `(C, C)` are the truth.
+    """Error counts of a model on N labelled images.
+
+    In every `(C, C)` confusion matrix, rows are the ground truth.
 
     Attributes:
         classes: names of the C classes.
-        names: `(N,)` of the images.
-        confusion: `(N, C, C)` pixels of each image.
-        strata: `{name: (bins, C, C)}` for the bins between `edges`.
-        calibration: `(15, 3)` by confidence: pixels, their summed confidence, correct ones.
-        confidence: `(N,)` mean of each image.
-        depth_error: `(N,)` mean relative error of the depth head in each image; NaN without one.
-        edges: see `strata_edges`; those of the depth follow the range that the network was made for.
+        names: `(N,)` image names.
+        confusion: `(N, C, C)` confusion matrix of each image, in pixels.
+        strata: `{name: (bins, C, C)}` confusion matrices of the bins that `edges` separate.
+        calibration: `(15, 3)` by confidence bin: pixels, sum of their confidence, correct pixels.
+        confidence: `(N,)` mean confidence of each image.
+        depth_error: `(N,)` mean relative error of the depth head in each image; NaN without a depth head or
+            measured depth.
+        edges: bin edges by stratum, see `strata_edges`; the depth edges depend on the network's depth range.
     """
 
     classes: tuple[str, ...]
@@ -57,10 +60,13 @@ class ErrorCounts:
 
 
 def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
-    """One pass of the model over labelled samples, or pieces of them, at their own size; only counts stay.
+    """Predict labelled samples in one pass and count the errors at label resolution.
+
+    `samples` is one `Samples` or a sized iterable of them, such as a `Split`. Only the counts are kept in
+    memory.
 
     Raises:
-        ValueError: samples without labels, no sample, or classes that are not the network's.
+        ValueError: there are no samples or no labels, or the classes differ from the network's.
     """
     count = len(model.config.classes)
     edges = strata_edges(model.config.depth_range_m[1])
@@ -87,7 +93,7 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
 
 
 def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges: dict) -> None:
-    """Add the labelled pixels of a batch to the counts."""
+    """Add the labelled pixels of a batch to `strata` and `calibration`."""
     count = len(batch.samples.classes)
     for label, depth, predicted, confidence in zip(
         batch.samples.label, batch.samples.depth_or_missing, batch.labels, batch.confidence, strict=True
@@ -102,7 +108,7 @@ def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges
 
 
 def _depth_errors(batch: Predicted) -> np.ndarray:
-    """`(B,)` mean relative error where depth was measured; NaN elsewhere, and without a depth head."""
+    """Return the `(B,)` mean relative depth errors; NaN without measured depth or a depth head."""
     if batch.depth_m is None:
         return np.full(len(batch.samples), np.nan)
     images = zip(
@@ -112,7 +118,7 @@ def _depth_errors(batch: Predicted) -> np.ndarray:
 
 
 def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
-    """The most costly confusions, with the line that opens their images in the browser of the notebook."""
+    """Tabulate the most costly confusions, each with the code that shows its images in the browser."""
     table = rank_confusions(errors.confusion, errors.classes).head(count)
     table["open"] = [f'browser.choose("{words}")' for words in table.index]
     formats = {"cost": "{:.4f}", "pixels": "{:,}", "share": lambda share: percent(share, 1)}
@@ -120,10 +126,10 @@ def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
 
 
 def score_strata(counts: np.ndarray) -> pd.DataFrame:
-    """Share of the pixels, pixel accuracy and mIoU of each bin `(bins, C, C)`.
+    """Tabulate pixel share, pixel accuracy and mIoU of each bin, from `(bins, C, C)` confusion matrices.
 
-    The mIoU averages the classes that are in the bin's truth, or one stray pixel of another class would count
-    as a whole class missed.
+    The mIoU averages the classes in the bin's ground truth; otherwise a single pixel predicted as another
+    class would add an IoU of 0 to the mean. Scores of an empty bin are NaN.
     """
     total = pd.Series(counts.sum((1, 2)))
     return pd.DataFrame(
@@ -136,17 +142,17 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
 
 
 def calibration_error(calibration: np.ndarray) -> float:
-    """Expected calibration error (ECE) of `(15, 3)` counts; NaN without a pixel.
+    """Return the expected calibration error (ECE) of `(15, 3)` counts, or NaN without pixels.
 
-    The gap between confidence and accuracy, averaged over bins by their pixels (Guo et al., "On
-    calibration of modern neural networks", ICML 2017).
+    The ECE is the absolute gap between confidence and accuracy, averaged over bins with their pixel counts as
+    weights (Guo et al., "On calibration of modern neural networks", ICML 2017).
     """
     pixels, confidence, right = calibration.T
     return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
 def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
-    """In Markdown: the findings of error_analysis, and what to try for the most costly confusion."""
+    """Summarise the errors in Markdown and suggest what to try against the most costly confusion."""
     pooled, accuracy = errors.confusion.sum(0), metrics.image_accuracy(errors.confusion)
     recall = metrics.class_accuracy(pooled)
     least = np.nanargmin(recall)
@@ -166,7 +172,11 @@ def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
 
 
 def suggest_experiment(errors: ErrorCounts) -> list[str]:
-    """One sentence about where the most costly confusion happens and what to try; none without an error."""
+    """Suggest what to try against the most costly confusion, based on where it occurs.
+
+    Returns:
+        A list of one sentence, empty if there are no errors.
+    """
     ranked = rank_confusions(errors.confusion, errors.classes)
     if ranked.empty:
         return []
@@ -200,7 +210,7 @@ def _describe_gap(calibration: np.ndarray) -> str:
 
 
 def plot_confusion(errors: ErrorCounts) -> Figure:
-    """Of each true class (rows), the share that was given each name."""
+    """Draw the confusion matrix, normalised over each ground-truth class (row)."""
     images = (errors.confusion.sum(2) > 0).sum(0)
     truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
     rows = pd.Index(truth, name="ground truth (images)")
@@ -211,7 +221,7 @@ def plot_confusion(errors: ErrorCounts) -> Figure:
 
 @plots.styled
 def plot_strata(errors: ErrorCounts) -> Figure:
-    """Pixel accuracy and mIoU by depth, where it is known, distance to a boundary and size of the segment."""
+    """Draw pixel accuracy and mIoU by depth (if known), distance to a boundary and region size."""
     known = {name: counts for name, counts in errors.strata.items() if name != DEPTH or counts[1:].any()}
     figure, grid = plots.new_figure(3, 1, len(known), sharey=True, squeeze=False)
     for axes, (name, counts) in zip(grid[0], known.items(), strict=True):
@@ -228,7 +238,7 @@ def plot_strata(errors: ErrorCounts) -> Figure:
 
 @plots.styled
 def plot_calibration(errors: ErrorCounts) -> Figure:
-    """Reliability diagram: accuracy by confidence, over the share of the pixels with it."""
+    """Draw a reliability diagram and the share of pixels in each confidence bin."""
     pixels, confidence, right = errors.calibration[errors.calibration[:, 0] > 0].T
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
     figure, axes = plots.new_figure(3.6, width=5)

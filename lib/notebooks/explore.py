@@ -1,4 +1,4 @@
-"""What is in the data: counts in one pass over the images, their figures, and leakage between splits."""
+"""Data exploration: pixel counts in one pass over the images, figures, and leakage between splits."""
 
 import hashlib
 from contextlib import suppress
@@ -17,26 +17,27 @@ from lib.notebooks import plots
 from lib.notebooks.browse import plot_samples
 from lib.progress import progress_bar
 
-if TYPE_CHECKING:  # it needs torch, which takes seconds to import
+if TYPE_CHECKING:  # imports torch, which takes seconds
     from lib.batches import RawBatch
 
-DEPTH_STEPS = 100  # from 0 to the farthest end of the data's depth range
-NEARBY = 0.025  # of the width, whatever the data: classes meet over the slivers that people leave unlabelled
-CHANCE = 1e-4  # share of unrelated pairs of images that pass for near-duplicates
-COMPARED = 1000  # images, at equal steps, whose pairs with all others say what is unrelated
-ROWS = 256  # of a matrix of pairs in memory at a time
+DEPTH_STEPS = 100  # histogram bins from 0 to the far end of the depth range
+NEARBY = 0.025  # share of the image width; bridges the unlabelled slivers between adjacent regions
+CHANCE = 1e-4  # share of unrelated image pairs that are counted as near-duplicates
+COMPARED = 1000  # evenly spaced images, at most, whose unrelated pairs set the near-duplicate limit
+ROWS = 256  # rows of the similarity matrix held in memory at once
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What is in labelled images.
+    """Pixel counts of N labelled images.
 
     Attributes:
         classes: names of the C classes.
-        pixels: `(N, C + 1)` pixels of each class in each image, the last column unlabelled.
-        depth: `(C + 1, 101)` pixels by class and depth: missing, then between `steps_m`, the last open above.
-        adjacency: `(C, C)` pairs of nearby pixels of two classes, symmetric.
-        depth_range_m: of the data, see `Samples`.
+        pixels: `(N, C + 1)` pixels of each class in each image; the last column counts unlabelled pixels.
+        depth: `(C + 1, 101)` pixels by class and depth bin; the last row counts unlabelled pixels. Bin 0 is
+            missing depth, the others lie between `steps_m`, and the last one includes all larger depths.
+        adjacency: `(C, C)` symmetric counts of nearby pixel pairs of two different classes.
+        depth_range_m: depth range of the data, see `Samples`.
     """
 
     classes: tuple[str, ...]
@@ -47,22 +48,25 @@ class DataCounts:
 
     @property
     def steps_m(self) -> np.ndarray:
-        """`(101,)` edges of the steps of depth."""
+        """`(101,)` edges of the depth bins, in metres."""
         return np.linspace(0, self.depth_range_m[1], DEPTH_STEPS + 1)
 
     @property
     def unlabelled(self) -> float:
-        """The share of the pixels that have no class."""
+        """The share of unlabelled pixels."""
         return self.pixels[:, -1].sum() / self.pixels.sum()
 
     @property
     def has_depth(self) -> bool:
-        """Whether any was measured."""
+        """Whether any pixel has measured depth."""
         return bool(self.depth[:, 1:].any())
 
 
 def count_data(samples: Samples) -> DataCounts:
-    """Count labelled images, one at a time; where the data set has no depth, all of it is missing."""
+    """Count the pixels of labelled images, one image at a time.
+
+    If the data set has no depth, all pixels count as missing depth.
+    """
     count = len(samples.classes)
     pixels = np.zeros((len(samples), count + 1), np.int64)
     depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
@@ -71,7 +75,7 @@ def count_data(samples: Samples) -> DataCounts:
     with progress_bar("counting", len(samples)) as bar:
         for index in range(len(samples)):
             one = samples[index : index + 1]
-            label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes one more class
+            label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes class C
             step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
             pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
             depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
@@ -92,7 +96,13 @@ def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
 
 
 def class_shares(counts: DataCounts) -> pd.DataFrame:
-    """By class, most common first: share of labelled pixels, of images, of its own pixels without depth."""
+    """Tabulate the frequency of each class, the most common first.
+
+    Returns:
+        One row per class: `pixels`, its share of the labelled pixels; `images`, the share of images that
+        contain it; and, if the data has depth, `without depth`, the share of its pixels without measured
+        depth (NaN for an absent class).
+    """
     total = counts.pixels[:, :-1].sum(0)
     shares = {"pixels": total / max(total.sum(), 1), "images": (counts.pixels[:, :-1] > 0).mean(0)}
     if counts.has_depth:
@@ -101,22 +111,24 @@ def class_shares(counts: DataCounts) -> pd.DataFrame:
 
 
 def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: np.ndarray) -> np.ndarray:
-    """Metres below which these shares of the measured pixels lie, from a row of `DataCounts.depth`."""
+    """Return the quantiles of measured depth at `shares`, in metres, from a row of `DataCounts.depth`."""
     measured = np.cumsum(np.append(0, histogram[1:]))
     return np.interp(np.multiply(shares, measured[-1]), measured, steps_m)
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """Which validation images resemble training images, for one way of choosing them.
+    """Leakage from training to validation images for one `validation` method.
 
     Attributes:
-        train_count: training images.
-        valid: `(V,)` positions of the validation images; those of a valid split come after all others.
-        match: `(V,)` of the training image most like each in colour; of its own scene, where there is one.
-        same_scene: `(V,)` bool, where there is one; None where scenes are unknown.
-        near_duplicates: how many resemble a training image more than 9,999 of 10,000 unrelated pairs do.
-        copies: how many equal a training image in every pixel.
+        train_count: number of training images.
+        valid: `(V,)` positions of the validation images, from `train_count` on if the split is `predefined`.
+        match: `(V,)` position of the training image with the most similar colours, taken from the same scene
+            if the scene has training images.
+        same_scene: `(V,)` bool, whether the scene has training images; None if scenes are unknown.
+        near_duplicates: number of validation images that are more similar to a training image than 9,999 of
+            10,000 unrelated pairs are to each other.
+        copies: number of validation images that equal a training image in every pixel.
     """
 
     train_count: int
@@ -128,20 +140,23 @@ class Leakage:
 
 
 def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leakage]:
-    """For each `validation` that these images allow.
+    """Measure leakage for each `validation` method that these images allow.
 
-    Images are compared by their colours alone, which a step aside does not change much: on NYUv2 9 % of the
-    pairs of neighbouring ids are near-duplicates, and 0.6 % where thumbnails are compared instead. Those are
-    taken to be unrelated between which a quarter of the images lies, in order of their names. Memory grows
-    with the number of images, not with that of pairs.
+    Images are compared by colour alone, because a small camera movement hardly changes the colours: on NYUv2,
+    9 % of the pairs of neighbouring ids are near-duplicates, but only 0.6 % if thumbnails are compared. The
+    limit for near-duplicates is estimated from unrelated pairs: images that are more than a quarter of the
+    data set apart in name order. Memory grows with the number of images, not with the number of pairs.
 
     Args:
-        samples: the images to train on, or to choose validation images among.
-        valid: a split to validate on; its images are looked at too if it is the data's own (`predefined`).
+        samples: the training images; all methods but `predefined` choose their validation images among them.
+        valid: the validation split; its images are included only if it is `predefined`.
+
+    Returns:
+        The leakage by `validation` method, without methods that leave one of the two splits empty.
     """
     chosen = {}
     for validation in ("random", "blocks", "scenes"):
-        with suppress(ValueError):  # these names or scenes do not allow it
+        with suppress(ValueError):  # not possible with these names or scenes
             chosen[validation] = split_names(samples.names, validation, samples.scene)
     images = [samples]
     if valid is not None and valid.validation == "predefined":
@@ -160,7 +175,7 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
 
 
 def _near_duplicate_limit(signatures: np.ndarray) -> float:
-    """How alike unrelated images are at most, but for one pair in 10,000."""
+    """Return the similarity that 1 in 10,000 unrelated pairs exceeds; 1 if there are no such pairs."""
     order = np.arange(len(signatures))
     some = order[:: max(1, -(-len(order) // COMPARED))]
     unrelated = np.abs(some[:, None] - order) > len(order) // 4
@@ -176,7 +191,7 @@ def _compare(
     valid: np.ndarray,
     limit: float,
 ) -> Leakage:
-    """The images at these positions with one another."""
+    """Compare the validation images with the training images, both given as positions."""
     match = np.empty(len(valid), int)
     near_duplicates = 0
     for start in range(0, len(valid), ROWS):
@@ -192,14 +207,14 @@ def _compare(
 
 
 def _colour_signature(image: np.ndarray) -> np.ndarray:
-    """`(4096,)` unit vector: roots of the shares of 4 x 32 x 32 colours in CIELAB."""
+    """Return a `(4096,)` unit vector: square roots of a normalised 4 x 32 x 32 CIELAB histogram."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     counts = cv2.calcHist([lab], [0, 1, 2], None, [4, 32, 32], [0, 256] * 3).ravel()
     return np.sqrt(counts / counts.sum())
 
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
-    """In Markdown: what labelled images were read, how they are split, and warnings."""
+    """Summarise the labelled images, their split and any warnings in Markdown."""
     shared = _describe_scenes(train.scene, valid.scene)
     summary = (
         f"**{len(counts.pixels)} images, {len(counts.classes)} classes, {_describe_depth(counts)}, "
@@ -210,7 +225,7 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
 
 
 def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
-    """In Markdown: how to validate, and which classes of `class_shares` will be hard."""
+    """Recommend a `validation` and list the rarest classes of `class_shares`, in Markdown."""
     rare = shares.pixels[shares.pixels > 0][-3:]
     named = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
     return (
@@ -232,7 +247,10 @@ def _describe_depth(counts: DataCounts) -> str:
 
 
 def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
-    """Whether images of one scene are on both sides; `RUN` begins scenes that nothing but the ids names."""
+    """Describe how many validation images share a scene with training images.
+
+    Scene names that start with `RUN` are derived from image ids.
+    """
     if train is None or valid is None:
         return "may share scenes with training, because the scenes are unknown"
     by_ids = train[0].startswith(RUN)
@@ -246,7 +264,7 @@ def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
 
 
 def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
-    """Sentences about what is odd in the data."""
+    """Return warnings from sanity checks of the data."""
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
     declare = (
         " If one of them has a label value that is read as unlabelled, such as 255, declare it under "
@@ -287,7 +305,7 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
 
 
 def count_test_images(data: str, limit: int | None, classes: str | None) -> int | None:
-    """How many images the test split has; None where there is no such split."""
+    """Return the number of test images, or None if there is no test split."""
     try:
         return len(iterate_samples(data, "test", limit=limit, classes=classes))
     except MissingSplit:
@@ -295,14 +313,17 @@ def count_test_images(data: str, limit: int | None, classes: str | None) -> int 
 
 
 def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | None) -> Figure:
-    """The images of a batch as they train."""
+    """Draw the images of a training batch, including augmentation."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
     return plot_samples(replace(samples[position], image=image, depth=depth, label=label), shades)
 
 
 @plots.styled
 def plot_depth(counts: DataCounts) -> Figure:
-    """The distribution of depth in each class; of all pixels, where nine in ten lie."""
+    """Draw a box plot of the measured depth of each class.
+
+    Whiskers span the middle 90 % of a class. The title gives this range for all pixels.
+    """
     ends = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
     boxes = {
         name: dict(zip(ends, depth_quantiles(row, (*ends.values(),), counts.steps_m), strict=True))
@@ -328,14 +349,14 @@ def plot_depth(counts: DataCounts) -> Figure:
 
 
 def plot_adjacency(counts: DataCounts) -> Figure:
-    """Of the neighbours of each class (rows), the share of each other class (columns)."""
+    """Draw the share of each other class (columns) among the neighbours of each class (rows)."""
     names = counts.classes
     table = pd.DataFrame(counts.adjacency, pd.Index(names, name="class"), pd.Index(names, name="adjacent to"))
     return plots.plot_matrix(table.div(table.sum(axis=1), axis=0), "What each class borders on, in %")
 
 
 def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
-    """For each `validation`: the images on both sides and how many to validate on resemble training ones."""
+    """Tabulate image counts and leakage for each `validation` method."""
     rows = {
         validation: {
             "training images": leak.train_count,
@@ -351,7 +372,10 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
 
 
 def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
-    """Validation images beside the training image most like them: of one scene first, then the most alike."""
+    """Draw validation images, each next to the most similar training image.
+
+    Pairs from the same scene come first, then the most similar pairs. At most `count` pairs are drawn.
+    """
     sides = [
         np.stack([_colour_signature(image) for image in samples.image[side]])
         for side in (leak.valid, leak.match)

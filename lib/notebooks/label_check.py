@@ -1,4 +1,4 @@
-"""Labels worth a second look: regions where networks not trained on the image confidently disagree."""
+"""Find suspicious labels: regions where networks not trained on the image confidently disagree."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,11 +18,16 @@ from lib.runs import read_parameters, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split, watched
 
-LEAST_SHARE = 0.005  # of the image: smaller regions are mostly boundary
+LEAST_SHARE = 0.005  # share of the image; smaller regions are mostly boundary
 
 
 def find_folds(run: Path) -> list[Path]:
-    """The five runs of the run's recipe and seed that validate on a fold each; the run if one is missing."""
+    """Find the five runs, one per validation fold, that have the recipe and seed of a run.
+
+    Returns:
+        The folders of the five runs in fold order. Only the run itself is returned if a fold is missing, or
+        if its `validation` is `random`, `predefined` or `none`.
+    """
     parameters = read_parameters(run)
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
@@ -34,7 +39,10 @@ def find_folds(run: Path) -> list[Path]:
 
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:
-    """The images that `check_labels` looks at: the validation images, with five folds all labelled images."""
+    """Open the images that `check_labels` examines.
+
+    These are the validation images of one run, or all labelled images for five folds.
+    """
     parameters = read_parameters(runs[0])
     if len(runs) > 1:
         return iterate_split(parameters | {"validation": "none"}, "train", data)
@@ -44,9 +52,9 @@ def open_checked(runs: list[Path], data: str | None = None) -> Split:
 def check_labels(
     runs: list[Path], data: str | None = None, batch_size: int = 8, device: str = "auto"
 ) -> pd.DataFrame:
-    """`rank_regions` of these runs' validation images, each predicted by the run that validates on it."""
+    """Apply `rank_regions` to the validation images of each run, as predicted by that run."""
     splits = [iterate_split(read_parameters(run), "valid", data, run=run) for run in runs]
-    models = (load_model(run / "best.pt", choose_device(device)) for run in runs)  # one at a time
+    models = (load_model(run / "best.pt", choose_device(device)) for run in runs)  # loaded one by one
     predictions = (
         batch
         for model, split in zip(models, splits, strict=True)
@@ -57,17 +65,24 @@ def check_labels(
 
 
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:
-    """Regions of the ground truth that are mostly predicted as another class, the most suspicious first.
+    """Rank ground-truth regions that are mostly predicted as another class, the most suspicious first.
 
-    A region is a connected set of pixels of one label, 0.5 % of its image or more. The confidence in a class
-    is the mean over the region's pixels of the probability of the predicted class, where it is that class.
-    How suspicious a region is: the confidence in the other class, times the surprise -log(q), with q the
-    confidence in that class over all regions with this label, times the region's share of the image to the
-    power of 0.3. Without the surprise, the list would be the usual confusions of the network.
+    A region is a 4-connected set of pixels with one label that covers at least 0.5 % of its image. Its
+    confidence in a class is the sum of the confidence of the pixels predicted as this class, divided by the
+    number of pixels in the region. The predicted class is the one with the highest confidence.
+
+    Regions are ranked by `confidence * -log(q) * share**0.3`, where `share` is the region's share of the
+    image. `q` is the share-weighted confidence in the predicted class over all regions with the same label,
+    normalised over classes and smoothed by 0.001. Without the surprise `-log(q)`, the list would mainly
+    contain the network's usual confusions.
+
+    Args:
+        predictions: batches with labels and confidence.
+        classes: names of the classes.
 
     Returns:
-        A row each: `image`, its box (`left`, `top`, `right`, `bottom`, pixels, ends excluded), `labelled`,
-        `predicted`, `confidence`.
+        One row per region: `image` name, bounding box in pixels (`left`, `top`, `right`, `bottom`; the last
+        two are exclusive), `labelled` and `predicted` class names, and `confidence` in the predicted class.
     """
     rows = []
     votes = []
@@ -93,7 +108,7 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
 
 
 def plot_regions(regions: pd.DataFrame, split: Split) -> Figure | None:
-    """The RGB images of these rows of `rank_regions`, the boxes outlined; None without a row."""
+    """Draw the image of each row of `rank_regions` with the region outlined; return None without rows."""
     tiles = {}
     for number, row in regions.iterrows():
         sample = next(iter(select_names(split, [row.image])))

@@ -1,4 +1,4 @@
-"""A trained network over anybody's pictures: predict each, keep the masks, draw what it sees."""
+"""Apply a trained network to any images: predict, save the masks, and draw and summarise the results."""
 
 import hashlib
 import time
@@ -20,21 +20,29 @@ from lib.model import SegmentationDepthNet
 from lib.notebooks import plots
 from lib.progress import progress_bar
 
-CONFIDENCE = "confidence"  # text in a mask's file: the mean confidence of its image
-PIXELS = "pixels"  # text in a mask's file: the checksum of its image
-MILLISECONDS = "milliseconds"  # attribute of the table: mean of an image that was predicted, NaN without one
-CONFIDENT = ("", CONFIDENCE)  # column of the table; no class has this name, because classes lie below `share`
-SEEN_FILE = "predict.json"  # in a folder of masks
+CONFIDENCE = "confidence"  # PNG text entry of a mask: mean confidence of its image
+PIXELS = "pixels"  # PNG text entry of a mask: checksum of its image and depth
+MILLISECONDS = "milliseconds"  # in `table.attrs`: mean time per newly predicted image, NaN without any
+CONFIDENT = ("", CONFIDENCE)  # table column; can't clash with a class, because classes are under `share`
+SEEN_FILE = "predict.json"  # in a mask folder: its network, images and classes
 
 
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
-    """By name of the image, its mean confidence and below `share` that of each class.
+    """Predict images and tabulate the confidence and the class shares of each.
 
-    With `save_to` the class indices of each image are written to `NAME.png` in that folder as soon as they
-    are predicted. What the same network wrote there for the same pixels is not predicted again.
+    Args:
+        model: the network.
+        pieces: the images, in batches of one.
+        save_to: folder for the masks; None saves none. The class indices of each image are written to
+            `NAME.png` as soon as they are predicted. Masks that the same network wrote there for the same
+            pixels are reused.
+
+    Returns:
+        One row per image name: the mean confidence in column `CONFIDENT`, the share of each class in column
+        `("share", class)`. `attrs[MILLISECONDS]` is the mean time per newly predicted image.
 
     Raises:
-        ValueError: the folder holds masks of something else.
+        ValueError: the folder has masks of another network or other images, or files from elsewhere.
     """
     folder = None if save_to is None else Path(save_to).expanduser()
     if folder is not None:
@@ -58,7 +66,13 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
 
 
 def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
-    """Whether the masks in a folder, which may be new, are of this network and these images."""
+    """Check that the masks in a folder belong to this network, data and classes.
+
+    A missing folder is created. In an empty folder, `SEEN_FILE` is written to record the three.
+
+    Raises:
+        ValueError: the folder has no `SEEN_FILE` and is not empty, or the file records something else.
+    """
     digest = hashlib.sha256(repr(model.config).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -75,7 +89,11 @@ def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> No
 
 
 def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
-    """The mask of exactly these pixels and the confidence in it; None where it is of others."""
+    """Return a mask and its mean confidence, or None if it was predicted from other pixels.
+
+    Raises:
+        ValueError: `predict_images` did not write the mask.
+    """
     with Image.open(path) as mask:
         if CONFIDENCE not in mask.text:
             raise ValueError(
@@ -102,7 +120,7 @@ def _checksum(image: Samples) -> str:
 
 
 def plot_images(predicted: Sequence[Predicted]) -> Figure:
-    """A row for each image: RGB, its classes with their names on them, and the network's confidence."""
+    """Draw one row per image: RGB, the prediction with class names, and the confidence."""
     classes = predicted[0].samples.classes
     masks = [batch.labels[0] for batch in predicted]
     shades = ScalarMappable(Normalize(0, 1), "gray")
@@ -122,7 +140,7 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
 
 
 def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
-    """In Markdown, what `predict_images` found, how long it took, and where the masks are."""
+    """Summarise the table of `predict_images` in Markdown, with the prediction time and the mask folder."""
     shares = table["share"].mean().sort_values(ascending=False)
     named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"

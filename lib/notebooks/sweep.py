@@ -1,4 +1,4 @@
-"""Many runs: a grid of parameters times seeds, each a Ray task that executes train.ipynb with papermill."""
+"""Parameter sweeps: each grid point and seed is a Ray task that executes train.ipynb with papermill."""
 
 import hashlib
 import itertools
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray loads: it would look for the network
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns that this will change
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import of ray, which would access the network
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise ray warns of a future change
 
 import pandas as pd
 import papermill
@@ -36,34 +36,40 @@ from lib.runs.results import (
 )
 from lib.runs.scoring import check_labelled, iterate_split, score_run
 
-WAIT_SECONDS = 60  # for a process that was just killed to let go of a run
-STARTS = 3  # of Ray
+WAIT_SECONDS = 60  # to wait for the run lock of a process that was just killed
+STARTS = 3  # attempts to start Ray
 
 
 def plan_runs(
     experiment: str | None, fixed: dict, grid: dict[str, list], seeds: list[int]
 ) -> dict[str, dict]:
-    """Parameters of `train.ipynb` for every combination and seed, by run name; equal ones are planned once.
+    """Plan a run for every grid combination and seed, without duplicates.
 
-    A name says what varies and ends in a digest of all parameters that matter: it does not depend on their
-    order, on what else is swept, or on where data and weights lie.
+    A run name lists the varied parameters and ends in a digest of all parameters that affect the result. The
+    digest does not depend on the order of parameters, on other runs of the sweep, or on the location of data
+    and weights.
 
     Args:
-        experiment: name of a file in `notebooks/experiments`, or None for the notebook's defaults.
-        fixed: parameters of every run, over those of the experiment.
-        grid: the values of each parameter that varies, over both.
-        seeds: of each combination.
+        experiment: name of a file in `notebooks/experiments` without `.yaml`; None uses the defaults.
+        fixed: parameters of every run; they override the experiment.
+        grid: list of values of each varied parameter; they override both.
+        seeds: seeds for each combination.
+
+    Returns:
+        The parameters of `train.ipynb` by run name.
 
     Raises:
-        ValueError: no such experiment or parameter, nothing to run, or two data sets of one name.
+        ValueError: an unknown experiment or parameter, an empty list in `grid` or `seeds`, or two data sets
+            with the same name.
     """
     if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
         raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected non-empty lists")
     base = _read_defaults(experiment, (*fixed, *grid)) | fixed
     runs = {}
-    for seed, *values in itertools.product(seeds, *grid.values()):  # by seed: a first comparison comes early
+    # the seed varies slowest, so that all combinations can be compared early
+    for seed, *values in itertools.product(seeds, *grid.values()):
         varied = dict(zip(grid, values, strict=True))
-        if (base | varied)["soft_iou_weight"] == 0:  # without the term, its form is no difference
+        if (base | varied)["soft_iou_weight"] == 0:  # without this loss, the pooling has no effect
             varied["soft_iou_pooling"] = base["soft_iou_pooling"]
         parameters = _with_whole_paths(base | varied | {"seed": seed})
         name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters)
@@ -77,7 +83,11 @@ def plan_runs(
 
 
 def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, object]:
-    """The parameters of `train.ipynb`, those of the experiment over them; `given` must be among them."""
+    """Return the default parameters of `train.ipynb`, overridden by the experiment.
+
+    Raises:
+        ValueError: an unknown experiment or parameter, or a name in `given` that a sweep can't set.
+    """
     defaults = read_defaults()
     content = {}
     if experiment is not None:
@@ -95,7 +105,7 @@ def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, ob
 
 
 def _with_whole_paths(parameters: dict) -> dict:
-    """Workers have another working directory."""
+    """Make paths absolute, because workers have another working directory."""
     paths = [name for name in WEIGHTS if is_file(parameters[name])]
     if parameters["data"] != "synthetic":
         paths.append("data")
@@ -112,13 +122,13 @@ def _name(prefix: str, varied: dict, parameters: dict) -> str:
 
 
 def execute_run(parameters: dict, split: str) -> None:
-    """Train and score one run on a split, going on from whatever there is of it; nothing is done twice.
+    """Train a run and score it on a split, resuming an unfinished run and skipping finished steps.
 
-    The executed notebook goes into `notebooks/` in the folder of runs.
+    The executed notebook is written to `notebooks/` in the runs folder.
 
     Raises:
-        PapermillExecutionError: the notebook failed; the message holds its error.
-        RuntimeError: another process has the run.
+        PapermillExecutionError: the notebook failed; the message contains its error.
+        RuntimeError: another process is using the run.
     """
     run = runs_folder() / parameters["run_name"]
     with hold_run(run, WAIT_SECONDS):
@@ -135,18 +145,18 @@ def execute_run(parameters: dict, split: str) -> None:
 
 
 def executed_notebook(run_name: str) -> Path:
-    """The executed `train.ipynb` of a run of a sweep."""
+    """Return the path of the executed `train.ipynb` of a run."""
     return runs_folder() / "notebooks" / f"{run_name}.train.ipynb"
 
 
 class Finished:
-    """The runs of a sweep that are trained and scored, known by their parameters.
+    """The trained and scored runs of a sweep, identified by their parameters.
 
     Args:
-        runs: from `plan_runs`.
-        split: that they are scored on.
-        results: folder to which each finished run is added without its weights, see `write_results`; a run
-            that is there already is finished.
+        runs: planned runs, from `plan_runs`.
+        split: split on which the runs are scored.
+        results: folder to which finished runs are added without their weights, see `write_results`. Runs that
+            it already contains count as finished.
     """
 
     def __init__(self, runs: dict[str, dict], split: str, results: str | None = None) -> None:
@@ -156,7 +166,10 @@ class Finished:
         self.update()
 
     def update(self) -> None:
-        """Look for finished runs and add new ones to the results, to which another sweep may add, too."""
+        """Find finished runs and add new ones to the results folder.
+
+        The folder is read again each time, because another sweep may also write to it.
+        """
         has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
         kept = read_results(self.folder) if has_results else []
         known = {identity(run.parameters): run for run in kept if run.split == self.split}
@@ -173,7 +186,7 @@ class Finished:
 
 
 def _find_results(results: str) -> Path:
-    """The folder, as it is named or, for a study that exists, in `notebooks/`."""
+    """Resolve the results folder, which may be relative to `notebooks/` if it exists there."""
     folder = Path(results).expanduser()
     return NOTEBOOKS / folder if (NOTEBOOKS / folder).is_dir() and not folder.is_dir() else folder.resolve()
 
@@ -186,24 +199,28 @@ def sweep(
     gpus_per_run: float | None = None,
     results: str | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """Train and score all unfinished runs, as many at a time as fit; yield their table as it fills.
+    """Train and score all unfinished runs, as many in parallel as the machines allow.
 
-    A failed run does not stop the others, and one whose machine is lost goes on elsewhere from its last
-    checkpoint. On a cluster, every machine needs this repository, its Python packages, the data and the
-    folder of runs at the same paths.
+    A failed run does not stop the others. If a machine is lost, its runs resume on another one from their
+    last checkpoint. On a cluster, every machine needs this repository, its Python packages, the data and the
+    runs folder at the same paths.
 
     Args:
-        runs: from `plan_runs`.
-        split: to score them on.
+        runs: planned runs, from `plan_runs`.
+        split: split on which the runs are scored.
         cluster: `local`, or the address of a Ray cluster such as `auto` or `10.0.0.1:6379`.
-        cpus_per_run: cores of each run, a thread for each that its workers leave; None takes one core and
-            one for each worker.
-        gpus_per_run: GPUs of each run; 0.5 lets two share one, each with half of its memory; 0 trains on the
-            CPU; None takes 1 where there are GPUs.
+        cpus_per_run: CPU cores per run. A run computes with one thread per core that its data-loading workers
+            do not use, and at least one. None uses one core plus one per worker.
+        gpus_per_run: GPUs per run. With 0.5, two runs share a GPU and each can use half of its memory. With
+            0, runs train on the CPU. None uses one GPU if any machine has one.
         results: see `Finished`.
 
+    Yields:
+        The current `progress_table`, about every two seconds.
+
     Raises:
-        ValueError: no such split or cluster, or more asked for each run than any machine has.
+        ValueError: an unknown split, a split without labels, an unreachable cluster, or more resources per
+            run than any machine has.
     """
     check_options(split=split)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +236,7 @@ def sweep(
         settings = _environment(cpus - workers, gpus) | {"RUNS_DIR": str(runs_folder())}
         for name, parameters in runs.items():
             if name not in finished.runs:
-                executed_notebook(name).unlink(missing_ok=True)  # its presence says: running
+                executed_notebook(name).unlink(missing_ok=True)  # its existence marks a run as running
                 tasks[task.remote(str(ROOT), settings, parameters, split)] = name
         while tasks:
             ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2)
@@ -234,13 +251,13 @@ def sweep(
 def _connected(cluster: str) -> Iterator[None]:
     address = {"address": cluster}
     if cluster == "local":
-        # results travel over the disk, so Ray needs little shared memory
+        # results are written to disk, so Ray needs little shared memory
         address |= {"include_dashboard": False, "object_store_memory": 100_000_000}
-        # Ray puts sockets there, whose paths may have 107 characters
+        # Ray creates sockets there, and socket paths are limited to 107 characters
         if os.name == "posix" and len(tempfile.gettempdir()) > 40:
             address["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
-        if ":" in cluster:  # Ray would try for two minutes
+        if ":" in cluster:  # otherwise Ray would retry for two minutes
             socket.create_connection(cluster.rsplit(":", 1), timeout=10).close()
         _start_ray(address)
     except (OSError, ValueError) as error:
@@ -255,7 +272,7 @@ def _connected(cluster: str) -> Iterator[None]:
 
 
 def _start_ray(address: dict) -> None:
-    """`ray.init`, again where a busy machine takes longer than the 30 seconds that Ray waits for itself."""
+    """Call `ray.init`, and retry if a busy machine exceeds Ray's startup timeout of 30 seconds."""
     for _ in range(STARTS):
         try:
             return ray.init(**address, logging_level="error", log_to_driver=False)
@@ -270,7 +287,7 @@ def _start_ray(address: dict) -> None:
 
 
 def _most(resource: str) -> float:
-    """What the machine with most of it has of a resource."""
+    """Return the largest amount of a resource that any single machine has."""
     return max(node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"])
 
 
@@ -283,9 +300,9 @@ def _check_share(cpus: int, gpus: float) -> None:
 
 
 def _environment(threads: int, gpus: float) -> dict[str, str]:
-    """Environment variables of a run's processes.
+    """Return the environment variables of a run's processes.
 
-    Without them the processes see every GPU where they ask for none, and take all memory of a shared one.
+    They set the number of threads, hide all GPUs from CPU runs and limit the memory of runs that share a GPU.
     """
     share = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     if 0 < gpus < 1:
@@ -294,9 +311,12 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
 
 
 def _remote_task():
-    """The Ray task of one run. It travels as code, so that it can say when a machine lacks the repository."""
+    """Return the Ray task of one run.
 
-    # retried where a machine is lost; a process that has ended holds no GPU memory
+    The task is serialised by value, so that a machine without the repository can run it and report the error.
+    """
+
+    # max_retries: a machine may be lost; max_calls: the process ends after a run and frees its GPU memory
     @ray.remote(max_retries=10, max_calls=1)
     def run_on_worker(root: str, settings: dict, parameters: dict, split: str) -> str | None:
         needed = [f"{root}/lib", f"{settings['RUNS_DIR']}/notebooks", parameters["data"]]
@@ -306,7 +326,7 @@ def _remote_task():
                 f"{socket.gethostname()} has no {', '.join(missing)}; every machine needs the repository, "
                 "the data and the folder of runs at the same paths, on a shared disk"
             )
-        os.environ |= settings  # before torch
+        os.environ |= settings  # before torch is imported
         sys.path.insert(0, root)
         from lib.notebooks.sweep import try_run
 
@@ -316,10 +336,10 @@ def _remote_task():
 
 
 def try_run(parameters: dict, split: str) -> str | None:
-    """`execute_run`; returns its error in one line instead of raising it."""
+    """Call `execute_run` and return its error as text, or None on success."""
     try:
         return execute_run(parameters, split)
-    except Exception as error:  # that of a notebook holds the name and the text of its own
+    except Exception as error:  # PapermillExecutionError stores the notebook's error in ename and evalue
         return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
@@ -333,7 +353,7 @@ def _error(task: ray.ObjectRef) -> str | None:
 def progress_table(
     runs: dict[str, dict], finished: dict[str, ScoredRun], errors: dict[str, str | None]
 ) -> pd.DataFrame:
-    """One row for each run: state, epochs so far, the best validation mIoU so far, minutes left, error."""
+    """Tabulate the state, finished epochs, best validation mIoU, minutes left and error of each run."""
     rows = {}
     for name, parameters in runs.items():
         history = finished[name].history if name in finished else _read_begun(name)
@@ -354,7 +374,7 @@ def progress_table(
 
 
 def _read_begun(name: str) -> pd.DataFrame:
-    """The history so far of a run that is not finished, empty before its first epoch."""
+    """Read the history of an unfinished run; it is empty until the first epoch ends."""
     if not (runs_folder() / name / "history.csv").exists():
         return pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)
     return read_history(runs_folder() / name)

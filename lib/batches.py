@@ -1,4 +1,4 @@
-"""From `Samples` to training tensors and back: augment each image, batch, encode and decode."""
+"""Convert `Samples` to batches: augmentation, data loading, and encoding of inputs and targets."""
 
 import math
 import shutil
@@ -19,18 +19,18 @@ from lib.model import ModelConfig
 from lib.options import check_options
 
 SHARED_MEMORY = Path("/dev/shm")
-PATIENCE_SECONDS = 300  # for a batch from a worker
+PATIENCE_SECONDS = 300  # timeout for a batch from a worker
 
 
 class RawBatch(NamedTuple):
-    """A batch as it is stored, small enough to move to a GPU quickly.
+    """A batch before encoding, in small dtypes for a fast transfer to the GPU.
 
     Attributes:
-        image: `(B, H, W, 3)` uint8.
+        image: `(B, H, W, 3)` uint8 RGB.
         depth: `(B, H, W)` uint16 millimetres, 0 = missing.
         label: `(B, H, W)` uint8, 255 = ignore.
-        measured: `(B, H, W)` bool; False where depth is missing or was filled in afterwards.
-        position: `(B,)` int64 positions in the samples.
+        measured: `(B, H, W)` bool; False where depth is missing or was hole-filled.
+        position: `(B,)` int64 positions of the images in the samples.
     """
 
     image: torch.Tensor
@@ -41,13 +41,13 @@ class RawBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch as the network and the losses take it.
+    """An encoded batch: the inputs of the network and the targets of the losses.
 
     Attributes:
-        inputs: `(B, C, H, W)` float32, C = 1, 3, 4 or 6.
+        inputs: `(B, C, H, W)` float32, C = 1, 3, 4 or 6; see `encode_inputs`.
         label: `(B, H, W)` int64, 255 = ignore.
-        depth: `(B, 1, H, W)` float32 target, 0 at the nearest and 1 at the farthest end of the range.
-        valid_depth: `(B, 1, H, W)` bool, where that target was measured.
+        depth: `(B, 1, H, W)` float32 depth target, from 0 (nearest) to 1 (farthest) over the depth range.
+        valid_depth: `(B, 1, H, W)` bool, True where the target was measured.
     """
 
     inputs: torch.Tensor
@@ -59,35 +59,41 @@ class Batch(NamedTuple):
 def encode_depth(
     depth_mm: torch.Tensor, depth_encoding: str, depth_range_m: tuple[float, float]
 ) -> torch.Tensor:
-    """Depth clipped to (nearest, farthest) as 0..1, in any shape; missing depth (0) stays 0.
+    """Clip depth to a range and scale it to 0..1, in any shape; missing depth (0) stays 0.
 
-    `linear` and `log` are 0 at the nearest end of the range, `inverse` at the farthest: there a network can't
-    tell depth from missing depth.
+    With `linear` and `log`, 0 is the near end of the range; with `inverse`, 0 is the far end. At that end,
+    depth can't be distinguished from missing depth.
+
+    Args:
+        depth_mm: depth in millimetres, 0 = missing.
+        depth_encoding: `inverse`, `linear` or `log`.
+        depth_range_m: (nearest, farthest) in metres.
     """
     check_options(depth_encoding=depth_encoding)
     depth_m = (depth_mm.float() / 1000).clip(*depth_range_m)
     scale = {"inverse": torch.reciprocal, "linear": lambda depth: depth, "log": torch.log}[depth_encoding]
-    # of inverse depth the farthest end is the low one; on the CPU, or a GPU would wait
+    # aminmax, because inverse depth is lowest at the far end; on the CPU, to avoid a GPU synchronisation
     low, high = scale(torch.tensor(depth_range_m)).aminmax(dim=0)
     return torch.where(depth_mm == 0, 0.0, (scale(depth_m) - low) / (high - low))
 
 
 def decode_depth(linear: torch.Tensor, depth_range_m: tuple[float, float]) -> torch.Tensor:
-    """Metres from depth as `encode_depth` makes it `linear`, in any shape."""
+    """Convert depth in the `linear` encoding of `encode_depth` to metres, in any shape."""
     nearest, farthest = depth_range_m
     return nearest + linear * (farthest - nearest)
 
 
 def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The network's input.
+    """Build the network's input tensor.
 
     Args:
         image: `(B, H, W, 3)` uint8 RGB.
         depth_mm: `(B, H, W)` millimetres, 0 = missing.
-        config: of the network, which says what it takes.
+        config: the network's config, which selects the channels and how they are scaled.
 
     Returns:
-        `(B, C, H, W)` float32: RGB, then depth, then x and y, which run 0..1 left to right and top to bottom.
+        `(B, C, H, W)` float32 with the selected channels in this order: normalised RGB, encoded depth, x and
+        y. The coordinates run from 0 to 1, x from left to right and y from top to bottom.
     """
     channels = []
     if config.inputs != "depth":
@@ -104,9 +110,9 @@ def encode_inputs(image: torch.Tensor, depth_mm: torch.Tensor, config: ModelConf
 
 
 def encode_batch(raw: RawBatch, config: ModelConfig, device: torch.device) -> Batch:
-    """Move a batch to the device, small as it is, and encode it there."""
+    """Move a batch to the device in its small dtypes and encode it there."""
     image, depth_mm, label, measured = (tensor.to(device, non_blocking=True) for tensor in raw[:4])
-    depth_mm = depth_mm.float()  # torch knows few operations on uint16
+    depth_mm = depth_mm.float()  # torch supports few operations on uint16
     return Batch(
         encode_inputs(image, depth_mm, config),
         label.long(),
@@ -116,18 +122,25 @@ def encode_batch(raw: RawBatch, config: ModelConfig, device: torch.device) -> Ba
 
 
 def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Compose | None:
-    """`exp061`: flip, shift 5 %, scale 10 %, rotate 5 degrees; `crops`: random-resized crops and flip.
+    """Build the augmentation of training images; None for `none`.
 
-    `zooms`: scale 0.5 to 2, shift 25 % and flip. `_colour` also changes brightness, contrast, saturation and
-    hue of the RGB image.
+    Depth and labels are `mask` targets, so their values are never interpolated. All masks share a single
+    `fill_mask` of 0, which means missing depth. Labels are therefore passed as label + 1 in uint8, so that
+    filled pixels become 255 when 1 is subtracted again.
 
-    Depth and label are `mask` targets, so they are never blended. The one `fill_mask` is 0, which
-    is missing depth; labels are passed as label + 1, so that it comes back as 255.
+    Args:
+        augment: one of these names:
+            - `none`: no augmentation.
+            - `exp061`: flip, shift by up to 5 %, scale by up to 10 %, rotate by up to 5 degrees.
+            - `crops`: flip and random resized crops.
+            - `zooms`: flip, scale by 0.5 to 2, shift by up to 25 %.
+            - `crops_colour`, `zooms_colour`: also change the brightness, contrast, saturation and hue of RGB.
+        size: (height, width) of the images.
     """
     check_options(augment=augment)
     if augment == "none":
         return None
-    with warnings.catch_warnings(action="error"):  # albumentations ignores an unknown option with a warning
+    with warnings.catch_warnings(action="error"):  # albumentations only warns about unknown options
         if not augment.startswith("crops"):
             shift, scale, turn, share = (
                 (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
@@ -139,7 +152,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
             )  # fmt: skip
         else:
             ratio = size[1] / size[0]
-            geometry = albumentations.RandomResizedCrop(  # plain INTER_NEAREST would shift masks against RGB
+            geometry = albumentations.RandomResizedCrop(  # INTER_NEAREST would shift masks relative to RGB
                 size,
                 scale=(0.35, 1.0),
                 ratio=(0.85 * ratio, 1.18 * ratio),
@@ -164,7 +177,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
 
 
 def _zoom(applied: list[tuple[str, dict]]) -> float:
-    """By how much the applied transforms enlarge the picture."""
+    """Return the factor by which the applied transforms enlarge the image."""
     for name, parameters in applied:
         if name == "Affine":
             return parameters["scale"]["x"]
@@ -176,7 +189,7 @@ def _zoom(applied: list[tuple[str, dict]]) -> float:
 
 
 def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> None:
-    """Raise a ValueError where a network would eat, or learn, the depth of samples that have none."""
+    """Raise a ValueError if samples lack the depth that the network takes or, if it `trains`, predicts."""
     if samples.depth is None and (config.inputs != "rgb" or (trains and config.depth_head)):
         raise ValueError(
             f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth "
@@ -185,12 +198,15 @@ def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> 
 
 
 class TrainingSet(Dataset):
-    """Augmented samples by (epoch, position): the same for any number of workers, another every epoch.
+    """Augmented training samples, indexed by (epoch, position).
 
-    albumentations copies its generators into every worker, so that workers repeat one another and
-    epochs repeat the last; here each item seeds them anew from (seed, epoch, position). Each transform
-    gets a seed of its own: `Compose.set_random_seed` gives all the same, and then the draw that decides
-    the flip also decides the zoom.
+    An item consists of the fields of `RawBatch` for one image. Its augmentation changes with every epoch but
+    does not depend on the number of workers.
+
+    albumentations copies its random generators into every worker, so all workers would draw the same numbers,
+    and every epoch would repeat the previous one. Each item therefore seeds the generators from (seed, epoch,
+    position). Each transform has its own seed: `Compose.set_random_seed` would give all transforms the same
+    seed, and the draw that decides the flip would also determine the zoom.
     """
 
     def __init__(self, samples: Samples, augment: str, seed: int) -> None:
@@ -204,7 +220,7 @@ class TrainingSet(Dataset):
         arrays = {
             "image": self.samples.image[position],
             "depth": self.depth[position],
-            "mask": self.samples.label[position] + np.uint8(1),  # 255 wraps to 0, which fills borders
+            "mask": self.samples.label[position] + np.uint8(1),  # 255 wraps to 0, the fill value
         }
         if self.samples.measured is not None:
             arrays["measured"] = self.samples.measured[position].view(np.uint8)
@@ -214,7 +230,7 @@ class TrainingSet(Dataset):
             for transform, seed in zip(transforms, seeds.tolist(), strict=True):
                 transform.set_random_seed(seed)
             arrays = self.augmentation(**arrays)
-            # enlarged by a zoom, things look as if they were nearer
+            # objects enlarged by a zoom look nearer
             arrays["depth"] = cv2.multiply(arrays["depth"], 1 / _zoom(arrays["applied_transforms"]))
         depth = arrays["depth"]
         measured = arrays["measured"].view(bool) if "measured" in arrays else depth > 0
@@ -222,10 +238,11 @@ class TrainingSet(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Shuffled batches of (epoch, position); call `start` before each pass.
+    """Sampler of shuffled batches of (epoch, position); call `start` before each pass.
 
-    The last batch is kept, but a single left-over image joins the batch before, so that 9 images in batches
-    of 4 are 4 and 5: DeepLabV3+ normalises its pooled features over the batch and cannot train on one image.
+    An incomplete last batch is kept, but a single left-over image joins the previous batch: 9 images in
+    batches of 4 become 4 and 5. DeepLabV3+ normalises its pooled features over the batch and therefore can't
+    be trained on a single image.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -237,13 +254,13 @@ class EpochBatches(Sampler):
         self.count, self.batch_size, self.seed, self.epoch, self.skip = count, batch_size, seed, 0, 0
 
     def start(self, epoch: int, skip: int = 0) -> None:
-        """Set the epoch of the next pass, and how many of its batches to skip."""
+        """Set the epoch of the next pass and the number of batches to skip at its start."""
         self.epoch = epoch
         self.skip = skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        ends = self.batch_size * np.arange(1, len(self))  # of all batches but the last
+        ends = self.batch_size * np.arange(1, len(self))  # of all batches except the last
         for batch in np.split(order, ends)[self.skip :]:
             yield [(self.epoch, int(position)) for position in batch]
 
@@ -253,19 +270,33 @@ class EpochBatches(Sampler):
 
 
 def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:
-    """Stack the items of a `TrainingSet`."""
+    """Collate the items of a `TrainingSet` into a batch."""
     return RawBatch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*items, strict=True)))
 
 
 def training_loader(
     samples: Samples, augment: str, batch_size: int, num_workers: int, seed: int
 ) -> DataLoader:
-    """Augmented `RawBatch`es of one epoch after another; see `EpochBatches` for which."""
+    """Create a loader of augmented `RawBatch`es.
+
+    Each pass over the loader is one epoch. Call `loader.batch_sampler.start` before each pass.
+
+    Args:
+        samples: the training samples.
+        augment: see `build_augmentation`.
+        batch_size: images per batch, at least 2.
+        num_workers: number of worker processes; 0 loads in the main process.
+        seed: seed of the order and the augmentation of the images.
+
+    Raises:
+        ValueError: if the samples have no labels, there are fewer than two images, an option is invalid, or
+            shared memory is too small for the workers.
+    """
     check_options(num_workers=num_workers)
-    # shared memory holds two batches a worker, the one in use and the next; without room a worker waits
+    # two batches per worker, plus the current and the next one; without free shared memory, workers wait
     needed = (
         min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)
-    )  # 7 bytes a pixel
+    )  # 7 bytes per pixel
     free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and SHARED_MEMORY.exists() else needed
     if free < needed:
         raise ValueError(
@@ -273,7 +304,7 @@ def training_loader(
             f"{SHARED_MEMORY} has only {free // 10**6} MB free; use num_workers 0, or start the container "
             "with `docker run --shm-size=1g`"
         )
-    forks = num_workers > 0 and sys.platform == "linux"  # a Mac can fork, but its libraries break in the copy
+    forks = num_workers > 0 and sys.platform == "linux"  # on macOS, libraries break in forked processes
     return _Loader(
         TrainingSet(samples, augment, seed),
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
@@ -283,7 +314,7 @@ def training_loader(
         persistent_workers=num_workers > 0,
         multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else each pass draws from the generator of weights and dropout
+        generator=torch.Generator(),  # otherwise each pass draws from the generator of weights and dropout
     )
 
 
@@ -291,7 +322,7 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[RawBatch]:
         try:
             yield from super().__iter__()
-        except RuntimeError as error:  # nothing came in time, or a process was killed
+        except RuntimeError as error:  # timeout, or a worker was killed
             if not self.num_workers:
                 raise
             raise RuntimeError(
@@ -304,7 +335,7 @@ def _start_worker(worker: int) -> None:
 
 
 def plain_batch(samples: Samples) -> RawBatch:
-    """Samples as they are, without augmentation; labels that are held back are all 255."""
+    """Convert samples to a `RawBatch` without augmentation; labels that are held back become 255."""
     arrays = (
         samples.image,
         samples.depth_or_missing,
@@ -312,5 +343,5 @@ def plain_batch(samples: Samples) -> RawBatch:
         samples.measured_depth,
         np.arange(len(samples)),
     )
-    # copies, as torch warns of memory maps that are read-only
+    # copy: torch warns about read-only memory maps
     return RawBatch(*(torch.from_numpy(np.array(array)) for array in arrays))

@@ -1,4 +1,4 @@
-"""One loop, a model over samples: classes, confidence and depth at the samples' own size; then counts."""
+"""Predict classes, confidence and depth of samples at their native size, and count the predictions."""
 
 import itertools
 import math
@@ -27,21 +27,21 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
-SCORES_BYTES = 2**28  # of class scores at full size at a time; averaging views takes four times as much
-STRATA_CLASSES = 60  # beyond, matrices by scene and stratum would fill the memory
-BATCH_PIXELS = 2**24  # of the images of a batch: one image of 12 megapixels, or 54 of 480x640
+SCORES_BYTES = 2**28  # class scores per chunk at native size; averaging views takes four times as much
+STRATA_CLASSES = 60  # with more classes, confusion matrices by scene and stratum would fill the memory
+BATCH_PIXELS = 2**24  # maximum per batch: one image of 12 megapixels, or 54 of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
 
 class Predicted(NamedTuple):
-    """Samples and what is said of them, at their own size.
+    """A batch of samples with its predictions at native size.
 
     Attributes:
-        samples: a batch.
-        labels: `(B, H, W)` uint8 class indices.
-        confidence: `(B, H, W)` float32 probability of that class; None where it was not asked for.
-        depth_m: `(B, H, W)` float32; None without a depth head.
-        losses: terms of the loss at the working size; None where no loss was given.
+        samples: the batch of samples.
+        labels: `(B, H, W)` uint8 predicted class indices.
+        confidence: `(B, H, W)` float32 probability of the predicted class; None unless computed.
+        depth_m: `(B, H, W)` float32 predicted depth in metres; None without a depth head.
+        losses: `(terms,)` loss terms, computed at the network's working size; None without a loss.
     """
 
     samples: Samples
@@ -53,13 +53,15 @@ class Predicted(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What `counts.npz` and `evaluation/*.npz` of a run hold; where labels are held back all counts are 0.
+    """Confusion matrices per image, as saved in `counts.npz` and `evaluation/SPLIT.npz` of a run.
+
+    If labels are held back, all counts are 0.
 
     Attributes:
-        names: `(N,)` of the images.
-        scene: `(N,)` scene of each image; None where that is unknown.
+        names: `(N,)` image names.
+        scene: `(N,)` scene of each image; None if unknown.
         classes: names of the C classes.
-        counts: `(N, C, C)` int64, rows = truth.
+        counts: `(N, C, C)` int64, rows = ground truth, columns = prediction.
     """
 
     names: np.ndarray
@@ -70,15 +72,19 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Counts):
-    """What is known of predictions on samples, beside `Counts`.
+    """`Counts` with predictions, losses and further counts.
+
+    `keep` and `thorough` are arguments of `count_predictions`.
 
     Attributes:
-        predicted: `(N, H, W)` uint8; a list of `(H, W)` where sizes differ, and empty unless asked for.
-        boundary: `(N, C, 3)` int64, see `boundary_counts`; None unless asked for.
-        depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None unless asked for.
-        losses: the plain mean over batches of each term of the loss; None without a loss.
-        strata: `{name: (G, bins, C, C)}` uint32 of the G scenes in the order of `np.unique(scene)`, see
-            `strata_counts`; None for unknown scenes, for more than 60 classes, or where not asked for.
+        predicted: `(N, H, W)` uint8 class indices; a list of `(H, W)` arrays if sizes differ; an empty list
+            without `keep`.
+        boundary: `(N, C, 3)` int64, see `boundary_counts`; None without `thorough`.
+        depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None without `thorough`.
+        losses: unweighted mean over batches of each loss term; None without a loss.
+        strata: `{name: (G, bins, C, C)}` uint32 for the G scenes in the order of `np.unique(scene)`, see
+            `strata_counts`; None if scenes are unknown, if there are more than 60 classes, or without
+            `thorough`.
     """
 
     predicted: np.ndarray | list[np.ndarray]
@@ -96,21 +102,26 @@ def evaluate(
     precision: str = "fp32",
     loss: Loss | None = None,
 ) -> Evaluation:
-    """Score a network on samples at their own size.
+    """Evaluate a network on samples at their native size.
 
-    Its inputs shrink to the size it works at, and class scores grow back before the decision, at most 1 GiB
-    of them at a time.
+    Images are resized to the network's working size. Class scores are upsampled to the native size before the
+    argmax, at most 1 GiB at a time.
 
     Args:
-        model: from `build_model` or `load_model`.
-        samples: `Samples`, or pieces of them as `iterate_samples` reads them, of which sizes may differ.
-        batch_size: images at a time; changes only the speed and, as their mean is over batches, the losses.
-        tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each flipped too).
-        precision: fp32 or bf16.
-        loss: of a prediction and a batch at the working size, for the means of its terms.
+        model: network from `build_model` or `load_model`.
+        samples: one `Samples`, or an iterable of `Samples` that may differ in image size, such as
+            `iterate_samples` returns.
+        batch_size: maximum number of images per batch; affects only the speed and the losses, which are
+            averaged over batches.
+        tta: test-time augmentation: `none`, `flip`, or `scales` (three zooms, each with and without flip).
+        precision: `fp32` or `bf16`.
+        loss: function of a prediction and an encoded batch, both at the working size, that returns the loss
+            terms.
 
     Raises:
-        ValueError: no image, or classes that are not the network's.
+        ValueError: if there are no images, their classes differ from the network's, or they lack the depth
+            that the network takes.
+        MemoryError: if the GPU or the CPU runs out of memory.
     """
     return count_predictions(predict(model, samples, batch_size, tta, precision, loss), keep=True)
 
@@ -125,13 +136,17 @@ def predict(
     loss: Loss | None = None,
     confidence: bool = False,
 ) -> Iterator[Predicted]:
-    """Yield batch after batch in the order of the samples; arguments as `evaluate`."""
+    """Yield predictions batch by batch, in the order of the samples.
+
+    With `confidence`, the probability of each predicted class is computed too. See `evaluate` for the other
+    arguments.
+    """
     check_options(tta=tta, batch_size=batch_size)
     model.eval()
     for piece in [samples] if isinstance(samples, Samples) else samples:
         check_same_classes(model.config.classes, piece.classes, "the network", "the data")
         at_once = batch_size
-        if loss is None:  # a loss is averaged over batches of this very size
+        if loss is None:  # losses are averaged over batches of exactly `batch_size`
             at_once = max(1, min(batch_size, BATCH_PIXELS // math.prod(piece.size)))
         for start in range(0, len(piece), at_once):
             batch = piece[start : start + at_once]
@@ -142,15 +157,19 @@ def predict(
 
 
 def decide(scores: torch.Tensor) -> torch.Tensor:
-    """The most likely class `(N, H, W)` of `(N, C, H, W)`: on a CPU `max` is thrice as fast as `argmax`."""
-    return scores.max(1).indices
+    """Return the most likely class, `(N, H, W)`, from scores `(N, C, H, W)`."""
+    return scores.max(1).indices  # on a CPU, max is three times as fast as argmax
 
 
 @torch.inference_mode()
 def _predict_views(
     model: nn.Module, batch: Samples, precision: str, views: list[tuple[float, bool]], loss: Loss | None
 ) -> tuple[list[torch.Tensor], np.ndarray | None, torch.Tensor | None]:
-    """Logits `(B, C, H, W)` of each view at its size; of the first depth at the batch's size and the loss."""
+    """Return the logits of all views, and the depth and the losses of the first view.
+
+    Logits are `(B, C, H, W)` at the size of their view, flipped back if necessary. Depth is `(B, H, W)` in
+    metres at the native size, or None without a depth head. Losses are `(terms,)`, or None without a loss.
+    """
     config, device = model.config, next(model.parameters()).device
     logits, depth_m, losses = [], None, None
     for flipped, view in _make_views(batch, views, config.size):
@@ -170,9 +189,9 @@ def _predict_views(
 def _decide(
     logits_of_views: list[torch.Tensor], size: tuple[int, int], confidence: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The most likely class `(B, H, W)` and, if wanted, its probability.
+    """Return the most likely class `(B, H, W)` and, with `confidence`, its probability (otherwise None).
 
-    Scores at full size exist for few rows at a time.
+    To limit memory, scores are upsampled to `size` in chunks of rows.
     """
     count, classes = logits_of_views[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
@@ -194,10 +213,10 @@ def _decide(
 def _make_views(
     batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]
 ) -> Iterator[tuple[bool, Samples]]:
-    """Of each view whether it is flipped, and the batch as a network that works at this size sees it."""
-    for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resizing takes long
+    """Yield `(flipped, batch)` for each view, resized to the network's working `size` times the zoom."""
+    for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resize once per zoom
         seen = resize_samples(batch, tuple(round(zoom * length) for length in size))
-        if zoom != 1:  # enlarged by a zoom, things look as if they were nearer
+        if zoom != 1:  # objects enlarged by a zoom look nearer
             seen = replace(seen, depth=np.rint(seen.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
         for _, flipped in group:
             yield (
@@ -207,7 +226,7 @@ def _make_views(
 
 
 def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = None) -> torch.Tensor:
-    """Rows of `interpolate(scores, size, mode="bilinear")`, or all of them."""
+    """Return `interpolate(scores, size, mode="bilinear")`, or only the given rows of it."""
     if rows is None or rows == slice(0, size[0]):
         return scores if scores.shape[2:] == size else interpolate(scores, size, mode="bilinear")
     height = scores.shape[2]
@@ -221,22 +240,25 @@ def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = 
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:
-    """The plain mean over batches of each term: in float64, which not every device has, so on the CPU."""
+    """Return the unweighted mean of each loss term over batches.
+
+    It is computed in float64, which not every device supports, and therefore on the CPU.
+    """
     return torch.stack(losses).cpu().double().mean(0).tolist()
 
 
 def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep: bool = False) -> Evaluation:
-    """Counts of predictions, whoever made them.
+    """Compare predictions with the labels and return the counts.
 
     Args:
-        batches: from `predict`, or from elsewhere.
-        thorough: count boundaries, depth and strata, too.
-        keep: the predictions themselves, which takes a byte for each pixel.
+        batches: predictions from `predict` or any other source.
+        thorough: whether to also compute boundary counts, depth sums and strata counts.
+        keep: whether to return the predictions too, which takes one byte per pixel.
 
     Raises:
-        ValueError: no image.
+        ValueError: if there are no images.
     """
-    found = defaultdict(list, depth=[np.zeros(4)])  # of the batches, by the names in `Evaluation`
+    found = defaultdict(list, depth=[np.zeros(4)])  # lists over batches, by field of `Evaluation`
     strata = {}
     for batch in batches:
         samples, labels = batch.samples, batch.labels
@@ -273,7 +295,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
 
 
 def _add_strata(strata: dict, samples: Samples, predicted: np.ndarray) -> None:
-    """Add what a batch has in each stratum of each scene; `strata` is `{name: {scene: (bins, C, C)}}`."""
+    """Add the confusion matrices of a batch to `strata`, which is `{name: {scene: (bins, C, C)}}`."""
     if samples.scene is None or len(samples.classes) > STRATA_CLASSES:
         return
     edges = strata_edges(samples.depth_range_m[1])

@@ -1,4 +1,4 @@
-"""Losses: cross-entropy and soft IoU in one pass, Lovász-softmax, masked L1 for depth."""
+"""Losses: cross-entropy and soft IoU (computed in one pass), Lovász-softmax, and masked L1 for depth."""
 
 from collections.abc import Iterator
 
@@ -9,28 +9,33 @@ import torch
 from lib.classes import IGNORE_INDEX
 from lib.options import check_options
 
-CPU_CHUNK = 2**18  # logits at a time: what fits into a cache
-GPU_CHUNK = 2**26  # enough to fill a GPU
+CPU_CHUNK = 2**18  # logits per chunk; fits in the cache
+GPU_CHUNK = 2**26  # logits per chunk; enough to occupy a GPU
 
 
 def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "batch") -> torch.Tensor:
-    """1 - soft IoU: intersection over union with class probabilities in place of decisions.
+    """Compute the soft IoU loss: 1 - IoU, with class probabilities in place of hard decisions.
 
-    Per class, over pixels with a label: I = sum(p*y), U = sum(p) + sum(y) - I, after Rahman and
-    Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks", ISVC 2016.
+    The soft IoU of a class is I / U, where I = sum(p*y) and U = sum(p) + sum(y) - I are sums over labelled
+    pixels, p is the softmax probability and y the one-hot label. See Rahman and Wang, "Optimizing
+    Intersection-Over-Union in Deep Neural Networks", ISVC 2016.
 
     Args:
-        logits: `(N, C, H, W)`, any floating type; sums are taken in float32 or wider.
-        labels: `(N, H, W)` integers 0..C-1, 255 = ignore.
-        pooling: `batch`: I and U of the whole batch, averaged over the classes with a labelled pixel
-            in it, the form of the mIoU itself. `image`: per image, averaged over (image, class) pairs with a
-            labelled pixel of the class. `exp061`: per image I / (U + 1e-6), averaged over images x classes
-            present in the batch; a pair whose class is absent from the image adds a constant 1 without
-            gradient, so a perfect prediction does not give 0, and an unlabelled image costs 1 beside
-            labelled ones. Kept to reproduce the published experiment Exp061.
+        logits: `(N, C, H, W)`, any floating dtype; sums are computed in float32 or wider.
+        labels: `(N, H, W)` integer class indices 0..C-1, 255 = ignore.
+        pooling: how the images of a batch are combined:
+            - `batch`: sum I and U over the batch, then average over the classes with a labelled pixel in the
+              batch, as the mIoU does.
+            - `image`: compute I / U per image, then average over the (image, class) pairs in which the image
+              has a pixel of the class.
+            - `exp061`: compute I / (U + 1e-6) per image, then average over all pairs of an image and a class
+              present in the batch. If the class is absent from the image, the loss of the pair is a constant
+              1 without gradient. A perfect prediction can therefore have a loss above 0, and an unlabelled
+              image has a loss of 1 if another image is labelled. Kept to reproduce the published experiment
+              Exp061.
 
     Returns:
-        A scalar; 0, with zero gradient, for a batch without a labelled pixel.
+        A scalar; 0 with zero gradient if the batch has no labelled pixel.
     """
     return segmentation_losses(logits, labels, 1, pooling)[2]
 
@@ -42,18 +47,18 @@ def segmentation_loss(
     soft_iou_pooling: str = "batch",
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels plus weighted soft IoU.
+    """Compute the mean cross-entropy over labelled pixels plus the weighted soft IoU loss.
 
     Args:
-        logits: `(N, C, H, W)`, any floating type; sums are taken in float32 or wider.
-        labels: `(N, H, W)` integers 0..C-1, 255 = ignore.
-        soft_iou_weight: 0 for cross-entropy alone.
-        soft_iou_pooling: see `soft_iou_loss`.
-        class_weights: `(C,)` weights of the classes in the cross-entropy, which becomes a weighted mean as in
-            `torch.nn.CrossEntropyLoss`; None weights every pixel equally.
+        logits: `(N, C, H, W)`, any floating dtype; sums are computed in float32 or wider.
+        labels: `(N, H, W)` integer class indices 0..C-1, 255 = ignore.
+        soft_iou_weight: weight of the soft IoU loss; 0 for cross-entropy alone.
+        soft_iou_pooling: see `pooling` of `soft_iou_loss`.
+        class_weights: `(C,)` class weights of the cross-entropy, which becomes a weighted mean as in
+            `torch.nn.CrossEntropyLoss`; if None, all pixels have equal weight.
 
     Returns:
-        A scalar; 0, with zero gradient, for a batch without a labelled pixel.
+        A scalar; 0 with zero gradient if the batch has no labelled pixel.
     """
     return segmentation_losses(logits, labels, soft_iou_weight, soft_iou_pooling, class_weights)[0]
 
@@ -65,7 +70,15 @@ def segmentation_losses(
     soft_iou_pooling: str = "batch",
     class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`segmentation_loss` and its two terms, mean cross-entropy and soft IoU loss, in one pass."""
+    """Compute `segmentation_loss` and its two terms in one pass.
+
+    Returns:
+        Three scalars: the total, the mean cross-entropy, and the soft IoU loss before weighting.
+
+    Raises:
+        ValueError: if the pooling is unknown, the shapes don't match, or a label is out of range (checked
+            only on the CPU).
+    """
     check_options(soft_iou_pooling=soft_iou_pooling)
     _check_labels(logits, labels)
     cross_entropy, intersection, count, prediction = _ClassSums.apply(logits, labels)  # (N, C) each
@@ -85,7 +98,7 @@ def segmentation_losses(
 def _soft_iou_loss(
     intersection: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, pooling: str
 ) -> torch.Tensor:
-    if pooling == "batch":  # (C,) from here on, else (N, C)
+    if pooling == "batch":  # the sums are (C,) from here on, otherwise (N, C)
         intersection, count, prediction = (sums.sum(0) for sums in (intersection, count, prediction))
     union = prediction + count - intersection
     if pooling == "exp061":
@@ -98,24 +111,33 @@ def _soft_iou_loss(
 
 
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Lovász-softmax over the batch (Berman, Triki and Blaschko, CVPR 2018), by segmentation-models-pytorch.
+    """Compute the Lovász-softmax loss over the batch, as implemented in segmentation-models-pytorch.
 
-    It sorts the pixels of each class, for which a GPU waits. A batch without a labelled pixel gives 0.
+    See Berman, Triki and Blaschko, CVPR 2018. The loss sorts all labelled pixels once per class present and
+    synchronises with the GPU. It is 0 if the batch has no labelled pixel.
+
+    Args:
+        logits: `(N, C, H, W)`, any floating dtype; computed in float32.
+        labels: `(N, H, W)` integer class indices 0..C-1, 255 = ignore.
     """
     loss = smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
-    return loss(logits.float(), labels).sum()  # without a labelled pixel it is an empty tensor
+    return loss(logits.float(), labels).sum()  # without labelled pixels, the loss is an empty tensor
 
 
 def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tensor:
-    """`(C,)` float32: median frequency over the frequency of each class, 1 for a class that does not occur.
+    """Compute class weights by median frequency balancing.
 
-    The frequency of a class is its share of the labelled pixels of the images that have it: Eigen and Fergus,
+    The weight of a class is the median of all class frequencies divided by its own frequency. The frequency
+    of a class is its share of the labelled pixels in the images that contain it. See Eigen and Fergus,
     "Predicting Depth, Surface Normals and Semantic Labels with a Common Multi-Scale Convolutional
     Architecture", ICCV 2015.
 
     Args:
-        labels: `(N, H, W)` of the training images, 255 = ignore.
-        class_count: C.
+        labels: `(N, H, W)` class indices of the training images, 255 = ignore.
+        class_count: number of classes C.
+
+    Returns:
+        `(C,)` float32; 1 for a class that does not occur.
     """
     pixels = np.stack([np.bincount(image.ravel(), minlength=256)[:class_count] for image in labels])
     where_present = np.where(pixels > 0, pixels.sum(1, keepdims=True), 0).sum(0)
@@ -125,7 +147,11 @@ def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tens
 
 
 def masked_l1(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference where `valid`, of tensors of one shape; 0 if no pixel is valid."""
+    """Compute the mean absolute error over pixels where `valid` is True; 0 if there are none.
+
+    Raises:
+        ValueError: if the three tensors differ in shape.
+    """
     if not prediction.shape == target.shape == valid.shape:
         raise ValueError(
             f"depth: found shapes {tuple(prediction.shape)}, {tuple(target.shape)} and {tuple(valid.shape)} "
@@ -141,7 +167,7 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
             f"labels: found shape {tuple(labels.shape)} with logits {tuple(logits.shape)}, "
             "expected (N, H, W) with (N, C, H, W)"
         )
-    if labels.device.type == "cpu":  # elsewhere the check would wait for the device at every step
+    if labels.device.type == "cpu":  # on a GPU, the check would synchronise at every step
         wrong = labels[(labels < 0) | ((labels >= logits.shape[1]) & (labels != IGNORE_INDEX))]
         if len(wrong):
             raise ValueError(
@@ -151,11 +177,12 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 class _ClassSums(torch.autograd.Function):
-    """Sums over the labelled pixels of each image, by class, with the gradient in closed form.
+    """Sums over labelled pixels, by image and class, with a closed-form gradient.
 
-    Returns cross-entropy, intersection sum(p*y), truth sum(y) and prediction sum(p), as `(4, N, C)`,
-    with p the softmax and y the one-hot truth. Only logits, labels and one log-sum-exp a pixel are
-    kept for the backward pass. Images pass in chunks of rows, so that a softmax stays in the cache.
+    The output is `(4, N, C)`: cross-entropy, intersection sum(p*y), label count sum(y) and prediction sum(p),
+    where p is the softmax and y the one-hot label. Only the logits, the labels and one log-sum-exp per pixel
+    are saved for the backward pass. Images are processed in chunks of rows, so that the softmax of a chunk
+    stays in the cache.
     """
 
     @staticmethod
@@ -175,22 +202,23 @@ class _ClassSums(torch.autograd.Function):
 
 
 def _in_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few rows of the images in each tensor `(..., H, W)`, chunk after chunk."""
+    """Iterate over tensors `(..., H, W)` in matching chunks of rows."""
     chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
     rows = max(1, chunk // max(1, logits[:, :, :1].numel()))
     return zip(*(tensor.split(rows, -2) for tensor in (logits, *others)), strict=True)
 
 
 def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `_ClassSums`, and the log-sum-exp of each pixel.
+    """Return the sums `(4, N, C)` of `_ClassSums` and the log-sum-exp `(N, H, W)` of the logits.
 
-    It is inf where a pixel has no label, so that its softmax is 0, here and in the backward pass.
+    The log-sum-exp of unlabelled pixels is set to inf, so that their softmax is 0 here and in the backward
+    pass.
     """
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX
     index = torch.where(labelled, labels.flatten(1), 0).long()
     highest = scores.amax(1)
-    shares = (scores - highest[:, None]).exp()  # of the softmax, before it is normalised
+    shares = (scores - highest[:, None]).exp()  # unnormalised softmax
     divisor = shares.sum(1)
     prediction = (shares * (labelled / divisor)[:, None]).sum(2)
     log_sum_exp = torch.where(labelled, highest + divisor.log(), torch.inf)
@@ -207,10 +235,11 @@ def _write_gradient(
     labels: torch.Tensor,
     log_sum_exp: torch.Tensor,
 ) -> None:
-    """Derivatives of the loss by logits, from those by the sums of `_ClassSums`.
+    """Write the gradient with respect to the logits into `gradient`.
 
-    With softmax p, one-hot truth y and g_c = y_c (p_c dI_c - dCE_c) + p_c dP_c, that by logit c is
-    g_c - p_c sum(g).
+    `d_sums` is the gradient with respect to the sums of `_ClassSums`: dI for the intersection, dCE for the
+    cross-entropy and dP for the prediction. With softmax p and one-hot label y, the derivative with respect
+    to logit c is g_c - p_c sum(g), where g_c = y_c (p_c dI_c - dCE_c) + p_c dP_c.
     """
     d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
     softmax = (logits.to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp().flatten(2)

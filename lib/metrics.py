@@ -1,7 +1,7 @@
-"""Metrics: confusion matrices per image first, then scores. Counts add up, scores do not.
+"""Metrics, computed in two steps: one confusion matrix per image, then scores from the pooled matrices.
 
-IoU averaged over batches or images is another number than the mIoU that papers report, so every score of a
-set of images pools counts first.
+Counts add up, scores do not: averaging the IoU over batches or images does not give the mIoU that papers
+report. Every score of a set of images therefore pools the counts first.
 """
 
 import math
@@ -19,21 +19,22 @@ REGION = "size of the region (% of the image)"
 
 
 def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Array:
-    """Confusion matrices per image.
+    """Compute one confusion matrix per image.
 
     Args:
-        prediction: `(N, ...)` integers 0..C-1.
-        labels: integers of the same shape, 255 = ignore.
-        class_count: C.
+        prediction: `(N, ...)` class indices 0..C-1; any integers where the label is 255.
+        labels: class indices of the same shape, 255 = ignore.
+        class_count: number of classes C.
 
     Returns:
-        `(N, C, C)` int64, rows = ground truth, columns = prediction; a tensor for tensors, else numpy.
+        `(N, C, C)` int64, rows = ground truth, columns = prediction; a numpy array or a tensor, like the
+        inputs.
 
     Raises:
-        ValueError: shapes that differ, or values that are no class.
+        ValueError: if the shapes differ or a value is not a class index.
     """
     if isinstance(prediction, np.ndarray):
-        # copies, as torch warns of memory maps that are read-only
+        # copy: torch warns about read-only memory maps
         copies = [torch.from_numpy(np.array(array)) for array in (prediction, labels)]
         return confusion_counts(*copies, class_count).numpy()
     if prediction.shape != labels.shape or prediction.ndim < 2:
@@ -43,23 +44,26 @@ def confusion_counts(prediction: Array, labels: Array, class_count: int) -> Arra
         )
     if not labels.numel():
         return labels.new_zeros((len(labels), class_count, class_count), dtype=torch.int64)
-    # image by image the arrays stay in a CPU's cache
+    # one image at a time, so that the arrays stay in the CPU cache
     return torch.stack([_image_counts(*pair, class_count) for pair in zip(prediction, labels, strict=True)])
 
 
 def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: int) -> torch.Tensor:
-    """`(C, C)` of one image. Every label 0..255 is counted; those that are no class must have no pixel."""
+    """Return the `(C, C)` confusion matrix of one image.
+
+    All label values 0..255 are counted, which also reveals values that are neither a class nor 255.
+    """
     if _outside(prediction, class_count):
-        prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # predictions there do not count
+        prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # ignored pixels may have any value
     if strange := _outside(prediction, class_count):
         raise ValueError(f"prediction: found the value {strange[0]}, expected 0..{class_count - 1}")
     expected = f"0..{class_count - 1} or {IGNORE_INDEX} = ignore"
     if strange := _outside(labels, 256):
         raise ValueError(f"labels: found the value {strange[0]}, expected {expected}")
-    narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less to move
+    narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less memory traffic
     cells = labels.to(narrow) * class_count + prediction.to(narrow)
     counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
-    # rows of values that are neither a class nor 255
+    # label values that are neither a class nor 255
     strange = counts[class_count:IGNORE_INDEX].any(1).nonzero().flatten()
     if len(strange):
         raise ValueError(f"labels: found the value {class_count + int(strange[0])}, expected {expected}")
@@ -67,7 +71,7 @@ def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: i
 
 
 def _outside(values: torch.Tensor, count: int) -> list[int]:
-    """The least and the greatest value, if not within 0..count - 1."""
+    """Return the minimum and the maximum of the values, each only if it is outside 0..count - 1."""
     return [value for value in torch.stack(values.aminmax()).tolist() if not 0 <= value < count]
 
 
@@ -86,14 +90,15 @@ def _pool_labelled(counts: Array) -> np.ndarray:
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Part of the whole, both numbers of pixels; NaN where there is no pixel."""
+    """Divide pixel counts element-wise; NaN where `whole` is 0."""
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def iou(counts: Array) -> np.ndarray:
-    """Intersection over union, `(C,)` float64, pooled over all leading axes of `(..., C, C)` counts.
+    """Compute the IoU of each class, pooled over all leading axes of confusion matrices `(..., C, C)`.
 
-    NaN for a class in neither truth nor prediction.
+    Returns:
+        `(C,)` float64; NaN for a class in neither ground truth nor prediction.
     """
     pooled = _pool(counts)
     hits = np.diagonal(pooled)
@@ -101,67 +106,81 @@ def iou(counts: Array) -> np.ndarray:
 
 
 def truth_iou(counts: Array) -> np.ndarray:
-    """As `iou`, but NaN for every class that is not in the truth."""
+    """Compute `iou`, with NaN for every class that is not in the ground truth."""
     return np.where(_pool(counts).sum(1) > 0, iou(counts), np.nan)
 
 
 def mean_iou(counts: Array) -> float:
-    """Mean of `iou` over the classes in the truth: the mIoU that this project reports.
+    """Compute the mIoU that this project reports: the mean of `iou` over the classes in the ground truth.
 
-    Classes that are only predicted are left out, so that all runs and epochs average the same classes of the
-    same images.
+    Classes that are only predicted are left out, so that all runs and epochs on the same images average the
+    same classes.
 
     Raises:
-        ValueError: no labelled pixel.
+        ValueError: if no pixel is labelled.
     """
     ious = truth_iou(_pool_labelled(counts))
     return float(ious[np.isfinite(ious)].mean())
 
 
 def averaged_classes(counts: Array) -> int:
-    """How many classes `mean_iou` averages."""
+    """Return the number of classes that `mean_iou` averages."""
     return int(np.isfinite(truth_iou(counts)).sum())
 
 
 def chance_iou(support: Array) -> Array:
-    """IoU at chance level, p / (2 - p): of random labels with the classes' shares p of pixels."""
+    """Compute the chance-level IoU, p / (2 - p), of classes with pixel shares p = `support`.
+
+    This is the IoU of random predictions with the same class frequencies.
+    """
     return support / (2 - support)
 
 
 def chance_miou(counts: Array) -> float:
-    """Mean of `chance_iou` over the classes in the truth.
+    """Compute the mean of `chance_iou` over the classes in the ground truth.
 
     Raises:
-        ValueError: no labelled pixel.
+        ValueError: if no pixel is labelled.
     """
     truth = _pool_labelled(counts).sum(1)
     return float(chance_iou(truth[truth > 0] / truth.sum()).mean())
 
 
 def pixel_accuracy(counts: Array) -> float:
-    """Share of labelled pixels that are right, pooled over all leading axes.
+    """Compute the share of labelled pixels that are predicted correctly, pooled over all leading axes.
 
     Raises:
-        ValueError: no labelled pixel.
+        ValueError: if no pixel is labelled.
     """
     pooled = _pool_labelled(counts)
     return float(np.trace(pooled) / pooled.sum())
 
 
 def class_accuracy(counts: Array) -> np.ndarray:
-    """Recall, `(C,)`: share of each class's pixels that are right; NaN for a class not in the truth."""
+    """Compute the recall of each class: the share of its pixels that are predicted correctly.
+
+    Returns:
+        `(C,)` float64; NaN for a class that is not in the ground truth.
+    """
     pooled = _pool(counts)
     return _share(np.diagonal(pooled), pooled.sum(1))
 
 
 def frequency_weighted_iou(counts: Array) -> float:
-    """IoU averaged over classes by their share of the labelled pixels."""
+    """Compute the mean of `iou`, weighted by the share of labelled pixels of each class.
+
+    Raises:
+        ValueError: if no pixel is labelled.
+    """
     pooled = _pool_labelled(counts)
     return float(np.nansum(iou(pooled) * pooled.sum(1)) / pooled.sum())
 
 
 def fill_unlabelled(label: np.ndarray) -> np.ndarray:
-    """`(H, W)` with the nearest label in every unlabelled pixel; unchanged where nothing is labelled."""
+    """Set each unlabelled pixel of an `(H, W)` label map to the nearest label.
+
+    A label map without labelled pixels is returned unchanged.
+    """
     unlabelled = (label == IGNORE_INDEX).astype(np.uint8)
     if unlabelled.all() or not unlabelled.any():
         return label
@@ -174,22 +193,25 @@ def fill_unlabelled(label: np.ndarray) -> np.ndarray:
 def boundary_counts(
     prediction: np.ndarray, labels: np.ndarray, class_count: int, width: float = 0.02
 ) -> np.ndarray:
-    """The counts behind boundary IoU: only pixels near the boundary of their region count.
+    """Count the pixels for `boundary_iou`, which considers only a band inside the boundary of each region.
 
-    After Cheng et al., "Boundary IoU", CVPR 2021, with bands as wide as theirs. What differs, as labels here
-    have unlabelled slivers around nearly every region: the ground truth's boundaries are taken after every
-    unlabelled pixel has the nearest label, the prediction's where the prediction alone has them, and of both
-    bands only labelled pixels count. The border of the image is no boundary. Bands are pooled over images, as
-    the IoU is.
+    The method and the band width follow Cheng et al., "Boundary IoU", CVPR 2021, with changes for labels that
+    have unlabelled slivers around nearly every region:
+    - Ground-truth boundaries are computed after every unlabelled pixel is set to the nearest label.
+    - Predicted boundaries are computed from the prediction alone.
+    - In either band, only labelled pixels are counted.
+
+    The image border is not a boundary. Like `iou`, `boundary_iou` pools the counts over images.
 
     Args:
-        prediction: `(N, H, W)` classes.
-        labels: `(N, H, W)` classes, 255 = ignore.
-        class_count: C.
-        width: of the band inside each region, as a share of the image's diagonal.
+        prediction: `(N, H, W)` class indices.
+        labels: `(N, H, W)` class indices, 255 = ignore.
+        class_count: number of classes C.
+        width: band width as a fraction of the image diagonal.
 
     Returns:
-        `(N, C, 3)` int64: labelled pixels of the class in both bands, in the truth's, in the prediction's.
+        `(N, C, 3)` int64: labelled pixels of each class in both bands, in the ground truth's band, and in the
+        prediction's band.
     """
     reach = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
     counts = np.zeros((len(labels), class_count, 3), np.int64)
@@ -205,19 +227,29 @@ def boundary_counts(
 
 
 def _inner_band(regions: np.ndarray, reach: int) -> np.ndarray:
-    """The class of each pixel that has another class at most `reach` rows and columns away, 255 elsewhere."""
+    """Keep the class of pixels with another class within `reach` rows and columns; set the others to 255."""
     kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
     return np.where(cv2.erode(regions, kernel) != cv2.dilate(regions, kernel), regions, IGNORE_INDEX)
 
 
 def boundary_iou(boundary: np.ndarray) -> np.ndarray:
-    """`(C,)` from `(N, C, 3)` `boundary_counts`, pooled over images; NaN for a class in neither band."""
+    """Compute the boundary IoU of each class, pooled over the images of `(N, C, 3)` `boundary_counts`.
+
+    Returns:
+        `(C,)` float64; NaN for a class in neither band.
+    """
     both, truth, prediction = boundary.sum(0).T
     return _share(both, truth + prediction - both)
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
-    """Edges between the bins that pixels are told apart by; the first bin of the depth is missing depth."""
+    """Return the inner bin edges for stratifying pixels by depth, boundary distance and region size.
+
+    N edges separate N + 1 bins. The first depth bin contains the pixels without depth.
+
+    Args:
+        farthest_m: upper end of the depth range in metres.
+    """
     depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
     return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), REGION: (0.3, 1, 3, 10, 30)}
 
@@ -229,14 +261,17 @@ def strata_counts(
     class_count: int,
     edges: dict[str, tuple[float, ...]],
 ) -> dict[str, np.ndarray]:
-    """Confusion matrices of one image, `(bins, C, C)` int64 for each name in `edges`, rows = ground truth.
+    """Compute the confusion matrices of one image for each bin of depth, boundary distance and region size.
 
     Args:
-        prediction: `(H, W)` classes.
-        label: `(H, W)` classes, 255 = ignore.
+        prediction: `(H, W)` class indices.
+        label: `(H, W)` class indices, 255 = ignore.
         depth: `(H, W)` millimetres, 0 = missing.
-        class_count: C.
-        edges: from `strata_edges`.
+        class_count: number of classes C.
+        edges: bin edges from `strata_edges`.
+
+    Returns:
+        `(bins, C, C)` int64 for each name in `edges`, rows = ground truth.
     """
     labelled = label != IGNORE_INDEX
     cell = label[labelled].astype(np.int64) * class_count + prediction[labelled]
@@ -251,7 +286,7 @@ def strata_counts(
 def pixel_strata(
     label: np.ndarray, depth: np.ndarray, edges: dict[str, tuple[float, ...]]
 ) -> dict[str, np.ndarray]:
-    """For each name in `edges` the bin of every pixel, `(H, W)` integers."""
+    """Return the bin index of every pixel, `(H, W)` integers, for each name in `edges`."""
     values = {
         DEPTH: depth / 1000,
         DISTANCE: 100 * boundary_distance(label),
@@ -261,10 +296,13 @@ def pixel_strata(
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
-    """Of each pixel to the nearest boundary between two classes, as a share of the width.
+    """Compute the distance of each pixel to the nearest class boundary, as a fraction of the image width.
 
-    Unlabelled pixels take the class of the nearest label first: the boundary runs in the middle of the
-    slivers between segments, and where nothing is labelled on one side there is none.
+    Unlabelled pixels are first set to the nearest label. Boundaries therefore run along the middle of the
+    slivers between regions. An unlabelled area with labels on one side only does not create a boundary.
+
+    Returns:
+        `(H, W)` float32; 1 everywhere if there is no boundary.
     """
     label = fill_unlabelled(label)
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))  # a pixel and its four neighbours
@@ -275,17 +313,32 @@ def boundary_distance(label: np.ndarray) -> np.ndarray:
 
 
 def region_shares(label: np.ndarray) -> np.ndarray:
-    """Of each pixel, which share of the image its connected segment of one class takes."""
+    """Compute for each pixel the share of the image covered by its region, `(H, W)` float64.
+
+    A region is a connected set of pixels of one class.
+    """
     shares = np.zeros(label.shape)
     for index in np.unique(label):
         _, segment, stats, _ = cv2.connectedComponentsWithStats((label == index).astype(np.uint8))
-        stats[0, cv2.CC_STAT_AREA] = 0  # all other classes
+        stats[0, cv2.CC_STAT_AREA] = 0  # component 0 is all other classes
         shares += stats[segment, cv2.CC_STAT_AREA] / label.size
     return shares
 
 
 def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """`(4,)`: valid pixels, and over them sums of relative error, squared error, and ratios below 1.25."""
+    """Sum the depth errors of all valid pixels, for `depth_scores`.
+
+    The sums of several images can be added. Predictions below 1 mm are set to 1 mm.
+
+    Args:
+        prediction_m: predicted depth in metres.
+        depth_m: measured depth in metres, same shape.
+        valid: bool of the same shape; only these pixels are used.
+
+    Returns:
+        `(4,)` float64: number of valid pixels, sum of relative errors, sum of squared errors in m², number of
+        pixels with max(prediction / truth, truth / prediction) < 1.25.
+    """
     prediction, truth = np.maximum(prediction_m[valid], 1e-3), depth_m[valid]
     close = np.maximum(prediction / truth, truth / prediction) < 1.25
     errors = prediction - truth
@@ -293,7 +346,10 @@ def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray)
 
 
 def depth_scores(sums: np.ndarray) -> dict[str, float]:
-    """AbsRel, RMSE in metres and share of ratios below 1.25 from pooled `depth_sums`; NaN without a pixel."""
+    """Compute AbsRel, RMSE in metres and the share of ratios below 1.25 from pooled `depth_sums`.
+
+    All scores are NaN if there is no valid pixel.
+    """
     valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
     return {
         "abs_rel": relative / valid,
@@ -303,12 +359,16 @@ def depth_scores(sums: np.ndarray) -> dict[str, float]:
 
 
 def image_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Pixel accuracy of each image, `(N,)`; NaN for an image without a labelled pixel."""
+    """Compute the pixel accuracy of each image, `(N,)`; NaN for an image without labelled pixels."""
     return _share(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
 
 
 def all_scores(counts: Array) -> dict[str, float]:
-    """The scalar scores of a set of images."""
+    """Compute all scalar scores of a set of images.
+
+    Raises:
+        ValueError: if no pixel is labelled.
+    """
     return {
         "miou": mean_iou(counts),
         "averaged_classes": averaged_classes(counts),

@@ -1,7 +1,7 @@
-"""Class sets: names in the order of their indices. Which one is meant is a property of the data."""
+"""Class sets: class names in index order. The class set is a property of the data."""
 
 IGNORE_INDEX = 255
-MOST_CLASSES = IGNORE_INDEX  # a label is one byte, and 255 is taken
+MOST_CLASSES = IGNORE_INDEX  # labels are uint8, and 255 is the ignore index
 
 NYUV2_13 = (
     "bed", "books", "ceiling", "chair", "floor", "furniture", "objects",
@@ -21,8 +21,12 @@ NYUV2_40 = (
 def check_same_classes(
     classes: tuple[str, ...], others: tuple[str, ...], whose: str, whose_others: str
 ) -> None:
-    """Raise a ValueError that names the first difference where two class sets that meet are not the same."""
-    if tuple(classes) == tuple(others):  # a list of names is as good
+    """Raise a ValueError if two class sets differ.
+
+    The message contains the first class that differs or, for sets of different length, both lengths and last
+    classes. `whose` and `whose_others` denote the owners of the sets, such as "the network" and "the data".
+    """
+    if tuple(classes) == tuple(others):  # either may be a list
         return
     if len(classes) != len(others):
         found, other = (f"{len(names)} (the last is {names[-1]!r})" for names in (classes, others))
@@ -37,5 +41,5 @@ def check_same_classes(
 
 
 def escape_html(text: str) -> str:
-    """Text in which HTML and Markdown find no tag: names of classes, runs or images may come from anybody."""
+    """Escape HTML tags in untrusted text, such as names of classes, runs or images, for HTML and Markdown."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

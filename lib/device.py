@@ -1,4 +1,4 @@
-"""Where, and in which precision, it computes."""
+"""Choose the device and the numeric precision."""
 
 import functools
 import os
@@ -26,12 +26,14 @@ REMEDY = (
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` takes the first GPU that torch can use, else the CPU; anything else must be available.
+    """Return the torch device for `auto` or a device name.
 
-    A GPU becomes torch's current one, so that pinned memory and the like open nothing on another.
+    `auto` selects the first NVIDIA GPU that torch can use, else the CPU. Any other device must be available.
+    A selected GPU becomes torch's current device, so that operations such as pinning memory don't initialise
+    another GPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: if the device is not available.
     """
     usable = [] if device == "cpu" else [gpu for gpu, problem in _gpus().items() if problem is None]
     available = ["auto", *usable, "cpu"]
@@ -53,7 +55,7 @@ def choose_device(device: str) -> torch.device:
 
 @functools.cache
 def _gpus() -> dict[str, str | None]:
-    """NVIDIA's GPUs, and why torch can't use each; None where it can, which is tried."""
+    """Try each NVIDIA GPU, and map its name to None if torch can use it, otherwise to the reason why not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # _unused_gpu reports a driver or a GPU that is too old
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -63,13 +65,13 @@ def _gpus() -> dict[str, str | None]:
 def _try_gpu(gpu: str) -> str | None:
     try:
         torch.ones(1, device=gpu).sum().item()
-    except RuntimeError as error:  # such as a build without kernels for it
+    except RuntimeError as error:  # for example, torch was built without kernels for this GPU
         return str(error).splitlines()[0]
     return None
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the hardware computes in it, else fp32."""
+    """Return the numeric precision. `auto` selects bf16 if the hardware supports it natively, else fp32."""
     check_options(precision=precision)
     if precision != "auto":
         return precision
@@ -82,13 +84,13 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def _bf16_instructions() -> list[str]:
-    """Those of this CPU that torch knows; empty before torch 2.7, which does not tell."""
+    """Return the bf16 instruction sets of the CPU. Torch versions before 2.7 report none."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in ("avx512_bf16", "amx_bf16") if known.get(name)]
 
 
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to the device, on a GPU in the memory layout that is fastest there."""
+    """Move a network to the device. On a GPU, use channels-last memory and cuDNN benchmarking for speed."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         return model.to(device, memory_format=torch.channels_last)
@@ -96,7 +98,7 @@ def move_model(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def describe_device(device: str, precision: str) -> str:
-    """What `fit` will run on, and a GPU that is installed but not used."""
+    """Describe the device and precision of `fit`, and why `auto` does not use an installed GPU."""
     chosen = choose_device(device)
     name = f"{torch.get_num_threads()} threads"
     if chosen.type == "cuda":
@@ -106,7 +108,7 @@ def describe_device(device: str, precision: str) -> str:
 
 
 def describe_processor() -> str:
-    """The CPU's name and the vector instructions that torch uses there, such as `AMD EPYC (AVX2)`."""
+    """Return the CPU's name and the vector instructions that torch uses, such as `AMD EPYC (AVX2)`."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
@@ -116,7 +118,7 @@ def describe_processor() -> str:
 
 
 def _unused_gpu() -> str:
-    """Why an installed GPU can't be used or is not, as one more line; empty without one."""
+    """Return a line that explains why an installed GPU is not used, or an empty string."""
     if torch.backends.mps.is_available():
         return "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
     unusable = [(gpu, problem) for gpu, problem in _gpus().items() if problem]
@@ -143,7 +145,7 @@ def _has_nvidia_gpu() -> bool:
 
 
 def describe_memory(device: torch.device) -> str:
-    """The memory in use: what torch has reserved of a GPU, elsewhere what this process holds."""
+    """Return the memory in use: reserved by torch on a GPU, otherwise resident memory of this process."""
     used = psutil.Process().memory_info().rss
     if device.type == "cuda":
         used = torch.cuda.memory_reserved(device)
@@ -151,14 +153,18 @@ def describe_memory(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Mixed precision for `bf16`, nothing for `fp32`."""
+    """Return a context manager for mixed precision with `bf16`; for `fp32`, it has no effect."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """Wrap a generator so that running out of memory says what to do and frees what was allocated.
+    """Wrap a generator to free its memory and raise an error with a remedy when memory runs out.
 
-    Jupyter keeps a traceback, and its frames the network: another try would fail, too.
+    Jupyter keeps the traceback, whose frames keep the network in memory. Unless the frames are cleared, the
+    next attempt also fails.
+
+    Raises:
+        MemoryError: if the wrapped generator runs out of memory.
     """
 
     @functools.wraps(generate)
@@ -166,7 +172,7 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
         try:
             yield from generate(*arguments, **options)
             return
-        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, of several kinds
+        except (RuntimeError, MemoryError) as error:  # torch raises various RuntimeErrors
             if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
             message = str(error).partition("\n")[0].removesuffix(REMEDY)

@@ -1,4 +1,7 @@
-"""A trained network as an ONNX file: from what a camera gives to class ids, without torch or this project."""
+"""Export a trained network to an ONNX file that runs without torch and this project.
+
+The ONNX model maps the images of an RGB-D camera to class indices.
+"""
 
 import json
 from copy import deepcopy
@@ -17,12 +20,12 @@ from lib.evaluation import predict
 from lib.files import write_atomically
 from lib.model import SegmentationDepthNet
 
-AGREEMENT = 0.999  # share of pixels that must get the same class from the file as from `evaluate`
-CHECKED_SIZE = 427, 561  # odd, so that no working size divides it
+AGREEMENT = 0.999  # minimum share of pixels with the same class from ONNX and `evaluate`
+CHECKED_SIZE = 427, 561  # odd, so that it is no multiple of the working size
 
 
 class CameraNet(nn.Module):
-    """What `evaluate` does to one picture of any size, in operations that ONNX has for sizes known later."""
+    """The computation of `evaluate` for one image, in operations that ONNX supports for dynamic sizes."""
 
     def __init__(self, model: SegmentationDepthNet) -> None:
         super().__init__()
@@ -31,7 +34,15 @@ class CameraNet(nn.Module):
     def forward(
         self, image: torch.Tensor, depth: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(1, H, W, 3)` uint8 and `(1, H, W)` uint16 mm to `(1, H, W)` uint8 labels, float32 confidence."""
+        """Predict the class and its softmax probability for each pixel.
+
+        Args:
+            image: `(1, H, W, 3)` uint8 RGB.
+            depth: `(1, H, W)` uint16 millimetres, 0 = missing; None if the network takes no depth.
+
+        Returns:
+            `(1, H, W)` uint8 labels and `(1, H, W)` float32 confidence.
+        """
         config = self.model.config
         small_depth = None if depth is None else _resize_depth(depth, config.size)
         inputs = encode_inputs(_resize_image(image, config.size), small_depth, config)
@@ -41,12 +52,18 @@ class CameraNet(nn.Module):
 
 
 def _scale(length: int, count: int) -> torch.Tensor:
-    """Old pixels a new one, as a tensor: of a number, the exporter would keep that of its example."""
+    """Return the number of input pixels per output pixel as a float64 tensor.
+
+    The exporter would turn a Python number into a constant for the size of its example.
+    """
     return torch.scalar_tensor(length, dtype=torch.float64) / count
 
 
 def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`resize_image` of `(1, H, W, 3)`, but for means that end in a half; `(1, h, w, 3)` float32."""
+    """Resize `(1, H, W, 3)` to `(1, h, w, 3)` float32.
+
+    The values are those of `resize_image`, except for area means that end in .5.
+    """
     pixels = image[0].permute(2, 0, 1)
     height, width = (_scale(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
     shrinks = (height >= 1) & (width >= 1)
@@ -55,19 +72,22 @@ def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) -> torch.Tensor:
-    """Area means by two matrix products: how much of each old pixel (columns) is in each new one (rows)."""
+    """Resize `(3, H, W)` by area means, as two matrix products.
+
+    The matrices contain the overlap of each input pixel (columns) with each output pixel (rows).
+    """
     overlaps = []
     for length, count, scale in zip(pixels.shape[1:], size, scales, strict=True):
         old, new = torch.arange(length), scale * torch.arange(count)[:, None]
         overlap = torch.minimum(new + scale, old + 1) - torch.maximum(new, old)
-        overlaps.append(torch.where(overlap > 1e-3, overlap, 0.0).float())  # as cv2 has it
+        overlaps.append(torch.where(overlap > 1e-3, overlap, 0.0).float())  # cv2's threshold
     means = overlaps[0] @ pixels @ overlaps[1].T * (1 / (scales[0] * scales[1])).float()
-    halves = (scales[0] == 2) & (scales[1] == 2)  # here cv2 rounds x.5 up, elsewhere to the even neighbour
+    halves = (scales[0] == 2) & (scales[1] == 2)  # when halving, cv2 rounds x.5 up, else to even
     return torch.where(halves, (means + 0.5).floor(), means.round())
 
 
 def _enlarge(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear in whole numbers, with the bits that cv2 drops on its way."""
+    """Resize `(3, H, W)` bilinearly in integer arithmetic that truncates the same bits as cv2."""
     rows, columns = (_neighbours(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
     quarters = 2
     for row, upright in rows:
@@ -77,7 +97,7 @@ def _enlarge(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _neighbours(length: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The old pixels on both sides of each new one, with their weights in 2048ths."""
+    """Return the indices of both input neighbours of each output pixel, and their weights times 2048."""
     centre = _scale(length, count) * (torch.arange(count).double() + 0.5) - 0.5
     below, share = centre.floor(), (centre % 1).float()
     pairs = (below, 1 - share), (below + 1, share)
@@ -85,23 +105,26 @@ def _neighbours(length: int, count: int) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 def _resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`resize_nearest` of `(1, H, W)`, to the pixel."""
+    """Resize `(1, H, W)` to `(1, h, w)` float32, with exactly the values of `resize_nearest`."""
     rows, columns = (
         (2 * torch.arange(count) + 1) * torch.scalar_tensor(length, dtype=torch.int64) // (2 * count)
         for length, count in zip(depth.shape[1:3], size, strict=True)
     )
-    return depth.to(torch.int32)[:, rows][:, :, columns].float()  # few operations know uint16
+    return depth.to(torch.int32)[:, rows][:, :, columns].float()  # few operations support uint16
 
 
 def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
-    """Write a network as an ONNX file that takes pictures of any size.
+    """Export a network as an ONNX model for images of any size.
 
-    Inputs: `image`, `(1, H, W, 3)` uint8 RGB, and where the network takes it `depth`, `(1, H, W)` uint16
-    millimetres, 0 = missing. Outputs: `labels`, `(1, H, W)` uint8, and `confidence`, float32. Metadata:
-    `classes`, a JSON list.
+    Inputs: `image`, `(1, H, W, 3)` uint8 RGB, and, if the network takes depth, `depth`, `(1, H, W)` uint16
+    millimetres, 0 = missing. Outputs: `labels`, `(1, H, W)` uint8, and `confidence`, `(1, H, W)` float32.
+    Metadata: `classes`, a JSON list.
 
-    Returns the share of pixels of a built-in synthetic scene that get the same class from the file as from
-    `evaluate`; below 99.9 % nothing is written and a ValueError raised.
+    Returns:
+        Share of the pixels of a built-in synthetic scene that get the same class from ONNX and `evaluate`.
+
+    Raises:
+        ValueError: if this share is below 99.9 %. No file is written.
     """
     model = deepcopy(model).cpu().eval()
     content = _convert(model)
@@ -124,7 +147,7 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
 
 def _convert(model: SegmentationDepthNet) -> bytes:
     any_size = {"image": {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}}
-    any_size["depth"] = dict.fromkeys((1, 2), torch.export.Dim.AUTO)  # it finds out that they are the same
+    any_size["depth"] = dict.fromkeys((1, 2), torch.export.Dim.AUTO)  # inferred: same as the image
     feeds = {"image": torch.zeros(1, 60, 80, 3, dtype=torch.uint8)}
     if model.config.inputs != "rgb":
         feeds["depth"] = torch.zeros(1, 60, 80, dtype=torch.uint16)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: checkpoints, JSON, text, locks."""
+"""Atomic writing of checkpoints, JSON and text files, and locks on run folders."""
 
 import json
 import os
@@ -10,22 +10,24 @@ from typing import BinaryIO
 import torch
 from filelock import FileLock, Timeout
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
+ROOT = Path(__file__).resolve().parents[1]  # root folder of the repository
 
-torch.serialization.set_crc32_options(
-    False
-)  # checksums take a third of the time, and torch.load never looks at them
+# checksums take a third of the saving time, and torch.load does not verify them
+torch.serialization.set_crc32_options(False)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message names the file and the remedy."""
+    """Raised when a checkpoint can't be used. The message contains the path and the remedy."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place: no reader ever sees half a file.
+    """Write a file atomically.
+
+    `write` fills a temporary file in the same folder, which is then renamed to `path`. A reader never sees a
+    partial file.
 
     Raises:
-        OSError: it can't be written, a full disk for example; an earlier file is intact.
+        OSError: if the file can't be written, for example on a full disk. An earlier file is kept intact.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -43,18 +45,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """A text file, whole or not there."""
+    """Write a text file atomically, encoded as UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(content: dict, path: Path) -> None:
-    """A JSON file, whole or not there; NaN and infinity become null, which JSON knows."""
+    """Write a JSON file atomically. NaN and infinity, which JSON does not allow, become null."""
     finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
     write_text(json.dumps(finite, indent=2) + "\n", path)
 
 
 def read_json(path: Path) -> dict:
-    """The content of one of a run's JSON files; a ValueError says which one is damaged."""
+    """Read a JSON file of a run.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -63,10 +69,13 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Let no other process have the run: one that was just killed may still hold it for a while.
+    """Lock a run for this process until the block ends.
+
+    The lock of a process that was just killed may persist for a moment; `wait_seconds` allows for this.
 
     Raises:
-        RuntimeError: another process has it all the time, or the disk knows no locks.
+        RuntimeError: if another process still holds the lock after `wait_seconds`, or the disk does not
+            support locks.
     """
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +85,7 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
             f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another "
             "run_name"
         ) from None
-    except OSError as error:  # of flock, on network disks, without a path
+    except OSError as error:  # flock fails on network disks; its error has no path
         raise RuntimeError(
             f"RUNS_DIR: files in {run.parent} can't be locked ({error.strerror}); set the environment "
             "variable RUNS_DIR to a folder on a local disk"
@@ -86,19 +95,19 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """`torch.save` that never leaves half a file; raises OSError where it can't be written."""
+    """Write a checkpoint atomically with `torch.save`; raise an OSError if it can't be written."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str, ...]) -> dict:
-    """What `save_checkpoint` wrote: data only, nothing in the file is executed.
+    """Load a checkpoint written by `save_checkpoint`. Only data is read; no code in the file is executed.
 
     Raises:
-        CheckpointError: the file is missing, damaged, from elsewhere, or lacks an expected entry.
+        CheckpointError: if the file is missing, damaged or from another program, or lacks an expected key.
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged or foreign file
+    except Exception as error:  # torch raises a dozen exception types for damaged or foreign files
         reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
         raise CheckpointError(
             f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it is "

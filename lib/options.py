@@ -1,4 +1,7 @@
-"""One table of parameters: what each may be, and what it was called before. Read before torch is imported."""
+"""The table of parameters: allowed values and older names.
+
+The notebooks check their parameters against it before they import torch.
+"""
 
 import difflib
 import math
@@ -7,7 +10,7 @@ from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
 FOLDS = 5
-OLDER_NAMES = {  # to be dropped after the first tagged release
+OLDER_NAMES = {  # remove after the first tagged release
     "part": "split",
     "parts": "splits",
     "split": "validation",
@@ -17,17 +20,17 @@ OLDER_NAMES = {  # to be dropped after the first tagged release
     "other": "compare_with",
     "where": "cluster",
 }
-_OLDER_VALUES = {"given": "predefined", "official": "none"}  # of validation
+_OLDER_VALUES = {"given": "predefined", "official": "none"}  # older values of validation
 
 
 class Choice(NamedTuple):
-    """A parameter with a few values."""
+    """A parameter with a fixed set of values."""
 
     values: tuple
 
 
 class Range(NamedTuple):
-    """A number within [least, below), without `least` itself where `open` says so."""
+    """A number in the range [least, below), or in (least, below) if `open` is true."""
 
     kind: type
     least: float
@@ -83,10 +86,12 @@ OPTIONS: dict[str, Choice | Range] = {
 
 
 def check_options(**values: object) -> None:
-    """Check parameters by the table; None, where it is a default, and names that are not in it pass.
+    """Check parameter values against `OPTIONS`.
+
+    Names that are not in the table are ignored, and `limit` may be None.
 
     Raises:
-        ValueError: the first value that is not allowed, with what is.
+        ValueError: if a value is not allowed. The message gives the first such value and the allowed ones.
     """
     for name, value in values.items():
         option = OPTIONS.get(name)
@@ -99,7 +104,11 @@ def check_options(**values: object) -> None:
 
 
 def check_choice(parameter: str, value: object, choices: Iterable) -> None:
-    """Raise a ValueError that names the parameter and its choices, or the parameter the value belongs to."""
+    """Raise a ValueError if a value is not one of the choices.
+
+    The message lists the choices. If the value belongs to another parameter or has been renamed, the message
+    suggests the right setting.
+    """
     if value in choices:
         return
     hint = ""
@@ -112,7 +121,7 @@ def check_choice(parameter: str, value: object, choices: Iterable) -> None:
 
 
 def explain_unknown(name: str, known: Collection[str]) -> str:
-    """What is wrong with a parameter or key that is not known: its new name, or the nearest one."""
+    """Return an error message for an unknown parameter or key, with its new name or the closest match."""
     if OLDER_NAMES.get(name) in known:
         return f"{name}: is called {OLDER_NAMES[name]} now"
     close = difflib.get_close_matches(name, known, 1)

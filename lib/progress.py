@@ -1,4 +1,4 @@
-"""A progress bar for terminals, which lib.notebooks replaces by one that notebooks show."""
+"""Progress bars for terminals. `lib.notebooks` replaces them with bars for notebooks."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def terminal_bar(**options: object) -> tqdm:
-    """A bar on stderr, silent where that is no terminal."""
+    """Create a progress bar on stderr, disabled if stderr is not a terminal."""
     return tqdm(disable=None, **options)
 
 
@@ -14,13 +14,13 @@ _make_bar: Callable[..., tqdm] = terminal_bar
 
 
 def use_bar(make: Callable[..., tqdm]) -> None:
-    """Let `progress_bar` make its bars with this function, which takes the options of tqdm."""
+    """Set the function with which `progress_bar` creates bars. The function takes the options of tqdm."""
     global _make_bar
     _make_bar = make
 
 
 def progress_bar(label: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
-    """A bar; call its `update()` after each of `total` steps, in the end its `close()`."""
+    """Create a progress bar. Call `update()` after each of `total` steps and `close()` at the end."""
     options = {
         "desc": label,
         "total": total,

@@ -1,4 +1,4 @@
-"""Samples of a data set, whatever its source."""
+"""Load the samples of a data set from any supported source."""
 
 import os
 from dataclasses import replace
@@ -25,29 +25,33 @@ def load_samples(
     classes: str | None = None,
     fold: int = 4,
 ) -> Samples:
-    """Read one split of a data set.
+    """Load one split of a data set.
 
     Args:
-        source: `"synthetic"` for the built-in synthetic scenes; the path of `nyu_depth_v2_labeled.mat`; or a
-            folder with `train/{image,depth,label}` and `test/{image,depth}`, or as its `dataset.yaml` says;
-            see README.md here.
-        split: `"train"`, `"valid"` (both chosen from the training images by `validation`, unless
-            `predefined`) or `"test"`.
-        validation: `"random"` (20 % of the images validate, as in Exp061), `"blocks"` (every fifth run
-            of neighbouring ids validates), `"scenes"` (a fifth of the scenes validates, where they
-            are known), `"none"` (all train, `"valid"` is empty), `"predefined"` (the data set has its own
-            valid split), or `"auto"`: `predefined`, `scenes`, `blocks` or `random`, the first that the data
-            allow; the built-in synthetic scenes begin with `blocks`.
-        size: (height, width) to resize to, RGB by area, depth and label by nearest neighbour;
-            None keeps the native size.
-        limit: use only the first N images, before splitting; of a given split, its first N.
-        classes: class set of the .mat file, `nyuv2_13` (None) or `nyuv2_40`; other sources know theirs.
-        fold: which of the five folds of `blocks` or `scenes` validates, 0 to 4.
+        source: `"synthetic"` for the built-in synthetic scenes, the path of `nyu_depth_v2_labeled.mat`, or
+            the path of a folder with `train/{image,depth,label}` and `test/{image,depth}`. A `dataset.yaml`
+            in the folder can declare another layout, see `lib/data/README.md`.
+        split: `"train"`, `"valid"` or `"test"`. Train and valid are both chosen from the training images,
+            unless the predefined valid split is used.
+        validation: how the validation images are chosen.
+            `"random"`: 20 % of the images, as in Exp061.
+            `"blocks"`: every fifth run of neighbouring ids.
+            `"scenes"`: a fifth of the scenes, which must be known.
+            `"none"`: no validation images; all images are in train.
+            `"predefined"`: the data set's own valid split.
+            `"auto"`: the first of `predefined`, `scenes`, `blocks` and `random` that the data allow. The
+            built-in synthetic scenes start with `blocks`.
+        size: (height, width) to resize to, see `resize_samples`; None keeps the native size.
+        limit: use only the first N images; train and valid are split from these. The test split and a
+            predefined valid split are limited to their own first N images.
+        classes: class set of the .mat file, `nyuv2_13` (default) or `nyuv2_40`; None for other sources,
+            which define their own classes.
+        fold: index (0 to 4) of the fold used for validation by `blocks` and `scenes`.
 
     Raises:
-        ValueError: an unknown `split` or `validation`, or a limit that leaves a split empty.
-        DataError: a missing folder or partner, a damaged file, sizes that differ, values that can't be RGB,
-            depth or labels, or a split to train or validate on in which nothing is labelled.
+        ValueError: if an argument is invalid or not possible for the data, or `limit` leaves a split empty.
+        DataError: if a folder or partner file is missing, a file is damaged, image sizes differ, values are
+            not valid RGB, depth or labels, or no pixel of a train or valid split is labelled.
     """
     return iterate_samples(source, split, validation, size, limit, classes, fold).load()
 
@@ -62,7 +66,11 @@ def iterate_samples(
     fold: int = 4,
     batch_size: int = 8,
 ) -> Split:
-    """As `load_samples`, but read in each iteration, in pieces of up to `batch_size` images of one size."""
+    """Like `load_samples`, but read the images on each iteration, in batches of images of equal size.
+
+    Args:
+        batch_size: maximum number of images per batch. The other arguments are those of `load_samples`.
+    """
     check_options(split=split, validation=validation, fold=fold, limit=limit, batch_size=batch_size)
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")

@@ -1,4 +1,4 @@
-"""Arrays of a data set at their working size, memory-mapped, in the user's cache folder."""
+"""Cache the arrays of a data set at the working size as memory-mapped files in the user's cache folder."""
 
 import hashlib
 import json
@@ -14,13 +14,17 @@ from filelock import FileLock
 
 from lib.data.samples import DataError
 
-Layout = dict[str, tuple[type, tuple[int, ...]]]  # dtype and shape by name
-Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # rows, and their arrays by name
+Layout = dict[str, tuple[type, tuple[int, ...]]]  # dtype and shape of each array, by name
+Blocks = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]  # row indices, content by array name
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/rgbd-notebooks`, if unset `~/.cache/rgbd-notebooks`, or a temporary folder."""
-    with suppress(OSError, RuntimeError):  # not to be written, or a user without a home
+    """Create and return the cache folder.
+
+    This is `$XDG_CACHE_HOME/rgbd-notebooks`, or `~/.cache/rgbd-notebooks` if the variable is unset. If that
+    folder is not writable, a temporary folder is used.
+    """
+    with suppress(OSError, RuntimeError):  # not writable, or no home folder
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgbd-notebooks"
         root.mkdir(parents=True, exist_ok=True)
         if os.access(root, os.W_OK):
@@ -33,19 +37,19 @@ def cache_root() -> Path:
 def map_arrays(
     source: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
 ) -> dict[str, np.ndarray]:
-    """The arrays made of a source, memory-mapped; made now where there are none for this key.
+    """Return the memory-mapped arrays of a source from the cache, and create them if none match the key.
 
-    They lie in a folder named after source, kind and size, beside their key, which is written last. While one
-    process makes them, another that wants them waits.
+    The arrays and their key are in a folder named after source, kind and size. The key is written last. While
+    one process creates the arrays, other processes that need them wait.
 
     Args:
-        source: path of the data set, however it is spelt.
-        key: everything that the arrays depend on, as JSON has it; `kind` and `size` among it.
-        layout: of the arrays.
-        blocks: yields the content of the arrays.
+        source: path of the data set; relative paths and links are resolved.
+        key: everything the arrays depend on, JSON-serialisable, including `kind` and `size`.
+        layout: dtype and shape of each array.
+        blocks: function that returns an iterable of (row indices, content of these rows by array name).
 
     Raises:
-        DataError: the arrays can't be written.
+        DataError: if the arrays can't be written.
     """
     place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
     name = (source.resolve().stem, key["kind"], "x".join(map(str, key["size"])), place)
@@ -55,7 +59,7 @@ def map_arrays(
             if _open(folder, key, layout) is None:
                 _write(folder, key, layout, blocks)
             return _open(folder, key, layout)
-    except (OSError, NotImplementedError) as error:  # a full disk, or one without locks
+    except (OSError, NotImplementedError) as error:  # for example, the disk is full or does not support locks
         needed = sum(
             np.dtype(dtype).itemsize * np.prod(shape, dtype=float) for dtype, shape in layout.values()
         )
@@ -67,13 +71,13 @@ def map_arrays(
 
 
 def select_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """A contiguous selection stays memory-mapped; others are read into memory."""
+    """Select rows of all arrays. Contiguous rows stay memory-mapped; others are read into memory."""
     chosen = slice(rows[0], rows[-1] + 1) if len(rows) and (np.diff(rows) == 1).all() else rows
     return {name: array[chosen] for name, array in arrays.items()}
 
 
 def _open(folder: Path, key: dict, layout: Layout) -> dict[str, np.ndarray] | None:
-    """The mapped arrays, or None where they are missing, cut short or made for another key."""
+    """Return the mapped arrays, or None if they are missing, truncated or made for another key."""
     with suppress(OSError, ValueError):
         if (folder / "key.json").read_text() == json.dumps(key):
             return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in layout}
@@ -89,15 +93,15 @@ def _write(folder: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
             for name, array in block.items():
                 arrays[name][rows] = array
         (folder / "key.json").write_text(json.dumps(key))
-    except BaseException:  # an interrupt too leaves nothing
+    except BaseException:  # also remove the files on an interrupt
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    """An array in a file, with its space on the disk, where the platform can reserve it.
+    """Create a memory-mapped array, and reserve its disk space if the platform supports this.
 
-    Without it a full disk would end the process while the map is written, instead of raising an error.
+    Otherwise, a full disk would kill the process during a write to the map instead of raising an error.
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):

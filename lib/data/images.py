@@ -1,4 +1,4 @@
-"""Anybody's pictures, with or without depth, as their files mean them."""
+"""Open arbitrary images, with or without depth."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,19 @@ from lib.data.synthetic import open_synthetic
 def open_images(
     images: str, depths: str | None, depth_unit_mm: float | None, takes_depth: bool, classes: tuple[str, ...]
 ) -> Split:
-    """Pictures of any sizes, read one by one.
+    """Open images of any size, to be read one by one.
 
-    `synthetic`, a file, or a folder without those in it; depth is a file, or a folder of files named like the
-    images, in the stated unit, or in millimetres, which are then checked.
-    A ValueError says what is missing; `DataError` names a file that can't be used, also while they are read.
+    Args:
+        images: an image file, a folder of images (subfolders are ignored), or `synthetic` for the built-in
+            synthetic scenes, which include depth.
+        depths: a depth file, or a folder of depth files named like the images; None without depth.
+        depth_unit_mm: millimetres per unit of depth; None means 1, and the values are then checked.
+        takes_depth: whether the network takes depth; `depths` must be given if and only if it does.
+        classes: names of the network's classes.
+
+    Raises:
+        ValueError: if there are no images or depth files, or `depths` does not match `takes_depth`.
+        DataError: if a file is missing or can't be used. Reading an image can raise it as well.
     """
     if images == "synthetic":
         return replace(open_synthetic("test"), classes=classes, batch_size=1, validation="none", data=images)
@@ -51,7 +59,7 @@ def open_images(
 
 
 def _find_partners(names: list[str], depths: str) -> dict[str, Path]:
-    """The depth of each image; one of one may have any name."""
+    """Return the depth file of each image. If there is one of each, their names may differ."""
     found = _list_files("depth", depths)
     if len(names) == len(found) == 1:
         return dict(zip(names, found.values(), strict=True))

@@ -1,4 +1,4 @@
-"""Splits of a data set, RGB-D samples as arrays with one common index, and their resizing."""
+"""Data set splits, RGB-D samples as arrays, and image resizing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -8,31 +8,32 @@ import numpy as np
 
 from lib.classes import IGNORE_INDEX
 
-DEPTH_RANGE_M = (0.71, 10.0)  # Exp061's clip of the depth
+DEPTH_RANGE_M = (0.71, 10.0)  # depth clipping range of Exp061
 
 
 class DataError(ValueError):
-    """Data that can't be used as it is; the message names the file and the remedy."""
+    """Raised when data can't be used as it is. The message contains the file and the remedy."""
 
 
 class MissingSplit(DataError):
-    """A split that a data set does not have."""
+    """Raised when a data set does not have the requested split."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """RGB-D images as arrays with one common index.
+    """RGB-D images as arrays with a common first axis.
 
     Attributes:
         names: `(N,)` file names without suffix.
         image: `(N, H, W, 3)` uint8 RGB.
-        depth: `(N, H, W)` uint16 millimetres, 0 = missing; None where the data set has no depth.
-        label: `(N, H, W)` uint8 class indices, 255 = ignore; None where labels are held back.
-        measured: `(N, H, W)` bool, where the sensor measured; None where depth is not hole-filled.
-        scene: `(N,)` the scene an image belongs to; None where that is unknown.
+        depth: `(N, H, W)` uint16 millimetres, 0 = missing; None if the data set has no depth.
+        label: `(N, H, W)` uint8 class indices, 255 = ignore; None if labels are withheld.
+        measured: `(N, H, W)` bool, true where the sensor measured depth; None if depth is not hole-filled.
+        scene: `(N,)` scene of each image; None if unknown.
         classes: names of the classes, in the order of their indices.
-        depth_range_m: (nearest, farthest) that a network made for these data clips depth to.
-        loaded_with: the parameters of `load_samples` by the names they have in the notebooks.
+        depth_range_m: (nearest, farthest) in metres to which a network for this data clips depth.
+        loaded_with: the arguments of `load_samples` except `split`, under their names in the notebooks, and
+            the selected validation method as `chosen_validation`; None if not loaded by that function.
     """
 
     names: np.ndarray
@@ -54,27 +55,27 @@ class Samples:
         return self.image.shape[1:3]
 
     def __getitem__(self, index: slice | np.ndarray) -> "Samples":
-        """The samples at a slice, or at an array of positions."""
+        """Return the samples at a slice or an array of positions."""
         return self.map(lambda array: array[index])
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Samples":
-        """The same change to every array that is there."""
+        """Apply a function to every array that is not None."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **{name: change(array) for name, array in arrays.items()})
 
     @property
     def labels_or_ignored(self) -> np.ndarray:
-        """The labels; 255 everywhere where they are held back."""
+        """The labels, or 255 everywhere if they are withheld."""
         return np.full(self.image.shape[:3], IGNORE_INDEX, np.uint8) if self.label is None else self.label
 
     @property
     def depth_or_missing(self) -> np.ndarray:
-        """The depth; 0 everywhere where the data set has none."""
+        """The depth, or 0 everywhere if the data set has none."""
         return np.zeros(self.image.shape[:3], np.uint16) if self.depth is None else self.depth
 
     @property
     def measured_depth(self) -> np.ndarray:
-        """`(N, H, W)` bool: where a sensor measured depth."""
+        """`(N, H, W)` bool, true where the sensor measured depth."""
         return (self.depth_or_missing > 0) & (True if self.measured is None else self.measured)
 
 
@@ -83,19 +84,19 @@ Read = Callable[[np.ndarray, tuple[int, int] | None], list[dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set, read piece by piece each time that it is iterated over, or whole.
+    """One split of a data set, read in batches on each iteration or loaded as a whole.
 
     Attributes:
         names, classes, scene, depth_range_m, loaded_with: as in `Samples`.
         split: `train`, `valid` or `test`.
-        label_values: of each class in the data set's own label files; None where these are its indices.
-        read: (positions, size) to the arrays of `Samples` by name, in that order: one dict for each stretch
-            of images of one size.
+        label_values: value of each class in the data set's label files; None if equal to the class index.
+        read: function of (positions, size) that reads images in the order of the positions. It returns a dict
+            of the arrays of `Samples` by name for each series of consecutive images of equal size.
         size: (height, width) to resize to; None keeps the native size.
-        batch_size: images of a piece, at most.
-        validation: how the validation images were chosen, never `auto`; before they are, how this source
-            usually chooses them.
-        data: where the images come from, as it was given.
+        batch_size: maximum number of images per batch.
+        validation: how the validation images were chosen, never `auto`. Before they are chosen, the default
+            method of the source.
+        data: where the images come from, such as the `source` of `load_samples`.
     """
 
     names: np.ndarray
@@ -112,7 +113,7 @@ class Split:
     loaded_with: dict | None = None
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return len(self.names)
 
     def __iter__(self) -> Iterator[Samples]:
@@ -120,7 +121,7 @@ class Split:
             yield from self[np.arange(start, min(start + self.batch_size, len(self)))]
 
     def __getitem__(self, positions: np.ndarray) -> list[Samples]:
-        """The images at these positions, as `Samples` of one size each."""
+        """Read the images at these positions, as one `Samples` per series of images of equal size."""
         known = {name: getattr(self, name) for name in ("classes", "depth_range_m", "loaded_with")}
         pieces = self.read(np.asarray(positions), self.size)
         ends = np.cumsum([len(arrays["image"]) for arrays in pieces])
@@ -131,17 +132,17 @@ class Split:
         return samples
 
     def select(self, chosen: np.ndarray) -> "Split":
-        """Only the images at these positions."""
+        """Return a split with only the images at these positions."""
         scene = None if self.scene is None else self.scene[chosen]
         return replace(
             self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size)
         )
 
     def load(self) -> Samples:
-        """All images as one `Samples`.
+        """Load all images as one `Samples`.
 
         Raises:
-            DataError: sizes that differ, or images to train or validate on in which nothing is labelled.
+            DataError: if image sizes differ, or no pixel of a train or valid split is labelled.
         """
         first, *others = self[np.arange(len(self))]
         if others:
@@ -160,14 +161,18 @@ class Split:
 
 
 def resize_samples(samples: Samples, size: tuple[int, int]) -> Samples:
-    """RGB by area (linear when enlarging); depth, label and measured by nearest neighbour."""
+    """Resize samples to (height, width).
+
+    RGB is averaged by area, or interpolated bilinearly if either side grows. Depth, label and measured are
+    resized by nearest neighbour.
+    """
     if samples.size == tuple(size):
         return samples
     return samples.map(lambda array: resize_stack(array, size) if array.ndim >= 3 else array)
 
 
 def resize_stack(stack: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`(N, H, W, 3)` images or `(N, H, W)` values at (height, width), see `resize_samples`."""
+    """Resize `(N, H, W, 3)` images or `(N, H, W)` values to (height, width), as in `resize_samples`."""
     if stack.shape[1:3] == tuple(size):
         return stack
     resized = np.empty((len(stack), *size, *stack.shape[3:]), stack.dtype)
@@ -183,15 +188,15 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize one `(H, W)` array without inventing values."""
-    # cv2's nearest neighbours depend on its version where two pixels are equally near.
+    """Resize one `(H, W)` array to (height, width) by nearest neighbour."""
+    # cv2's choice between two equally near pixels depends on its version
     rows, columns = (
-        (2 * np.arange(count) + 1) * length // (2 * count)  # the pixel under the centre of the new one
+        (2 * np.arange(count) + 1) * length // (2 * count)  # input pixel at the centre of the output pixel
         for length, count in zip(array.shape, size, strict=True)
     )
     return array.take(rows, 0).take(columns, 1)
 
 
 def choose_evenly(count: int, chosen: int) -> np.ndarray:
-    """That many positions of `count`, all if there are fewer, at equal steps from the first to the last."""
+    """Return `chosen` evenly spaced positions from 0 to `count - 1`, or all positions if there are fewer."""
     return np.linspace(0, count - 1, min(chosen, count)).round().astype(int)

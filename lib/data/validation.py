@@ -1,4 +1,4 @@
-"""Which images validate, and which belong to one scene where nothing but their ids tells."""
+"""Choose validation images, and group images into runs of neighbouring ids."""
 
 import math
 from contextlib import suppress
@@ -8,27 +8,30 @@ import numpy as np
 from lib.data.samples import Split
 from lib.options import FOLDS, check_options
 
-IN_ORDER = ("scenes", "blocks", "random")  # what `auto` tries, beginning with the usual one of a source
-RUN = "run_"  # begins the name of a scene that is a run of neighbouring ids
-VALIDATION_SEED = 42  # never a run's own seed, so that runs with different seeds stay comparable
+IN_ORDER = ("scenes", "blocks", "random")  # methods that `auto` tries, from the source's default onwards
+RUN = "run_"  # prefix of scene names that were derived from runs of neighbouring ids
+VALIDATION_SEED = 42  # fixed, so that training runs with different seeds stay comparable
 
 
 def split_names(
     names: np.ndarray, validation: str, scene: np.ndarray | None = None, fold: int = FOLDS - 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the sorted `(N,)` names that train and that validate.
+    """Return the positions of the training images and of the validation images.
 
     Args:
-        names: of the images, sorted.
-        validation: `random`: 20 % of the images validate; equals scikit-learn's
-            `train_test_split(test_size=0.2, random_state=42)`, order included, because batches of the
-            validation loss form in that order. `blocks`: every fifth run of neighbouring ids validates.
-            `scenes`: a fifth of the scenes validates. `none` and `predefined`: all train.
-        scene: `(N,)` the scene of each image, where it is known.
-        fold: which of the five folds of `blocks` and `scenes` validates.
+        names: `(N,)` names of the images, sorted.
+        validation: how the validation images are chosen.
+            `random`: 20 % of the images, rounded up. The result equals scikit-learn's
+            `train_test_split(test_size=0.2, random_state=42)`, including the order, which determines the
+            batches of the validation loss.
+            `blocks`: every fifth run of neighbouring ids.
+            `scenes`: a fifth of the scenes.
+            `none` and `predefined`: no images; all are training images.
+        scene: `(N,)` scene of each image; None if unknown.
+        fold: index (0 to 4) of the fold used for validation by `blocks` and `scenes`.
 
     Raises:
-        ValueError: a `validation` that these names do not allow, or another fold.
+        ValueError: if `validation` is not possible for these images, or `fold` is out of range.
     """
     check_options(fold=fold)
     everything = np.arange(len(names))
@@ -55,24 +58,26 @@ def split_names(
 
 
 def read_numbers(names: np.ndarray) -> np.ndarray | None:
-    """`(N,)` names as numbers; None where they are none."""
+    """Convert `(N,)` names to integers; return None if any name is not a decimal number."""
     return (
         np.array([int(name) for name in names]) if all(name.isdecimal() for name in names.tolist()) else None
     )
 
 
 def number_runs(names: np.ndarray) -> np.ndarray | None:
-    """`(N,)` number of the run of neighbouring ids that an image belongs to: nearly the scenes of NYUv2.
+    """Group images into runs of neighbouring ids, and return the `(N,)` run index of each image.
 
-    Ids are neighbours when the usual gap lies between them, so that 0, 5, 10 are, or half as much again, so
-    that milliseconds 0, 33, 67 are. None where names are no numbers, or where most images would be alone.
+    On NYUv2, these runs are nearly the scenes. Consecutive ids are neighbours if their gap is at most 1.5
+    times the most frequent gap: 0, 5, 10 form one run, and so do the milliseconds 0, 33, 67.
+
+    Returns None if there are no images, if a name is not a number, or if most images would be alone in a run.
     """
     ids = read_numbers(names)
     if ids is None or not len(ids):
         return None
     order = np.argsort(ids)
     gaps = np.diff(ids[order])
-    steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits have one id
+    steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits share an id
     usual = steps[counts.argmax()] if len(steps) else 1
     runs = np.cumsum(np.append(0, gaps > 1.5 * usual))[np.argsort(order)]
     alone = np.bincount(runs)[runs] == 1
@@ -80,10 +85,13 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
 
 
 def choose_validation(validation: str, source: Split, fold: int) -> str:
-    """What `auto` means for these images: that of their source, or the next that they allow.
+    """Resolve `auto` to a validation method; return any other method unchanged.
+
+    `auto` selects the default method of the source or, if that is not possible for these images, the next one
+    in `IN_ORDER` that is.
 
     Raises:
-        ValueError: `predefined`, where the data set has no valid split.
+        ValueError: if `validation` is `predefined` and the data set has no valid split.
     """
     if validation == "predefined" and source.validation != "predefined":
         raise ValueError(
@@ -94,17 +102,17 @@ def choose_validation(validation: str, source: Split, fold: int) -> str:
     if validation != "auto" or source.validation == "predefined":
         return validation if validation != "auto" else "predefined"
     for usual in IN_ORDER[IN_ORDER.index(source.validation) :]:
-        with suppress(ValueError):  # these names or scenes do not allow it
+        with suppress(ValueError):  # not possible for these names or scenes
             if min(map(len, split_names(source.names, usual, source.scene, fold))):
                 return usual
     return "random"
 
 
 def select_split(source: Split, split: str, validation: str, fold: int) -> np.ndarray:
-    """Positions of the images of split `train` or `valid`.
+    """Return the positions of the images in split `train` or `valid`.
 
     Raises:
-        ValueError: a `validation` that leaves one of the two empty.
+        ValueError: if train or valid would be empty, unless `validation` is `none` or `predefined`.
     """
     train, valid = split_names(source.names, validation, source.scene, fold)
     if validation not in ("none", "predefined") and min(len(train), len(valid)) == 0:

@@ -1,4 +1,4 @@
-"""What only notebooks need, a module for each notebook, named as it is."""
+"""Code used only by notebooks. Modules named after a notebook belong to that notebook."""
 
 import io
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Markdown(IPython.display.Markdown):
-    """Markdown without HTML: whatever names are in the text, they are shown and never run."""
+    """Markdown with escaped HTML, so that names in the text can't inject code."""
 
     def __init__(self, text: str) -> None:
         super().__init__(escape_html(text))
 
 
 def style(table: "pd.DataFrame") -> "Styler":
-    """A table to be formatted whose names are shown as they are: pandas escapes none of a `Styler`."""
+    """Return a `Styler` in which HTML in values and labels is escaped, unlike in `DataFrame.style`."""
     return table.map(_escape_name).rename(index=_escape_name, columns=_escape_name).style
 
 
@@ -33,7 +33,7 @@ def _escape_name(value: object) -> object:
 
 
 class _Bar(tqdm):
-    """A tqdm bar whose last state stays in a saved notebook (that of tqdm.auto reopens at 0 %)."""
+    """A tqdm bar whose final state is saved in the notebook (a tqdm.auto bar shows 0 % when reopened)."""
 
     handle = None
 
@@ -46,10 +46,10 @@ class _Bar(tqdm):
 
 
 def notebook_bar(**options: object) -> tqdm:
-    """A bar that a notebook shows; outside of one, that of a terminal."""
+    """Create a progress bar for a notebook or, outside of one, for the terminal."""
     if getattr(get_ipython(), "kernel", None) is None:
         return terminal_bar(**options)
-    return _Bar(file=io.StringIO(), **options)  # a closing tqdm ends the line of its file
+    return _Bar(file=io.StringIO(), **options)  # discards the newline that tqdm writes on closing
 
 
 use_bar(notebook_bar)

@@ -1,4 +1,4 @@
-"""Runs that are compared: their scores, what the example is, figures of classes."""
+"""Score tables, introductory text, and figures for the comparison of runs."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ from lib.significance import (
     score_interval,
 )
 
-A_A_ARM = "baseline_again"  # of the example
+A_A_ARM = "baseline_again"  # group in the committed example
 EXPLAINED = (
     f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an "
     "A/A pair: a significant difference would be a false alarm, which 5 % of such comparisons give. "
@@ -30,7 +30,10 @@ EXPLAINED = (
 
 
 def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
-    """A row for each run, named by its seed: mIoU with its interval over scenes, pixel accuracy."""
+    """Return the mIoU of each run, its 95 % interval over scenes, and its pixel accuracy.
+
+    The index is the recipe and the seed, with the name of the run if it is the only one of its recipe.
+    """
     columns = ("recipe", "run", "mIoU", "low", "high", "pixel accuracy")
     rows = []
     for name, members in recipes.items():
@@ -43,7 +46,7 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
 
 
 def show_scores(table: pd.DataFrame) -> Styler:
-    """The table of `score_table` for a notebook: three digits, names of runs on one line."""
+    """Format the table from `score_table` with three decimals and without line breaks in run names."""
     one_line = {"selector": "th", "props": "white-space: nowrap"}
     return style(table).format("{:.3f}").set_table_styles([one_line])
 
@@ -51,9 +54,10 @@ def show_scores(table: pd.DataFrame) -> Styler:
 def introduce_runs(
     runs: list[ScoredRun], recipes: dict[str, list[ScoredRun]], split: str, where: str | None = None
 ) -> str:
-    """How many runs are compared, on what; in what the recipes differ where their names do not say it.
+    """Describe in Markdown how many runs are compared, on which data, and how the recipes differ.
 
-    Where the committed example is shown, it is explained.
+    Differences that are already the name of the recipe are left out. If the committed example is shown, it is
+    explained, and your own runs that were scored on other images are listed.
     """
     data = ", ".join(sorted({run.data for run in runs}))
     found = f"{len(runs)} runs match and were" if where else f"{len(runs)} runs were"
@@ -78,11 +82,17 @@ def introduce_runs(
 def plot_comparison(
     recipes: dict[str, list[ScoredRun]], results: dict[str, Result], colours: dict[str, tuple]
 ) -> Figure:
-    """IoU by class of every run and the mean of its recipe; on the same rows differences to the first recipe.
+    """Plot the IoU by class of all runs and recipe means and, on the right, differences from the baseline.
 
-    By the recipe test where there is one, else by the checkpoint test of the pair of runs. A filled mark is
-    significant by the recipe test: p < 0.05, Bonferroni-adjusted for the comparisons, or for the classes of
-    one. Intervals are adjusted likewise and end where an IoU would leave 0..1; a triangle marks such an end.
+    The differences come from the recipe test if available, otherwise from the checkpoint test of the pair. A
+    filled mark is significant by the recipe test (p < 0.05). P-values and intervals are Bonferroni-adjusted,
+    those of the mIoU for the number of comparisons and those of a class for the number of classes tested.
+    Intervals are cut where an IoU would leave 0..1, and a triangle marks the cut.
+
+    Args:
+        recipes: runs by recipe, the baseline first.
+        results: results by name of the other recipes.
+        colours: colours of the recipes by name, see `run_colours`.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
     differences = {name: test for name, test in tests.items() if test is not None}
@@ -96,7 +106,7 @@ def plot_comparison(
     shown = [0, *(order + 1)]
     for name, runs in recipes.items():
         _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
-    edges = np.linspace(-0.35, 0.35, len(differences) + 1)  # of the part of a row that each has
+    edges = np.linspace(-0.35, 0.35, len(differences) + 1)  # of the recipes' bands within a row
     offsets = (edges[:-1] + edges[1:]) / 2
     cut = False
     for offset, (name, result) in zip(offsets, differences.items(), strict=True):
@@ -119,7 +129,7 @@ def plot_comparison(
 
 
 def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
-    """What the right half shows; single runs, which have no recipe test, may stand beside several."""
+    """Return the axis label of the right panel, which may show both recipe and checkpoint tests."""
     is_single = [isinstance(test, CheckpointComparison) for test in tests]
     lines = [
         (bool(is_single), "difference, adjusted 95 % interval"),
@@ -132,30 +142,30 @@ def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
 
 
 def _label_classes(axes: Axes, run: ScoredRun, order: np.ndarray) -> None:
-    """Names of classes with their numbers of images."""
+    """Label the rows with class names and the number of images that contain the class."""
     images = (run.counts.sum(2) > 0).sum(0)
     names = ["mIoU", *(f"{plots.shorten(run.classes[index], 20)} ({images[index]})" for index in order)]
     axes.set_yticks(range(len(names)), names, fontsize="medium" if len(names) <= plots.FEW else "x-small")
 
 
 def _mark_unpredicted(axes: Axes, recipes: dict[str, list[ScoredRun]], order: np.ndarray) -> None:
-    """Say so where a class has IoU 0 because no run predicts it."""
+    """Annotate the classes whose IoU is 0 because no run predicts them."""
     counts = [run.counts.sum(0) for runs in recipes.values() for run in runs]
     unpredicted = (counts[0].sum(1) > 0) & (sum(counts).sum(0) == 0)
     low, high = axes.get_xlim()
-    side = "right" if high < -low else "left"  # of 0, where there is more room
+    side = "right" if high < -low else "left"  # the wider side of 0
     for row in 1 + np.flatnonzero(unpredicted[order]):
         text = f"   not predicted by {'either' if len(recipes) == 2 else 'any'}   "
         axes.annotate(text, (0, row), ha=side, va="center", fontsize="small", color=plots.GREY)
 
 
 def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
-    """`(runs, 1 + C)`: the mIoU of each, then its IoU by class."""
+    """Return `(runs, 1 + C)` scores: the mIoU of each run, then its IoU by class."""
     return np.array([[run.score, *iou(run.counts)] for run in members])
 
 
 def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:
-    """A small dot for each run, a large one for their mean."""
+    """Draw a small dot for each run and a large dot for their mean."""
     rows = np.arange(scores.shape[1])
     mean = scores.mean(0)
     runs = "one run" if len(scores) == 1 else f"mean of {len(scores)} runs (small dots)"
@@ -166,13 +176,16 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
 def _draw_differences(
     axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, floor: np.ndarray
 ) -> bool:
-    """A mark and an interval per row; whether one was cut. `floor` is the baseline's IoU."""
+    """Draw a mark and an interval per row and return whether an interval was cut.
+
+    `floor` is the `(1 + C,)` mIoU and class IoU of the baseline, in the order of the rows.
+    """
     middle = np.append(result.difference, result.class_difference[order])
     interval = np.column_stack((result.interval, result.class_interval[:, order]))
     possible = interval.clip(-floor, 1 - floor)
     significant = np.append(result.p_value, result.class_p_value[order]) < LEVEL
     if isinstance(result, CheckpointComparison):
-        significant[:] = False  # a filled mark would be read as a difference of the recipes
+        significant[:] = False  # a filled mark would suggest a difference between recipes
     rows = np.arange(len(middle)) + offset
     axes.hlines(rows, *possible, color=colour, linewidth=1.5)
     is_cut = np.isfinite(possible) & (possible != interval)
@@ -189,16 +202,17 @@ def _write_differences(axes: Axes, differences: np.ndarray) -> None:
 
 
 def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest_m: float) -> pd.DataFrame:
-    """The recipe test on the pixels of each bin of each stratum that was kept, such as one of depth.
+    """Perform the recipe test separately on the pixels of each bin of each available stratum, such as depth.
 
     Args:
-        baseline: runs of one recipe over the same scenes, with strata.
-        members: runs of the other.
-        farthest_m: of the depth range that the strata were counted with.
+        baseline: runs of the baseline recipe with strata.
+        members: runs of the other recipe with strata, on the same scenes.
+        farthest_m: upper end of the depth range, in metres, with which the strata were counted.
 
     Returns:
-        Per stratum and bin: its share of pixels, the baseline's mIoU over the classes in it, the difference
-        with the ends of its interval, and p; these are Bonferroni-adjusted for the bins of a stratum.
+        One row per stratum and bin with pixels: the bin's share of the pixels, the mIoU of the baseline over
+        the classes in the bin, the difference, the ends of its interval, and p. Interval and p are
+        Bonferroni-adjusted for the number of bins of the stratum.
     """
     rows = []
     for name, edges in strata_edges(farthest_m).items():
@@ -221,7 +235,10 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
 
 @plots.styled
 def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
-    """The differences of `compare_strata` with intervals, a panel per stratum; filled where significant."""
+    """Plot the differences from `compare_strata` with their intervals, one panel per stratum.
+
+    Filled marks are significant (p < 0.05).
+    """
     strata = table.groupby("stratum", sort=False)
     figure, grid = plots.new_figure(3, 1, len(strata), sharey=True, squeeze=False)
     for axes, (name, rows) in zip(grid[0], strata, strict=True):

@@ -1,4 +1,4 @@
-"""Results of a comparison: a table, its details, what single runs allow, a conclusion; plans of new runs."""
+"""Compare recipes with a baseline, describe the results in tables and Markdown, and plan new runs."""
 
 import ast
 import itertools
@@ -43,8 +43,8 @@ from lib.significance import (
 )
 
 STUDIES = NOTEBOOKS / "studies"
-NEW_SEEDS = 5  # of each recipe, where single runs ask for more
-MOST_SEEDS = 100  # that a plan looks for
+NEW_SEEDS = 5  # per recipe, suggested if no recipe test is possible
+MOST_SEEDS = 100  # upper limit in the search for a number of seeds
 CHOSEN_BY_SWEEP = NO_RECIPE - {"fold"}
 SIZE = ("image_height", "image_width")
 COLUMNS = (
@@ -59,7 +59,7 @@ COLUMNS = (
     "seeds",
     "conclusion",
 )
-UNTESTED = Comparison(  # where the runs allow no test
+UNTESTED = Comparison(  # placeholder if the runs do not allow a test
     difference=np.nan,
     interval=(np.nan, np.nan),
     p_value=np.nan,
@@ -80,14 +80,16 @@ TABLE_STYLES = [
 
 @dataclass(frozen=True)
 class Spread:
-    """How runs varied: what a plan of new runs needs.
+    """Variation between runs, from which new runs are planned.
 
     Attributes:
-        run_sd: standard deviation over seeds of the mIoU on one fold, and its 95 % chi-square range.
-        variance_per_scene: the largest of all comparisons; 0 where no variance over scenes was found.
-        scenes, scene_degrees: that it was found on, and their degrees of freedom.
-        folds: 5 where these are pooled, else 1.
-        paired: whether runs of one seed belong together.
+        run_sd: standard deviation over seeds of the mIoU on one fold, then the lower and upper end of its
+            95 % chi-square interval; if `paired`, those of the difference divided by the square root of 2.
+        variance_per_scene: the largest over all pairs of recipes; 0 if no variance over scenes was detected.
+        scenes: number of scenes.
+        scene_degrees: degrees of freedom over scenes.
+        folds: 5 if folds are pooled, else 1.
+        paired: whether runs of both recipes with the same seed form pairs.
     """
 
     run_sd: tuple[float, float, float]
@@ -98,7 +100,10 @@ class Spread:
     paired: bool = False
 
     def plan(self, runs: float, which: int = 0) -> Plan:
-        """The recipe test with so many runs of each recipe on as many scenes; `run_sd` itself by default."""
+        """Plan the recipe test for this number of runs per recipe on the same number of scenes.
+
+        `which` is the index into `run_sd`: 0 is the estimate, 1 and 2 are the ends of its interval.
+        """
         return plan(
             runs,
             self.folds,
@@ -110,7 +115,7 @@ class Spread:
         )
 
     def say_detectable(self, runs: float, comparisons: int) -> str:
-        """The smallest detectable difference with its range, as `0.017 (0.014 to 0.023)`, in a clause."""
+        """Describe the smallest detectable difference and its range, such as `0.017 (0.014 to 0.023)`."""
         found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
         numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
         if not self.variance_per_scene:
@@ -118,14 +123,14 @@ class Spread:
         return f"a true difference of {numbers}) would be found with 80 % power"
 
     def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
-        """How many of each recipe find a true difference with 80 % power; None if more than 100."""
+        """Return the number of seeds per recipe that gives 80 % power; None if it is more than 100."""
         for runs in range(2, MOST_SEEDS + 1):
             if self.plan(runs, which).adjusted(comparisons).power(difference) >= POWER:
                 return runs
         return None
 
     def say_seeds(self, difference: float, comparisons: int) -> str:
-        """The same with its range, as `about 17 seeds of each recipe (9 to 59)`."""
+        """Describe the number from `count_seeds`, such as `about 17 seeds of each recipe (9 to 59)`."""
         found = [self.count_seeds(difference, comparisons, which) for which in range(3)]
         if found[0] is None:
             return f"more scenes, because {MOST_SEEDS} seeds are too few"
@@ -135,15 +140,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """One recipe compared with the baseline; tests are None where the runs don't allow them.
+    """Comparison of one recipe with the baseline. A test is None if the runs do not allow it.
 
     Attributes:
-        recipe, against: names.
-        runs: numbers of runs, of the baseline and of the recipe.
-        used_seeds: of all runs of both.
-        pair: one run of each, of the same seed where there is one, for the checkpoint test.
-        recipe_test, seed_test, checkpoint_test: each adjusted for the comparisons of its kind.
-        spread: of the runs that the recipe test compares.
+        recipe: name of the recipe.
+        against: name of the baseline.
+        runs: number of runs of the baseline and of the recipe; those in the recipe test, if there is one.
+        pair: one run of the baseline and one of the recipe, with the same seed if possible, for the
+            checkpoint test.
+        recipe_test, seed_test, checkpoint_test: test results, each adjusted for the number of comparisons of
+            its kind.
+        spread: variation between the runs in the recipe test; None without this test or if nothing varies.
+        used_seeds: seeds of all runs of both.
     """
 
     recipe: str
@@ -158,13 +166,13 @@ class Result:
 
     @property
     def scene_count(self) -> int:
-        """Where scenes are unknown, every image is taken as its own."""
+        """Number of scenes; if scenes are unknown, the number of images."""
         first = self.pair[0]
         return len(np.unique(first.names if first.scene is None else first.scene))
 
     @property
     def conclusion(self) -> str:
-        """Of the recipe test."""
+        """Conclusion of the recipe test, or the reason why there is none."""
         test = self.recipe_test
         if min(self.runs) < 2:
             _, single = min(zip(self.runs, (self.against, self.recipe), strict=True))
@@ -181,12 +189,17 @@ class Result:
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
         found = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
-        within = " within each fold" if self.spread.folds > 1 else ""  # better known than that of a few means
+        # the spread within folds is estimated more precisely than that of a few means over folds
+        within = " within each fold" if self.spread.folds > 1 else ""
         return f"inconclusive: if runs vary as these did{within}, {found}"
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
-    """Every recipe against the first; if `paired`, runs of one seed belong together, others are left out."""
+    """Test every recipe against the first one and return the adjusted results by recipe.
+
+    If `paired`, runs with the same seed form pairs in the recipe test, and runs without a partner are left
+    out of it.
+    """
     results = [_test(recipes, name, paired) for name in list(recipes)[1:]]
     for kind in ("recipe_test", "seed_test", "checkpoint_test"):
         tests = [getattr(result, kind) for result in results]
@@ -199,7 +212,7 @@ def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict
 
 
 def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Result:
-    """The tests of a recipe against the first that the runs allow, not yet adjusted."""
+    """Perform the tests of a recipe against the first one that the runs allow, without adjustment."""
     against, baseline = next(iter(recipes.items()))
     members = recipes[name]
     shared = match_seeds(baseline, members)
@@ -219,7 +232,7 @@ def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Resul
 
 
 def match_seeds(baseline: list[ScoredRun], members: list[ScoredRun]) -> list[tuple[ScoredRun, ScoredRun]]:
-    """Runs of both sides by seed, for the seeds that both have, in their order."""
+    """Return the pairs of a baseline run and another run with the same seed, sorted by seed."""
     by_seed = [{run.parameters["seed"]: run for run in side} for side in (baseline, members)]
     return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
 
@@ -232,9 +245,12 @@ def _compare_recipes(
 
 
 def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> Spread | None:
-    """How runs of these recipes varied; None where no recipe has two runs, or nothing varied over six scenes.
+    """Measure the variation between the runs of each recipe that has at least two runs.
 
-    If `paired`, of two recipes, whose runs belong together in their order.
+    If `paired`, there are two recipes, and their runs form pairs in the given order.
+
+    Returns:
+        The spread; None if fewer than two recipes have two runs, or if nothing varies.
     """
     sides = [runs for runs in recipes.values() if len(runs) > 1]
     tests = [_compare_recipes(*pair, paired) for pair in itertools.combinations(sides, 2)]
@@ -255,16 +271,16 @@ def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) ->
 
 
 def _fold_scores(runs: list[ScoredRun]) -> np.ndarray:
-    """mIoU `(F, S)` on the images of each fold, or of the only one."""
+    """Return the `(F, S)` mIoU of each run on the images of each fold; F is 1 if folds are not pooled."""
     fold = runs[0].image_fold if runs[0].is_pooled else np.zeros(len(runs[0].names))
     return np.array([[run.select(fold == each).score for run in runs] for each in np.unique(fold)])
 
 
 def result_table(results: dict[str, Result]) -> pd.DataFrame:
-    """One row per comparison with the baseline, by the recipe test; NaN where the runs allow none.
+    """Return the results of the recipe test, one row per comparison; NaN if the runs do not allow the test.
 
-    Columns: recipe, against, difference (recipe minus against, mIoU), low and high (95 %), p, comparisons
-    (that these three are adjusted for), scenes, seeds, conclusion.
+    Columns: recipe, against, difference (mIoU of recipe minus against), low and high (95 % interval), p,
+    comparisons (number for which low, high and p are adjusted), scenes, seeds, conclusion.
     """
     rows = []
     for result in results.values():
@@ -275,7 +291,7 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
 
 
 def show_results(table: pd.DataFrame) -> Styler:
-    """The table of `result_table` for a notebook; significant results are bold."""
+    """Format the table from `result_table` for a notebook, with significant conclusions in bold."""
     limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
     bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
     caption = "The recipe test was not possible."
@@ -294,7 +310,7 @@ def show_results(table: pd.DataFrame) -> Styler:
 
 
 def describe_single_runs(results: dict[str, Result]) -> str:
-    """What single runs allow: the checkpoint test, how much seeds alone change, a sweep that would answer."""
+    """Describe comparisons of single runs: checkpoint test, effect of seeds alone, and a suggested sweep."""
     texts = []
     for result in results.values():
         if min(result.runs) < 2:
@@ -310,7 +326,7 @@ def describe_single_runs(results: dict[str, Result]) -> str:
 
 
 def describe_details(results: dict[str, Result]) -> str:
-    """Below the table: classes, the seed test, the sources of variance, the checkpoint test, caveats."""
+    """Describe the details of each recipe test: classes, seed test, variance, checkpoint test, caveats."""
     texts = []
     for result in results.values():
         test = result.recipe_test
@@ -329,7 +345,7 @@ def describe_details(results: dict[str, Result]) -> str:
 
 
 def conclude(results: dict[str, Result]) -> str:
-    """For each recipe: what was found, what follows from it, what to do next."""
+    """Summarise each comparison: the result, its consequence and the next step."""
     lines = []
     for result in results.values():
         run = result.pair[0]
@@ -350,7 +366,15 @@ def conclude(results: dict[str, Result]) -> str:
 
 
 def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> str:
-    """What a sweep, parameters by run name, can find if runs vary like earlier ones on this data and size."""
+    """Describe the smallest difference that a planned sweep can detect.
+
+    Runs are assumed to vary like earlier runs on the same data at the same image size.
+
+    Args:
+        runs: parameters of the planned runs by run name.
+        split: split on which they will be scored.
+        paired: whether runs of both recipes with the same seed form pairs.
+    """
     parameters = list(runs.values())
     seeds = len({each["seed"] for each in parameters})
     comparisons = len({recipe(each) for each in parameters}) - 1
@@ -369,10 +393,10 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
 
 
 def _expect_spread(earlier: list[ScoredRun], folds: int, paired: bool) -> Spread | None:
-    """That of earlier runs, on the scenes of so many folds; None where they can't be compared."""
+    """Return the spread of earlier runs, scaled to this number of folds; None if it can't be measured."""
     try:
         spread = measure_spread(group_recipes(earlier))
-    except ValueError:  # such as a seed twice, or single runs of several folds
+    except ValueError:  # for example a repeated seed, or single runs of several folds
         return None
     if spread is None:
         return None
@@ -387,7 +411,7 @@ def _expect_spread(earlier: list[ScoredRun], folds: int, paired: bool) -> Spread
 
 
 def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
-    """Scored runs on the same data at the same image size, by where they are: studies, then own runs."""
+    """Find scored runs on the same split, data and image size, by source: studies, then your own runs."""
     studies = sorted(STUDIES.glob(f"*/{RUNS_FILE}"))
     sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
     sources["earlier runs"] = read_own(split, parameters["data"])
@@ -399,21 +423,21 @@ def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
 
 
 def _setting(parameters: dict, split: str, data: str) -> tuple:
-    """What runs must share for one to say how the other may vary."""
+    """Return the settings that runs must share to predict each other's variation."""
     return (split, Path(data).name, *(parameters.get(name) for name in SIZE))
 
 
 def name_run(run: ScoredRun, recipe_name: str) -> str:
-    """What differs and the seed, such as `learning_rate 0.003, seed 10`."""
+    """Return the recipe and seed of a run, such as `learning_rate 0.003, seed 10`."""
     return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
 
 
 def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
-    """How often runs of one recipe differ by as much as these two; nothing where there are no such runs."""
+    """Describe how often runs of one recipe differ at least as much as these two; empty without such runs."""
     cells = {}
     for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
         cell = recipe(each.parameters), each.parameters.get("fold")
-        cells.setdefault(cell, {})[each.name] = each  # once, also where a study has it too
+        cells.setdefault(cell, {})[each.name] = each  # counted once, even if a study contains it too
     pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell.values(), 2)]
     others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
     if not others:
@@ -431,13 +455,17 @@ def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
 
 
 def read_defaults() -> dict[str, object]:
-    """The parameters of `train.ipynb`."""
+    """Return the default parameters of `train.ipynb`."""
     declared = papermill.inspect_notebook(str(NOTEBOOKS / "train.ipynb"))
     return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
 
 
 def _say_sweep(result: Result, count: int) -> str:
-    """The sweep that trains new seeds of both recipes; two where a grid would make other recipes, too."""
+    """Describe a sweep that trains `count` new seeds of both recipes.
+
+    If the recipes differ in several parameters, two sweeps are described, because the grid of a single sweep
+    would contain further recipes.
+    """
     first, other = result.pair
     sides = [run.parameters for run in result.pair]
     if recipe(sides[0]) == recipe(sides[1]):
@@ -468,7 +496,7 @@ def _say_sweep(result: Result, count: int) -> str:
 
 
 def _say_consequence(result: Result) -> str:
-    """What follows from the recipe test, or what would make one."""
+    """Describe what follows from the recipe test or, without one, the sweep that would allow it."""
     test = result.recipe_test
     if test is None:
         return "\n  - ".join([*_say_seed_pairs(*result.pair), _say_sweep(result, NEW_SEEDS)])
@@ -495,7 +523,10 @@ def _say_consequence(result: Result) -> str:
 
 
 def _say_confounded(result: Result) -> str:
-    """Nothing where one parameter differs; parameters that only one recipe has don't count."""
+    """Return a warning if the recipes differ in several parameters, else an empty string.
+
+    Parameters that only one recipe has are ignored.
+    """
     sides = [dict(recipe(run.parameters)) for run in result.pair]
     differing = [name for name in sides[0] if name in sides[1] and sides[0][name] != sides[1][name]]
     if len(differing) < 2:
@@ -505,7 +536,7 @@ def _say_confounded(result: Result) -> str:
 
 
 def _say_more_seeds(result: Result) -> str:
-    """What would find half of the difference that these runs can find."""
+    """Describe how many seeds would detect half the difference that these runs can detect."""
     test, spread = result.recipe_test, result.spread
     aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
     count = spread.count_seeds(aim, test.comparisons)
@@ -569,12 +600,12 @@ def _say_adjusted(before: str, comparisons: int) -> str:
 
 
 def _say_number(value: float) -> str:
-    """Three decimals, or one digit of what is smaller."""
+    """Format with sign and three decimals, or with one significant digit below 0.0005."""
     return f"{value + 0.0:+.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:+.1g}"
 
 
 def _say_p(p_value: float) -> str:
-    """Three decimals; next to the level, the side of it."""
+    """Format with three decimals, or as an inequality if p is below 0.001 or rounds to 0.05."""
     if p_value < 0.001:
         return "< 0.001"
     if round(p_value, 3) == LEVEL:

@@ -1,4 +1,4 @@
-"""Predictions that were saved, and the conclusion of evaluate.ipynb."""
+"""Load saved predictions for browsing and summarise an evaluation."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +13,18 @@ from lib.runs.report import describe_classes, describe_interval
 
 
 def saved_look(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Look:
-    """What `browse_results` shows of saved masks, read by the images' names; they have no confidence."""
+    """Return a function for `browse_results` that loads saved masks instead of running a network.
+
+    `read` returns the `(H, W)` masks of the given image names. The predictions have no confidence.
+    """
     return lambda samples: Predicted(samples, np.stack(read(samples.names.tolist())))
 
 
 def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
-    """In Markdown: the scores of `score_run`, the best and the worst class, and where predictions are."""
+    """Summarise an evaluation in Markdown: scores, best and worst class, and the folder of predictions.
+
+    `scores` is the return value of `score_run`. Without labels, only the folder is given.
+    """
     saved = f"Predictions of {scores['images']} images are in `{run.name}/evaluation/{split}`."
     if not scores["labelled"]:
         return saved
@@ -34,7 +40,7 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
 
 
 def _compare_with_validation(run: Path) -> str:
-    """The score of the validation images in training, and why that of the test images is another."""
+    """Describe the validation score in training and why the test score differs; empty without a score."""
     score = read_scores(run)["valid_miou"] if (run / "scores.json").exists() else None
     if score is None:
         return ""

@@ -1,4 +1,4 @@
-"""Two runs, image by image: on which images B scores higher than A, and what it fixes and breaks there."""
+"""Compare two runs, A and B, image by image: where B scores higher, and what it fixes and breaks."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,17 @@ from lib.runs.scoring import iterate_split
 
 
 def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = None) -> dict[str, ScoredRun]:
-    """By name runs of the baseline (A) and another recipe (B), the last by default, of one seed if possible.
+    """Choose one run of the baseline (A) and one of another recipe (B), with the same seed if possible.
 
-    Nothing if there is one recipe only.
+    Args:
+        recipes: runs by recipe, the baseline first.
+        compare_with: name of recipe B; if None, the last recipe.
+
+    Returns:
+        The two runs by name, A first; empty if there is only one recipe.
+
+    Raises:
+        ValueError: if `compare_with` is not one of the other recipes.
     """
     if len(recipes) < 2:
         return {}
@@ -32,13 +40,16 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
 
 
 def image_scores(counts: np.ndarray) -> np.ndarray:
-    """mIoU of each image over classes in its truth, `(N,)` of `(N, C, C)`; NaN without a labelled pixel."""
+    """Return the `(N,)` mIoU of each image from counts `(N, C, C)`; NaN without a labelled pixel.
+
+    The mIoU averages the classes in the ground truth of the image.
+    """
     return np.array([mean_iou(image) if image.any() else np.nan for image in counts])
 
 
 @plots.styled
 def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
-    """B against A, a dot for each image; above the line B scores higher."""
+    """Plot the mIoU of B against that of A, one dot per image; B scores higher above the diagonal."""
     first, second = (image_scores(run.counts) for run in pair.values())
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
@@ -58,9 +69,10 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
 
 
 def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> Browser | Figure | Markdown:
-    """Goes through the images of both runs, from the largest gain of B on; or says what is missing.
+    """Browse the images of both runs, the largest gain of B first.
 
-    A study keeps the predictions of a few images; these are shown.
+    A study saves the predictions of a few images, and only these are shown. If predictions or images are
+    missing, a message is returned instead. For `interactive` see `browse`.
     """
     first = next(iter(pair.values()))
     kept = [list(run.masks) for run in pair.values() if run.masks is not None]
@@ -81,10 +93,10 @@ def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> 
 
 
 def select_names(split: Split, names: Sequence[str]) -> Split:
-    """Only the images of these names.
+    """Return the split restricted to the named images, in the order of `names`.
 
     Raises:
-        ValueError: the split has no such image.
+        ValueError: if the split lacks one of the images.
     """
     position = {name: at for at, name in enumerate(split.names.tolist())}
     missing = [name for name in names if name not in position]

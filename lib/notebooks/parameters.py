@@ -1,4 +1,4 @@
-"""What notebooks need of IPython: parameters that are checked, progress bars, small figures."""
+"""Check the parameters of the running notebook."""
 
 import ast
 import typing
@@ -9,22 +9,23 @@ from lib.options import check_options, explain_unknown
 
 
 def check_parameters() -> dict[str, object]:
-    """Check the notebook's parameters; call it in the cell after them.
+    """Check the notebook's parameters and return them.
 
-    papermill only logs a name that the notebook does not declare and goes on with the default, turns
-    `-p resume false` into the text 'false', and reads the YAML number 1e-4 as text.
+    Call this function in the cell after the parameters. It is needed because papermill only logs names that
+    the notebook does not declare and uses the defaults, passes `-p resume false` as the text 'false', and
+    reads the YAML number 1e-4 as text.
 
     Returns:
-        The values in force, by name, of everything that the notebook declares as `name: type = value`.
+        The current values of all variables that the notebook declares as `name: type = value`, by name.
 
     Raises:
-        ValueError: names that are not declared, values of another type than declared or that `lib.options`
-            does not allow; all at once.
+        ValueError: if a name is not declared, a value does not have the declared type, or `lib.options` does
+            not allow it. The message lists all problems.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
-    annotate = namespace.get("__annotate__") or (lambda form: {})  # from Python 3.14 on
+    annotate = namespace.get("__annotate__") or (lambda form: {})  # Python 3.14 or later
     declared = namespace["__annotations__"] if "__annotations__" in namespace else annotate(1)
-    # In holds the cells that ran, the one papermill injected among them; under nbval it is empty
+    # `In` lists the executed cells, including the one that papermill injected; under nbval it is empty
     injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
     given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
     problems = [explain_unknown(name, declared) for name in given if name not in declared]

@@ -1,4 +1,7 @@
-"""Colours of classes, grids of pictures, matrices and curves: functions return a `Figure`, none shows it."""
+"""Class colours, image grids, matrices and curves.
+
+Functions named `plot_*` return a `Figure` without showing it.
+"""
 
 import io
 import itertools
@@ -25,17 +28,18 @@ from lib.data.samples import Samples, choose_evenly
 from lib.files import ROOT
 from lib.metrics import DEPTH, chance_iou
 
-FIGURES = ROOT / "figures"  # where notebooks save what the README shows
+FIGURES = ROOT / "figures"  # figures of the README, saved by notebooks
 
-# One colour for each class in every figure, at least 12 apart (CIEDE2000) to normal, protanope and
-# deuteranope eyes, and as far from the faded pictures that errors are drawn on.
+# Fixed colours in all figures. For normal, protanopic and deuteranopic vision, they differ by at least 12
+# (CIEDE2000) from each other and from the greys of faded images.
 CLASS_COLOURS = {
     "bed": "#883355", "books": "#eeee44", "ceiling": "#ddddaa", "chair": "#dd9922", "floor": "#886644",
     "furniture": "#009977", "objects": "#ee5577", "picture": "#9944aa", "sofa": "#331166", "table": "#224422",
     "tv": "#222222", "wall": "#99aabb", "window": "#22aaee",
 }  # fmt: skip
-# Of all other classes in their order, each farthest (CIELAB, the chroma compressed, as vivid colours differ
-# less to the eye) from those before it, the above and the greys of pictures; from the 97th on they repeat.
+# Colours of all other classes, in class order. Each is as far as possible from its predecessors, the colours
+# above and the greys of images. Distances are measured in CIELAB with compressed chroma, because differences
+# between vivid colours are less visible. From the 97th class on, the colours repeat.
 OTHER_COLOURS = [
     "#446677", "#33cc11", "#11eecc", "#ee88ee", "#668811", "#bb1111", "#551111", "#1177ee", "#bb9988",
     "#1111ee", "#997788", "#334477", "#dd6633", "#33ccdd", "#99aa77", "#2299aa", "#667766", "#eeaabb",
@@ -50,60 +54,63 @@ OTHER_COLOURS = [
     "#553322", "#774444", "#ddeedd", "#aa1177", "#335511", "#66aa77",
 ]  # fmt: skip
 FADED = 204  # darkest grey of images under class colours
-DIMMED = 130  # darkest grey of images under colours that are no class's
+DIMMED = 130  # darkest grey of images under other colours
 HATCH = (187, 255)  # greys of the stripes on unlabelled pixels
 TRAIN_COLOUR = "#999999"
 VALID_COLOUR = "#0072b2"
 WRONG_COLOUR = "#cc0000"
-BAR_COLOUR = "#c8c8c8"  # where names stand beside the bars
+BAR_COLOUR = "#c8c8c8"  # bars that are labelled by name
 GREY = "#666666"
-WIDTH = 8  # inches, so that a figure fits a notebook
-TILE = 200  # pixels that an image in a figure is wide, at least
-WIDE_TILE = 256  # where there are at most three in a line
-DPI = 100  # of figures of images, in which these are whole pixels
+WIDTH = 8  # inches; fits a notebook
+TILE = 200  # minimum width in pixels of an image in a figure
+WIDE_TILE = 256  # minimum width if there are at most three images per row
+DPI = 100  # of image figures, which are laid out in whole pixels
 GAP = 8  # pixels between images
-STEP = 17  # between the 16 levels of red, green and blue in a saved figure; class colours are among them
-LINE = 20  # pixels of a line of text
+STEP = 17  # between the 16 levels per channel of a saved figure, which include all class colours
+LINE = 20  # height in pixels of a line of text
 WRONG = "wrong pixels"
 CHANGED = "B fixes (blue), breaks (red)"
-TERMS = {  # of the loss, as they are drawn
+TERMS = {  # loss terms and their labels in figures
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax",
     "depth_l1": "depth L1",
 }  # fmt: skip
-FEW = 20  # classes up to which matrices show numbers and rows are wide
-# Chinese, Japanese and Korean names take the first of these that is installed.
+FEW = 20  # up to this many classes, matrices show numbers and rows are taller
+# Fallback fonts for Chinese, Japanese and Korean names, in order of preference.
 ASIAN_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
     "Droid Sans Fallback", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans",
     "Apple SD Gothic Neo", "Arial Unicode MS",
 )  # fmt: skip
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # one of them may have no normal weight
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font may lack the normal weight
 FONTS = [name for name in ASIAN_FONTS if name in font_manager.get_font_names()]
-styled = matplotlib.rc_context({  # a decorator
+styled = matplotlib.rc_context({  # used as a decorator
     "figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlelocation": "left", "axes.titlesize": "medium", "figure.titlesize": "medium",
     "legend.frameon": False, "image.interpolation": "nearest",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # names may contain dollar signs
     "font.family": [*matplotlib.rcParams["font.family"], *FONTS],
 })  # fmt: skip
 
 
 def class_colours(classes: Sequence[str]) -> dict[str, str]:
-    """A colour for each name: NYUv2's 13 have theirs in every set, others get one by their order."""
+    """Return the colour of each class by name.
+
+    The colours of NYUv2's 13 classes are fixed and always included; other classes get theirs in class order.
+    """
     others = [name for name in classes if name not in CLASS_COLOURS]
     return {**dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False)), **CLASS_COLOURS}
 
 
 @cache
 def _colour_table(classes: tuple[str, ...]) -> np.ndarray:
-    """`(C + 1, 3)` uint8, the last row for unlabelled pixels."""
+    """Return the class colours `(C + 1, 3)` uint8; the last row is for unlabelled pixels."""
     colours = class_colours(classes)
     shares = [*(to_rgb(colours[name]) for name in classes), (0, 0, 0)]
     return np.round(np.multiply(shares, 255)).astype(np.uint8)
 
 
 def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Class indices `(H, W)` as colours `(H, W, 3)` uint8; unlabelled pixels are hatched."""
+    """Convert class indices `(H, W)` to colours `(H, W, 3)` uint8, with unlabelled pixels hatched."""
     coloured = np.take(_colour_table(tuple(classes)), label, axis=0, mode="clip")
     row, column = np.nonzero(label == IGNORE_INDEX)
     stripe = max(1, label.shape[1] // 60)
@@ -112,12 +119,12 @@ def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
 
 def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Wrong pixels in one colour over the dimmed RGB image."""
+    """Draw the wrong pixels in one colour over the dimmed RGB image."""
     return colour_where(image, {WRONG_COLOUR: (label != IGNORE_INDEX) & (label != predicted)})
 
 
 def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pixels that are correct only in B, or only in A, over the dimmed RGB image."""
+    """Draw the pixels that are correct only in B or only in A, in two colours over the dimmed RGB image."""
     labelled = label != IGNORE_INDEX
     fixed = labelled & (label == b) & (label != a)
     broken = labelled & (label == a) & (label != b)
@@ -125,7 +132,7 @@ def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.nd
 
 
 def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The picture with a black line, within a white one, around the chosen pixels `(H, W)`."""
+    """Draw a black line, surrounded by a white one, around the chosen pixels `(H, W)` of an image."""
     outlined = picture.copy()
     reach = max(1, round(chosen.shape[1] / 320))
     inside = chosen.astype(np.uint8)
@@ -135,7 +142,7 @@ def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray:
-    """For each colour its chosen pixels `(H, W)`, over the dimmed RGB image."""
+    """Overlay colours on the dimmed RGB image; `chosen` maps each colour to a `(H, W)` bool mask."""
     coloured = fade(image, DIMMED)
     for colour, where in chosen.items():
         coloured[where] = np.round(np.multiply(to_rgb(colour), 255))
@@ -143,14 +150,20 @@ def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray
 
 
 def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
-    """RGB `(H, W, 3)` as 18 pale greys; from `FADED` on no class has them, so colours are read as classes."""
+    """Convert RGB `(H, W, 3)` uint8 to 18 greys from `darkest` to white, in the same shape.
+
+    None of the greys from `FADED` on is a class colour, so that every colour can be read as a class.
+    """
     grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) // 15
     levels = np.linspace(darkest, 255, 18).astype(np.uint8)
     return np.repeat(levels[grey][..., None], 3, axis=-1)
 
 
 def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
-    """The scale of depth in metres that suits these samples, white for missing; None without depth."""
+    """Return a colour scale of depth in metres; None without depth.
+
+    It spans percentiles 0.5 to 99.5 of the depth in up to 50 samples per piece.
+    """
     depth = np.concatenate(
         [piece.depth_or_missing[choose_evenly(len(piece), 50)].ravel() for piece in pieces]
     )
@@ -160,14 +173,14 @@ def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
 
 
 def colour_depth(depth: np.ndarray, shades: ScalarMappable) -> np.ndarray:
-    """Millimetres `(H, W)` as colours `(H, W, 3)` uint8."""
+    """Convert depth `(H, W)` in millimetres to colours `(H, W, 3)` uint8; missing depth is white."""
     table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
     table[0] = 255
     return np.take(table, depth, axis=0)
 
 
 def shorten(name: str, length: int = 28) -> str:
-    """A name without its middle, if it is longer than that."""
+    """Shorten a name to at most `length` characters by replacing its middle with an ellipsis."""
     if len(name) <= length:
         return name
     tail = (length - 1) // 2
@@ -175,15 +188,15 @@ def shorten(name: str, length: int = 28) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share as all notebooks write it: `36.6 %`."""
+    """Format a share 0..1 as a percentage, such as `36.6 %`."""
     return f"{100 * share:.{digits}f} %"
 
 
 def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[Patch]:
-    """The classes in arrays of labels, for a legend; and unlabelled, if 255 is in one."""
+    """Return legend patches of the classes in arrays of labels, and of unlabelled pixels (255) if present."""
     colours = class_colours(classes)
     present = sorted(set().union(*(np.unique(label).tolist() for label in labels)))
-    patches = [  # edged, so that pale classes stand out from the page
+    patches = [  # the edges make pale colours visible on white
         Patch(facecolor=colours[classes[index]], label=shorten(classes[index]), edgecolor=GREY, linewidth=0.5)
         for index in present
         if index != IGNORE_INDEX
@@ -196,7 +209,7 @@ def class_patches(classes: Sequence[str], labels: Sequence[np.ndarray]) -> list[
 
 
 def add_legend(figure: Figure, handles: Sequence) -> None:
-    """A legend below everything, in as many columns as there is room for; the figure grows by its height."""
+    """Add a legend below the figure, in as many columns as fit, and increase the height of the figure."""
     if not handles:
         return
     lines, columns = _legend_lines(handles, figure.get_figwidth())
@@ -205,20 +218,20 @@ def add_legend(figure: Figure, handles: Sequence) -> None:
 
 
 def add_title(figure: Figure, title: str) -> None:
-    """A title from the left edge of the figure, in as many lines as it needs."""
+    """Add a left-aligned title to the figure, wrapped to as many lines as it needs."""
     figure.suptitle(textwrap.fill(title, 95), x=0.01, ha="left")
 
 
 def new_figure(
     height: float, *grid: int, width: float = WIDTH, **options: object
 ) -> tuple[Figure, Axes | np.ndarray]:
-    """A figure of so many inches, and its axes: `grid` and `options` as `Figure.subplots` takes them."""
+    """Create a figure (size in inches) and its axes; `grid` and `options` are passed to `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*grid, **options)
 
 
 def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
-    """An array `(H, W, ...)` scaled by a whole factor to at least that many pixels of width, values kept."""
+    """Scale an array `(H, W, ...)` by an integer factor to at least this width, without interpolation."""
     step = max(1, picture.shape[1] // least)
     zoom = -(-least // picture.shape[1])
     return picture[::step, ::step].repeat(zoom, 0).repeat(zoom, 1)
@@ -232,14 +245,14 @@ def plot_grid(
     shades: ScalarMappable | None = None,
     shades_label: str = DEPTH,
 ) -> Figure:
-    """Coloured pictures, of which sizes may differ, in whole pixels, so that class colours stay exact.
+    """Draw a grid of images, whose sizes may differ, in whole pixels so that class colours stay exact.
 
     Args:
-        rows: pictures `(H, W, 3)` uint8 by their title, the same titles in all rows.
-        captions: written below the rows.
-        legend: see `class_patches`.
-        shades: of depth, for its colour bar.
-        shades_label: beside the colour bar.
+        rows: one dict per row of `(H, W, 3)` uint8 images by title, with the same titles in all rows.
+        captions: text below each row.
+        legend: legend patches, see `class_patches`.
+        shades: colour scale, shown as a colour bar; None for no colour bar.
+        shades_label: label of the colour bar.
     """
     least = TILE if len(rows[0]) > 3 else WIDE_TILE
     tiles = [{title: fit_tile(tile, least) for title, tile in row.items()} for row in rows]
@@ -274,7 +287,7 @@ def plot_grid(
 
 
 def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
-    """Lines and columns of a legend of that width."""
+    """Return the number of lines and columns of a legend of this width."""
     longest = max((len(handle.get_label()) for handle in handles), default=0)
     columns = max(1, min(len(handles), int(inches / (0.6 + 0.08 * longest))))
     return -(-len(handles) // columns), columns
@@ -282,10 +295,17 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
 
 @styled
 def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
-    """The class's name at the innermost point of each connected region that takes 2 % of `(H, W)` or more."""
+    """Write the class name at the innermost point of each connected region.
+
+    Args:
+        axes: axes that show the image.
+        label: `(H, W)` class indices, 255 = ignore.
+        classes: names of the classes.
+        least: minimum size of a region, as a share of the image.
+    """
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
     for index, _, inside in large_regions(label, least, connectivity=8):
-        rimmed = np.pad(inside.astype(np.uint8), 1)  # so that a region ends where the picture does
+        rimmed = np.pad(inside.astype(np.uint8), 1)  # regions end at the image border
         room = cv2.distanceTransform(rimmed, cv2.DIST_L2, 5)
         row, column = np.unravel_index(room.argmax(), room.shape)
         side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
@@ -297,10 +317,16 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
 def large_regions(
     label: np.ndarray, least: float, connectivity: int
 ) -> Iterator[tuple[int, tuple[int, int, int, int], np.ndarray]]:
-    """Connected regions of one label that take that share of `(H, W)` or more, unlabelled ones left out.
+    """Find the large connected regions of each class, ignoring unlabelled pixels.
+
+    Args:
+        label: `(H, W)` class indices, 255 = ignore.
+        least: minimum size of a region, as a share of the image.
+        connectivity: 4 or 8 neighbours per pixel.
 
     Yields:
-        Of each its class, its box (left, top, right, bottom, ends excluded), its pixels as `(H, W)` bool.
+        Class index, bounding box (left, top, right, bottom; right and bottom exclusive) and `(H, W)` bool
+        mask of each region.
     """
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
         same = (label == index).astype(np.uint8)
@@ -311,18 +337,18 @@ def large_regions(
 
 
 def draw_marks(axes: Axes, x: np.ndarray, y: np.ndarray, filled: np.ndarray, colour: str | tuple) -> None:
-    """A mark at each place x, y, `(N,)` each; those that are not `filled` are white inside."""
+    """Draw marks at the `(N,)` points x, y, with a white centre where `filled` is False."""
     for chosen, face in ((filled, colour), (~filled, "white")):
         axes.plot(x[chosen], y[chosen], "o", color=colour, markerfacecolor=face)
 
 
 def rows_height(count: int) -> float:
-    """Inches of a figure with a row for each of so many classes."""
+    """Return the height in inches of a figure with one row for each of `count` classes."""
     return 1.1 + (0.22 if count <= FEW else 0.15) * count
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names beside rows 0, 1, ..., from below, that stay apart however many there are."""
+    """Label rows 0, 1, ... from the bottom with names, in a small font if there are more than 20."""
     size = "medium" if len(names) <= FEW else "x-small"
     axes.set_yticks(range(len(names)), [shorten(name) for name in names], fontsize=size)
     axes.set_ylim(-0.7, len(names) - 0.3)
@@ -330,8 +356,11 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 @styled
 def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
-    """Shares 0..1 by class (rows and columns, whose index names say what they are); with numbers if few."""
-    import seaborn  # here: it takes a second or two to load, and training should not wait for it
+    """Draw a matrix of shares 0..1 by class, with percentages in the cells if there are at most 20 classes.
+
+    The axes are labelled with the names of the index and the columns of `shares`.
+    """
+    import seaborn  # imported here because it takes a second or two, which training should not wait for
 
     few = len(shares) <= FEW
     numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if few else None
@@ -352,9 +381,12 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
 
 @styled
 def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) -> Figure:
-    """Total loss, validation scores and each term of the loss by epoch, over the whole span of `epochs`.
+    """Plot the total loss, the validation scores and each loss term by epoch.
 
-    The history holds `fit`'s rows so far, `terms` the weight of each term by its name there; 0 leaves it out.
+    Args:
+        history: the rows that `fit` has yielded so far.
+        epochs: total number of epochs, which sets the range of the x-axis.
+        terms: weight of each loss term by its name in `TERMS`; terms of weight 0 are left out.
     """
     used = {name: TERMS[name] for name, weight in terms.items() if weight}
     weighted = [f"{terms[name]:g} ({word})" if terms[name] != 1 else word for name, word in used.items()]
@@ -383,12 +415,12 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
 
 @styled
 def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figure:
-    """IoU by class, best first; a class that does not occur (NaN) has no bar.
+    """Plot the IoU by class, best first; a class that does not occur (NaN) has no bar.
 
     Args:
-        table: by class its `IoU` and, where these are known, the ends of its interval, `low` and `high`, the
-            number of `images` with it, and its `support`, the share of the pixels.
-        mean: the mIoU, for a line to hold classes against, if it is known.
+        table: one row per class with its `IoU` and optionally, all together, `low` and `high` (ends of the
+            95 % interval), `images` (number of images with the class) and `support` (share of the pixels).
+        mean: mIoU, drawn as a reference line; None for no line.
     """
     table = table.sort_values("IoU", ascending=False, kind="stable")[::-1]
     rows = np.arange(len(table))
@@ -420,7 +452,7 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
 
 
 def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
-    """A line for each row; an arrowhead where it was cut at 0 or 1."""
+    """Draw the interval of each row, with an arrowhead at an end that is cut at 0 or 1."""
     rows = np.arange(len(low))
     known = "95 % interval" if low.notna().any() else None
     axes.hlines(rows, low, high, color="black", linewidth=1.2, label=known)
@@ -435,11 +467,11 @@ def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
 
 @styled
 def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: dict[str, tuple]) -> Figure:
-    """Validation mIoU by epoch, a line for each run in the colour of its recipe."""
+    """Plot validation mIoU by epoch, with one line per run in the colour of its recipe."""
     figure, axes = new_figure(2.8)
     for name, runs in histories.items():
         for number, history in enumerate(runs):
-            label = "_" if number else shorten(name, 60)  # once in the legend
+            label = "_" if number else shorten(name, 60)  # one legend entry per recipe
             axes.plot(history.epoch, history.valid_miou, ".-", color=colours[name], linewidth=1, label=label)
     axes.set(title=title, xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     add_legend(figure, axes.get_legend_handles_labels()[0])
@@ -447,25 +479,26 @@ def plot_curves(histories: dict[str, list[pd.DataFrame]], title: str, colours: d
 
 
 def run_colours(names: Iterable[str]) -> dict[str, tuple]:
-    """A colour for each run or recipe, apart for colour-blind readers; grey from the ninth on.
+    """Assign a colour-blind-safe colour to each run or recipe; from the ninth on, all are grey.
 
-    Make it once in a notebook and hand it to every figure, so that a recipe keeps its colour.
+    Call it once per notebook and pass the result to every figure, so that each recipe keeps its colour.
     """
-    import seaborn  # here, see `plot_matrix`
+    import seaborn  # imported here, see `plot_matrix`
 
     colours = itertools.chain(seaborn.color_palette("colorblind", 8), itertools.repeat((0.6, 0.6, 0.6)))
     return dict(zip(names, colours, strict=False))
 
 
 def show_small_figures() -> None:
-    """Let the running notebook keep its figures as `small_png`."""
+    """Make the running notebook display and save figures as encoded by `small_png`."""
     get_ipython().display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
 
 def small_png(figure: Figure) -> bytes:
-    """A PNG with 16 levels a channel, half as large: class colours are exact, smoothed rims of letters not.
+    """Encode a figure as a PNG with 16 levels per channel, which halves its size.
 
-    It is saved as it is laid out: IPython would cut the margins, and so shift images by parts of a pixel.
+    Class colours stay exact, but the antialiased edges of text do not. The figure is saved with its margins.
+    IPython would crop them and thereby shift images by fractions of a pixel.
     """
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")

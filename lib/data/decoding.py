@@ -1,4 +1,4 @@
-"""One file to one array: what it shows or holds is taken as it is meant, or the file is refused by name."""
+"""Decode image, depth and label files to arrays, and reject files that can't be read unambiguously."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,30 +14,31 @@ SUFFIXES = {
     "depth": (".png", ".tif", ".tiff", ".npy"),
     "label": (".png", ".tif", ".tiff", ".bmp"),
 }
-TURNED = range(5, 9)  # values of the orientation tag with which height and width change places
+TURNED = range(5, 9)  # EXIF orientations that swap height and width
 EXPECTED_LABEL = (
     "one channel of 8 or 16 bits with class values; if colours mean classes, list them under `colours` in "
     "dataset.yaml"
 )
 EXPECTED_DEPTH = "one channel of depth of 16 bits; export it again from the source"
-INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow
+INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow modes
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from the head of its file."""
+    """Return the height and width of the upright image, read from the file header."""
     with _decoding(path), Image.open(path) as picture:
-        turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow turns TIFF
+        turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow rotates TIFF
         return picture.size if turned else picture.size[::-1]
 
 
 def decode_image(path: Path) -> np.ndarray:
-    """`(H, W, 3)` uint8 RGB as a viewer shows it: upright, its palette looked up.
+    """Decode an image to `(H, W, 3)` uint8 RGB as viewers display it: upright, with its palette applied.
 
     Raises:
-        DataError: more than 8 bits a channel, several pictures, transparency, or a file that can't be read.
+        DataError: if the file has more than 8 bits per channel, several images or transparent pixels, or
+            can't be read.
     """
     picture, stored = _open(path)
-    if picture.mode[0] in "IF" or ";16" in stored:  # Pillow drops half of 16-bit RGB
+    if picture.mode[0] in "IF" or ";16" in stored:  # Pillow reduces 16-bit RGB to 8 bits
         raise _refused(path, f"{picture.mode} of 16 bits or more", "8 bits a channel; convert the file")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -50,11 +51,13 @@ def decode_image(path: Path) -> np.ndarray:
 
 
 def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
-    """`(H, W)` integers as they are stored; of a grey palette the greys, of a coloured one the indices.
+    """Decode a label file to its `(H, W)` integer values.
+
+    A palette of greys gives the grey values, any other palette the indices.
 
     Args:
-        path: of the file.
-        in_colours: whether colours mean classes; each is then red * 65536 + green * 256 + blue.
+        path: the label file.
+        in_colours: whether colours represent classes. Values are then int32 red * 65536 + green * 256 + blue.
     """
     if in_colours:
         return decode_image(path).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
@@ -62,12 +65,12 @@ def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
 
 
 def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
-    """`(H, W)` numbers as they are stored, `bits` apart; those of a `.npy` or TIFF file may be real.
+    """Decode a depth file to its `(H, W)` values, which may be floats in `.npy` and TIFF files.
 
     Args:
-        path: of the file.
-        bits: `plain`, or `sun` for the rotated bits of SUN RGB-D.
-        takes_bytes: whether 8 bits are enough, which holds where somebody says in which unit they are.
+        path: the depth file.
+        bits: `plain`, or `sun` to undo the bit rotation of SUN RGB-D.
+        takes_bytes: whether to accept 8-bit depth, which is useful only if its unit is known.
     """
     if path.suffix.lower() == ".npy":
         with _decoding(path):
@@ -94,22 +97,25 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
 
 
 def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0,)) -> np.ndarray:
-    """uint16 millimetres, 0 where nothing was measured (or NaN or infinity says so), at most 65.5 m."""
+    """Convert depth to uint16 millimetres, at most 65535.
+
+    Values in `missing`, NaN and infinity become 0.
+    """
     there = np.isfinite(depth) & ~np.isin(depth, missing)
-    depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # 16 bits would end at 65504
+    depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # float16 overflows above 65504
     return np.where(there, depth_mm, 0).clip(0, 65535).astype(np.uint16)
 
 
 def _decode_values(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     picture, stored = _open(path)
     values = np.asarray(picture)
-    if picture.mode == "1" or "L;" in stored:  # Pillow spreads 4 bits over 0..255, whatever they meant
+    if picture.mode == "1" or "L;" in stored:  # Pillow rescales 2 and 4 bits to 0..255
         raise _refused(
             path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys"
         )
     if picture.mode == "P":
         palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        is_grey = (palette == palette[:, :1]).all()  # of an optimiser
+        is_grey = (palette == palette[:, :1]).all()  # as written by image optimisers
         if is_grey and values.max(initial=0) < len(palette):
             return palette[:, 0][values]
     if picture.mode not in modes:
@@ -118,15 +124,15 @@ def _decode_values(path: Path, modes: tuple[str, ...], expected: str) -> np.ndar
 
 
 def _open(path: Path) -> tuple[Image.Image, str]:
-    """A picture, decoded and upright, and how its pixels lie in the file.
+    """Return the decoded, upright image and Pillow's description of how the file stores its pixels.
 
-    With Pillow, because OpenCV returns the readable half of a truncated JPEG.
+    Pillow is used because OpenCV returns the readable half of a truncated JPEG.
     """
-    # an opened file, because Pillow maps named TIFFs of one channel and then turns them wrongly
+    # open the file first: given a path, Pillow maps single-channel TIFFs and then rotates them wrongly
     with _decoding(path), open(path, "rb") as file, Image.open(file) as picture:
         stored = str(getattr(picture, "tile", ""))
         count = getattr(picture, "n_frames", 1)
-        if count > 1 and picture.format != "MPO":  # of phones: a picture and its preview
+        if count > 1 and picture.format != "MPO":  # from phones: an image and its preview
             raise ValueError(f"it contains {count} images, expected one")
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
@@ -137,8 +143,8 @@ def _open(path: Path) -> tuple[Image.Image, str]:
 def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Pillow and numpy raise a dozen kinds for damaged files
-        reason = str(error).partition(" <_io")[0]  # Pillow names the opened file
+    except Exception as error:  # Pillow and numpy raise a dozen types for damaged files
+        reason = str(error).partition(" <_io")[0]  # Pillow appends the file object
         remedy = "it is damaged or not an image; copy it again"
         if path.is_file() and path.read_bytes()[4:8] == b"ftyp":
             remedy = "it is a HEIC or AVIF image despite its name; convert it to JPEG or PNG"

@@ -1,4 +1,4 @@
-"""`dataset.yaml`: what a folder says of its images, and what the values of its labels mean."""
+"""`dataset.yaml`: the layout of a data folder, and the meaning of its label and depth values."""
 
 import re
 from functools import cached_property
@@ -16,11 +16,11 @@ from lib.options import OLDER_NAMES, explain_unknown
 FILE = "dataset.yaml"
 NEARLY = re.compile(
     r"(dataset|data)\.ya?ml(\.txt)?", re.IGNORECASE
-)  # names of files that were meant to be it
-MOST_VALUES = 2**16  # of labels of 16 bits
-MOST_SHOWN = 300  # values that an error lists
-FARTHEST_M = 65.535  # millimetres in 16 bits
-NO_CLASS = ("ignore", "background")  # names of colours that need not be classes
+)  # file names that are easily confused with FILE
+MOST_VALUES = 2**16  # 16-bit labels
+MOST_SHOWN = 300  # maximum number of values in an error message
+FARTHEST_M = 65.535  # largest depth in uint16 millimetres
+NO_CLASS = ("ignore", "background")  # names in `colours` that need not be classes
 
 Text = Annotated[str, Field(min_length=1)]
 Value = Annotated[int, Field(ge=0, lt=MOST_VALUES)]
@@ -30,7 +30,7 @@ ClassCount = Field(min_length=2, max_length=MOST_CLASSES)
 
 
 class Description(BaseModel):
-    """What `dataset.yaml` says of the folder `root`, and the defaults of the keys that it does not state."""
+    """The content of `dataset.yaml` in the folder `root`, with defaults for missing keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -89,15 +89,16 @@ class Description(BaseModel):
 
     @property
     def stated(self) -> set[str]:
-        """The keys that are in the file."""
+        """The keys given in the file."""
         return self.model_fields_set - {"root"}
 
     @cached_property
     def by_value(self) -> dict[int, str]:
-        """Names of the classes in the order of their indices, by label value, or by colour as one number.
+        """Class names by label value or, with `colours`, by packed colour, in index order.
 
         Raises:
-            DataError: names or values that don't go together.
+            DataError: if `colours` does not give each of 2 to 255 classes its own colour, or has other
+                names than the classes, `ignore` and `background`.
         """
         if isinstance(self.classes, dict):
             return dict(sorted(self.classes.items()))
@@ -121,12 +122,12 @@ class Description(BaseModel):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of their indices."""
+        """Class names in index order."""
         return tuple(self.by_value.values())
 
     @property
     def unlabelled(self) -> list[int]:
-        """Label values, or colours as numbers, that mean unlabelled."""
+        """Label values or, with `colours`, packed colours that mean unlabelled."""
         if self.colours:
             return sorted({pack_colours(colour) for colour in self.colours.values()} - self.by_value.keys())
         if self.ignore == "others":
@@ -137,7 +138,10 @@ class Description(BaseModel):
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int16 class index of each label value or colour, then of all others; 255: unlabelled, -1: error."""
+        """Lookup table from label value or packed colour to int16 class index, 255 = unlabelled, -1 = error.
+
+        The last entry is for all values outside the table.
+        """
         index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
         table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
@@ -145,7 +149,11 @@ class Description(BaseModel):
         return table
 
     def to_indices(self, path: Path, label: np.ndarray) -> np.ndarray:
-        """uint8 class indices, 255 = unlabelled, of the values in a file, which a `DataError` names."""
+        """Map the label values of the file `path` to uint8 class indices, 255 = unlabelled.
+
+        Raises:
+            DataError: if a value is neither a class nor unlabelled.
+        """
         label = label.astype(np.int64)
         others = len(self.table) - 1
         indices = self.table[np.where((label >= 0) & (label < others), label, others)]
@@ -155,7 +163,13 @@ class Description(BaseModel):
         return indices.astype(np.uint8)
 
     def refuse_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
-        """Raise the DataError of values that are neither a class nor unlabelled, with their pixel shares."""
+        """Raise a DataError for label values that are neither a class nor unlabelled.
+
+        Args:
+            path: a file with such a value.
+            shares: fraction of pixels of each value or packed colour.
+            file_count: number of files that the fractions refer to.
+        """
         yaml, values = self.root / FILE, list(self.by_value)
         unknown = sorted(shares)[:MOST_SHOWN]
         found = [list(value.to_bytes(3)) if self.colours else value for value in unknown]
@@ -185,26 +199,26 @@ KEYS = [key for key in Description.model_fields if key != "root"]
 
 
 def pack_colours(colour: list[int]) -> int:
-    """A colour as one number."""
+    """Pack [red, green, blue] into one integer: red * 65536 + green * 256 + blue."""
     return int.from_bytes(bytes(colour))
 
 
 def read_description(root: Path) -> Description:
-    """The `dataset.yaml` of a folder, or the defaults where there is none.
+    """Read the `dataset.yaml` of a folder, or return the defaults if there is none.
 
     Raises:
-        DataError: no YAML mapping, an unknown key, a value that can't be meant, or a file that only nearly
-            has the name.
+        DataError: if the file is not a YAML mapping or has an unknown key or an invalid value, or if there
+            is only a file with a similar name.
     """
     path = root / FILE
     if not path.exists():
         _refuse_nearly(root)
         return Description(root=root)
     try:
-        content = yaml.safe_load(path.read_bytes())  # which finds its encoding, whatever the system's is
+        content = yaml.safe_load(path.read_bytes())  # bytes, so that yaml detects the encoding
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is not valid YAML ({error})") from error
-    content = {} if content is None else content  # nothing, or comments alone
+    content = {} if content is None else content  # empty, or only comments
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
         if OLDER_NAMES.get(unknown[0]) in KEYS:
@@ -223,7 +237,10 @@ def read_description(root: Path) -> Description:
 
 
 def _refuse_nearly(root: Path) -> None:
-    """Another spelling of the name would be ignored, and labels get NYUv2's names."""
+    """Raise a DataError for a file with a name similar to `dataset.yaml`.
+
+    Ignoring it would give the labels NYUv2's class names.
+    """
     nearly = [place for place in (*root.glob("*"), *root.glob("*/*.y*ml*")) if NEARLY.fullmatch(place.name)]
     if nearly:
         raise DataError(
@@ -234,7 +251,7 @@ def _refuse_nearly(root: Path) -> None:
 
 
 def _read_label_map(path: Path) -> dict[str, list[int]]:
-    """The colours in CVAT's labelmap.txt, with a line `name:red,green,blue:parts:actions` for each."""
+    """Read colours from CVAT's labelmap.txt, which has lines `name:red,green,blue:parts:actions`."""
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
         entries = [line.split(":") for line in lines]

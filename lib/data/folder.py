@@ -1,4 +1,4 @@
-"""Folders of images as `Samples`: find the partners, decode, resize once, keep."""
+"""Read folders of images as `Samples`: match files by name, decode, resize and cache."""
 
 import os
 import re
@@ -23,9 +23,9 @@ from lib.progress import progress_bar
 
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
 CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ())}
-CACHED_FROM = 128  # images: fewer are read in about a second
+CACHED_FROM = 128  # minimum number of images to cache; fewer are read in about a second
 CACHE_VERSION = 2
-BLOCK = 64  # images in memory at a time while a cache is made
+BLOCK = 64  # images in memory at a time while the cache is written
 COCO = """. {path} may hold COCO annotations, not masks. To make masks in DATA/label (0 = unlabelled), run:
 from pycocotools.coco import COCO; import numpy as np; from PIL import Image
 coco = COCO("{path}")
@@ -34,14 +34,18 @@ for image in coco.loadImgs(coco.getImgIds()):
     for found in coco.loadAnns(coco.getAnnIds(image["id"])):
         mask[coco.annToMask(found) == 1] = found["category_id"]
     Image.fromarray(mask).save("label/" + image["file_name"].rsplit(".", 1)[0] + ".png")"""
-Files = dict[str, Path]  # of one image, by kind
+Files = dict[str, Path]  # the files of one image by kind: image, depth, label
 
 
 def open_folder(root: Path, split: str) -> Split:
-    """A split's images as `dataset.yaml` says; runs of neighbouring ids are scenes, unless it names them.
+    """Open a split of a data folder, whose layout its `dataset.yaml` declares.
+
+    If no scenes are declared, each run of neighbouring ids is a scene.
 
     Raises:
-        DataError: a missing folder or partner; on reading, a damaged file or values that can't be meant.
+        DataError: if a folder or file is missing. Reading the split raises it for damaged files and
+            implausible values.
+        MissingSplit: if the split does not exist.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {LAYOUT}. Check the parameter data")
@@ -49,7 +53,7 @@ def open_folder(root: Path, split: str) -> Split:
     files = find_files(description, split)
     names = np.array(list(files))
     scene, usual = _choose_scenes(description, split, names)
-    check = cache(partial(check_files, description, split, list(files.values())))  # once
+    check = cache(partial(check_files, description, split, list(files.values())))  # runs only once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         if size is not None and len(positions) >= CACHED_FROM:
@@ -70,30 +74,34 @@ def open_folder(root: Path, split: str) -> Split:
 
 
 def _choose_scenes(description: Description, split: str, names: np.ndarray) -> tuple[np.ndarray | None, str]:
-    """The scene of each image, None where nothing tells it, and the usual way to choose validation images."""
+    """Return the `(N,)` scene of each image (None if unknown) and the default `validation` method."""
     if description.scene is not None or "{scene}" in description.folders["image"]:
         return _name_scenes(description, names), "scenes"
     other = {"train": "valid", "valid": "train"}.get(split)
     beside = _find_images(description, other) if other in description.splits else {}
-    runs = number_runs(np.array([*names.tolist(), *beside]))  # a run may continue in the other split
+    runs = number_runs(np.array([*names.tolist(), *beside]))  # a run of ids may continue in the other split
     if runs is None:
         return None, "random"
     return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
 
 
 def find_files(description: Description, split: str) -> dict[str, Files]:
-    """`{name: {"image": path, "depth": path, "label": path}}` of a split, every partner present, in order.
+    """Return `{name: {"image": path, "depth": path, "label": path}}` for a split, sorted by name.
+
+    All images have the same kinds of files. `label` is absent if test labels are held back, `depth` if the
+    data set has none.
 
     Raises:
-        DataError: a missing folder or partner, or an image that is also among those to train on.
+        DataError: if a folder or file is missing, or an image of another split is also a training image.
+        MissingSplit: if the split does not exist.
     """
     images = _find_images(description, split)
     partners = {kind: _match(description, split, kind) for kind in description.folders if kind != "image"}
     found = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
     if split == "test" and not found.get("label", {}).keys() & images.keys():
-        found.pop("label", None)  # held back
+        found.pop("label", None)  # labels are held back
     names = images.keys()
-    if not (description.root / description.splits[split]).is_file():  # a list may leave files out
+    if not (description.root / description.splits[split]).is_file():  # only a list may leave files unused
         names = names | set().union(*found.values())
     for kind, paths in found.items():
         missing = sorted(name for name in names if name not in paths)
@@ -109,7 +117,7 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
 
 
 def _find_images(description: Description, split: str) -> dict[str, Path]:
-    """The images of a split by name."""
+    """Return the images of a split as `{name: path}`."""
     root = description.root
     if split not in description.splits:
         raise MissingSplit(
@@ -122,10 +130,10 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
 
 
 def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
-    """Refuse files that are also trained on, whatever folder, list or link leads to them."""
+    """Raise a DataError if an image is also in the training split, even under another path or as a link."""
     try:
         trained = {_identify(path) for path in _find_images(description, "train").values()}
-    except DataError:  # told where the images to train on are wanted
+    except DataError:  # reported when the training split is opened
         return
     shared = [name for name, path in images.items() if _identify(path) in trained]
     if shared:
@@ -137,20 +145,23 @@ def _check_apart(description: Description, split: str, images: dict[str, Path]) 
 
 
 def _identify(path: Path) -> tuple[int, int]:
-    """The file itself, under whichever name, symbolic link or hard link."""
+    """Return device and inode, which are the same for all symbolic and hard links to a file."""
     found = path.stat()
     return found.st_dev, found.st_ino
 
 
 def _base(description: Description, split: str) -> Path:
-    """The folder above `folders`: the split's own, or DATA where it is a list or `{split}` says where."""
+    """Return the parent of `folders`: the split's folder, or DATA for lists or if `folders` has `{split}`."""
     place = description.root / description.splits[split]
     says_where = any("{split}" in value for value in description.folders.values())
     return description.root if says_where or place.is_file() else place
 
 
 def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
-    """The files of a kind by name, composed as in Unicode's NFC; None where there need be none."""
+    """Return the files of a kind as `{name: path}` with names in Unicode NFC.
+
+    Return None if the kind is optional and its folder is missing.
+    """
     base = _base(description, split)
     value = description.folders[kind].replace("{split}", description.splits[split])
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
@@ -166,7 +177,7 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     others = Counter()
     for path in walk_files(top):
         match = wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix())
-        if match is None:  # of another kind in the same folder
+        if match is None:  # a file of another kind in the same folder
             continue
         if path.suffix.lower() not in SUFFIXES[kind]:
             others[path.suffix] += 1
@@ -182,7 +193,7 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
 
 
 def _compile(pattern: str, suffix: str) -> re.Pattern:
-    """A value of `folders` as an expression with groups `scene`, where it has one, and `name`."""
+    """Compile a value of `folders` to a regular expression with groups `name` and, if present, `scene`."""
     expression = re.escape(pattern)
     for group, what in (("scene", "[^/]+"), ("name", ".+")):
         placeholder = re.escape(f"{{{group}}}")
@@ -193,13 +204,16 @@ def _compile(pattern: str, suffix: str) -> re.Pattern:
 
 
 def _explain_json(description: Description) -> str:
-    """How to make masks where a data set has only COCO's annotations."""
+    """Explain how to convert COCO annotations to masks if the data set has a `.json` file."""
     found = next(iter(sorted((*description.root.glob("*.json"), *description.root.glob("*/*.json")))), None)
     return COCO.format(path=found) if found else ""
 
 
 def walk_files(top: Path) -> Iterator[Path]:
-    """Files below a folder in order: hidden ones are left out, and each real folder is entered once."""
+    """Yield the files below a folder in sorted order.
+
+    Hidden files and folders are skipped. Links are followed, but each real folder is entered only once.
+    """
     entered = set()
     for folder, folders, files in os.walk(top, followlinks=True):
         real = os.path.realpath(folder)
@@ -212,17 +226,20 @@ def walk_files(top: Path) -> Iterator[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system or an editor made it: .ipynb_checkpoints, ._x.jpg, @eaDir, $RECYCLE.BIN, __MACOSX."""
+    """Return whether a system or editor made it: .ipynb_checkpoints, ._x.jpg, @eaDir, $RECYCLE.BIN."""
     return name[0] in ".@$" or name in ("__MACOSX", "lost+found", "System Volume Information")
 
 
 def compose(name: str) -> str:
-    """A name in Unicode's composed form: a Mac may decompose it."""
+    """Normalise a name to Unicode NFC, because macOS may decompose it."""
     return unicodedata.normalize("NFC", name)
 
 
 def _listed(description: Description, split: str, images: dict[str, Path]) -> list[str]:
-    """The names in a list: as they are, or as paths of files, which may lack the suffix."""
+    """Return the sorted image names in a split's list.
+
+    Each line is a name or the path of one of the image's files, relative to DATA. The extension is optional.
+    """
     place = description.root / description.splits[split]
     known = {}
     for kind in description.folders:
@@ -250,7 +267,7 @@ def _listed(description: Description, split: str, images: dict[str, Path]) -> li
 
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
-    """The scene of each image, from a table or from its name."""
+    """Return the `(N,)` scene of each image, looked up in a table or extracted from its name."""
     file = description.root / FILE
     text = description.scene or "^([^/]+)/"
     if text.lower().endswith(".csv"):
@@ -284,8 +301,11 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
 def _map_files(
     description: Description, split: str, files: list[Files], size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """All images of a split, mapped; what was judged when they were kept is not judged again."""
-    root = description.root  # however it is spelt
+    """Return the memory-mapped arrays of a split.
+
+    Its files are checked only when the cache is written.
+    """
+    root = description.root  # relative or absolute: both give the same cache
     text = root / FILE
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {
@@ -311,7 +331,10 @@ def _map_files(
 def _read_files(
     files: list[Files], size: tuple[int, int] | None, description: Description
 ) -> list[dict[str, np.ndarray]]:
-    """Arrays in order; at their native size for each stretch of files of one size."""
+    """Read arrays in file order, resized to `size` (height, width).
+
+    If `size` is None, return one dict for each stretch of images with the same native size.
+    """
     if not files:
         return [
             {kind: np.empty((0, *(size or (0, 0)), *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
@@ -324,7 +347,7 @@ def _read_files(
 
 
 def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: Description) -> Blocks:
-    """Positions and arrays of block after block, decoded in parallel."""
+    """Yield the positions and arrays of up to `BLOCK` files at a time, decoded in parallel."""
     read = partial(read_sample, size=size, description=description)
     bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
@@ -340,7 +363,7 @@ def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: 
 def read_sample(
     paths: Files, size: tuple[int, int] | None, description: Description
 ) -> dict[str, np.ndarray]:
-    """The arrays of one image, by kind."""
+    """Read the arrays of one image by kind, at `size` (height, width) or at native size if None."""
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
         depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)

@@ -1,10 +1,10 @@
-"""The official `nyu_depth_v2_labeled.mat` as `Samples`, through a memory-mapped cache.
+"""Read the official `nyu_depth_v2_labeled.mat` as `Samples`, through a memory-mapped cache.
 
 MATLAB writes the file as HDF5 with every array transposed: `images` `(N, 3, 640, 480)` uint8,
 `depths` (holes filled) and `rawDepths` (0 = not measured) `(N, 640, 480)` float32 metres, `labels`
 `(N, 640, 480)` uint16 raw ids 0..894, `scenes` references to text. `tables/nyuv2_classes.csv` maps
-raw ids to the 13 and 40 classes (0 = unlabelled), `tables/nyuv2_split.csv` holds the official split; both
-were made from `classMapping40.mat`, `class13Mapping.mat` and `splits.mat`, as published.
+raw ids to the 13 and 40 classes (0 = unlabelled). `tables/nyuv2_split.csv` contains the official split.
+Both tables were generated from the published `classMapping40.mat`, `class13Mapping.mat` and `splits.mat`.
 """
 
 from pathlib import Path
@@ -33,12 +33,14 @@ CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_4
 
 
 def open_file(path: Path, split: str, classes: str | None) -> Split:
-    """The official training or test frames of the file, named by their 0-based ids, with its own scene names.
+    """Open the official training or test split.
+
+    Names are 0-based frame ids. Scenes are those of the file.
 
     Args:
-        path: of `nyu_depth_v2_labeled.mat`.
-        split: `"test"`, or any other for the training frames.
-        classes: `nyuv2_13` (None) or `nyuv2_40`.
+        path: path to `nyu_depth_v2_labeled.mat`.
+        split: `test`; any other value opens the training split.
+        classes: `nyuv2_13` (also if None) or `nyuv2_40`.
     """
     class_set = classes or "nyuv2_13"
     check_choice("classes", class_set, CLASS_SETS)
@@ -57,7 +59,10 @@ def open_file(path: Path, split: str, classes: str | None) -> Split:
 def _read_frames(
     path: Path, ids: np.ndarray, size: tuple[int, int] | None, class_set: str
 ) -> dict[str, np.ndarray]:
-    """Frames at (height, width); the whole file is converted at the first call for a size and a class set."""
+    """Return frames at `size` (height, width), or at their native size if None.
+
+    The first call for a size and a class set converts the whole file.
+    """
     with _open(path) as file:
         count, width, height = file["labels"].shape
         status = path.stat()
@@ -76,12 +81,12 @@ def _read_frames(
 
 
 def _official_ids(count: int, split: str) -> np.ndarray:
-    """The 0-based ids of the first frames of the official split `train` or `test`."""
+    """Return the 0-based ids below `count` of the official split `train` or `test`."""
     return pd.read_csv(TABLES / "nyuv2_split.csv").query("id < @count and split == @split").id.to_numpy()
 
 
 def _rows(count: int) -> np.ndarray:
-    """The row of each frame in the cache: the official training split first, then the test split."""
+    """Return the cache row of each frame: first the official training split, then the test split."""
     return np.argsort(np.append(_official_ids(count, "train"), _official_ids(count, "test")))
 
 
@@ -89,7 +94,7 @@ def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the parameter data")
     try:
-        file = h5py.File(path, locking=False)  # which not every disk has, and reading needs none
+        file = h5py.File(path, locking=False)  # not every disk supports locks, and reading needs none
     except OSError as error:
         raise DataError(
             f"{path}: can't be opened as HDF5 ({error}); expected nyu_depth_v2_labeled.mat (2.8 GB, "
@@ -122,7 +127,7 @@ def _check_layout(path: Path, file: h5py.File) -> None:
 
 
 def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Blocks:
-    """All frames, block by block, and the rows of the cache they go to."""
+    """Yield the cache rows and resized arrays of all frames, `BLOCK` frames at a time."""
     rows = _rows(len(file["labels"]))
     with progress_bar(f"reading {file.filename}", len(rows)) as bar:
         for start in range(0, len(rows), BLOCK):
@@ -133,7 +138,7 @@ def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Bloc
 
 
 def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.ndarray]:
-    """`BLOCK` frames as they are published, in our layout and units."""
+    """Read up to `BLOCK` frames from `start` and convert them to the layout and units of `Samples`."""
     images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
     if labels.max() > 894:
         raise DataError(
@@ -154,6 +159,6 @@ def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.nda
 
 
 def _class_table(class_set: str) -> np.ndarray:
-    """Class index of each raw id, `(895,)` uint8."""
+    """Return the `(895,)` uint8 class index of each raw id, 255 = unlabelled."""
     index = pd.read_csv(TABLES / "nyuv2_classes.csv")[CLASS_SETS[class_set][0]].to_numpy()
     return np.where(index == 0, IGNORE_INDEX, index - 1).astype(np.uint8)

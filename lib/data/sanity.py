@@ -1,4 +1,4 @@
-"""Sanity checks that need many files: the unit of depth, shifted labels, binary masks, values of no class."""
+"""Sanity checks across files: the unit of depth, shifted labels, binary masks, unknown label values."""
 
 import os
 from collections import Counter
@@ -15,8 +15,8 @@ from lib.data.decoding import decode_depth, decode_label
 from lib.data.description import FILE, Description
 from lib.data.samples import DataError, choose_evenly
 
-SAMPLED = 50  # files of a split, at equal steps of their order
-# between these lies the median depth of a split of rooms: NYUv2 has 2552, its frames 1014 to 6125
+SAMPLED = 50  # number of files checked per split, evenly spaced
+# plausible median depth of an indoor split (NYUv2: 2552 for the split, 1014 to 6125 for single frames)
 INDOORS_MM = (1250, 5000)
 LARGEST, OFTEN = 65535, 0.01
 UNITS = {
@@ -27,18 +27,18 @@ UNITS = {
     0.1: "for tenths of mm",
 }
 BACKGROUND = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
-# least share of borders between values along 0: on NYUv2 0.91 where it means unlabelled, 0.49 for objects
+# minimum share of borders that adjoin 0 (NYUv2: 0.91 if 0 means unlabelled, 0.49 if 0 is `objects`)
 BETWEEN = 0.75
 
 
 class LabelLook(NamedTuple):
-    """What is in a label file.
+    """Statistics of a label file.
 
     Attributes:
-        path: of the file.
-        values: pixels of each value.
-        borders: pairs of neighbours in a row with two values.
-        along_zero: those of them with 0.
+        path: the label file.
+        values: number of pixels of each value.
+        borders: number of horizontally adjacent pixel pairs with different values.
+        along_zero: number of these pairs in which one value is 0.
     """
 
     path: Path
@@ -48,10 +48,11 @@ class LabelLook(NamedTuple):
 
 
 def check_files(description: Description, split: str, files: list[dict[str, Path]]) -> None:
-    """Look at files of a split together.
+    """Check the depth and labels of a split across files.
 
     Raises:
-        DataError: they can't be meant as `dataset.yaml`'s defaults take them; it has the line to write there.
+        DataError: if all depth is missing, a label value is unknown, or a default of `dataset.yaml` is
+            implausible. The message includes the line to write there.
     """
     depths = [paths["depth"] for paths in files if "depth" in paths]
     labels = [paths["label"] for paths in files if "label" in paths]
@@ -77,11 +78,15 @@ def _look_at(look: Callable[[Path], tuple], paths: list[Path]) -> list:
 
 
 def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
-    """`(N, 2)` of a sample: the median of what was measured, NaN if nothing; the largest number's share."""
+    """Return the median depth and the share of the value 65535 in up to 50 evenly spaced files.
+
+    Returns:
+        `(N, 2)` float64. The median is over measured pixels in the unit of the files, NaN if there are none.
+    """
 
     def look(path: Path) -> tuple[float, float]:
         depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
-        depth = depth[::4, ::4].astype(np.float64)  # 16 bits may not hold the largest number
+        depth = depth[::4, ::4].astype(np.float64)  # float16 can't represent 65535
         measured = depth[np.isfinite(depth) & ~np.isin(depth, description.depth_missing) & (depth != LARGEST)]
         return np.median(measured) if measured.size else np.nan, (depth == LARGEST).mean()
 
@@ -112,7 +117,14 @@ def _check_depth(description: Description, split: str, seen: np.ndarray) -> None
 
 
 def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
-    """What medians of depth files are, if not millimetres of rooms, and the units that would make them so."""
+    """Check whether the medians of depth files are plausible indoor depths in millimetres.
+
+    Args:
+        medians: `(N,)` median depth of each file, NaN if nothing was measured.
+
+    Returns:
+        A description of the problem, empty if none, and candidate units as `{mm per unit: explanation}`.
+    """
     near, far = INDOORS_MM
     median = np.nanmedian(medians)
     if near <= median <= far:
@@ -132,7 +144,7 @@ def _look_at_label(path: Path, description: Description) -> LabelLook:
 
 
 def _check_values(description: Description, seen: list[LabelLook]) -> None:
-    """Name all values at once that are neither a class nor unlabelled."""
+    """Raise one DataError for all values that are neither a class nor unlabelled."""
     pixels = sum((look.values for look in seen), Counter())
     known = {*description.by_value, *description.unlabelled}
     unknown = {value: count / pixels.total() for value, count in pixels.items() if value not in known}
@@ -142,7 +154,7 @@ def _check_values(description: Description, seen: list[LabelLook]) -> None:
 
 
 def _find_binary(description: Description, seen: list[LabelLook]) -> set[int]:
-    """The value of the only class that occurs beside 255, which may then be another class; else nothing."""
+    """Return `{value}` if only one class and 255 occur, as in binary masks, else an empty set."""
     values = set().union(*(look.values for look in seen))
     found = values & description.by_value.keys()
     return found if IGNORE_INDEX in values and len(found) == 1 else set()
@@ -159,7 +171,11 @@ def _check_binary(description: Description, split: str, seen: list[LabelLook]) -
 
 
 def _check_shift(description: Description, split: str, seen: list[LabelLook]) -> None:
-    """0 that means unlabelled lies between all other values, and in nearly every image."""
+    """Raise a DataError if 0 seems to mean unlabelled.
+
+    This is assumed if 255 never occurs, and 0 either never occurs or separates the other values in nearly
+    every image. It is not assumed if class 0 has a name such as `background`.
+    """
     has_zero = np.mean([0 in look.values for look in seen])
     between = sum(look.along_zero - BETWEEN * look.borders for look in seen) > 0
     shifted = (has_zero > 0.9 and between) or has_zero == 0

@@ -1,9 +1,10 @@
 """The built-in synthetic scenes: procedural rooms, ray-cast to RGB, depth and labels.
 
-A room is a list of boxes, so the first hit of each ray is exact. Colours overlap between classes, and
-pictures, screens and windows are flat: neither RGB nor depth is enough. Lengths are metres, x to the right, y
-up, the floor at y = 0. A part is (class, centre, half size, colour, texture); a piece is parts that stand
-around their own origin with their back towards -z, and its footprint (width, depth).
+A room consists of boxes, so the first hit of each ray is exact. Colours overlap between classes, and
+pictures, screens and windows are flat, so neither RGB nor depth is sufficient. Lengths are in metres. The x
+axis points right and the y axis up, and the floor is at y = 0. A part is a box (class, centre, half size,
+colour, texture). A piece of furniture consists of parts around its own origin, with the back towards -z, and
+a footprint (width, depth).
 """
 
 import os
@@ -22,7 +23,7 @@ VIEW = np.dtype(
     [("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)]
 )
 FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
-DISPARITY = 43.5  # focal length times baseline of the Kinect, in pixels times metres
+DISPARITY = 43.5  # focal length (pixels) times baseline (metres) of the Kinect
 
 WOOD = [(122, 84, 52), (152, 108, 68), (92, 62, 42), (186, 146, 104), (70, 46, 34)]
 PALE = [(226, 221, 206), (206, 205, 200), (192, 182, 162), (232, 228, 232), (172, 186, 190)]
@@ -31,7 +32,7 @@ VIVID = [(162, 52, 46), (52, 82, 142), (62, 122, 72), (204, 164, 62), (142, 82, 
 MUTED = [(186, 198, 172), (172, 190, 206), (216, 192, 152), (202, 172, 162), (160, 160, 150)]
 SKY = [(214, 226, 240), (236, 236, 226), (120, 150, 120), (40, 44, 60), (196, 186, 164)]
 
-# cells per metre (across, up), range of brightness and of hue among cells, width of the dark joint
+# cells per metre (across, up), ranges of brightness and hue among cells, half-width of the dark joint (cells)
 TEXTURES = {
     "plain": (1.0, 1.0, 0.05, 0.0, 0.0),
     "planks": (7.0, 0.9, 0.30, 0.0, 0.05),
@@ -45,10 +46,13 @@ TEXTURES = {
 
 
 def open_synthetic(split: str, seed: int = 0) -> Split:
-    """The scenes of a split, rendered when they are read, to the same pixels for the same (seed, name)."""
+    """Open the images of a split, which are rendered when they are read.
+
+    Images of the same seed and name have the same pixels. Any split other than `test` is the training split.
+    """
     ids = np.arange(TEST_COUNT) + TRAIN_COUNT if split == "test" else np.arange(TRAIN_COUNT)
     rooms = ids // VIEWS_PER_ROOM
-    names = np.char.mod("%06d", ids + rooms)  # with a gap after each room
+    names = np.char.mod("%06d", ids + rooms)  # leaves a gap in the ids after each room
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         render = partial(render_scene, seed, size=NATIVE_SIZE)
@@ -60,7 +64,12 @@ def open_synthetic(split: str, seed: int = 0) -> Split:
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One view: `(H, W, 3)` uint8 RGB, `(H, W)` uint16 depth in mm, 0 = missing, `(H, W)` uint8 labels."""
+    """Render image number `index` at `size` (height, width).
+
+    Returns:
+        `(H, W, 3)` uint8 RGB, `(H, W)` uint16 depth in mm, 0 = missing, and `(H, W)` uint8 class indices,
+        255 = unlabelled.
+    """
     rng = np.random.default_rng((seed, 0, index // VIEWS_PER_ROOM))
     room = rng.uniform((2.8, 2.3, 3.0), (4.8, 2.8, 5.4))
     boxes = _pack(_walls(rng, room) + _furniture(rng, room))
@@ -83,7 +92,7 @@ def _legs(name, width, depth, height, radius, colour) -> list:
 
 
 def _clutter(rng, width, depth, height, most) -> list:
-    """Up to `most` objects and books on a surface."""
+    """Return up to `most` objects and books on a surface."""
     parts = []
     for _ in range(rng.integers(most + 1)):
         (x, z), half = (
@@ -177,7 +186,7 @@ def _pile(rng):
     return _clutter(rng, 0.7, 0.7, 0.0, 7), (0.7, 0.7)
 
 
-# along the walls, then free in the middle
+# types of room: furniture along the walls, furniture in the middle
 ROOMS = [
     ([_bed, _cupboard, _shelf, _cupboard, _table, _pile, _pile], [_chair, _pile, _pile]),
     ([_bed, _sofa, _cupboard, _shelf, _bed, _cupboard, _pile], [_table, _chair, _pile, _pile]),
@@ -188,7 +197,7 @@ ROOMS = [
 
 
 def _hung(rng, span, room_height) -> list:
-    """Window and pictures on a wall, in its own frame: x along it, z into the room."""
+    """Return the window and pictures on a wall, in the wall's frame: x along the wall, z into the room."""
     parts, blocked = [], (0.0, -1.0)
     if rng.random() < 0.5:
         half, x = rng.uniform((0.4, 0.4, 0.02), (0.9, 0.65, 0.02)), rng.uniform(-0.25, 0.25) * span
@@ -209,13 +218,13 @@ def _hung(rng, span, room_height) -> list:
 
 
 def _side(room, side: int) -> tuple[float, np.ndarray, float]:
-    """Yaw, middle of the foot and length of one of the four walls."""
+    """Return the yaw, the midpoint (x, z) and the length of one of the four walls."""
     yaw = side * np.pi / 2
     return yaw, -room[[0, 2]] / 2 * (np.sin(yaw), np.cos(yaw)), room[2 * (side % 2)]
 
 
 def _walls(rng, room) -> list:
-    """Floor, ceiling and walls as thick boxes around the room, and what hangs on the walls."""
+    """Return floor, ceiling and walls as thick boxes around the room, with the windows and pictures."""
     width, height, depth = room
     floor = _pick(rng, WOOD + WOOD + PALE + DARK + MUTED), _pick(rng, ("planks", "fabric", "tiles"))
     wall = _pick(rng, PALE + MUTED + WOOD[3:4]), _pick(rng, ("plain", "plain", "fabric"))
@@ -231,7 +240,10 @@ def _walls(rng, room) -> list:
 
 
 def _furniture(rng, room) -> list:
-    """The pieces of one kind of room, each where it finds space within a few tries."""
+    """Return the furniture of a random type of room.
+
+    A piece is omitted if eight random positions are all occupied.
+    """
     by_wall, free = _pick(rng, ROOMS)
     placed, parts = [], []
     for build in by_wall + free:
@@ -253,7 +265,7 @@ def _furniture(rng, room) -> list:
 
 
 def _pack(parts: list) -> dict[str, np.ndarray]:
-    """Boxes of (part, yaw, foot) as arrays: label, centre and half (K, 3), yaw, colour 0..1, texture."""
+    """Convert K tuples (part, yaw, foot) to arrays: `centre` and `half` `(K, 3)`, `colour` in 0..1."""
     names, centres, halves, colours, textures = zip(*(part for part, _, _ in parts), strict=True)
     yaw, foot = np.array([yaw for _, yaw, _ in parts]), np.array([foot for _, _, foot in parts])
     centre = _turn(np.array(centres, float), -yaw)
@@ -269,7 +281,7 @@ def _pack(parts: list) -> dict[str, np.ndarray]:
 
 
 def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
-    """Vectors (..., 3) of the world in the frame of boxes turned by yaw (...); -yaw turns back."""
+    """Rotate `(..., 3)` vectors from the world frame to box frames with `(...)` yaw (back with `-yaw`)."""
     x, y, z = np.moveaxis(vectors, -1, 0)
     return np.stack(
         np.broadcast_arrays(np.cos(yaw) * x - np.sin(yaw) * z, y, np.sin(yaw) * x + np.cos(yaw) * z), -1
@@ -277,7 +289,11 @@ def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
 
 
 def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
-    """A standing person's view across the room: origin (3,) and rays (P, 3), 1 m long along the axis."""
+    """Choose a standing person's view across the room.
+
+    Returns:
+        The `(3,)` origin and `(P, 3)` rays, which extend 1 m along the optical axis.
+    """
     for _ in range(50):
         origin = rng.uniform((-0.46, 0, -0.46), (0.46, 0, 0.46)) * room + (0, rng.uniform(1.2, 1.7), 0)
         ahead = rng.uniform((-0.3, 0, -0.3), (0.3, 0, 0.3)) * room - origin
@@ -292,7 +308,10 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
-    """First hit of each ray by the slab test: box, depth, and in the box's frame point and face."""
+    """Find the first hit of each ray by the slab test.
+
+    `point` and the face (`axis`, `side`) are in the box's frame. `cosine` is that of the angle of incidence.
+    """
     start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
     near = (-start - half).T[..., None].astype(np.float32)
     far = (-start + half).T[..., None].astype(np.float32)
@@ -302,7 +321,7 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     )
     x, y, z = rays.T.astype(np.float32)
     box = np.empty(len(rays), int)
-    for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # small enough for the cache
+    for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # chunks fit in the cache
         turned = cos * x[chunk] - sin * z[chunk], y[None, chunk], sin * x[chunk] + cos * z[chunk]
         inverse = 1 / (np.stack(np.broadcast_arrays(*turned)) + np.float32(1e-9))
         first, second = near * inverse, far * inverse
@@ -324,7 +343,7 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
 
 
 def _hash(*keys: np.ndarray) -> np.ndarray:
-    """A repeatable number in 0..1 for integer keys."""
+    """Hash integer keys to a reproducible number in [0, 1)."""
     mixed = np.uint32(0)
     for key in keys:
         mixed = (mixed ^ np.asarray(key).astype(np.int64).astype(np.uint32)) * np.uint32(2654435761)
@@ -333,7 +352,7 @@ def _hash(*keys: np.ndarray) -> np.ndarray:
 
 
 def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
-    """Surface colours (P, 3) under a lamp near the ceiling, darker in the corners of the room."""
+    """Return `(P, 3)` surface colours under a lamp near the ceiling, darker in the corners of the room."""
     box, axis = hit["box"], hit["axis"]
     across, up, bright, hue, joint = boxes["texture"][box].T
     u = np.take_along_axis(hit["point"], np.where(axis == 0, 2, 0), 1)[:, 0] * across
@@ -357,7 +376,7 @@ def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
 
 
 def _expose(rng, colour) -> np.ndarray:
-    """Exposure, white balance, falloff to the rim and sensor noise, to uint8."""
+    """Apply exposure, white balance, vignetting and sensor noise, and convert to uint8."""
     row, column = np.mgrid[-1 : 1 : colour.shape[0] * 1j, -1 : 1 : colour.shape[1] * 1j]
     gain = rng.uniform(0.75, 1.25) * (1 + rng.normal(0, 0.06, 3))
     exposed = colour * gain * (1 - 0.12 * (row**2 + column**2))[..., None]
@@ -367,10 +386,10 @@ def _expose(rng, colour) -> np.ndarray:
 
 
 def _measure(rng, depth, label, cosine) -> np.ndarray:
-    """What a Kinect would report, in mm: noise and steps in disparity, 0 where it sees nothing."""
+    """Simulate Kinect depth in mm, 0 = missing, with noise and quantisation of the disparity."""
     disparity = np.round(8 * (DISPARITY / depth + rng.normal(0, 0.06, depth.shape))) / 8
     right = np.pad(depth, ((0, 0), (0, 2)), "edge")
-    shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # the projector stands to one side
+    shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # shadow of the projector
     glass = np.isin(label, [NYUV2_13.index("window"), NYUV2_13.index("tv")]) & (rng.random() < 0.5)
     lost = (
         shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
@@ -379,7 +398,7 @@ def _measure(rng, depth, label, cosine) -> np.ndarray:
 
 
 def _annotate(rng, label, box) -> np.ndarray:
-    """A person's labels: an empty border, unlabelled slivers along edges, some objects left out."""
+    """Imitate manual labels: the image border, slivers along boundaries and some objects are unlabelled."""
     edge = (box != np.roll(box, 1, 0)) | (box != np.roll(box, 1, 1))
     sloppy = rng.random((8, 8))[np.ix_(*(np.arange(count) * 8 // count for count in label.shape))] < 0.6
     skipped = (rng.random(box.max() + 1) < 0.1)[box] & (label == NYUV2_13.index("objects"))

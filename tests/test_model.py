@@ -21,7 +21,7 @@ def tiny(**config):
 
 
 @pytest.mark.parametrize("size", [(96, 128), (97, 130), (33, 47)])
-def test_any_size_in_the_same_size_out(size):
+def test_output_size_equals_input_size(size):
     prediction = tiny()(torch.randn(2, 4, *size))
     assert prediction.logits.shape == (2, 13, *size)
     assert prediction.depth.shape == (2, 1, *size)
@@ -30,7 +30,7 @@ def test_any_size_in_the_same_size_out(size):
 @pytest.mark.parametrize(
     ("inputs", "classes"), [*zip(INPUT_CHANNELS, (NYUV2_40, NYUV2_13, ("a", "b"), NYUV2_13), strict=True)]
 )
-def test_channels_and_classes(inputs, classes):
+def test_network_has_configured_channels_and_classes(inputs, classes):
     model = tiny(inputs=inputs, classes=classes, depth_head=False)
     assert model.config == ModelConfig(classes=classes, inputs=inputs, encoder=TINY, depth_head=False)
     prediction = model(torch.randn(1, INPUT_CHANNELS[inputs], 32, 32))
@@ -38,20 +38,20 @@ def test_channels_and_classes(inputs, classes):
     assert prediction.depth is None
 
 
-def test_padding_changes_nothing_where_none_is_needed():
+def test_forward_equals_bare_net_if_no_padding_is_needed():
     model, inputs = tiny(), torch.randn(1, 4, 64, 64)
     torch.testing.assert_close(model(inputs).logits, model.net(inputs))
 
 
-def test_the_encoder_is_dilated():
-    """Its last stage keeps the resolution of the one before: output stride 16."""
+def test_encoder_has_output_stride_16():
+    """The last stage is dilated: it keeps the resolution of the one before."""
     for encoder in (TINY, "resnet18"):
         features = tiny(encoder=encoder).net.encoder(torch.randn(1, 4, 64, 64))
         assert [feature.shape[-1] for feature in features] == [64, 32, 16, 8, 4, 4]
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "mobilenet_v2", "efficientnet-b0", "mit_b0"])
-def test_other_encoders(encoder):
+def test_supported_encoders_build_and_predict(encoder):
     assert build_model(classes=NYUV2_13, encoder=encoder).eval()(torch.randn(1, 4, 50, 70)).logits.shape == (
         1,
         13,
@@ -61,7 +61,7 @@ def test_other_encoders(encoder):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_gives_both_heads_the_size_of_the_input(architecture):
+def test_both_heads_match_input_size_in_every_architecture(architecture):
     model = tiny(architecture=architecture, size=(129, 150), classes=("a", "b", "c"))
     prediction = model(torch.randn(1, 4, 129, 150))
     assert prediction.logits.shape == (1, 3, 129, 150)
@@ -71,18 +71,18 @@ def test_every_architecture_gives_both_heads_the_size_of_the_input(architecture)
 
 
 @pytest.mark.parametrize("architecture", ["fpn", "unet", "upernet"])
-def test_the_heads_of_other_architectures_stand_on_the_same_features(architecture):
-    """With the weights of a class the depth head gives its scores."""
+def test_both_heads_share_decoder_features(architecture):
+    """With the weights of one class, the depth head outputs the logits of that class."""
     model, inputs = tiny(architecture=architecture), torch.randn(2, 4, 50, 70)
     ours, theirs = model.depth_head[0], model.net.segmentation_head[0]
-    ours.bias.data, width = theirs.bias.data[3:4], theirs.kernel_size[0]  # of 1 or 3
+    ours.bias.data, width = theirs.bias.data[3:4], theirs.kernel_size[0]  # width 1 or 3
     ours.weight.data = F.pad(theirs.weight.data[3:4], [(3 - width) // 2] * 4)
     prediction = model(inputs)
     torch.testing.assert_close(prediction.depth, prediction.logits[:, 3:4])
     assert prediction.depth.std() > 0
 
 
-def test_refused_combinations_name_what_would_work():
+def test_unsupported_architecture_error_lists_alternatives():
     with pytest.raises(
         ValueError, match="densenet121.* can't be used in deeplabv3plus .*architecture fpn, unet or"
     ):
@@ -98,13 +98,13 @@ def test_refused_combinations_name_what_would_work():
         build_model(classes=NYUV2_13, architecture="dpt")
 
 
-def test_depth_head_is_linear_on_the_decoder():
+def test_depth_head_is_one_linear_convolution():
     torch.manual_seed(0)
     model = tiny()
     convolution = model.depth_head[0]
     assert (convolution.in_channels, convolution.out_channels, convolution.kernel_size) == (256, 1, (3, 3))
     convolution.bias.data.fill_(-1e6)
-    assert model(torch.randn(1, 4, 64, 64)).depth.max() < 0  # nothing squashes it
+    assert model(torch.randn(1, 4, 64, 64)).depth.max() < 0  # no final activation
 
 
 def test_both_heads_train_the_encoder():
@@ -115,7 +115,7 @@ def test_both_heads_train_the_encoder():
         assert next(model.net.encoder.parameters()).grad.abs().sum() > 0
 
 
-def test_unknown_encoder_and_weights():
+def test_unknown_or_unsupported_encoder_is_refused():
     with pytest.raises(
         ValueError, match="encoder: found 'resnet81', did you mean resnet18, .* there are: resnet18, "
     ):
@@ -130,8 +130,8 @@ def test_unknown_encoder_and_weights():
 
 
 @pytest.mark.parametrize("encoder", ["tu-swin_tiny_patch4_window7_224", "tu-coatnet_0_rw_224"])
-def test_an_encoder_that_is_made_for_another_size_is_refused_before_it_trains(encoder):
-    """Otherwise the first step would fail, after an older run of that name was moved away."""
+def test_unsupported_input_size_and_unknown_weights_are_refused(encoder):
+    """Otherwise a wrong size fails at the first step, after an older run of that name was moved away."""
     options = {"classes": NYUV2_13, "encoder": encoder, "architecture": "fpn"}
     message = f"encoder: '{encoder}' can't be used in fpn at 96x128 .* set image_height and image_width to it"
     with pytest.raises(ValueError, match=message):
@@ -147,7 +147,7 @@ def test_an_encoder_that_is_made_for_another_size_is_refused_before_it_trains(en
         build_model(classes=NYUV2_13, encoder="tu-resnet18", encoder_weights="foo")
 
 
-def test_offline_says_what_to_do(monkeypatch):
+def test_offline_error_explains_how_to_get_weights(monkeypatch):
     def offline(*arguments, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
@@ -159,7 +159,7 @@ def test_offline_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
-def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, inputs):
+def test_pretrained_first_layer_adapts_to_input_channels(monkeypatch, tmp_path, inputs):
     pretrained = smp.encoders.get_encoder("resnet18", weights=None)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(pretrained.state_dict(), path)
@@ -178,7 +178,7 @@ def test_pretrained_weights_adapt_to_the_channels(monkeypatch, tmp_path, inputs)
     assert encoder.layer4[0].conv1.stride == (1, 1)  # dilated
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_save_and_load_preserve_weights_and_config(tmp_path):
     config = {
         "classes": ("floor", "wall", "else"), "inputs": "rgbd_xy", "depth_encoding": "log",
         "depth_range_m": (0.3, 5.0), "size": (48, 64), "depth_head": False,
@@ -212,7 +212,7 @@ UNKNOWN = (
         ("list", UNKNOWN.format("list")),
     ],
 )
-def test_unreadable_checkpoints(tmp_path, damage, message):
+def test_unreadable_checkpoint_is_refused_with_a_remedy(tmp_path, damage, message):
     path = tmp_path / "best.pt"
     if damage != "missing":
         save_model(tiny(), path)
@@ -230,7 +230,7 @@ def test_unreadable_checkpoints(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("config", [{"inputs": "rgb"}, {"classes": NYUV2_40}])
-def test_weights_that_do_not_fit(tmp_path, config):
+def test_checkpoint_weights_must_match_its_config(tmp_path, config):
     other = asdict(replace(tiny().config, **config))
     torch.save({"config": other, "weights": tiny().state_dict()}, tmp_path / "best.pt")
     with pytest.raises(
@@ -239,7 +239,7 @@ def test_weights_that_do_not_fit(tmp_path, config):
         load_model(tmp_path / "best.pt")
 
 
-def test_a_config_of_another_version(tmp_path):
+def test_checkpoint_config_of_another_version_is_refused(tmp_path):
     for config in (
         asdict(tiny().config) | {"heads": 3},
         {"inputs": "smell"},

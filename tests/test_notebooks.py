@@ -32,7 +32,7 @@ def cells(path, kind="code"):
 
 
 def declared(notebook):
-    """The parameters of a notebook with their defaults, as they are written."""
+    """A notebook's parameters with their defaults, as source text."""
     return {
         name: entry["default"]
         for name, entry in pm.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb")).items()
@@ -54,7 +54,7 @@ def papermill(tmp_path, *arguments, notebook="train", cwd=NOTEBOOKS, **environme
 
 
 def outputs_of(path):
-    """Of a notebook that ran without an error and without anything red."""
+    """All outputs of a notebook, which must contain no error and nothing on stderr."""
     outputs = [output for cell in cells(path) for output in cell.outputs]
     assert not [
         output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
@@ -70,11 +70,11 @@ def pictures_of(outputs):
     return [output for output in outputs if "image/png" in output.get("data", {})]
 
 
-# where lib is found
+# finding lib
 
 
-def test_every_notebook_begins_alike():
-    """A study may do without the import of Optional."""
+def test_notebooks_share_one_bootstrap_cell():
+    """A study may omit the import of Optional."""
     bootstrap = cells(NOTEBOOKS / "train.ipynb")[BOOTSTRAP]
     optional = "from typing import Optional\n\n"
     assert optional in bootstrap.source
@@ -88,7 +88,7 @@ def test_every_notebook_begins_alike():
 
 
 def found_lib(folder, python_path=None):
-    """Where the bootstrap finds lib from a folder; None where it does not."""
+    """The project whose lib the bootstrap cell finds from a folder, or None."""
     source = cells(NOTEBOOKS / "train.ipynb")[BOOTSTRAP].source.replace("%matplotlib inline\n", "")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if python_path is not None:
@@ -98,7 +98,7 @@ def found_lib(folder, python_path=None):
         "-P",
         "-c",
         f"{source}\nimport lib\nprint(lib.__file__)",
-    ]  # -P: not in the working directory
+    ]  # -P keeps the working directory off sys.path
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         assert "ModuleNotFoundError: No module named 'lib'" in result.stderr
@@ -116,8 +116,8 @@ def test_lib_is_found_from_elsewhere_with_pythonpath(tmp_path):
     assert found_lib(tmp_path) is None
 
 
-def test_the_project_around_a_notebook_comes_before_pythonpath(tmp_path):
-    """So that a second worktree runs its own code."""
+def test_enclosing_project_takes_precedence_over_pythonpath(tmp_path):
+    """A second worktree must run its own code."""
     for module in ("__init__", "notebooks/__init__", "notebooks/parameters"):
         path = tmp_path / "lib" / f"{module}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +139,12 @@ OLDER = {
 
 
 @pytest.mark.parametrize("notebook", OLDER)
-def test_older_names_are_explained(notebook):
+def test_error_for_older_parameter_gives_its_new_name(notebook):
     for older, newer in OLDER[notebook].items():
         assert explain_unknown(older, declared(notebook)) == f"{older}: is called {newer} now"
 
 
-def test_default_names():
+def test_default_run_and_recipe_names():
     assert declared("train")["run_name"] == '"demo"'
     assert declared("evaluate")["run_name"] == declared("evaluate")["recipe"] == '"external"'
 
@@ -162,14 +162,14 @@ def test_default_names():
         (["-p", "data", "/no/such/place"], ["/no/such/place: no such folder; expected DATA/train/{image,"]),
     ],
 )
-def test_mistakes_end_papermill_with_an_error(tmp_path, arguments, messages):
+def test_invalid_parameters_make_papermill_fail(tmp_path, arguments, messages):
     result = papermill(tmp_path, *arguments)
     assert result.returncode == 1
     for message in messages:
         assert message in result.stderr
 
 
-def test_without_a_run_the_command_that_makes_one_is_named(tmp_path):
+def test_evaluate_without_runs_shows_the_training_command(tmp_path):
     result = papermill(tmp_path, notebook="evaluate", RUNS_DIR=str(tmp_path))
     assert result.returncode == 1
     assert "run: found 'latest', trained runs in" in result.stderr
@@ -181,12 +181,12 @@ def test_comparing_without_runs_shows_the_committed_example(tmp_path):
     assert result.returncode == 0, result.stderr
     outputs = outputs_of(tmp_path / "out.ipynb")
     assert "**baseline_again** against **baseline**" in texts_of(outputs)
-    assert "prefer baseline." in texts_of(outputs)  # than a tenth of its learning rate
-    assert len(pictures_of(outputs)) == 4  # the browser leaves a picture, too
+    assert "prefer baseline." in texts_of(outputs)  # to a tenth of its learning rate
+    assert len(pictures_of(outputs)) == 4  # including the static image of the browser
 
 
 @pytest.mark.parametrize("depth", [True, False])
-def test_exploring_a_folder(tmp_path, folder, depth):
+def test_explore_describes_a_folder_with_or_without_depth(tmp_path, folder, depth):
     if not depth:
         shutil.rmtree(folder / "train" / "depth")
         shutil.rmtree(folder / "test" / "depth")
@@ -203,8 +203,8 @@ def test_exploring_a_folder(tmp_path, folder, depth):
     assert not [output for output in outputs if WIDGET in output.get("data", {})]
 
 
-def test_train_runs_from_the_root_too_and_leaves_no_red(tmp_path):
-    """Papermill runs a kernel where it is called, nbval in the notebook's own folder."""
+def test_train_runs_from_the_root_without_stderr(tmp_path):
+    """Papermill starts the kernel in the caller's folder, nbval in the notebook's."""
     small = {
         "run_name": "tiny",
         "limit": 12,
@@ -218,10 +218,10 @@ def test_train_runs_from_the_root_too_and_leaves_no_red(tmp_path):
     assert result.returncode == 0, result.stderr
     outputs = outputs_of(tmp_path / "out.ipynb")
     assert len(pictures_of(outputs)) == 3  # curves, bars, predictions; each once
-    assert "100%" in texts_of(outputs, "plain")  # the bar's last state
+    assert "100%" in texts_of(outputs, "plain")  # the progress bar's last state
 
 
-# what is committed
+# committed files
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
@@ -236,7 +236,7 @@ def test_committed_notebooks_are_executed_and_small(path):
         assert "def " not in cell.source
     assert "parameters" in code[PARAMETERS].metadata.tags
     assert "check_parameters()" in code[CHECK].source
-    assert str(ROOT) not in path.read_text()  # nobody else has this folder
+    assert str(ROOT) not in path.read_text()  # a path on this machine
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
@@ -252,7 +252,7 @@ def test_papermill_prints_every_parameter_with_its_comment(path):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiments_know_the_parameters(path):
+def test_experiments_use_known_train_parameters(path):
     parameters = yaml.safe_load(path.read_text())
     assert parameters.keys() <= declared("train").keys()
     assert parameters["run_name"] == path.stem
@@ -261,7 +261,7 @@ def test_experiments_know_the_parameters(path):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
-def test_studies_are_parameters_of_a_sweep(path):
+def test_studies_use_known_sweep_parameters(path):
     parameters = yaml.safe_load(path.read_text())
     assert parameters.keys() <= declared("sweep").keys()
     assert parameters["fixed"].keys() | parameters["grid"].keys() <= declared("train").keys()
@@ -270,7 +270,7 @@ def test_studies_are_parameters_of_a_sweep(path):
     assert f"-f studies/{path.parent.name}/study.yaml" in path.read_text()
 
 
-def test_exp061_is_the_published_one():
+def test_exp061_is_as_published_and_its_variants_differ_as_stated():
     exp061, exp060, exp050, batch = (
         yaml.safe_load((NOTEBOOKS / "experiments" / f"{name}.yaml").read_text())
         for name in ("exp061", "exp060", "exp050", "exp061_batch")

@@ -22,7 +22,7 @@ def logits():
 @pytest.fixture
 def labels():
     generator = torch.Generator().manual_seed(4)
-    labels = torch.randint(0, 3, (2, 6, 7), generator=generator)  # 3 never occurs
+    labels = torch.randint(0, 3, (2, 6, 7), generator=generator)  # class 3 never occurs
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
     return labels
 
@@ -37,7 +37,7 @@ def loss_of(logits, labels, depth=None, soft_iou_weight=0.0, depth_weight=0.1, *
     return objective(Prediction(logits, depth), batch_of(labels))
 
 
-def test_every_term_stands_for_itself_and_the_total_weighs_them(logits, labels):
+def test_total_is_the_weighted_sum_of_unweighted_terms(logits, labels):
     depth = torch.full((2, 1, 6, 7), 0.25)
     losses = loss_of(logits, labels, depth, 0.5, 0.1, lovasz_weight=0.25)
     batch = batch_of(labels)
@@ -57,17 +57,17 @@ def test_every_term_stands_for_itself_and_the_total_weighs_them(logits, labels):
     torch.testing.assert_close(losses.total, weighted)
 
 
-def test_what_is_not_asked_for_changes_nothing(logits, labels):
+def test_zero_weights_leave_the_loss_unchanged(logits, labels):
     losses = loss_of(logits, labels)
     assert losses.total == losses.cross_entropy
     assert losses.lovasz == losses.depth_l1 == 0
-    assert losses.soft_iou > 0  # it comes with the cross-entropy, for the curves
+    assert losses.soft_iou > 0  # always computed with the cross-entropy, for the curves
     (gradient,) = torch.autograd.grad(losses.total, logits)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels, ignore_index=255), logits)
     torch.testing.assert_close(gradient, expected)
 
 
-def test_class_weights_weigh_the_cross_entropy_alone(logits, labels):
+def test_class_weights_affect_only_cross_entropy(logits, labels):
     weights = torch.tensor([0.5, 2.0, 3.0, 1.0])
     plain, weighted = (
         loss_of(logits, labels, None, 0.5),
@@ -80,7 +80,7 @@ def test_class_weights_weigh_the_cross_entropy_alone(logits, labels):
     assert weighted.soft_iou == plain.soft_iou
 
 
-def test_lovasz_is_that_of_segmentation_models_pytorch(logits, labels):
+def test_lovasz_loss_and_gradient_match_smp(logits, labels):
     theirs = smp.losses.LovaszLoss("multiclass", ignore_index=255)(logits, labels)
     ours = lovasz_loss(logits, labels)
     assert ours == theirs > 0.1
@@ -93,7 +93,7 @@ def test_lovasz_of_a_perfect_prediction_is_0(labels):
     assert lovasz_loss(logits, labels) < 1e-6
 
 
-def test_a_batch_without_a_label_has_a_total_of_0_and_no_gradient(logits):
+def test_unlabelled_batch_has_zero_loss_and_gradient(logits):
     labels = torch.full((2, 6, 7), 255)
     losses = loss_of(logits, labels, None, 0.5, class_weights=torch.arange(4.0), lovasz_weight=1.0)
     assert torch.stack(losses).tolist() == [0] * 5
@@ -104,14 +104,14 @@ def test_a_batch_without_a_label_has_a_total_of_0_and_no_gradient(logits):
 
 @pytest.mark.parametrize("pooling", ["batch", "image", "exp061"])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 3.0, 1.0])])
-def test_its_segmentation_part_is_the_segmentation_loss(logits, labels, pooling, weights):
+def test_total_without_depth_equals_segmentation_loss(logits, labels, pooling, weights):
     objective = Objective(0.7, pooling, 0.1, weights)
     losses = objective(Prediction(logits, None), batch_of(labels))
     assert losses.total == segmentation_loss(logits, labels, 0.7, pooling, weights)
     assert objective.weights == {"cross_entropy": 1, "soft_iou": 0.7, "lovasz": 0.0, "depth_l1": 0.1}
 
 
-def test_it_is_built_from_the_parameters_and_the_training_labels():
+def test_objective_is_built_from_parameters_and_training_labels():
     samples = small_samples()
     objective = build_objective(PARAMETERS, samples)
     assert (objective.soft_iou_weight, objective.soft_iou_pooling) == (0.5, "batch")
@@ -129,7 +129,7 @@ def test_it_is_built_from_the_parameters_and_the_training_labels():
         Objective(soft_iou_pooling="mean")
 
 
-def test_the_history_has_each_term_by_itself():
+def test_history_records_each_loss_term():
     samples = small_samples()[:8]
     parameters = PARAMETERS | {"run_name": "terms"}
     objective = Objective(0.5, "batch", 0.1, lovasz_weight=0.25)
@@ -152,13 +152,13 @@ def test_the_history_has_each_term_by_itself():
     assert np.all(np.diff(history.train_cross_entropy) < 0)
 
 
-def test_the_encoder_learns_at_its_share_of_the_rate():
+def test_encoder_lr_scale_scales_the_encoder_step():
     model = build_model(encoder=ENCODER, classes=("a", "b"))
     start = [weights.detach().clone() for weights in model.parameters()]
     optimizer = Optimisation(1, 0.01, 0.0, encoder_lr_scale=0.1).build_optimizer(model)
     for weights in model.parameters():
         weights.grad = torch.ones_like(weights)
-    optimizer.step()  # the first step of AdamW is the learning rate times the sign of the gradient
+    optimizer.step()  # AdamW's first step is the learning rate times the sign of the gradient
     moved = {
         id(weights): (before - weights.detach()).mean().item()
         for before, weights in zip(start, model.parameters(), strict=True)
@@ -170,7 +170,7 @@ def test_the_encoder_learns_at_its_share_of_the_rate():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_the_share_holds_throughout_the_schedule(schedule):
+def test_encoder_lr_scale_holds_throughout_the_schedule(schedule):
     optimisation = Optimisation(10, 0.01, 0.0, schedule, encoder_lr_scale=0.1)
     optimizer = optimisation.build_optimizer(build_model(encoder=ENCODER, classes=("a", "b")))
     scheduler = optimisation.build_schedule(optimizer, steps=1)

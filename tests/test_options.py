@@ -36,13 +36,13 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
         ("split", "given", "it is called validation: predefined now"),
     ],
 )
-def test_values_that_are_not_allowed(name, value, message):
+def test_invalid_option_values_are_refused(name, value, message):
     with pytest.raises(ValueError) as error:
         check_options(**{name: value})
     assert message in str(error.value)
 
 
-def test_allowed_values_and_names_without_an_entry_pass():
+def test_valid_values_and_unlisted_names_are_accepted():
     check_options(
         epochs=1, learning_rate=0.5, weight_decay=0, soft_iou_weight=1.5, limit=None, run_name="", fold=4
     )
@@ -52,7 +52,7 @@ def test_allowed_values_and_names_without_an_entry_pass():
                 check_options(**{name: value})
 
 
-def test_the_defaults_of_all_notebooks_are_allowed():
+def test_notebook_defaults_are_valid():
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         cells = json.loads(notebook.read_text())["cells"]
         (source,) = [
@@ -62,13 +62,13 @@ def test_the_defaults_of_all_notebooks_are_allowed():
         check_options(**defaults)
 
 
-def test_choices_from_elsewhere():
+def test_check_choice_accepts_only_the_given_values():
     check_choice("baseline", "a", ["a", "b"])
     with pytest.raises(ValueError, match="baseline: found 'c', expected one of a, b"):
         check_choice("baseline", "c", ["a", "b"])
 
 
-def test_what_is_said_of_an_unknown_name():
+def test_unknown_parameter_error_suggests_a_name():
     known = ["split", "validation", "epochs"]
     assert explain_unknown("part", known) == "part: is called split now"
     assert explain_unknown("split", ["validation"]) == "split: is called validation now"
@@ -77,7 +77,7 @@ def test_what_is_said_of_an_unknown_name():
     )
     assert explain_unknown("keep", known).startswith(
         "keep: no such parameter, there are"
-    )  # nothing of that name here
+    )  # its new name, `checkpoint`, is not known here
 
 
 def test_parameters_are_checked_without_torch():
@@ -89,12 +89,12 @@ def test_parameters_are_checked_without_torch():
 
 
 @pytest.mark.parametrize(("older", "newer"), OLDER_NAMES.items())
-def test_an_older_name_is_explained_where_its_new_one_is_known(older, newer):
+def test_older_name_is_explained_if_its_new_name_is_known(older, newer):
     assert explain_unknown(older, ["epochs", newer]) == f"{older}: is called {newer} now"
     assert explain_unknown(older, ["epochs"]).startswith(f"{older}: no such parameter, ")
 
 
-def test_the_hint_reaches_those_who_load_data():
+def test_load_samples_errors_suggest_the_right_parameter():
     with pytest.raises(ValueError, match="split: found 'blocks', .*; did you mean validation: blocks"):
         load_samples("synthetic", "blocks")
     with pytest.raises(

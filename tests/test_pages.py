@@ -1,4 +1,4 @@
-"""Every block of commands on every page, pasted into a shell: a fresh clone, an empty HOME, nothing activated."""
+"""Run every command block of every page in a fresh clone, with an empty HOME and no active environment."""
 
 import re
 import subprocess
@@ -24,13 +24,13 @@ exec "{sys.executable}" -m papermill "$@"
 
 
 def blocks_of(page):
-    """The blocks of commands of a page; what only installs or tests is left out, since it needs the network or this test."""
+    """A page's command blocks without installation and pytest, which need the network or would recurse."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     without_installing = [re.sub(r"python3 -m venv(.*\\\n)*.*\n", "", block) for block in blocks]
     return [block for block in without_installing if block.strip()]
 
 
-def test_lines_to_paste_are_short_and_start_where_the_page_says():
+def test_command_blocks_have_short_lines_and_a_starting_folder():
     blocks = {page: blocks_of(page) for page in PAGES}
     assert sum(map(len, blocks.values())) >= 6
     for page, found in blocks.items():
@@ -40,7 +40,7 @@ def test_lines_to_paste_are_short_and_start_where_the_page_says():
 
 
 @pytest.mark.slow
-def test_every_block_of_commands_runs_as_it_stands(tmp_path):
+def test_every_command_block_runs_as_written(tmp_path):
     clone = tmp_path / "a clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     scenes = load_samples("synthetic", "train", "none", limit=40)

@@ -1,4 +1,4 @@
-"""`~` is the home folder in every parameter that is a path; tests of `runs` and RUNS_DIR are with theirs."""
+"""Every path parameter expands `~`. The tests of `runs` and RUNS_DIR are with their modules."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from lib.runs.scoring import find_scored, iterate_split, score_run
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, scenes):
-    """A folder of images as the home folder; the working directory is another one, and stays empty."""
+    """A home folder with images. The working directory is another folder and must stay empty."""
     write_folder(tmp_path / "home", scenes[:3])
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "home" / "runs"))
@@ -30,14 +30,14 @@ def home(tmp_path, monkeypatch, scenes):
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_data_images_and_depths(home):
+def test_home_is_expanded_in_data_images_and_depths(home):
     assert len(load_samples("~", "train", "none")) == 3
     (first, *_) = open_images("~/train/image", "~/train/depth", 1.0, True, NYUV2_13)
     assert first.depth.any()
     assert plan_runs(None, {"data": "~/train"}, {}, [1]).popitem()[1]["data"] == str(home / "train")
 
 
-def test_a_network_and_its_masks(home):
+def test_home_is_expanded_in_checkpoints_masks_and_weights(home):
     config = {
         "classes": ("wall", "floor"),
         "encoder": "tu-test_efficientnet",
@@ -47,21 +47,21 @@ def test_a_network_and_its_masks(home):
     save_model(build_model(architecture="fpn", **config), home / "best.pt")
     model = load_model("~/best.pt")
     assert model.config.classes == ("wall", "floor")
-    assert find_run("~") == home  # `run` of the notebooks
+    assert find_run("~") == home  # the notebooks' parameter `run`
     predict_images(model, open_images("~/train/image", None, 1.0, False, model.config.classes), "~/masks")
     assert len(list((home / "masks").glob("*.png"))) == 3
     torch.save({"a": torch.zeros(1)}, home / "weights.pth")
-    with pytest.raises(CheckpointError, match="such as"):  # read, but of another encoder
+    with pytest.raises(CheckpointError, match="such as"):  # it is read, but is for another encoder
         build_model(classes=NYUV2_13, encoder="resnet18", encoder_weights="~/weights.pth")
     assert weights_digest("~/weights.pth") == weights_digest(str(home / "weights.pth")) is not None
 
 
-def test_predictions_and_results(home, scenes):
+def test_home_is_expanded_in_predictions_and_results(home, scenes):
     parameters = {"data": "~", "validation": "none", "limit": None, "classes": None, "fold": 4}
     parameters |= {"run_name": "external", "recipe": "external", "seed": 0, "predictions": "~/train/label"}
     for path, label in zip(sorted((home / "train" / "label").iterdir()), scenes.label, strict=False):
         Image.fromarray(np.where(label == 255, 0, label)).save(path)
-    (home / "dataset.yaml").write_text("first_label: 0")  # else 0 between all others is an error
+    (home / "dataset.yaml").write_text("first_label: 0")  # otherwise 0 between all other classes is an error
     run = find_scored("latest", parameters["predictions"], parameters)
     assert score_run(run, "train", iterate_split(parameters, "train"))["plain"]["pixel_accuracy"] == 1
     assert [scored.name for scored in read_runs("~/runs/external", "train")] == ["external"]

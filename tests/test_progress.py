@@ -5,8 +5,8 @@ from lib import progress
 from lib.progress import progress_bar, use_bar
 
 
-def test_bars_in_a_notebook_end_in_their_last_state(monkeypatch):
-    """What a saved notebook shows when it is reopened is the last that was displayed."""
+def test_notebook_bar_shows_its_final_state(monkeypatch):
+    """A saved notebook, when reopened, shows what was displayed last."""
     shown = []
 
     class Handle:
@@ -28,16 +28,16 @@ def test_bars_in_a_notebook_end_in_their_last_state(monkeypatch):
     assert "3/3" in shown[-1]
 
 
-def test_bars_are_silent_where_there_is_no_terminal(monkeypatch, capfd):
+def test_bar_prints_nothing_without_a_terminal(monkeypatch, capfd):
     monkeypatch.setattr(lib.notebooks, "get_ipython", lambda: None)
     with progress_bar("reading", 3) as bar:
         bar.update(3)
     assert capfd.readouterr() == ("", "")
 
 
-def test_bars_are_made_by_the_function_that_is_installed(monkeypatch):
+def test_use_bar_replaces_the_bar_factory(monkeypatch):
     made = []
-    monkeypatch.setattr(progress, "_make_bar", progress._make_bar)  # put back in the end
+    monkeypatch.setattr(progress, "_make_bar", progress._make_bar)  # restored after the test
     use_bar(lambda **options: made.append(options) or tqdm(disable=True, **options))
     progress_bar("reading", 3, initial=1).close()
     progress_bar("reading", 3, disable=True).close()
@@ -45,8 +45,8 @@ def test_bars_are_made_by_the_function_that_is_installed(monkeypatch):
     assert (options["desc"], options["total"], options["initial"]) == ("reading", 3, 1)
 
 
-def test_lib_itself_shows_the_bar_of_a_terminal(monkeypatch, capfd):
-    """A script that imports nothing of lib.notebooks."""
+def test_default_bar_is_shown_in_a_terminal(monkeypatch, capfd):
+    """Scripts that import nothing from lib.notebooks get this bar."""
     monkeypatch.setattr(progress, "_make_bar", progress.terminal_bar)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with progress_bar("reading", 3) as bar:

@@ -25,7 +25,7 @@ MODULES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file imports, also within functions: those of lib without `lib.`, of others the package."""
+    """Imported modules, also inside functions: those of lib without `lib.`, others as top-level packages."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -42,13 +42,13 @@ def imported(path: Path) -> set[str]:
 IMPORTS = {module: imported(path) for module, path in MODULES.items()}
 
 
-def test_imports_have_no_circles():
+def test_imports_are_acyclic():
     graph = {module: (found & MODULES.keys()) - {module} for module, found in IMPORTS.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_import_only_what_is_below_them(module):
+def test_modules_import_only_lower_layers(module):
     found = IMPORTS[module] & MODULES.keys()
     if module in GROUND:
         assert not found
@@ -62,15 +62,15 @@ def test_modules_import_only_what_is_below_them(module):
 @pytest.mark.parametrize(
     "command", [["git", "check-ignore", "-q"], [sys.executable, "-m", "ruff", "check", "--force-exclude"]]
 )
-def test_git_and_ruff_see_the_package_runs(command):
+def test_git_and_ruff_do_not_ignore_lib_runs(command):
     done = subprocess.run([*command, "lib/runs/__init__.py"], cwd=ROOT, capture_output=True, text=True)
     if command[0] == "git":
-        assert done.returncode == 1  # nothing there is ignored
+        assert done.returncode == 1  # not ignored
     else:
-        assert (done.returncode, done.stderr) == (0, "")  # "No Python files found" where it is excluded
+        assert (done.returncode, done.stderr) == (0, "")  # "No Python files found" if it is excluded
 
 
-def test_the_tested_versions_are_those_required():
+def test_ci_constraints_satisfy_requirements():
     pinned = [line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()[1:]]
     versions = {canonicalize_name(name): version for name, version in pinned}
     required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
@@ -82,17 +82,17 @@ def blocks_of_readme():
     return re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_ci_runs_the_command_of_the_readme():
+def test_ci_runs_the_readme_test_command():
     (command,) = [block for block in blocks_of_readme() if "pytest" in block]
     assert (ROOT / ".ci" / "run").read_text().endswith(f"\n{command}")
 
 
-def test_lines_to_paste_are_short():
+def test_readme_command_lines_are_short():
     assert max(len(line) for block in blocks_of_readme() for line in block.splitlines()) < 100
 
 
-def test_the_readme_installs_into_its_own_environment(tmp_path):
-    """Although another one is active; with a package of one line in place of the requirements."""
+def test_readme_installs_into_the_project_environment(tmp_path):
+    """Another environment is active. A tiny local package stands in for the requirements."""
     if shutil.which("uv", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("uv is not installed beside this Python")
     for name in (".venv", "foreign"):
@@ -113,7 +113,7 @@ def test_the_readme_installs_into_its_own_environment(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["benchmark", "simulate_tests"])
-def test_what_is_measured_by_hand_still_starts(script):
+def test_benchmark_scripts_start(script):
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -137,7 +137,7 @@ def test_tests_leave_no_files_behind(tmp_path):
     assert not list(tmp_path.glob("*-of-tests-*"))
 
 
-def test_style():
+def test_code_passes_ruff():
     for command in (["check"], ["format", "--check"]):
         result = subprocess.run(
             [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Whatever comes in, it works or there is one clear error of the project's own."""
+"""Property tests: any input either works or raises one clear error of the project."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def small_folder(tmp_path_factory, scenes):
 
 
 def loads_or_says_why(path, root) -> bool:
-    """Whether it loads; an error names the file first and the remedy last."""
+    """Whether the samples load. An error must be one line, begin with the split's path and name the file."""
     try:
         samples = load_samples(root, "train", "none", (24, 32))
     except DataError as error:
@@ -62,7 +62,7 @@ def loads_or_says_why(path, root) -> bool:
 @example(kind="image", cut=1.0, flips=[])
 @example(kind="depth", cut=1.0, flips=[])
 @example(kind="label", cut=1.0, flips=[])
-def test_damaged_files(small_folder, kind, cut, flips):
+def test_damaged_files_load_or_raise_a_clear_error(small_folder, kind, cut, flips):
     path = small_folder / "train" / kind / "000001.png"
     whole = path.read_bytes()
     damaged = bytearray(whole[: max(1, int(cut * len(whole)))])
@@ -70,7 +70,7 @@ def test_damaged_files(small_folder, kind, cut, flips):
         damaged[int(where * len(damaged))] = value
     path.write_bytes(damaged)
     try:
-        assert loads_or_says_why(path, small_folder) or damaged != whole  # what is whole is accepted
+        assert loads_or_says_why(path, small_folder) or damaged != whole  # an undamaged file must load
     finally:
         path.write_bytes(whole)
 
@@ -80,12 +80,12 @@ def test_damaged_files(small_folder, kind, cut, flips):
     kind=KINDS,
     mode=st.sampled_from(["L", "RGB", "RGBA", "I;16", "1", "LA"]),
     shape=st.just((96, 128)) | st.tuples(st.integers(1, 100), st.integers(1, 130)),
-    value=st.integers(0, 65534),  # 65535 everywhere is an error of the whole split, see test_sanity
+    value=st.integers(0, 65534),  # 65535 everywhere is an error of the whole split; see test_sanity
 )
 @example(kind="image", mode="RGB", shape=(96, 128), value=0)
 @example(kind="depth", mode="I;16", shape=(96, 128), value=900)
 @example(kind="label", mode="L", shape=(96, 128), value=12)
-def test_files_of_any_kind(small_folder, kind, mode, shape, value):
+def test_only_valid_image_modes_and_sizes_load(small_folder, kind, mode, shape, value):
     path = small_folder / "train" / kind / "000001.png"
     whole = path.read_bytes()
     if mode == "I;16":
@@ -93,7 +93,7 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
     else:
         picture = Image.new(mode, shape[::-1], value % 256 if mode in ("L", "1") else 0)
     good = {
-        "image": mode in ("L", "RGB", "1"),  # the others are transparent, or of 16 bits
+        "image": mode in ("L", "RGB", "1"),  # other modes have transparency or 16 bits
         "depth": mode == "I;16" and value < 65535,
         "label": (mode == "L" and (value % 256 < 13 or value % 256 == 255))
         or (mode == "I;16" and value in (*range(13), 255)),
@@ -104,7 +104,7 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
         if (kind, mode) != (
             "label",
             "P",
-        ):  # Pillow renumbers colours as it saves them: such a file may hold any class
+        ):  # Pillow renumbers palette colours when saving, so such a file may contain any class
             assert loads == (good[kind] and shape == (96, 128))
     finally:
         path.write_bytes(whole)
@@ -120,7 +120,7 @@ def test_files_of_any_kind(small_folder, kind, mode, shape, value):
 @example(broken="labels", dtype="uint16", shape=[4, 8, 6], value=894)
 @example(broken="depths", dtype="float32", shape=[4, 8, 6], value=3)
 @example(broken="images", dtype="uint8", shape=[4, 3, 8, 6], value=255)
-def test_mat_files_of_any_layout(tmp_path_factory, broken, dtype, shape, value):
+def test_only_valid_mat_layouts_load(tmp_path_factory, broken, dtype, shape, value):
     path = tmp_path_factory.mktemp("mat") / "labeled.mat"
     good = {"images": ("uint8", (4, 3, 8, 6)), "labels": ("uint16", (4, 8, 6))}
     good |= dict.fromkeys(("depths", "rawDepths"), ("float32", (4, 8, 6)))
@@ -134,7 +134,7 @@ def test_mat_files_of_any_layout(tmp_path_factory, broken, dtype, shape, value):
     values = {"labels": value <= 894, "depths": 1 <= value < 20, "images": True, "rawDepths": True}
     right = good[broken] == (dtype, tuple(shape)) and values[broken]
     try:
-        assert len(load_samples(path, "train", "none")) == 2  # of the frames 0..3, 2 and 3 train
+        assert len(load_samples(path, "train", "none")) == 2  # of the frames 0..3, 2 and 3 are for training
         assert right
     except DataError as error:
         assert str(error).startswith(f"{path}: ")
@@ -155,7 +155,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size
 )
 @example(classes=list(NYUV2_13), key="classes")
 @example(classes=["no", "yes", "1"], key="classes")
-def test_any_description(small_folder, classes, key):
+def test_dataset_yaml_accepts_only_valid_class_lists(small_folder, classes, key):
     path = small_folder / "dataset.yaml"
     path.write_text(yaml.safe_dump({key: classes}, allow_unicode=True), "utf-8")
     strings = isinstance(classes, list) and all(isinstance(name, str) and name for name in classes)
@@ -172,8 +172,8 @@ def test_any_description(small_folder, classes, key):
 
 
 @given(ids=st.sets(st.integers(0, 400), min_size=1, max_size=60), step=st.integers(1, 9), order=st.randoms())
-def test_runs_and_folds_of_any_ids(ids, step, order):
-    """A common step changes nothing, nor does the order; folds partition the images and cut no run."""
+def test_folds_partition_images_without_splitting_runs(ids, step, order):
+    """Runs of ids depend neither on a common step nor on the order."""
     names = [str(number) for number in sorted(ids)]
     runs = number_runs(np.array(names))
     stepped = number_runs(np.array([str(step * number) for number in sorted(ids)]))
@@ -198,7 +198,7 @@ JSON = st.recursive(
 
 @FEW
 @given(content=st.dictionaries(st.text(max_size=3), JSON, max_size=4))
-def test_any_json_comes_back_with_null_for_what_is_no_number(tmp_path_factory, content):
+def test_json_round_trip_turns_nan_and_infinity_into_null(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("json") / "a.json"
     write_json(content, path)
     assert read_json(path) == json.loads(json.dumps(content), parse_constant=lambda name: None)
@@ -206,7 +206,7 @@ def test_any_json_comes_back_with_null_for_what_is_no_number(tmp_path_factory, c
 
 @FEW
 @given(injected=st.dictionaries(st.sampled_from([*DECLARED, "epoch", "other"]), ANY_VALUE))
-def test_any_injected_parameters(monkeypatch, injected):
+def test_check_parameters_reports_every_wrong_parameter(monkeypatch, injected):
     shell = InteractiveShell()
     defaults = {"epochs": 1, "rate": 0.1, "resume": False, "name": "a", "limit": None}
     cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in injected.items())
@@ -226,7 +226,7 @@ def test_any_injected_parameters(monkeypatch, injected):
 
 
 def is_allowed(name, value):
-    """Of those that are declared, two have a range."""
+    """Of the declared parameters, only epochs and limit have a range."""
     return name not in ("epochs", "limit") or value is None or value >= 1
 
 
@@ -244,7 +244,7 @@ def fits(value, declared):
     soft_iou_weight=st.floats(),
     seed=st.integers(),
 )
-def test_any_numbers(**numbers):
+def test_check_options_accepts_only_numbers_in_range(**numbers):
     right = numbers["epochs"] >= 1 and 0 < numbers["learning_rate"] < 1
     right = right and all(
         0 <= numbers[name] < math.inf for name in ("weight_decay", "soft_iou_weight", "seed")

@@ -42,7 +42,7 @@ def recipes(scene):
 
 
 def two_classes(hits, pixels=10):
-    """`(N, 2, 2)`: of as many pixels of both classes in each image, so many of class 0 are right; class 1 always."""
+    """Counts `(N, 2, 2)`: each class has `pixels` per image; `hits` of class 0 and all of 1 are correct."""
     counts = np.zeros((len(hits), 2, 2), np.int64)
     counts[:, 0, 0], counts[:, 0, 1] = hits, pixels - np.array(hits)
     counts[:, 1, 1] = pixels
@@ -50,14 +50,14 @@ def two_classes(hits, pixels=10):
 
 
 def noncentral_power(effect, degrees, level=0.05):
-    """Of a two-sided t test, by integrating the normal over the distribution of the standard error."""
+    """Power of a two-sided t test: the normal integrated over the distribution of the standard error."""
     ratio = np.sqrt(stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, degrees) / degrees)
     least = stats.t.ppf(1 - level / 2, degrees) * ratio
     return (stats.norm.sf(least - effect) + stats.norm.cdf(-least - effect)).mean()
 
 
-def test_checkpoints_by_hand():
-    """Six scenes of one image, of which b finds one pixel more in five and two fewer in the last."""
+def test_checkpoint_test_equals_a_hand_calculation():
+    """Six scenes of one image. b finds one pixel more in five of them and two fewer in the last."""
     a, b = two_classes([5] * 6), two_classes([6, 6, 6, 6, 6, 3])
 
     def score(hits, total):
@@ -78,7 +78,7 @@ def test_checkpoints_by_hand():
     assert result.scene_count == 6
 
 
-def test_degrees_of_freedom_are_those_of_unequal_scenes(pair, scene):
+def test_degrees_of_freedom_account_for_unequal_scenes(pair, scene):
     result = compare_checkpoints(*pair, scene)
     sizes = np.array(VALID_SIZES)
     degrees = sizes.sum() ** 2 / (sizes**2).sum() - 1
@@ -88,7 +88,7 @@ def test_degrees_of_freedom_are_those_of_unequal_scenes(pair, scene):
 
 
 @pytest.mark.parametrize("scenes", [6, 9])
-def test_swaps_equal_brute_force(scenes):
+def test_permutation_p_values_equal_brute_force(scenes):
     scene = np.arange(2 * scenes) // 2
     a, b = make_runs(2, scene, gain=0.01)[:, 0]
     observed = np.append(mean_iou(b) - mean_iou(a), iou(b) - iou(a))
@@ -103,7 +103,7 @@ def test_swaps_equal_brute_force(scenes):
     np.testing.assert_allclose(result.class_p_value, extreme[1:] / 2**scenes)
 
 
-def test_drawn_swaps_agree_with_all(monkeypatch):
+def test_sampled_permutations_agree_with_enumeration(monkeypatch):
     scene = np.arange(28) // 2
     a, b = make_runs(3, scene, gain=0.02)[:, 0]
     exact = compare_checkpoints(a, b, scene)
@@ -114,7 +114,7 @@ def test_drawn_swaps_agree_with_all(monkeypatch):
     assert compare_checkpoints(a, b, scene, seed=1).p_value != drawn.p_value
 
 
-def test_a_constant_gain_is_certain(scene):
+def test_constant_gain_gives_minimal_p_and_zero_width_interval(scene):
     a = two_classes([5] * 197)
     result = compare_checkpoints(a, two_classes([6] * 197), scene)
     assert result.p_value == 1e-4
@@ -123,7 +123,7 @@ def test_a_constant_gain_is_certain(scene):
     assert (same.difference, same.interval, same.p_value, same.detectable) == (0, (0, 0), 1, 0)
 
 
-def test_scores_are_those_of_the_metrics(pair, recipes, scene):
+def test_differences_agree_with_lib_metrics(pair, recipes, scene):
     result = compare_checkpoints(*pair, scene)
     assert result.difference == pytest.approx(mean_iou(pair[1]) - mean_iou(pair[0]))
     np.testing.assert_allclose(result.class_difference, iou(pair[1]) - iou(pair[0]))
@@ -131,18 +131,18 @@ def test_scores_are_those_of_the_metrics(pair, recipes, scene):
     assert compare_recipes(*recipes, scene).difference == pytest.approx(means[1] - means[0])
 
 
-def test_both_average_the_classes_of_the_ground_truth():
+def test_miou_averages_only_classes_in_the_ground_truth():
     a = np.zeros((8, 3, 3), np.int64)
     a[:, :2, :2] = two_classes([5] * 8)
     b = a.copy()
-    b[0, 0] = [5, 0, 5]  # b predicts a class that is not there
+    b[0, 0] = [5, 0, 5]  # b predicts a class that is not in the ground truth
     result = compare_checkpoints(a, b, None)
     assert result.difference == pytest.approx(np.mean(iou(b)[:2]) - np.mean(iou(a)[:2]))
     for field in (result.class_difference, result.class_interval[0], result.class_p_value):
         np.testing.assert_array_equal(np.isnan(field), [False, False, True])
 
 
-def test_a_class_in_one_scene_has_no_result(scene):
+def test_class_in_only_one_scene_has_no_result(scene):
     counts = np.zeros((2, 2, 197, 5, 5), np.int64)
     counts[..., :4, :4] = make_runs(4, scene, runs=2)
     counts[..., scene == 3, 4, 4] = 9
@@ -159,13 +159,13 @@ def test_a_class_in_one_scene_has_no_result(scene):
     )
 
 
-def test_a_class_has_the_degrees_of_freedom_of_the_scenes_that_have_it():
-    """Of twelve scenes of one image three have class 0, so that little is known of it."""
+def test_class_degrees_of_freedom_count_scenes_with_the_class():
+    """Three of twelve one-image scenes have class 0, so little is known about it."""
     a, b = two_classes([5] * 12), two_classes([6, 7, 9] + [5] * 9)
     for counts in (a, b):
         counts[3:, 0] = 0
     result = compare_checkpoints(a, b, None)
-    left_out = np.array([16 / 20, 15 / 20, 13 / 20])  # of b without each; a has 5 of 10 throughout
+    left_out = np.array([16 / 20, 15 / 20, 13 / 20])  # IoU of b without each of the three; a's is always 5/10
     values = np.append(left_out - 0.5, np.full(9, 22 / 30 - 0.5))
     error = np.sqrt(11 / 12 * ((values - values.mean()) ** 2).sum())
     low, high = result.class_interval[:, 0]
@@ -184,7 +184,7 @@ def test_fewer_than_six_scenes_give_no_result(pair, recipes):
 
 
 def assert_same(first, second, sign=1, p_values=True):
-    """Two comparisons agree, or with sign -1 are each other's mirror image."""
+    """Two comparisons agree or, with sign -1, are mirror images."""
     assert first.difference == pytest.approx(sign * second.difference)
     np.testing.assert_allclose(first.class_difference, sign * second.class_difference)
     np.testing.assert_allclose(first.interval, np.sort(sign * np.array(second.interval)))
@@ -195,27 +195,27 @@ def assert_same(first, second, sign=1, p_values=True):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_order_and_names_and_sides_do_not_matter(pair, recipes, scene, paired):
+def test_results_ignore_order_and_names_and_mirror_swapped_sides(pair, recipes, scene, paired):
     rng = np.random.default_rng(5)
     order = rng.permutation(197)
     names = np.array([f"room {name}" for name in rng.permutation(24)])[scene]
     checkpoints, crossed = compare_checkpoints(*pair, scene), compare_recipes(*recipes, scene, paired)
     assert_same(compare_checkpoints(*pair[:, order], scene[order]), checkpoints)
     assert_same(compare_recipes(*recipes[:, :, order], scene[order], paired), crossed)
-    assert_same(compare_checkpoints(*pair, names), checkpoints, p_values=False)  # other swaps are drawn
+    assert_same(compare_checkpoints(*pair, names), checkpoints, p_values=False)  # other random draws
     assert_same(compare_recipes(*recipes, names, paired), crossed)
     assert_same(compare_checkpoints(*pair[::-1], scene), checkpoints, sign=-1)
     assert_same(compare_recipes(*recipes[::-1], scene, paired), crossed, sign=-1)
     assert_same(compare_recipes(*recipes[:, ::-1], scene, paired), crossed)
 
 
-def test_images_are_scenes_where_none_are_known(pair, recipes):
+def test_without_scenes_each_image_is_a_scene(pair, recipes):
     assert_same(compare_checkpoints(*pair, None), compare_checkpoints(*pair, np.arange(197)))
     assert_same(compare_recipes(*recipes, None), compare_recipes(*recipes, np.arange(197)))
 
 
 def reference_crossed_t(values_a, values_b, sizes):
-    """(D, V, df) of a score that is a mean over scenes of equal weight, `(S, G)`: leaving out becomes a covariance."""
+    """(D, V, df) of scores `(S, G)` that are plain means over scenes: the jackknife becomes a covariance."""
     S, G = len(values_a), values_a.shape[1]
     joint = np.cov(np.concatenate((values_a, values_b))) / G
     off = ~np.eye(S, dtype=bool)
@@ -227,8 +227,8 @@ def reference_crossed_t(values_a, values_b, sizes):
     return means_b.mean() - means_a.mean(), V, df
 
 
-def test_crossed_t_equals_a_reference_on_a_linear_score():
-    """Class 0 alone is in the truth and what is missed is no class of the truth: its IoU is a share of the pixels."""
+def test_recipe_test_equals_a_reference_on_a_linear_score():
+    """The ground truth is all class 0 and misses become class 1, so the IoU is a share of the pixels."""
     rng = np.random.default_rng(6)
     shares = (
         500
@@ -239,7 +239,7 @@ def test_crossed_t_equals_a_reference_on_a_linear_score():
     shares = np.rint(shares + 30 * rng.normal(size=(2, 4, 1))).astype(np.int64)
     sizes = np.array([1, 2, 5] * 10)
     counts = np.zeros((2, 4, sizes.sum(), 2, 2), np.int64)
-    first = np.cumsum(sizes) - sizes  # each scene's pixels lie in its first image
+    first = np.cumsum(sizes) - sizes  # all pixels of a scene are in its first image
     counts[:, :, first, 0, 0], counts[:, :, first, 0, 1] = shares, 1000 - shares
     result = compare_recipes(*counts, scenes_of(sizes))
     D, V, df = reference_crossed_t(*(shares / 1000), sizes)
@@ -252,7 +252,7 @@ def test_crossed_t_equals_a_reference_on_a_linear_score():
     assert noncentral_power(result.detectable / np.sqrt(V), df) == pytest.approx(0.8, abs=1e-4)
 
 
-def test_paired_recipes_equal_one_side_of_differences(recipes, scene):
+def test_paired_recipe_test_uses_per_seed_differences(recipes, scene):
     result = compare_recipes(*recipes, scene, paired=True)
     differences = np.array([mean_iou(b) - mean_iou(a) for a, b in zip(*recipes, strict=True)])
     left_out = np.array([
@@ -268,8 +268,8 @@ def test_paired_recipes_equal_one_side_of_differences(recipes, scene):
     assert result.degrees_of_freedom == pytest.approx(df)
 
 
-def test_without_scenes_to_vary_it_is_welchs_t(scene):
-    """Runs that differ by the same pixels in every image: the crossed t has only the seeds."""
+def test_recipe_test_without_scene_variance_is_welchs_t(scene):
+    """Runs differ by the same pixels in every image, so only the seeds contribute variance."""
     a = np.stack([two_classes([hits] * 197) for hits in (4, 5, 7)])
     b = np.stack([two_classes([hits] * 197) for hits in (6, 8, 9, 7)])
     scores = [[mean_iou(run) for run in side] for side in (a, b)]
@@ -280,7 +280,7 @@ def test_without_scenes_to_vary_it_is_welchs_t(scene):
     np.testing.assert_allclose(crossed.interval, welch.interval)
 
 
-def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
+def test_recipe_test_refuses_runs_that_do_not_vary_unless_equal(scene):
     a, b = two_classes([5] * 197), two_classes([6] * 197)
     same = compare_recipes(np.stack([a, a]), np.stack([a, a]), scene)
     assert (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
@@ -292,8 +292,8 @@ def test_equal_recipes_do_not_differ_and_copies_are_refused(scene):
 
 
 @pytest.mark.parametrize("a", [[0.50, 0.52, 0.49, 0.51], [0.5, 0.5, 0.5, 0.5]])
-@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, where one recipe always gets the same score
-def test_seeds_equal_scipys_welch(a):
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, if one recipe's scores are all equal
+def test_seed_test_equals_scipy_welch(a):
     b = [0.53, 0.54, 0.53]
     result, test = compare_seeds(a, b), stats.ttest_ind(b, a, equal_var=False)
     assert result.difference == pytest.approx(np.mean(b) - np.mean(a))
@@ -303,7 +303,7 @@ def test_seeds_equal_scipys_welch(a):
     assert (back.difference, back.p_value) == (-result.difference, pytest.approx(result.p_value))
 
 
-def test_score_interval_by_jackknife(pair, scene):
+def test_score_interval_equals_the_jackknife(pair, scene):
     result = score_interval(pair[0], scene)
     left_out = np.array(
         [[mean_iou(kept), *iou(kept)] for kept in (pair[0][scene != out] for out in range(24))]
@@ -318,7 +318,7 @@ def test_score_interval_by_jackknife(pair, scene):
     assert score_interval(two_classes([10, 10, 10, 10, 10, 9]), None).interval[1] == 1
 
 
-def test_one_comparison_changes_nothing(pair, recipes, scene):
+def test_adjusting_for_one_comparison_changes_nothing(pair, recipes, scene):
     results = [
         compare_checkpoints(*pair, scene),
         compare_recipes(*recipes, scene),
@@ -335,7 +335,7 @@ def test_one_comparison_changes_nothing(pair, recipes, scene):
 
 
 @pytest.mark.parametrize("comparisons", [2, 5, 19])
-def test_several_comparisons_by_bonferroni(pair, recipes, scene, comparisons):
+def test_adjusted_results_follow_bonferroni(pair, recipes, scene, comparisons):
     results = [
         compare_checkpoints(*pair, scene),
         compare_recipes(*recipes, scene),
@@ -353,8 +353,8 @@ def test_several_comparisons_by_bonferroni(pair, recipes, scene, comparisons):
         assert adjusted.comparisons == comparisons
 
 
-def test_classes_are_adjusted_for_those_that_are_tested(scene):
-    """Of five classes one is in one scene, so four are tested; each keeps its own degrees of freedom."""
+def test_classes_are_adjusted_for_the_number_of_tested_classes(scene):
+    """One of five classes is in only one scene, so four are tested. Each keeps its own degrees of freedom."""
     counts = np.zeros((2, 3, 197, 5, 5), np.int64)
     counts[..., :4, :4] = make_runs(4, scene, runs=3)
     counts[..., scene == 3, 4, 4] = 9
@@ -371,7 +371,7 @@ def test_classes_are_adjusted_for_those_that_are_tested(scene):
     assert not hasattr(compare_seeds([0.5, 0.52], [0.53, 0.6]).adjusted(2), "class_p_value")
 
 
-def test_an_adjusted_interval_excludes_zero_where_the_adjusted_p_is_below_the_level(scene):
+def test_adjusted_interval_agrees_with_adjusted_p_value(scene):
     seen = {True: 0, False: 0}
     for draw in range(60):
         result = compare_recipes(*make_runs(100 + draw, scene, runs=3, gain=0.02 * (draw % 4)), scene)
@@ -383,7 +383,7 @@ def test_an_adjusted_interval_excludes_zero_where_the_adjusted_p_is_below_the_le
     assert min(seen.values()) > 100
 
 
-def test_a_result_is_adjusted_once():
+def test_adjusting_twice_or_for_zero_comparisons_is_refused():
     result = compare_seeds([0.5, 0.52], [0.53, 0.6])
     with pytest.raises(
         ValueError,
@@ -394,8 +394,8 @@ def test_a_result_is_adjusted_once():
         result.adjusted(0)
 
 
-def test_a_plan_by_hand():
-    """Three seeds of two recipes in five folds, 123 scenes: the variances of the formula in the documentation."""
+def test_plan_equals_a_hand_calculation():
+    """Two recipes, three seeds, five folds and 123 scenes: variances by the formula in the documentation."""
     made = plan(3, 5, 123, run_sd=0.012, variance_per_scene=0.0015)
     seeds, scenes = 0.012**2 / (5 * 3), 0.0015 / 123
     variance = 2 * seeds + scenes
@@ -410,8 +410,8 @@ def test_a_plan_by_hand():
     assert several.power(0) == pytest.approx(0.01)
 
 
-def test_a_plan_equals_the_test_of_runs_that_vary_so(recipes, scene):
-    """With the variances and the degrees of freedom that a test found on both sides alike, the plan is that test."""
+def test_plan_with_measured_variances_equals_the_test(recipes, scene):
+    """Given a test's degrees of freedom and variances, the same on both sides, the plan is that test."""
     result = compare_recipes(*recipes, scene, paired=True)
     run_sd = np.sqrt(4 * result.seed_variance / 2)
     variance = result.scene_variance * 24
@@ -426,7 +426,7 @@ def test_a_plan_equals_the_test_of_runs_that_vary_so(recipes, scene):
 @pytest.mark.parametrize("seeds", [2, 3, 5, 50])
 @pytest.mark.parametrize("comparisons", [1, 5, 19])
 def test_power_rises_to_one(seeds, comparisons):
-    """Also where scipy's noncentral t gives NaN for the far tail."""
+    """Also in the far tail, where scipy's noncentral t gives NaN."""
     made = plan(seeds, 1, 24, 0.01, 0.0).adjusted(comparisons)
     powers = [made.power(difference) for difference in np.linspace(0, 4 * made.detectable, 60)]
     assert np.all(np.diff(powers) > -1e-9)
@@ -434,7 +434,7 @@ def test_power_rises_to_one(seeds, comparisons):
     assert 0.99 < powers[-1] <= 1
 
 
-def test_plans_that_cannot_be_made():
+def test_plan_refuses_invalid_inputs():
     with pytest.raises(
         ValueError,
         match="run_sd, variance_per_scene: found 0.0 and 0.0, expected numbers from 0 on, one of them above 0",
@@ -449,7 +449,7 @@ def test_plans_that_cannot_be_made():
 
 
 def test_run_sd_is_pooled_within_cells():
-    """Cells of different means: 2 + 1 degrees of freedom."""
+    """Two cells with different means: 2 + 1 degrees of freedom."""
     run_sd, (low, high) = pool_run_sd([[0.5, 0.51, 0.52], [0.7, 0.74]])
     squares = 2 * 0.01**2 + 2 * 0.02**2
     assert run_sd == pytest.approx(np.sqrt(squares / 3))
@@ -481,12 +481,12 @@ def test_run_sd_is_pooled_within_cells():
         (lambda a, b: (0 * a, 0 * b), "counts: all zero; without a labelled pixel there is no score"),
     ],
 )
-def test_what_cannot_be_compared(pair, change, message):
+def test_checkpoint_test_refuses_invalid_counts(pair, change, message):
     with pytest.raises(ValueError, match=message):
         compare_checkpoints(*change(*pair), None)
 
 
-def test_recipes_that_cannot_be_compared(recipes, scene):
+def test_recipe_and_seed_tests_refuse_invalid_input(recipes, scene):
     a, b = recipes
     with pytest.raises(
         ValueError, match=r"counts: found 4 and 1 runs, expected 2 or more of each recipe; train"
@@ -509,9 +509,9 @@ def test_recipes_that_cannot_be_compared(recipes, scene):
 
 
 @pytest.mark.parametrize("correlation", [0, 0.3, 0.6])
-def test_checkpoints_keep_their_promise(scene, correlation, monkeypatch):
-    """95 % intervals cover at least 90 %, and the swap test rejects a true null in at most 9 % of 400 draws."""
-    monkeypatch.setattr(significance, "SWAPS", 999)  # a test at 0.05 all the same, ten times as fast
+def test_checkpoint_test_is_near_nominal_coverage_and_error_rate(scene, correlation, monkeypatch):
+    """In 400 draws, 95 % intervals cover at least 90 % and the test rejects a true null in at most 9 %."""
+    monkeypatch.setattr(significance, "SWAPS", 999)  # still a test at level 0.05, but ten times as fast
     rng, true = np.random.default_rng([SEED, int(10 * correlation)]), true_difference(0.02)
     covered = rejected = 0
     for draw in range(DRAWS):
@@ -525,8 +525,8 @@ def test_checkpoints_keep_their_promise(scene, correlation, monkeypatch):
 
 
 @pytest.mark.parametrize("correlation", [0, 0.3, 0.6])
-def test_recipes_keep_their_promise(scene, correlation):
-    """Equal recipes that each suit some scenes better are told apart in at most 10 % of 400 draws."""
+def test_recipe_test_rejects_at_most_10_percent_of_true_nulls(scene, correlation):
+    """The 400 draws compare equal recipes, each of which suits some scenes better."""
     rng = np.random.default_rng([SEED, 1, int(10 * correlation)])
     rejected = dict.fromkeys((3, 5, 10), 0)
     for _ in range(DRAWS):
@@ -540,8 +540,8 @@ def rate_of(text):
     return float(text.split()[0])
 
 
-def test_families_and_plans_keep_their_promise():
-    """A short version of the simulation of lib/README.md: 100 draws, so a standard error of 0.02 to 0.05."""
+def test_simulation_confirms_adjusted_error_rates_and_planned_power():
+    """A short version of the simulation in lib/README.md: 100 draws, so standard errors of 0.02 to 0.05."""
     for scenes, seeds, comparisons, alarms, covered in simulate_several(100, SEED):
         if seeds > 2:
             assert rate_of(alarms) <= 0.13, (scenes, seeds, comparisons)

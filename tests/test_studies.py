@@ -1,4 +1,4 @@
-"""What the READMEs of notebooks/studies publish, computed again from the two files of each study."""
+"""Recompute the numbers in the READMEs of notebooks/studies from the two data files of each study."""
 
 import itertools
 import re
@@ -26,7 +26,7 @@ DEPTH, EXAMPLE, PRETRAINED, SOFT_IOU = (
 
 
 def published(study, start, end):
-    """The decimals, as they are written, between two texts of a README."""
+    """The decimal numbers, as written, between two texts of a README."""
     found = re.search(
         re.escape(start) + "(.*?)" + re.escape(end), (study / "README.md").read_text(), re.DOTALL
     )
@@ -35,7 +35,7 @@ def published(study, start, end):
 
 
 def rounded(values, texts):
-    """The values with as many digits as the texts have, and a sign where they have one."""
+    """The values formatted like the texts: as many digits, and a sign where the text has one."""
     return [
         f"{value:{'+' if text[0] in '+-' else ''}.{len(text.split('.')[1])}f}"
         for value, text in zip(values, texts, strict=True)
@@ -43,14 +43,14 @@ def rounded(values, texts):
 
 
 def scores(members):
-    """mIoU by seed, and their mean."""
+    """mIoU by seed, then the mean."""
     assert [run.parameters["seed"] for run in members] == [1, 2, 3]
     by_seed = [run.score for run in members]
     return [*by_seed, np.mean(by_seed)]
 
 
 def recipe_test(baseline, members, comparisons=1):
-    """Difference, both ends of its interval and p, as one of so many comparisons."""
+    """The adjusted result, and its difference, both ends of the interval and p."""
     counts = [np.stack([run.counts for run in side]) for side in (baseline, members)]
     result = compare_recipes(*counts, baseline[0].scene).adjusted(comparisons)
     return result, [result.difference, *result.interval, result.p_value]
@@ -65,7 +65,7 @@ def recipes():
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_a_study_is_a_few_files(study):
+def test_study_folder_has_only_a_few_files(study):
     files = {
         path.name
         for path in study.iterdir()
@@ -86,7 +86,7 @@ def test_no_run_folder_is_tracked():
     ]
 
 
-def test_the_names_of_results_name_no_machine():
+def test_study_results_contain_no_paths():
     for study in STUDIES:
         for run in read_results(study):
             texts = [text for text in (run.data, *run.parameters.values()) if isinstance(text, str)]
@@ -97,11 +97,11 @@ def test_the_names_of_results_name_no_machine():
 
 
 def differing(wanted, parameters):
-    """Names of the parameters that have another value; those of which one side knows nothing aside."""
+    """Names of the parameters whose values differ, among those that both sides have."""
     return [name for name in wanted.keys() & parameters.keys() if wanted[name] != parameters[name]]
 
 
-def test_the_runs_are_those_of_study_yaml():
+def test_soft_iou_runs_match_study_yaml():
     study, made = yaml.safe_load((SOFT_IOU / "study.yaml").read_text()), read_results(SOFT_IOU)
     planned = plan_runs(None, study["fixed"] | {"data": "/disk/NYUv2"}, study["grid"], study["seeds"])
     assert len(planned) == 30
@@ -115,8 +115,8 @@ def test_the_runs_are_those_of_study_yaml():
     assert {(run.split, run.data) for run in made} == {(study["split"], "NYUv2")}
 
 
-def test_a_sweep_of_study_yaml_finds_its_runs_finished():
-    """With the same weights, wherever they lie."""
+def test_sweep_recognises_the_finished_soft_iou_runs():
+    """The weights must be the same, but may be stored elsewhere."""
     study, made = yaml.safe_load((SOFT_IOU / "study.yaml").read_text()), read_results(SOFT_IOU)
     weights = {"encoder_weights_digest": made[0].parameters["encoder_weights_digest"]}
     planned = plan_runs(None, study["fixed"] | {"data": "/disk/NYUv2"}, study["grid"], study["seeds"])
@@ -124,7 +124,7 @@ def test_a_sweep_of_study_yaml_finds_its_runs_finished():
     assert {identity(parameters | weights) for parameters in planned.values()} <= known
 
 
-def test_the_runs_are_of_one_version_and_one_set_of_weights():
+def test_soft_iou_runs_share_one_commit_and_one_set_of_weights():
     made = read_results(SOFT_IOU)
     (commit,) = re.findall(r"commit `(\w+)`", (SOFT_IOU / "README.md").read_text())
     assert all(run.commit.startswith(commit) and run.tree_unchanged for run in made)
@@ -139,12 +139,12 @@ def test_the_runs_are_of_one_version_and_one_set_of_weights():
         ("weights", "15 more runs of the same commit (", ")"),
     ],
 )
-def test_the_scores_by_seed(recipes, recipe, start, end):
+def test_soft_iou_scores_by_seed_match_the_readme(recipes, recipe, start, end):
     texts = published(SOFT_IOU, start, end)
     assert rounded(scores(recipes[recipe]), texts) == texts
 
 
-def test_the_planned_test(recipes):
+def test_planned_soft_iou_test_matches_the_readme(recipes):
     texts = published(SOFT_IOU, "**Planned recipe test**: ", "3 seeds, 123 scenes)")
     result, values = recipe_test(recipes["cross-entropy"], recipes["soft IoU"])
     assert rounded(values, texts) == texts
@@ -152,14 +152,14 @@ def test_the_planned_test(recipes):
     assert not (result.class_p_value < 0.05).any()  # "No class differs significantly"
 
 
-def test_without_the_fold_of_the_tuning(recipes):
+def test_soft_iou_result_without_tuning_fold_matches_the_readme(recipes):
     texts = published(SOFT_IOU, "Without fold 4: ", ")")
     others = without_fold(recipes, 4)
     _, values = recipe_test(others["cross-entropy"], others["soft IoU"])
     assert rounded(values, texts) == texts
 
 
-def test_the_control(recipes):
+def test_class_weights_control_matches_the_readme(recipes):
     results = {}
     for name, start, end in (
         ("cross-entropy", "cross-entropy alone has ", ") and soft IoU"),
@@ -190,7 +190,7 @@ def test_class_weights_raise_recall_and_lower_pixel_accuracy(recipes):
     assert (recall["weights"] > recall["cross-entropy"])[rare].all()
 
 
-def test_the_tuning():
+def test_soft_iou_tuning_scores_match_the_readme():
     texts = published(SOFT_IOU, "Tuning (mIoU on fold 4 at 480x640, one run each): ", ". The first")
     runs = select_runs(read_results(SOFT_IOU), "seed == 42")
     assert len(runs) == 6
@@ -210,8 +210,8 @@ def test_the_tuning():
     assert all(run.parameters["fold"] == 4 and run.parameters["soft_iou_weight"] == 0 for run in runs)
 
 
-def test_what_it_would_take(recipes):
-    """About 30 seeds on 550 scenes for +0.006; on these 123 scenes no number is enough."""
+def test_required_seeds_and_scenes_match_the_soft_iou_readme(recipes):
+    """About 30 seeds on 550 scenes for +0.006. On these 123 scenes, no number of seeds is enough."""
     texts = published(SOFT_IOU, "(sd over seeds ", "per scene")
     spread = measure_spread(recipes)
     assert rounded([spread.run_sd[0], spread.variance_per_scene], texts) == texts
@@ -222,8 +222,8 @@ def test_what_it_would_take(recipes):
     assert powers[0] >= 0.8 > powers[1]
 
 
-def test_the_table_of_results(recipes):
-    """As `result_table` makes it, row by row."""
+def test_soft_iou_result_table_matches_the_readme(recipes):
+    """Compared with `result_table`, row by row."""
     planned = {name: recipes[name] for name in ("cross-entropy", "soft IoU")}
     rows = [*result_table(run_tests(planned)).itertuples(), *result_table(run_tests(recipes)).itertuples()]
     lines = [line for line in (SOFT_IOU / "README.md").read_text().splitlines() if line.count("|") == 9][2:]
@@ -233,10 +233,10 @@ def test_the_table_of_results(recipes):
         assert (row.comparisons, row.conclusion) == (int(comparisons), conclusion)
 
 
-# the others
+# other studies
 
 
-def test_the_pretrained_runs():
+def test_pretrained_runs_match_the_published_tables():
     runs = read_results(PRETRAINED)
     experiment = yaml.safe_load((ROOT / "notebooks" / "experiments" / "nyuv2_pretrained.yaml").read_text())
     *full, plain, _ = [run for run in runs if run.parameters["epochs"] == experiment["epochs"]]
@@ -265,7 +265,7 @@ def test_the_pretrained_runs():
     assert all(run.tree_unchanged for run in runs)
 
 
-def test_the_one_run_on_a_fold_that_was_not_tuned_on():
+def test_pretrained_fold_0_results_match_the_pages():
     plain, scales = read_results(PRETRAINED)[-2:]
     assert recipe(plain.parameters) == recipe(scales.parameters)
     assert [run.parameters["fold"] for run in read_results(PRETRAINED)].count(0) == 2
@@ -291,7 +291,7 @@ def test_the_one_run_on_a_fold_that_was_not_tuned_on():
     )
 
 
-def test_the_example_has_an_effect_and_none():
+def test_example_study_has_an_effect_and_a_null_comparison():
     recipes = group_recipes(read_results(EXAMPLE), "baseline")
     seeds = {name: sorted(run.parameters["seed"] for run in runs) for name, runs in recipes.items()}
     assert seeds == {
@@ -312,7 +312,7 @@ def test_the_example_has_an_effect_and_none():
 
 
 def alarms(groups):
-    """Pairs of runs of one recipe, and how many of them differ by images as cases and by the checkpoint test."""
+    """Number of pairs of runs of one recipe; how many differ in a test over images, and over scenes."""
     pairs = [pair for runs in groups for pair in itertools.combinations(runs, 2)]
     differing = [
         sum(compare_checkpoints(a.counts, b.counts, scene(a)).p_value < 0.05 for a, b in pairs)
@@ -321,8 +321,8 @@ def alarms(groups):
     return [len(pairs), *differing]
 
 
-def test_what_the_wrong_test_costs():
-    """The table of docs/statistics.md."""
+def test_false_alarm_counts_match_the_statistics_page():
+    """The table in docs/statistics.md."""
     page = (ROOT / "notebooks" / "docs" / "statistics.md").read_text()
     same = [run for run in read_results(EXAMPLE) if run.group in ("baseline", "baseline_again")]
     cells = {}
@@ -341,8 +341,8 @@ def test_what_the_wrong_test_costs():
     assert f"{different} of {len(splits)} |" in page
 
 
-def test_the_published_scores():
-    """The tables of docs/results.md, as their author reported them."""
+def test_reference_scores_match_the_results_page():
+    """The tables in docs/results.md, as the author of the experiments reported them."""
     page = (ROOT / "notebooks" / "docs" / "results.md").read_text()
     tables = [
         ROOT / "lib" / "data" / "tables" / f"published_{name}.csv" for name in ("experiments", "class_iou")
@@ -356,7 +356,7 @@ def test_the_published_scores():
     assert by_class.loc["exp061"].mean() == pytest.approx(0.6204, abs=0.001)
 
 
-def test_the_normalisation():
+def test_normalisation_results_match_the_readme():
     study = STUDIES_FOLDER / "normalisation"
     recipes = group_recipes(read_results(study), "rgb_normalisation exp061")
     for name in ("exp061", "weights"):
@@ -375,7 +375,7 @@ def test_the_normalisation():
 
 @pytest.fixture(scope="module")
 def inputs():
-    """RGB, RGB and depth, and depth alone, pooled over folds."""
+    """The recipes RGB, RGB and depth, and depth alone, pooled over folds."""
     return group_recipes(select_runs(read_results(DEPTH), "seed in (1, 2, 3)"), "RGB")
 
 
@@ -384,7 +384,7 @@ def planned_arms(inputs):
     return {name: inputs[name] for name in ("RGB", "RGB and depth")}
 
 
-def test_the_runs_of_the_study_of_depth():
+def test_depth_study_has_exactly_the_expected_runs():
     study, made = yaml.safe_load((DEPTH / "study.yaml").read_text()), read_results(DEPTH)
     rgb = {"fold": [0, 1, 2, 3, 4], "inputs": ["rgb"], "learning_rate": [0.004]}
     alone = {"fold": [0, 1, 2, 3, 4], "inputs": ["depth"]}
@@ -404,7 +404,7 @@ def test_the_runs_of_the_study_of_depth():
     assert len({run.processor for run in made}) == 1
 
 
-def test_the_tuning_of_depth():
+def test_depth_tuning_scores_match_the_readme():
     tuned = [run for run in read_results(DEPTH) if run.parameters["seed"] == 42]
     for arm, start, end in (
         ("rgb", "and 0.008): RGB alone ", "; with"),
@@ -416,7 +416,7 @@ def test_the_tuning_of_depth():
         assert rounded([run.score for run in runs], texts) == texts
 
 
-def test_what_depth_adds(planned_arms):
+def test_gain_from_depth_matches_the_readme(planned_arms):
     for name in planned_arms:
         texts = published(DEPTH, f"| {name} |", "|\n")
         assert rounded(scores(planned_arms[name]), texts) == texts
@@ -447,7 +447,7 @@ def test_what_depth_adds(planned_arms):
     assert rounded(accuracy, texts) == texts
 
 
-def test_where_depth_helps(planned_arms):
+def test_gain_from_depth_by_stratum_matches_the_readme(planned_arms):
     table = compare_strata(*planned_arms.values(), farthest_m=10.0)
     by_boundary = table[table.stratum == DISTANCE]
     assert by_boundary.bin[by_boundary.p < 0.05].tolist() == ["1-2", "2-4", "4-8", "8-16"]
@@ -460,7 +460,7 @@ def test_where_depth_helps(planned_arms):
     assert rounded([by_depth.difference.min(), by_depth.difference.max()], texts) == texts
 
 
-def test_depth_alone(inputs):
+def test_depth_alone_results_match_the_readme(inputs):
     texts = published(DEPTH, "| Depth alone |", "|\n")
     assert rounded(scores(inputs["Depth alone"]), texts) == texts
     significant = {}
@@ -483,8 +483,8 @@ def test_depth_alone(inputs):
     assert rounded(means, texts) == texts
 
 
-def test_the_numbers_of_the_first_page(recipes):
-    """What stands between markers there is what the pages of the studies say."""
+def test_first_page_results_match_the_study_readmes(recipes):
+    """Each result between markers on the first page is also in the README of its study."""
     page = (ROOT / "README.md").read_text()
     for study in (DEPTH, SOFT_IOU):
         (stated,) = re.findall(rf"<!-- studies/{study.name} -->(.*?)<!-- end -->", page)
@@ -494,7 +494,7 @@ def test_the_numbers_of_the_first_page(recipes):
         assert rest.split("; 3 seeds")[0] in detail
 
 
-def test_fine_tuning():
+def test_fine_tuning_results_match_the_pages():
     study, page = STUDIES_FOLDER / "fine_tuning", (ROOT / "notebooks" / "docs" / "experiments.md").read_text()
     arms = group_recipes(read_results(study), "from ImageNet")
     for name, runs in arms.items():
@@ -510,7 +510,7 @@ def test_fine_tuning():
     assert all(run.tree_unchanged and run.commit.startswith("a895853") for run in read_results(study))
 
 
-def test_new_channels():
+def test_new_channels_results_match_the_readme():
     study = STUDIES_FOLDER / "new_channels"
     arms = group_recipes(read_results(study), "new channels at zero")
     for start, runs in zip(("| zero |", "| the mean of RGB's |"), arms.values(), strict=True):

@@ -39,7 +39,7 @@ def usual(samples):
     return runs_folder() / "usual", train("usual", samples)
 
 
-def test_one_batch_can_be_learned_by_heart(samples):
+def test_network_overfits_one_batch(samples):
     model = build_network(PARAMETERS, samples.classes, samples.depth_range_m)
     batch = encode_batch(plain_batch(samples[:4]), model.config, CPU)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -77,8 +77,8 @@ def test_run_folder_holds_the_best_epoch(samples, usual):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_equal_to_a_plain_loop(samples, schedule):
-    """What is trained and written, as one writes it first."""
+def test_fit_equals_a_plain_training_loop(samples, schedule):
+    """Losses and scores equal those of the simplest loop one could write."""
     rows = train("plain", samples, schedule=schedule, epochs=2)
     model, loader = (
         build_network(PARAMETERS, samples.classes, samples.depth_range_m),
@@ -108,7 +108,7 @@ def test_equal_to_a_plain_loop(samples, schedule):
         assert row["valid_miou"] == pytest.approx(mean_iou(scored.counts), rel=1e-6)
 
 
-def test_the_model_knows_what_it_was_trained_for(usual):
+def test_checkpoint_config_records_training_parameters(usual):
     config = load_model(usual[0] / "best.pt").config
     for name in ("inputs", "depth_encoding", "encoder"):
         assert getattr(config, name) == PARAMETERS[name]
@@ -116,9 +116,9 @@ def test_the_model_knows_what_it_was_trained_for(usual):
     assert config.depth_head
 
 
-def test_the_last_epoch_may_be_kept(samples, usual):
+def test_checkpoint_last_saves_the_last_epoch(samples, usual):
     history = train("kept", samples, checkpoint="last")
-    assert history == usual[1]  # what is kept changes nothing about training
+    assert history == usual[1]  # `checkpoint` does not affect training
     run = runs_folder() / "kept"
     scores = json.loads((run / "scores.json").read_text())
     assert scores["best_epoch"] == 3
@@ -126,7 +126,7 @@ def test_the_last_epoch_may_be_kept(samples, usual):
     assert "Epoch 3 of 3 is the last: validation" in (run / "report.md").read_text()
 
 
-def test_best_and_last_differ_where_scores_fall(samples, monkeypatch):
+def test_checkpoint_best_and_last_differ_if_scores_fall(samples, monkeypatch):
     falling = iter((0.3, 0.2, 0.1) * 2)
     described = training.describe_validation
     monkeypatch.setattr(
@@ -140,13 +140,13 @@ def test_best_and_last_differ_where_scores_fall(samples, monkeypatch):
         )
 
 
-def test_same_seed_same_history_for_any_workers(samples, usual):
+def test_history_depends_on_seed_but_not_on_num_workers(samples, usual):
     assert train("workers", samples, num_workers=2) == usual[1]
     assert train("seeded", samples, seed=1) != usual[1]
 
 
-def test_the_training_cell_can_run_twice(samples, usual):
-    """One recipe of a network and one loader, as a notebook keeps them: the second run is that of a fresh kernel."""
+def test_training_cell_gives_the_same_result_twice(samples, usual):
+    """Like a notebook, both runs share `build` and the loader. Each equals a run in a fresh kernel."""
     loader = training_loader(samples[:13], "crops", 4, 0, seed=0)
     build = partial(build_network, PARAMETERS, samples.classes, samples.depth_range_m)
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_the_training_cell_can_run_twice(samples, usual):
         assert [row["valid_miou"] for row in rows] == [row["valid_miou"] for row in usual[1]]
 
 
-def test_the_seed_gives_the_weights(samples):
+def test_seed_determines_the_initial_weights(samples):
     one, again, other = (
         build_network(PARAMETERS | {"seed": seed}, samples.classes, samples.depth_range_m)
         for seed in (3, 3, 4)
@@ -166,7 +166,7 @@ def test_the_seed_gives_the_weights(samples):
     assert not torch.equal(one.state_dict()[name], other.state_dict()[name])
 
 
-def test_the_network_is_made_for_the_data(samples):
+def test_network_config_follows_data_and_parameters(samples):
     config = build_network(PARAMETERS | {"image_height": 96}, ("a", "b"), (0.4, 8.0)).config
     assert (config.classes, config.depth_range_m, config.size) == (("a", "b"), (0.4, 8.0), (96, 64))
 
@@ -190,7 +190,7 @@ def test_samples_without_depth_train_on_rgb(samples):
     assert mean_iou(scored.counts) == row["valid_miou"]
 
 
-def test_other_classes_travel_into_the_run(samples):
+def test_classes_of_the_data_are_saved_with_the_run(samples):
     classes = ("floor", "wall", "else")
     three = replace(
         samples,
@@ -214,32 +214,32 @@ def test_other_classes_travel_into_the_run(samples):
         evaluate(model, samples[13:])
 
 
-def test_with_validation_none_the_last_epoch_is_kept(samples):
+def test_last_epoch_is_saved_without_validation(samples):
     history = train("none", samples[:9], held_out=0, epochs=2)
     assert math.isnan(history[-1]["valid_miou"])
     run = runs_folder() / "none"
-    scores = json.loads((run / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    scores = json.loads((run / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert scores["best_epoch"] == 2
     assert scores["valid_loss"] is None
     assert load_model(run / "best.pt").config.classes == samples.classes
 
 
 @pytest.mark.parametrize("pooling", ["image", "exp061"])
-def test_without_depth_head_and_other_poolings(samples, pooling):
+def test_other_poolings_train_without_a_depth_head(samples, pooling):
     (row,) = train("pooling", samples[:6], held_out=2, epochs=1, soft_iou_pooling=pooling, depth_weight=0.0)
     assert math.isfinite(row["train_loss"])
     assert row["valid_depth_l1"] == 0
     assert load_model(runs_folder() / "pooling" / "best.pt").depth_head is None
 
 
-def test_bf16_on_the_cpu_is_close(samples, usual):
+def test_bf16_loss_on_cpu_is_close_to_fp32(samples, usual):
     (row,) = train("precise", samples, epochs=1, schedule="cosine", precision="bf16")
     (exact,) = train("precise", samples, epochs=1, schedule="cosine")
     assert row["train_loss"] == pytest.approx(exact["train_loss"], rel=0.05)
     assert row["train_loss"] != exact["train_loss"]
 
 
-def test_schedules():
+def test_learning_rates_follow_the_schedule():
     def rates(schedule, epochs, steps, stepped):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], 1e-4)
         scheduler = Optimisation(epochs, 1e-4, 0.0, schedule).build_schedule(optimizer, steps)
@@ -278,7 +278,7 @@ def test_bad_options_are_refused(samples, options, message):
     assert not (runs_folder() / "bad" / "best.pt").exists()
 
 
-def test_divergence_is_an_error(samples, monkeypatch):
+def test_nan_loss_raises_an_error_with_the_batch_images(samples, monkeypatch):
     def spoiled(*arguments):
         model = build_network(*arguments)
         model.net.segmentation_head[0].bias.data[0] = math.nan
@@ -293,8 +293,8 @@ def test_divergence_is_an_error(samples, monkeypatch):
     assert not (runs_folder() / "nan" / "last.pt").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch):
-    """A finite loss in the last step of an epoch, whose gradient is not."""
+def test_non_finite_weights_are_never_saved(samples, usual, monkeypatch):
+    """The loss of an epoch's last step is finite, but its gradient is not."""
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
     real, steps = training.training_step, []
 
@@ -314,8 +314,8 @@ def test_weights_that_are_not_finite_are_never_saved(samples, usual, monkeypatch
     assert train("weights", samples, resume=True) == usual[1]
 
 
-def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, usual, monkeypatch):
-    """Nine steps of 4 seconds and epochs of three: after the eighth step, in the third epoch, and in the end."""
+def test_checkpoint_is_saved_every_30_seconds_and_at_the_end(samples, usual, monkeypatch):
+    """Nine steps of 4 seconds in three epochs: everything is saved together after step 8 and at the end."""
     clock, saves, real = [0.0], [], (training.training_step, Checkpoint.save)
 
     def step(*arguments):
@@ -336,8 +336,8 @@ def test_everything_is_saved_together_every_30_seconds_and_in_the_end(samples, u
     assert saves == [(2, 2), (3, 0)]
 
 
-def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypatch):
-    """As a card whose memory ends at the third step says it: the lock is free, last.pt loads, the run goes on."""
+def test_run_can_be_resumed_after_out_of_memory(samples, usual, monkeypatch):
+    """Simulates a full GPU at step 3. The lock is released, last.pt loads and the run resumes."""
     steps, real = iter(range(9)), training.training_step
 
     def step(*arguments):
@@ -356,14 +356,14 @@ def test_out_of_memory_leaves_the_folder_to_be_resumed(samples, usual, monkeypat
     assert str(error.value).endswith("restart the kernel. The run's folder is unchanged)")
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.tb)]
     assert "explained" in frames
-    assert "fit" not in frames  # whose locals are the network and its gradients
+    assert "fit" not in frames  # its locals hold the network and its gradients
     saved = torch.load(runs_folder() / "full" / "last.pt", weights_only=True)
     assert len(saved["progress"]["losses"]) == 2
     assert train("full", samples, resume=True) == usual[1]
 
 
-def test_any_loss_can_be_handed_in(samples):
-    """The loss takes prediction and batch whole; its total alone is minimised."""
+def test_fit_accepts_any_loss_function(samples):
+    """The loss receives the whole prediction and batch. Only its total is minimised."""
 
     def only_depth(prediction: Prediction, batch) -> Losses:
         depth = (prediction.depth - batch.depth).square().mean()
@@ -381,12 +381,12 @@ def test_any_loss_can_be_handed_in(samples):
 
 
 def data_of(samples):
-    """The checksums of samples that validate."""
+    """Checksums of samples used for validation."""
     nothing = samples[:0]
     return fingerprint("cpu in fp32", nothing, samples)["data"]
 
 
-def test_checksums_see_every_kind_of_change(samples):
+def test_fingerprint_detects_a_change_in_any_array(samples):
     filled = replace(samples[:3], measured=samples.depth[:3] > 900)
     before = data_of(filled)
     assert list(before) == [f"valid/{name}" for name in samples.names[:3]]
@@ -399,7 +399,7 @@ def test_checksums_see_every_kind_of_change(samples):
     assert data_of(replace(filled, depth=None, label=None, measured=None)) != before
 
 
-def test_the_bar_says_the_batch_the_loss_the_memory_and_when_it_validates(samples, monkeypatch):
+def test_progress_bar_shows_batch_loss_memory_and_validation(samples, monkeypatch):
     said, postfixes = [], []
 
     def watched(*arguments):

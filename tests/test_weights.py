@@ -23,7 +23,7 @@ TIMM_NAME = ENCODER.removeprefix("tu-")
 
 @pytest.fixture(scope="module")
 def classifier():
-    """What timm has for the tiny encoder, its head of 1,000 classes included."""
+    """timm's model of the tiny encoder, including its head of 1,000 classes."""
     torch.manual_seed(5)
     return timm.create_model(TIMM_NAME, pretrained=False)
 
@@ -42,7 +42,7 @@ def refused(path, **config):
 
 
 def assert_filled(encoder, expected):
-    """With the weights of timm's model."""
+    """Assert that every tensor of the encoder equals timm's."""
     found = encoder.model.state_dict()
     assert len(found) > 50
     for name, tensor in found.items():
@@ -50,7 +50,7 @@ def assert_filled(encoder, expected):
 
 
 def as_smp_saves(weights):
-    """Names of a whole network of segmentation-models-pytorch, its decoder beside the encoder."""
+    """Names as in a whole network of segmentation-models-pytorch, decoder included."""
     return {f"encoder.model.{name}": tensor for name, tensor in weights.items()} | {
         "decoder.block": torch.ones(2, 2)
     }
@@ -81,18 +81,18 @@ def as_smp_saves(weights):
         "smp in parallel",
     ],
 )
-def test_names_as_timm_and_smp_write_them(tmp_path, classifier, wrap):
+def test_weight_names_of_timm_and_smp_are_accepted(tmp_path, classifier, wrap):
     weights = classifier.state_dict()
     torch.save(wrap(weights), tmp_path / "weights.pth")
     assert_filled(filled(tmp_path / "weights.pth"), weights)
 
 
-def test_safetensors(tmp_path, classifier):
+def test_safetensors_weights_are_loaded(tmp_path, classifier):
     save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
     assert_filled(filled(tmp_path / "weights.safetensors"), classifier.state_dict())
 
 
-def test_an_encoder_of_smp_itself(tmp_path):
+def test_weights_of_native_smp_encoder_are_loaded(tmp_path):
     pretrained = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save(pretrained, tmp_path / "weights.pth")
     found = filled(tmp_path / "weights.pth", encoder="resnet18").state_dict()
@@ -101,8 +101,8 @@ def test_an_encoder_of_smp_itself(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_mambaout"])
-def test_encoders_whose_names_timm_changes_on_the_way_to_features(tmp_path, name):
-    """It makes `stem_0` of `stem.0` and `stages_0` of `stages.0`."""
+def test_weights_load_despite_timm_feature_renaming(tmp_path, name):
+    """timm's feature extractors call `stem.0` `stem_0`, and `stages.0` `stages_0`."""
     whole = timm.create_model(name, pretrained=False)
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
     encoder = filled(tmp_path / "weights.pth", encoder=f"tu-{name}", architecture="fpn")
@@ -111,7 +111,7 @@ def test_encoders_whose_names_timm_changes_on_the_way_to_features(tmp_path, name
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
-def test_the_first_layer_adapts_as_imagenet_weights_do(tmp_path, inputs, classifier):
+def test_first_layer_adapts_like_timm_pretrained_weights(tmp_path, inputs, classifier):
     channels, weights = INPUT_CHANNELS[inputs], classifier.state_dict()
     torch.save(weights, tmp_path / "weights.pth")
     options = {"file": str(tmp_path / "weights.pth")}
@@ -122,7 +122,7 @@ def test_the_first_layer_adapts_as_imagenet_weights_do(tmp_path, inputs, classif
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
-def test_the_first_layer_adapts_as_smp_does(tmp_path, monkeypatch, inputs):
+def test_first_layer_adapts_like_smp_pretrained_weights(tmp_path, monkeypatch, inputs):
     pretrained = smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save(pretrained, tmp_path / "weights.pth")
     save_file(pretrained, tmp_path / "hub.safetensors")
@@ -132,7 +132,7 @@ def test_the_first_layer_adapts_as_smp_does(tmp_path, monkeypatch, inputs):
     torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"], rtol=0, atol=1e-7)
 
 
-def test_weights_of_another_encoder(tmp_path, classifier):
+def test_weights_of_another_encoder_are_refused(tmp_path, classifier):
     path = tmp_path / "weights.pth"
     torch.save(smp.encoders.get_encoder("resnet18", weights=None).state_dict(), path)
     message = refused(path)
@@ -152,20 +152,20 @@ def test_weights_of_another_encoder(tmp_path, classifier):
         in message
     )
     assert "missing" not in message
-    assert "unexpected" not in message  # the classifier's head is no problem
-    del weights["layer4.0.bn2.running_var"]  # one is enough
+    assert "unexpected" not in message  # the classifier's head is ignored
+    del weights["layer4.0.bn2.running_var"]  # one missing tensor is enough
     torch.save(weights, path)
     assert "encoder: 1 missing, such as model.layer4.0.bn2.running_var; " in refused(path)
 
 
-def test_another_first_layer_than_the_inputs(tmp_path, classifier):
+def test_first_layer_weights_must_match_the_inputs(tmp_path, classifier):
     six = timm.create_model(TIMM_NAME, pretrained=False, in_chans=6)
     torch.save(six.state_dict(), tmp_path / "weights.pth")
     assert "model.conv1.0.weight (16, 6, 3, 3) instead of (16, 3, 3, 3)" in refused(tmp_path / "weights.pth")
     assert_filled(filled(tmp_path / "weights.pth", inputs="rgbd_xy"), six.state_dict())
 
 
-def test_a_classifier_of_ten_classes_that_is_no_encoder(tmp_path):
+def test_weights_of_an_unrelated_network_are_refused(tmp_path):
     classifier = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 10))
     torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     message = refused(tmp_path / "weights.pth")
@@ -174,7 +174,7 @@ def test_a_classifier_of_ten_classes_that_is_no_encoder(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_half_a_file(tmp_path, classifier, suffix):
+def test_truncated_weights_are_refused(tmp_path, classifier, suffix):
     path = tmp_path / f"weights{suffix}"
     (torch.save if suffix == ".pth" else save_file)(classifier.state_dict(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -183,7 +183,7 @@ def test_half_a_file(tmp_path, classifier, suffix):
 
 
 class Burglar:
-    """What a pickle does when it is opened carelessly."""
+    """A malicious pickle: loading it carelessly creates a folder."""
 
     def __init__(self, touched):
         self.touched = str(touched)
@@ -192,7 +192,7 @@ class Burglar:
         return os.mkdir, (self.touched,)
 
 
-def test_code_in_a_file_is_not_executed(tmp_path, classifier):
+def test_code_in_a_weights_file_is_not_executed(tmp_path, classifier):
     path, touched = tmp_path / "weights.pth", tmp_path / "touched"
     for content in (Burglar(touched), classifier.state_dict() | {"more": Burglar(touched)}):
         torch.save(content, path)
@@ -200,16 +200,16 @@ def test_code_in_a_file_is_not_executed(tmp_path, classifier):
         path.write_bytes(pickle.dumps(content, protocol=2))
         assert "contains code" in refused(path)
         assert not touched.exists()
-    pickle.loads(path.read_bytes())  # and it would have done so
+    pickle.loads(path.read_bytes())  # check that plain pickle does execute it
     assert touched.exists()
 
 
-def test_a_whole_network_that_was_pickled(tmp_path, classifier):
+def test_pickled_network_is_refused(tmp_path, classifier):
     torch.save(classifier, tmp_path / "weights.pth")
     assert "save only the state_dict" in refused(tmp_path / "weights.pth")
 
 
-def test_files_that_are_no_weights(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     assert refused(path) == f"encoder_weights: {path}: no such file"
     torch.save([torch.ones(2)], path)
@@ -220,7 +220,7 @@ def test_files_that_are_no_weights(tmp_path):
     assert "75 missing" in refused(path)
 
 
-def test_a_run_knows_its_weights_wherever_they_lie(tmp_path, monkeypatch, classifier):
+def test_run_identifies_weights_by_content_not_path(tmp_path, monkeypatch, classifier):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     here, there, other = (tmp_path / name for name in ("here.pth", "there.safetensors", "other.pth"))
     torch.save(classifier.state_dict(), here)
@@ -245,5 +245,5 @@ def test_a_run_knows_its_weights_wherever_they_lie(tmp_path, monkeypatch, classi
         pass
 
 
-def test_names_have_no_digest():
+def test_named_and_absent_weights_have_no_digest():
     assert weights_digest(None) is weights_digest("imagenet") is None

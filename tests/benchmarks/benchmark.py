@@ -1,11 +1,11 @@
-"""How fast, against the libraries that pip installs and a plainly written recipe of the same experiment.
+"""Compare our speed with that of public libraries and of a plainly written recipe of the same experiment.
 
-    python tests/benchmarks/benchmark.py                         # everything on built-in synthetic scenes, minutes
+    python tests/benchmarks/benchmark.py                         # built-in synthetic scenes; takes minutes
     python tests/benchmarks/benchmark.py --data /path/to/NYUv2   # epochs as in nyuv2_small
     python tests/benchmarks/benchmark.py --data /path/to/NYUv2 --large   # and as in exp061, on 32 images
 
-Ratios are of medians over interleaved runs. Operations run on one thread and are timed in seconds of
-CPU, which other processes change least; epochs on all threads and by the clock.
+Ratios compare medians over interleaved runs. Operations run on one thread and are timed in CPU seconds,
+which other processes affect least. Epochs run on all threads and are timed by the clock.
 """
 
 import argparse
@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# glibc moves these limits with what was freed before, so that a function's time would depend on its neighbours'.
-# Fixed, buffers as large as the logits come fresh from the system and smaller ones are kept, for everyone.
+# glibc adapts these limits to earlier frees, so a function's time would depend on what ran before it.
+# With fixed limits, buffers as large as the logits always come fresh from the system, and smaller ones
+# are reused.
 if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
     limits = {"MALLOC_MMAP_THRESHOLD_": str(2**24), "MALLOC_TRIM_THRESHOLD_": str(2**25)}
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
@@ -58,7 +59,7 @@ LARGE = {
 
 
 def peers(names: str) -> dict:
-    """The modules that are installed; a line says how to get the others."""
+    """The installed ones of these modules. Prints how to install the others."""
     found = {}
     for name in names.split():
         try:
@@ -69,7 +70,7 @@ def peers(names: str) -> dict:
 
 
 def medians(functions: dict[str, Callable]) -> dict[str, float]:
-    """Seconds of CPU of each function, in turn."""
+    """Median CPU seconds of each function. The functions run in turn."""
     times = {name: [] for name in functions}
     for _ in range(ROUNDS + 2):
         for name, function in functions.items():
@@ -80,7 +81,7 @@ def medians(functions: dict[str, Callable]) -> dict[str, float]:
 
 
 def peak_bytes(function: Callable) -> int:
-    """The most that torch had allocated at once, beyond what there was before."""
+    """Peak memory that torch allocates during the call, in addition to what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -134,7 +135,7 @@ def benchmark_loss() -> None:
 
 
 def benchmark_counts() -> None:
-    """Confusion counts per image against one call of torchmetrics an image, and one of all pooled."""
+    """Confusion counts per image against torchmetrics, called once per image and once for all images."""
     labels = torch.randint(0, 13, (8, 480, 640))
     prediction = torch.where(torch.rand(labels.shape) < 0.6, labels, torch.randint(0, 13, labels.shape))
     labels[torch.rand(labels.shape) < 0.2] = 255
@@ -158,7 +159,7 @@ def benchmark_counts() -> None:
 
 
 def benchmark_augmentation() -> None:
-    """Items of the training set against three bare warps of every image."""
+    """Items of the training set against three bare warps per image."""
     rows = []
     for size in (SMALL["size"], LARGE["size"]):
         samples = load_samples("synthetic", "train", "none", size, 16)
@@ -188,7 +189,7 @@ def benchmark_augmentation() -> None:
 
 
 def write_scenes(root: Path) -> None:
-    """The built-in synthetic scenes as the folder of PNGs that users have."""
+    """Write the built-in synthetic scenes as a folder of PNGs, the usual form of user data."""
     scenes = load_samples("synthetic", "train", "none")
     for kind in ("image", "depth", "label"):
         (root / "train" / kind).mkdir(parents=True)
@@ -198,7 +199,7 @@ def write_scenes(root: Path) -> None:
 
 
 def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
-    """Epochs of `fit` and of the plain recipe in turn: training, validation and checkpoint."""
+    """Alternating epochs of `fit` and of the plain recipe: training, validation and checkpoint."""
     encoder, size, batch_size = settings["encoder"], settings["size"], settings["batch_size"]
     started = time.perf_counter()
     train, valid = (
@@ -235,7 +236,7 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
 
 
 def benchmark_waiting(data: str) -> None:
-    """The share of an epoch in which the loop waits for its batches."""
+    """The share of an epoch that the loop spends waiting for batches."""
     size, batch_size, device = SMALL["size"], SMALL["batch_size"], torch.device("cpu")
     train = load_samples(data, "train", "random", size, 200)
     model, precision, rows = (
@@ -246,7 +247,7 @@ def benchmark_waiting(data: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), SMALL["learning_rate"], fused=True)
     for workers in (0, 1, 2):
         loader = training_loader(train, SMALL["augment"], batch_size, workers, seed=0)
-        for epoch in range(2):  # the first one starts the workers
+        for epoch in range(2):  # the first epoch starts the workers; the second is reported
             loader.batch_sampler.epoch, waited = epoch, 0.0
             began = asked = time.perf_counter()
             for raw in loader:

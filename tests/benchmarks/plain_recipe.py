@@ -1,4 +1,4 @@
-"""The same experiment as one writes it first: files decoded in every step, float32, one-hot soft IoU."""
+"""The same experiment, plainly written: files decoded at every step, float32, one-hot soft IoU."""
 
 import tempfile
 import time
@@ -15,7 +15,7 @@ from lib.batches import build_augmentation
 
 
 def naive_soft_iou(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Pooled over the batch, averaged over the classes present in it."""
+    """Soft IoU loss, pooled over the batch and averaged over the classes present in it."""
     labelled = (labels != 255)[:, None]
     truth = (
         F.one_hot(torch.where(labels == 255, 0, labels), logits.shape[1]).movedim(-1, 1).float() * labelled
@@ -28,7 +28,7 @@ def naive_soft_iou(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class PlainSet(torch.utils.data.Dataset):
-    """Reads, resizes, augments and encodes an image each time that it is asked for."""
+    """Reads, resizes, augments and encodes an image at each access."""
 
     def __init__(self, root: Path, names: np.ndarray, size: tuple[int, int], augment: str) -> None:
         folders = [root / "train" / kind for kind in ("image", "depth", "label")]
@@ -66,7 +66,7 @@ def plain_epochs(
     augment: str,
     learning_rate: float,
 ) -> Iterator[float]:
-    """Seconds of one epoch after another: training, validation and a checkpoint."""
+    """Yield the seconds of each epoch: training, validation and a checkpoint."""
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0001)
     batches = torch.utils.data.DataLoader(
         PlainSet(root, train, size, augment), batch_size, shuffle=True, drop_last=True

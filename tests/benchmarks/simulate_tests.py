@@ -1,11 +1,14 @@
-"""How often tests and plans are wrong where the truth is known: Markdown tables of rates, for lib/README.md.
+"""Simulate how often tests and plans are wrong: Markdown tables of rates for lib/README.md.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/simulate_tests.py [--draws 3000] [--only several plans tests]
 
-Recipes over images that are clustered in scenes as NYUv2's are, four classes; `tests/clustered.py` says how they vary.
-`several`: several recipes compared with one baseline. `plans`: power as planned and as simulated. (Two minutes.)
-`tests`: each of the three tests alone; a false alarm is p < 0.05 where nothing differs, power is that where the second
-recipe has 0.012 mIoU more. (12 minutes.)
+Recipes are simulated on images that are clustered in scenes like NYUv2's, with four classes.
+`tests/clustered.py` describes how they vary.
+
+- `several`: several recipes compared with one baseline.
+- `plans`: planned and simulated power. (Two minutes, with `several`.)
+- `tests`: each of the three tests alone. A false alarm is p < 0.05 without a true difference. Power is the
+  rate of p < 0.05 if the second recipe's mIoU is 0.012 higher. (12 minutes.)
 """
 
 import argparse
@@ -23,8 +26,8 @@ from clustered import TRAIN_SIZES, VALID_SIZES, confuse, scenes_of, simulate_rat
 from lib.metrics import mean_iou
 from lib.significance import compare_checkpoints, compare_recipes, compare_seeds, plan, pool_run_sd
 
-SEED = 1313  # of `tests`; fixed before the first run
-SEED_OF_SEVERAL = 2611  # of `several` and `plans`; fixed before the first run
+SEED = 1313  # for `tests`; fixed before the first run
+SEED_OF_SEVERAL = 2611  # for `several` and `plans`; fixed before the first run
 GAIN = 0.012
 CORRELATION = 0.3
 COMPARISONS, SEEDS, PILOTS = (2, 5, 19), (2, 3, 5), (3, 5)
@@ -33,7 +36,7 @@ COLUMNS = ("false alarms", "any of 4 classes", "coverage", "power at +0.012")
 
 
 def find_gain():
-    """Of the shares found, that makes a difference of `GAIN` in the mIoU."""
+    """The increase in the recall of each class that raises the mIoU by `GAIN`."""
     return GAIN / (true_difference(0.01) / 0.01)
 
 
@@ -46,22 +49,22 @@ def print_table(columns, rows):
 
 
 def rate(happened):
-    """A share and, in brackets, its standard error."""
+    """A rate with its standard error in brackets."""
     share = np.mean(happened)
     return f"{share:.3f} ({np.sqrt(share * (1 - share) / len(happened)):.3f})"
 
 
 def pooled_iou(union, hits):
-    """mIoU of pixels by class `(..., C)`; every class is in the truth."""
+    """mIoU from pixels by class `(..., C)`. Every class is in the ground truth."""
     return (hits / union).mean(-1)
 
 
 class Draw:
-    """mIoU `(R, S)` of runs, without each scene `(R, S, G)` and of each fold `(R, S, F)`."""
+    """mIoU of runs: overall `(R, S)`, without each scene `(R, S, G)` and by fold `(R, S, F)`."""
 
     def __init__(self, truth, rates, scene, folds):
         hits = np.rint(truth * np.clip(rates, 0, 1))
-        missed = truth - hits  # taken for the next class, as in `confuse`
+        missed = truth - hits  # predicted as the next class, as in `confuse`
         union = truth + np.roll(missed, 1, -1)
         first = np.flatnonzero(np.diff(scene, prepend=-1))
         union, hits = (np.add.reduceat(pixels, first, axis=-2) for pixels in (union, hits))
@@ -79,7 +82,7 @@ class Draw:
 
 
 class Crossed:
-    """The recipe test of all recipes against the first at once, as `compare_recipes` does it one by one."""
+    """`compare_recipes` vectorised: the recipe test of all recipes against the first at once."""
 
     def __init__(self, draw, seeds, scene_degrees):
         scores, left_out = draw.scores[:, :seeds], draw.left_out[:, :seeds]
@@ -103,7 +106,7 @@ class Crossed:
         self.p_value = 2 * stats.t.sf(np.abs(self.difference) / self.error, self.degrees)
 
     def covers(self, true, comparisons):
-        """Whether all intervals hold the true differences, of the first so many comparisons."""
+        """Whether the intervals of the first `comparisons` comparisons all contain the true differences."""
         half = stats.t.ppf(1 - 0.05 / 2 / comparisons, self.degrees[:comparisons]) * self.error[:comparisons]
         return bool((np.abs(self.difference - true)[:comparisons] <= half).all())
 
@@ -114,14 +117,14 @@ def scene_degrees_of(sizes):
 
 
 def draw_recipes(rng, sizes, folds, gains):
-    """Runs of equal recipes, and of the same where each finds so much more of every class."""
+    """Runs of equal recipes, and the same runs with the recall of each recipe raised by its gain."""
     scene = scenes_of(sizes)
     truth, rates = simulate_rates(rng, scene, max(SEEDS), CORRELATION, folds=folds, recipes=len(gains))
     return [Draw(truth, shares, scene, folds) for shares in (rates, rates + np.reshape(gains, (-1, 1, 1, 1)))]
 
 
 def check_against_library(rng, sizes, folds):
-    """The vectorised test is that of the library."""
+    """Assert that the vectorised test equals that of the library."""
     scene = scenes_of(sizes)
     truth, rates = simulate_rates(rng, scene, 3, CORRELATION, folds=folds, recipes=3)
     crossed = Crossed(Draw(truth, rates, scene, folds), 3, scene_degrees_of(sizes))
@@ -158,7 +161,7 @@ def simulate_several(draws, seed=SEED_OF_SEVERAL):
 
 
 def simulate_plans(draws, seed=SEED_OF_SEVERAL):
-    """Rows of simulated power and of power as planned, with true variances and with those of pilot runs."""
+    """Rows of simulated power and of planned power, from true variances and from those of pilot runs."""
     rows, gain = [], find_gain()
     for sizes, folds in DESIGNS:
         rng, degrees, scenes = np.random.default_rng([seed, 1, folds]), scene_degrees_of(sizes), len(sizes)
@@ -190,7 +193,7 @@ def simulate_plans(draws, seed=SEED_OF_SEVERAL):
 
 
 class Rates:
-    """How often each of `COLUMNS` happened, by row."""
+    """The rate of each of `COLUMNS`, by row."""
 
     def __init__(self):
         self.counts = {}

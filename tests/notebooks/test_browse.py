@@ -30,7 +30,7 @@ def decode(panel):
 
 
 def values_of(browser, name):
-    """What the page reads out under that name."""
+    """The values of `name` in the pixel readout, as an `(H, W)` array."""
     image = browser.panels.image
     (value,) = (value for value in image["values"] if value["name"] == name)
     width, height = image["size"]
@@ -39,7 +39,7 @@ def values_of(browser, name):
 
 @pytest.fixture
 def results(scenes):
-    """In image 7 half is wrong, in image 2 a bit: walls are predicted as beds. In image 5 beds are predicted on windows."""
+    """Predictions with walls as beds in image 7 and in 20 rows of image 2, and windows as beds in image 5."""
     masks = np.where(scenes.label == 255, 0, scenes.label)
     wall, window = scenes.classes.index("wall"), scenes.classes.index("window")
     wrong = np.zeros(masks.shape, bool)
@@ -56,7 +56,7 @@ def results(scenes):
     return split, {"run": confusion_counts(masks, scenes.label, 13)}, {"run": look}, masks
 
 
-def test_without_a_person_there_is_a_figure(scenes, results):
+def test_non_interactive_browsers_return_a_figure(scenes, results):
     figure = browse_samples(scenes)
     assert isinstance(figure, Figure)
     assert {"RGB", "labels", f"{scenes.names[0]} · 1 of 12 · all images, by file name"} <= set(draw(figure))
@@ -65,7 +65,7 @@ def test_without_a_person_there_is_a_figure(scenes, results):
     assert any(text.startswith(f"{scenes.names[7]} · 1 of 12") for text in texts)
 
 
-def test_each_action_is_one_drawing(scenes):
+def test_each_action_draws_exactly_once(scenes):
     browser = browse_samples(scenes, interactive=True)
     drawn = []
     browser.panels.observe(lambda change: drawn.append(change["new"]), "image")
@@ -87,7 +87,7 @@ def test_each_action_is_one_drawing(scenes):
     assert len(drawn) == 6  # already at the first image
 
 
-def test_steps_end_at_the_first_and_the_last_image(scenes):
+def test_steps_stop_at_the_first_and_last_image(scenes):
     browser = browse_samples(scenes, interactive=True)
     browser.step(-1)
     assert browser.slider.value == 1
@@ -98,7 +98,7 @@ def test_steps_end_at_the_first_and_the_last_image(scenes):
     assert browser.slider.value == 11
 
 
-def test_images_of_a_class(scenes):
+def test_choosing_a_class_shows_only_its_images(scenes):
     browser = browse_samples(scenes, interactive=True)
     pixels = {name: (scenes.label == index).sum((1, 2)) for index, name in enumerate(scenes.classes)}
     assert set(browser.only.options) == {ALL, *(name for name, found in pixels.items() if found.any())}
@@ -112,7 +112,7 @@ def test_images_of_a_class(scenes):
         browser.choose("unicorn")
 
 
-def test_an_unknown_name_is_said_to_be_unknown(scenes):
+def test_name_search_finds_an_image_or_reports_an_unknown_name(scenes):
     browser = browse_samples(scenes, interactive=True)
     assert (browser.name.value, browser.name.placeholder) == ("", "name of an image")
     browser.name.value = str(scenes.names[11])
@@ -122,7 +122,7 @@ def test_an_unknown_name_is_said_to_be_unknown(scenes):
     assert browser.slider.value == 12
 
 
-def test_the_page_reads_out_labels_predictions_confidence_and_depth(results, scenes):
+def test_pixel_readout_covers_labels_predictions_confidence_and_depth(results, scenes):
     browser = browse_results(*results[:3], interactive=True)
     assert browser.images[0] == 7
     np.testing.assert_array_equal(values_of(browser, "ground truth"), scenes.label[7])
@@ -136,7 +136,7 @@ def test_the_page_reads_out_labels_predictions_confidence_and_depth(results, sce
     np.testing.assert_array_equal(truth, view_sample(scenes[[7]], {}, None).panels["labels"])
 
 
-def test_results_go_from_the_worst_image_on(results):
+def test_results_are_sorted_from_the_worst_image(results):
     browser = browse_results(*results[:3], interactive=True)
     wrong = (results[1]["run"].sum((1, 2)) - np.trace(results[1]["run"], axis1=1, axis2=2))[browser.images]
     assert (np.diff(wrong) <= 0).all()
@@ -151,8 +151,8 @@ def test_results_go_from_the_worst_image_on(results):
     assert (np.diff(iou[browser.images]) >= 0).all()
 
 
-def test_a_class_is_found_in_the_prediction_alone(results, scenes):
-    """Beds are predicted in images without one."""
+def test_choosing_a_class_includes_images_that_only_predict_it(results, scenes):
+    """Some images without a bed have pixels that are predicted as bed."""
     split, counts, looks, masks = results
     there = [
         at
@@ -164,14 +164,14 @@ def test_a_class_is_found_in_the_prediction_alone(results, scenes):
     assert not all((scenes.label[at] == BED).any() for at in there)
 
 
-def test_images_are_sorted_by_other_keys_too(results):
+def test_images_can_be_sorted_by_additional_keys(results):
     keys = {"confidence": np.arange(12)[::-1]}
     browser = browse_results(*results[:3], keys, interactive=True)
     browser.order.value = "confidence"
     assert browser.images == list(range(12))[::-1]
 
 
-def test_two_runs_go_from_where_b_gains_most(results, scenes):
+def test_two_runs_start_with_the_largest_gain_of_b(results, scenes):
     split, counts, looks, _ = results
     truth = np.where(scenes.label == 255, 0, scenes.label)
     counts |= {"perfect": confusion_counts(truth, scenes.label, 13)}
@@ -186,7 +186,7 @@ def test_two_runs_go_from_where_b_gains_most(results, scenes):
     assert browser.images[-1] == 7
 
 
-def test_the_next_image_is_drawn_ahead(results):
+def test_next_image_is_drawn_in_advance(results):
     browser = browse_results(*results[:3], interactive=True)
     assert list(browser.coming) == [(7, ALL), (browser.images[1], ALL)]
     ahead = browser.coming[browser.images[1], ALL]
@@ -194,7 +194,7 @@ def test_the_next_image_is_drawn_ahead(results):
     assert browser.panels.image is ahead.result()[1]
 
 
-def test_the_plain_picture_is_drawn_until_the_page_has_the_panels(scenes):
+def test_static_image_is_updated_until_the_page_is_ready(scenes):
     browser = browse_samples(scenes, interactive=True)
     first = browser.picture.value
     browser.step(1)
@@ -205,14 +205,14 @@ def test_the_plain_picture_is_drawn_until_the_page_has_the_panels(scenes):
     assert (browser.picture.value, browser.picture.layout.display) == (second, "none")
 
 
-def test_a_saved_notebook_keeps_the_picture(scenes):
+def test_saved_notebook_contains_the_static_image(scenes):
     browser = browse_samples(scenes, interactive=True)
     saved = browser._repr_mimebundle_()
     assert base64.b64decode(saved["image/png"]) == browser.picture.value
     assert "application/vnd.jupyter.widget-view+json" in saved
 
 
-def test_of_one_class_all_else_is_faded(scenes):
+def test_pixels_outside_the_chosen_class_are_faded(scenes):
     view = view_sample(scenes[[3]], {}, depth_shades([scenes]), "wall")
     wall = scenes.label[3] == scenes.classes.index("wall")
     inside = view.panels["labels"][wall]
@@ -234,7 +234,7 @@ def test_a_confusion_is_outlined_in_all_panels(results, scenes):
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_a_view_has_room_for_any_class_set(scenes, count):
+def test_text_fits_in_views_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     mask = samples.label[[0]] % count
     name = "the long name of a run that a sweep has made"
@@ -250,7 +250,7 @@ def test_a_view_has_room_for_any_class_set(scenes, count):
 
 
 def test_confusions_are_ranked_by_the_gain_in_miou():
-    """Against each matrix with its pixels moved to the diagonal; the third class is in no ground truth."""
+    """The gain is that of moving the pixels to the diagonal. Class c is in no ground truth."""
     counts = np.zeros((2, 4, 4), int)
     counts[0] = [[50, 6, 4, 0], [3, 900, 0, 5], [0, 0, 0, 0], [2, 0, 0, 8]]
     counts[1, 0, 1] = 3
@@ -271,7 +271,6 @@ def test_confusions_are_ranked_by_the_gain_in_miou():
         assert row.cost == pytest.approx(miou(mended) - miou(pooled), abs=1e-12), words
         assert (row.pixels, row.share) == (pooled[truth, predicted], pooled[truth, predicted] / 23)
     assert table.cost.is_monotonic_decreasing
-    assert (
-        table.index[0] == "b confused with d"
-    )  # 5 pixels that a small class gets cost more than 9 of a large one
+    # 5 pixels predicted as the small class d cost more than 9 predicted as the large class b
+    assert table.index[0] == "b confused with d"
     assert table.images["a confused with b"] == 2

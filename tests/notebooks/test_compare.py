@@ -21,7 +21,7 @@ from lib.runs.results import group_recipes, read_runs, write_results
 from lib.significance import score_interval
 
 
-def test_the_table_has_every_run_with_its_interval():
+def test_score_table_has_every_run_with_its_interval():
     counts = {seed: some_counts(0.6, seed) for seed in (0, 1)}
     runs = [scored_run(f"s{seed}", each, seed=seed) for seed, each in counts.items()]
     runs.append(scored_run("alone", some_counts(0.8), learning_rate=1.0))
@@ -44,7 +44,7 @@ def test_the_table_has_every_run_with_its_interval():
 
 
 def example():
-    """Of the committed example, two arms that are one recipe."""
+    """Two arms of one recipe, as in the committed example."""
     arms = {"baseline": (1, 2), "baseline_again": (3, 4)}
     return [
         scored_run(f"{arm}{seed}", some_counts(0.6, seed), seed=seed, group=arm, split="test")
@@ -64,7 +64,7 @@ def home(monkeypatch, tmp_path):
 RATES = (("a", 0.1), ("b", 0.2))
 
 
-def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
+def test_own_run_on_the_same_images_is_added_to_the_example(home):
     scored_folder(home, "mine", some_counts(0.8, 9), split="test", learning_rate=1.0)
     found = read_runs("all", "test")
     assert [run.name for run in found] == [*(run.name for run in example()), "mine"]
@@ -74,7 +74,7 @@ def test_a_run_of_ones_own_is_compared_with_the_example_where_it_can_be(home):
     assert "is not shown" not in text
 
 
-def test_a_run_on_other_images_is_said_to_be_missing(home):
+def test_own_run_on_other_images_is_reported_as_not_shown(home):
     scored_folder(home, "mine", some_counts(0.8)[:21], split="test")
     found = read_runs("all", "test")
     assert [run.name for run in found] == [run.name for run in example()]
@@ -83,14 +83,14 @@ def test_a_run_on_other_images_is_said_to_be_missing(home):
     )
 
 
-def test_runs_of_ones_own_are_introduced_in_one_line(home):
+def test_introduction_of_own_runs_is_one_line(home):
     runs = [scored_run(name) for name in "ab"]
     assert introduce_runs(runs, {"a": runs}, "valid") == "2 runs were scored on split valid of /disk/nyu."
     assert introduce_runs(runs, {}, "valid", "seed == 0").startswith("2 runs match and were scored")
     assert introduce_runs([], {}, "valid") == "0 runs were scored on split valid of no data."
 
 
-def test_what_differs_is_said_where_names_do_not_say_it():
+def test_introduction_lists_differences_that_recipe_names_omit():
     runs = [
         scored_run(f"{name}{seed}", seed=seed, learning_rate=rate) for seed in (1, 2) for name, rate in RATES
     ]
@@ -105,8 +105,8 @@ def test_what_differs_is_said_where_names_do_not_say_it():
 
 @pytest.mark.parametrize("count", SETS)
 @pytest.mark.parametrize("others", [0, 1, 11])
-def test_comparison_of_few_and_many(count, others):
-    """Every legend and label lies inside the figure, for long names too; of many recipes the first are coloured."""
+def test_comparison_figure_fits_few_and_many_recipes(count, others):
+    """Legends and labels lie inside the figure, also for long names. Recipes from the ninth on are grey."""
     rng, classes, correct = np.random.default_rng(0), class_names(count), np.eye(count, dtype=int)
     long = "a name as it is made of many parameters soft_iou_weight=0.5-class_weights=median-learning_rate=0.0001-"
     runs = []
@@ -133,8 +133,8 @@ def test_comparison_of_few_and_many(count, others):
     )
 
 
-def test_the_figure_says_of_which_test_its_intervals_are():
-    """A single run beside recipes of several has the checkpoint test alone, and no filled mark."""
+def test_comparison_figure_states_which_test_its_intervals_use():
+    """A recipe with a single run has only the checkpoint test, and its marks are never filled."""
     recipes = {
         name: [scored_run(f"{name}{seed}", some_counts(rate, seed), seed=seed) for seed in range(count)]
         for name, rate, count in (("a", 0.7, 3), ("b", 0.8, 3), ("c", 0.9, 1))
@@ -153,7 +153,7 @@ def test_the_figure_says_of_which_test_its_intervals_are():
 
 
 def marks(figure):
-    """By colour of the marks of differences: whether they are filled, from the top down."""
+    """Whether each mark of a difference is filled, from top to bottom, by colour."""
     lines = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
     found = {}
     for line in lines:
@@ -162,8 +162,8 @@ def marks(figure):
     return {colour: [filled for _, filled in sorted(rows.items())] for colour, rows in found.items()}
 
 
-def test_marks_are_filled_where_the_adjusted_test_is_significant():
-    """In the colour of their recipe, whichever other recipes there are."""
+def test_marks_are_filled_if_the_adjusted_test_is_significant():
+    """Each recipe keeps its colour, whichever other recipes are shown."""
     recipes = {
         name: [
             scored_run(f"{name}{seed}", some_counts(rate, 10 * draw + seed), seed=seed) for seed in range(3)
@@ -182,8 +182,8 @@ def test_marks_are_filled_where_the_adjusted_test_is_significant():
             assert found[to_rgb(colours[name])] == expected
 
 
-def test_intervals_end_where_an_iou_would_leave_its_range():
-    """Class 2 has an IoU next to 0 in the baseline; its interval is cut there and says so."""
+def test_difference_interval_is_cut_where_iou_would_be_negative():
+    """Class 2 has an IoU near 0 in the baseline. The cut is marked, and the axis label explains the mark."""
     sides = [[some_counts(0.7, seed) for seed in seeds] for seeds in ((1, 2), (3, 4))]
     rng = np.random.default_rng(0)
     for counts in (*sides[0], *sides[1]):
@@ -208,7 +208,7 @@ def test_intervals_end_where_an_iou_would_leave_its_range():
 
 
 @pytest.mark.parametrize(("count", "text"), [(2, "not predicted by either"), (3, "not predicted by any")])
-def test_a_class_that_no_run_predicts(count, text):
+def test_class_that_no_run_predicts_is_marked(count, text):
     runs = []
     for number in range(2 * count):
         counts = some_counts(0.7, number)
@@ -224,7 +224,7 @@ def test_a_class_that_no_run_predicts(count, text):
 
 
 def with_strata(run, better):
-    """Eight scenes with two classes, in two bins of the distance to a boundary; in the second `better` pixels more are right."""
+    """Add counts of 8 scenes, 2 classes and 2 distance bins; the second has `better` more correct pixels."""
     counts = np.zeros((8, 6, 2, 2), np.uint32)
     wobble = np.random.default_rng(run.parameters["seed"]).integers(0, 5, (8, 2))
     for at, more in ((0, 0), (2, better)):
@@ -234,7 +234,7 @@ def with_strata(run, better):
     return replace(run, strata={DISTANCE: counts})
 
 
-def test_a_difference_by_stratum_is_that_of_the_pixels_there():
+def test_stratum_differences_use_only_pixels_of_the_bin():
     sides = [
         [
             with_strata(scored_run(f"{better}{seed}", seed=seed), better)

@@ -41,7 +41,7 @@ SPREAD = Spread((0.01, 0.008, 0.014), 0.001, 24, 13.5, 1)
 
 
 def runs_of(name, rate, seeds, draw=0, sd=0.02, **facts):
-    """Runs that find this share of the pixels, each scene a bit more or less."""
+    """Runs whose recall is about `rate` and varies a little between scenes."""
     return [
         scored_run(
             f"{name}{seed}", some_counts(rate, 100 * draw + seed, sd=sd), seed=seed, scene=SCENE, **facts
@@ -51,7 +51,7 @@ def runs_of(name, rate, seeds, draw=0, sd=0.02, **facts):
 
 
 def pooled(runs, folds=5):
-    """The same runs as if each had been scored by five folds, a scene in each by turns."""
+    """The same runs as if pooled over folds, with the scenes assigned to the folds in turn."""
     return [
         replace(run, image_fold=SCENE % folds, name=f"five folds, seed {run.parameters['seed']}")
         for run in runs
@@ -60,13 +60,13 @@ def pooled(runs, folds=5):
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """The folder of runs; there is no study."""
+    """A temporary folder for runs and studies, with no study yet."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr("lib.notebooks.conclusions.STUDIES", tmp_path / "studies")
     return tmp_path
 
 
-def test_single_runs_allow_the_checkpoint_test_alone():
+def test_single_runs_allow_only_the_checkpoint_test():
     one, other = runs_of("a", 0.7, [0]), runs_of("b", 0.75, [1])
     result = run_tests({"one": one, "other": other})["other"]
     expected = compare_checkpoints(one[0].counts, other[0].counts, SCENE)
@@ -79,7 +79,7 @@ def test_single_runs_allow_the_checkpoint_test_alone():
 
 
 @pytest.mark.parametrize(("counts", "single"), [((1, 3), "one"), ((3, 1), "other")])
-def test_one_run_on_either_side_is_one_run(counts, single):
+def test_single_run_on_one_side_rules_out_recipe_and_seed_tests(counts, single):
     result = run_tests(
         {"one": runs_of("a", 0.7, range(counts[0])), "other": runs_of("b", 0.75, range(counts[1]))}
     )["other"]
@@ -105,7 +105,7 @@ def test_several_seeds_allow_all_tests():
     )
 
 
-def test_several_recipes_are_adjusted_for_those_that_are_tested():
+def test_bonferroni_counts_only_recipes_that_can_be_tested():
     recipes = {"base": runs_of("a", 0.7, range(3))}
     for number in range(4):
         recipes[f"r{number}"] = runs_of(f"r{number}-", 0.7 + 0.01 * number, range(3), draw=1 + number)
@@ -115,14 +115,14 @@ def test_several_recipes_are_adjusted_for_those_that_are_tested():
     for number in range(4):
         alone = compare_recipes(base, np.stack([run.counts for run in recipes[f"r{number}"]]), SCENE)
         row = table.loc[f"r{number}"]
-        assert row.comparisons == 4  # what can't be tested costs nothing
+        assert row.comparisons == 4  # a single run can't be tested and doesn't count
         assert row.p == min(1, 4 * alone.p_value)
         half = stats.t.ppf(1 - 0.05 / 8, alone.degrees_of_freedom) * alone.standard_error
         assert (row.low, row.high) == pytest.approx((alone.difference - half, alone.difference + half))
     assert "Bonferroni-adjusted for 4 comparisons" in show_results(table.reset_index()).to_html()
 
 
-def test_pairs_are_made_of_seeds():
+def test_paired_test_uses_only_seeds_that_both_recipes_have():
     one, other = runs_of("a", 0.7, [3, 1, 2, 7]), runs_of("b", 0.71, [1, 5, 3, 2])
     result = run_tests({"one": one, "other": other}, paired=True)["other"]
     sides = [
@@ -140,7 +140,7 @@ def test_pairs_are_made_of_seeds():
     assert few.conclusion == "no result: a paired test needs two or more seeds that both recipes have"
 
 
-def test_few_scenes_give_no_result():
+def test_fewer_than_six_scenes_give_no_result():
     scene = np.arange(24) % 5
     recipes = {name: [replace(run, scene=scene) for run in runs_of(name, 0.7, (1, 2))] for name in "xy"}
     result = run_tests(recipes)["y"]
@@ -149,7 +149,7 @@ def test_few_scenes_give_no_result():
     assert "x against" not in describe_details({"y": result})
 
 
-def test_nothing_to_compare():
+def test_fewer_than_two_recipes_give_no_comparison():
     for recipes in ({}, {"one": runs_of("a", 0.7, [0, 1])}):
         results = run_tests(recipes)
         assert results == {}
@@ -160,7 +160,7 @@ def test_nothing_to_compare():
 
 
 def made_test(difference, error, degrees, class_differences):
-    """A recipe test with these values; NaN classes are not tested."""
+    """A recipe test with these values. A class with NaN is not tested."""
     differences, errors = np.array(class_differences), np.full(len(class_differences), error)
     values = np.array([difference, *differences])
     half = stats.t.ppf(0.975, degrees) * error
@@ -186,7 +186,7 @@ tests = some.tuples(
 
 
 def checkpoint_of(test):
-    """A checkpoint test of these values, whose p disagrees with its interval now and then."""
+    """A checkpoint test with these values but a larger p, which sometimes contradicts its interval."""
     names = [field.name for field in fields(CheckpointComparison) if field.name != "p_value"]
     return CheckpointComparison(
         **{name: getattr(test, name) for name in names}, p_value=min(1, 1.5 * test.p_value)
@@ -194,7 +194,7 @@ def checkpoint_of(test):
 
 
 def results_of(drawn):
-    """Results as `run_tests` makes them; of some the adjusted p is just below, exactly at or just above 0.05."""
+    """Results like those of `run_tests`. Some adjusted p are just below, exactly at or just above 0.05."""
     results = {}
     for number, (difference, error, degrees, classes, edge) in enumerate(drawn):
         test = made_test(difference, error, degrees, classes)
@@ -215,7 +215,7 @@ def results_of(drawn):
 @settings(max_examples=30, deadline=None)
 @given(some.lists(tests, min_size=1, max_size=20))
 def test_every_conclusion_agrees_with_its_row(drawn):
-    """In sign and certainty with the interval and p of its row; so do the details, the colours and the summary."""
+    """Sign and significance match the interval and p, also in the details, the bold cells and the summary."""
     results = results_of(drawn)
     table = result_table(results)
     html, summary, details = show_results(table).to_html(), conclude(results), describe_details(results)
@@ -249,8 +249,8 @@ def test_every_conclusion_agrees_with_its_row(drawn):
 
 @settings(max_examples=100, deadline=None)
 @given(tests)
-def test_what_is_shown_is_on_the_side_of_the_level_that_it_is_on(drawn):
-    """Rounding never makes 0.05 of a p next to it, nor changes a sign."""
+def test_rounding_changes_neither_significance_nor_sign(drawn):
+    """A p next to 0.05 is never shown as 0.05."""
     result = next(iter(results_of([drawn]).values()))
     table = result_table({"b": result})
     cells = re.findall(r"<td[^>]*>(.*?)</td>", show_results(table).to_html())
@@ -263,7 +263,7 @@ def test_what_is_shown_is_on_the_side_of_the_level_that_it_is_on(drawn):
         assert not re.fullmatch(r"-0\.0+", shown)
 
 
-def test_the_smallest_detectable_difference_and_its_range():
+def test_smallest_detectable_difference_is_given_with_its_range():
     found = [plan(3, 1, 24, sd, 0.001, scene_degrees=13.5).adjusted(2).detectable for sd in SPREAD.run_sd]
     clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
     assert SPREAD.say_detectable(3, 2) == clause
@@ -274,7 +274,7 @@ def test_the_smallest_detectable_difference_and_its_range():
     )
 
 
-def test_how_many_seeds_a_true_difference_takes():
+def test_seed_count_and_its_range_reach_80_percent_power():
     needed = SPREAD.count_seeds(0.025, 1)
     assert SPREAD.say_seeds(0.025, 1).startswith(f"about {needed} seeds of each recipe (")
     assert SPREAD.plan(needed).power(0.025) >= 0.8 > SPREAD.plan(needed - 1).power(0.025)
@@ -298,7 +298,7 @@ def suited(runs, lift):
     return found
 
 
-def test_how_runs_varied_is_pooled_within_folds():
+def test_run_sd_pools_variances_within_recipes_and_folds():
     lifts = {"x": 0.0, "y": 0.1, "z": 0.15}
     recipes = {
         name: pooled(suited(runs_of(name, 0.7, range(3), draw), lift))
@@ -350,25 +350,24 @@ def commands(text):
     ]
 
 
-def test_single_runs_say_so_first_and_name_the_sweep(home):
+def test_single_runs_get_a_caveat_and_a_sweep_command(home):
     first, other = single_runs()
     results = run_tests({"ce": [first], "soft": [other]})
     text = describe_single_runs(results)
     assert text.startswith("**One run of each: nothing can be said about the recipes.**")
     assert "Checkpoint test, not about recipes (soft, seed 1, against ce, seed 1; 8 scenes)" in text
-    assert "Seeds alone" not in text  # no such runs
+    assert "Seeds alone" not in text  # there are no earlier pairs of runs
     (given,) = commands(text)
     assert given["grid"] == {"soft_iou_weight": [0, 0.5]}
-    assert given["seeds"] == [2, 3, 4, 5, 6]  # 1 is used
+    assert given["seeds"] == [2, 3, 4, 5, 6]  # seed 1 is used already
     assert given["split"] == "valid"
-    assert (
-        "train 5 new seeds of each, 10 runs, about 28 minutes if run in sequence: " in text
-    )  # 5 runs of 3 and 5 of 2.5 minutes
+    # 5 runs take 3 minutes each and 5 take 2.5
+    assert "train 5 new seeds of each, 10 runs, about 28 minutes if run in sequence: " in text
     assert commands(conclude(results)) == [given]
 
 
-def test_the_sweep_trains_the_recipes_of_both_runs(home):
-    """One grid where one parameter differs, a sweep for each side where several do."""
+def test_suggested_sweep_trains_the_recipes_of_both_runs(home):
+    """One sweep if a single parameter differs, otherwise one sweep per recipe."""
     for change, count in (({}, 1), ({"learning_rate": 0.01, "epochs": 5}, 2)):
         first, other = single_runs(**change)
         found = commands(conclude(run_tests({"ce": [first], "soft": [other]})))
@@ -391,8 +390,8 @@ def test_the_sweep_trains_the_recipes_of_both_runs(home):
             assert [each["seed"] for each in same] == [2, 3, 4, 5, 6]
 
 
-def test_the_sweep_of_pooled_runs_trains_all_folds(home):
-    """Also where each side is a sweep of its own."""
+def test_suggested_sweep_of_pooled_runs_trains_all_folds(home):
+    """Also if each recipe needs its own sweep."""
     for change, count in (({}, 1), ({"learning_rate": 0.01}, 2)):
         sides = {run.name: pooled([run]) for run in single_runs(**change)}
         text = conclude(run_tests(sides))
@@ -404,7 +403,7 @@ def test_the_sweep_of_pooled_runs_trains_all_folds(home):
             assert one["grid"]["fold"] == [0, 1, 2, 3, 4]
 
 
-def test_an_inconclusive_result_names_the_sweep_that_finds_half_of_the_difference(home):
+def test_inconclusive_result_suggests_a_sweep_with_enough_seeds(home):
     recipes = {
         "ce": runs_of("ce", 0.7, [1, 2, 4], 0),
         "soft": runs_of("soft", 0.7, [1, 2, 3], 1, learning_rate=0.02),
@@ -419,8 +418,8 @@ def test_an_inconclusive_result_names_the_sweep_that_finds_half_of_the_differenc
     assert f"train {needed} new seeds of each, {2 * needed} runs" in text
 
 
-def test_what_else_differs_is_said_of_a_finding():
-    """A test of two recipes cannot tell which of two changed parameters makes the difference."""
+def test_significant_result_warns_if_several_parameters_differ():
+    """A test of two recipes can't attribute the difference to one of several changed parameters."""
     for change, said in (({}, False), ({"epochs": 5}, True)):
         recipes = {
             "a": runs_of("a", 0.6, range(3)),
@@ -433,7 +432,7 @@ def test_what_else_differs_is_said_of_a_finding():
         ) == said
 
 
-def test_external_predictions_need_predictions_of_further_seeds(home):
+def test_external_predictions_suggest_scoring_more_seeds(home):
     external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "/disk/nyu", "fold": 4}
     other = scored_run("masks", some_counts(0.72, 2), scene=SCENE, external=external)
     text = describe_single_runs(run_tests({"ce": [single_runs()[0]], "external": [other]}))
@@ -441,7 +440,7 @@ def test_external_predictions_need_predictions_of_further_seeds(home):
 
 
 def earlier_runs(seeds=range(2, 6)):
-    """Of one recipe at 48x64, in two arms, and some of another size."""
+    """Runs of one recipe at 48x64 in two arms, and two runs at another size."""
     size = {"image_height": 48, "image_width": 64, "scene": SCENE}
     arms = [
         scored_run(f"e{seed}", some_counts(0.6, seed, sd=0.3), seed=seed, group=f"arm {seed % 2}", **size)
@@ -450,8 +449,8 @@ def earlier_runs(seeds=range(2, 6)):
     return [*arms, *runs_of("large", 0.9, [1, 2], image_height=96, image_width=128)]
 
 
-def test_how_much_seeds_alone_change(home):
-    """Pairs are of one recipe, whatever arm they are shown in; other sizes, data and splits don't count."""
+def test_difference_of_single_runs_is_compared_with_pairs_of_seeds(home):
+    """Pairs share a recipe but not necessarily an arm. Other sizes, data and splits don't count."""
     write_results(home / "studies" / "earlier", earlier_runs())
     first, other = single_runs()
     text = describe_single_runs(run_tests({"ce": [first], "soft": [other]}))
@@ -471,9 +470,9 @@ def test_how_much_seeds_alone_change(home):
     assert f"  {line}" in conclude(run_tests({"ce": [first], "soft": [other]}))
 
 
-def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows(home):
-    """An A/A pair, the widest of its study: it is not counted among the others."""
-    for study in ("earlier", "again"):  # a run that two studies hold is one run
+def test_two_runs_of_one_recipe_are_reported_and_get_no_sweep(home):
+    """An A/A pair, the one with the largest difference in its study, is not counted among the others."""
+    for study in ("earlier", "again"):  # a run that is in two studies counts once
         write_results(home / "studies" / study, earlier_runs())
     runs = earlier_runs()[:4]
     first, other = max(combinations(runs, 2), key=lambda pair: abs(pair[0].score - pair[1].score))
@@ -484,7 +483,7 @@ def test_two_runs_of_one_recipe_are_no_evidence_about_seeds_and_no_sweep_follows
     assert "papermill" not in text
 
 
-def test_a_plan_from_a_committed_study(home):
+def test_plan_uses_the_variation_in_a_committed_study(home):
     write_results(home / "studies" / "earlier", earlier_runs())
     runs = plan_runs(
         None,
@@ -511,8 +510,8 @@ def test_a_plan_from_a_committed_study(home):
         assert describe_plan(few, "valid").startswith("No plan: ")
 
 
-def test_no_plan_from_earlier_runs_that_allow_none(home):
-    """Too few scenes, or one seed twice: a sweep goes on without a plan."""
+def test_no_plan_from_unsuitable_earlier_runs(home):
+    """With too few scenes or a repeated seed, a sweep continues without a plan."""
     runs = plan_runs(
         None,
         {"data": "/disk/nyu", "image_height": 48, "image_width": 64},
@@ -528,7 +527,7 @@ def test_no_plan_from_earlier_runs_that_allow_none(home):
     assert not describe_plan(runs, "valid").startswith("No plan: ")
 
 
-def test_a_plan_from_runs_of_ones_own(home):
+def test_plan_uses_the_variation_in_own_runs(home):
     for seed in (1, 2):
         for weight in (0, 0.5):
             settings = {"soft_iou_weight": weight, "image_height": 48, "image_width": 64}
@@ -548,7 +547,7 @@ def test_a_plan_from_runs_of_ones_own(home):
     assert "if runs vary as those in earlier runs did" in describe_plan(runs, "valid")
 
 
-def test_no_variance_over_scenes_is_said():
+def test_details_explain_variance_from_seeds_and_scenes():
     sides = [
         [
             scored_run(f"{name}{seed}", some_counts(rate, 1, sd=0.0), seed=seed, scene=SCENE)
@@ -581,7 +580,7 @@ def test_no_variance_over_scenes_is_said():
         ({"image_fold": SCENE % 5}, "Pooled over five folds"),
     ],
 )
-def test_what_limits_the_results_is_said(facts, caveat):
+def test_details_state_caveats_of_scenes_and_validation(facts, caveat):
     recipes = {
         name: [replace(run, **facts) for run in runs_of(name, 0.7, range(2), draw)]
         for draw, name in enumerate("xy")
@@ -591,7 +590,7 @@ def test_what_limits_the_results_is_said(facts, caveat):
     assert caveat not in describe_details(run_tests({name: runs_of(name, 0.7, range(2)) for name in "xy"}))
 
 
-def test_two_seeds_are_too_few_for_many_comparisons():
+def test_details_warn_of_two_seeds_for_many_comparisons():
     for others, seeds, warned in ((2, 2, False), (3, 2, True), (3, 3, False)):
         recipes = {
             f"r{number}": runs_of(f"r{number}", 0.7, range(seeds), number) for number in range(others + 1)
@@ -609,7 +608,7 @@ def test_identical_runs_are_inconclusive():
     assert "check whether one run is listed twice" in conclude(results)
 
 
-def test_an_effect_by_construction_is_found_in_both_directions():
+def test_constructed_effect_is_found_in_both_directions():
     low, high = runs_of("a", 0.70, range(5)), runs_of("b", 0.76, range(5), draw=1)
     assert run_tests({"low": low, "high": high})["high"].conclusion == "high is better"
     assert run_tests({"high": high, "low": low})["low"].conclusion == "low is worse"
@@ -617,10 +616,10 @@ def test_an_effect_by_construction_is_found_in_both_directions():
 
 @pytest.mark.parametrize("count", [2, 6, 20])
 @pytest.mark.parametrize("length", [5, 50])
-def test_the_table_of_few_and_many_recipes(count, length):
+def test_result_table_has_one_row_per_compared_recipe(count, length):
     recipes = {
         f"{number:0{length}d}": runs_of(f"r{number}", 0.7, range(2), number) for number in range(count)
     }
     html = show_results(result_table(run_tests(recipes))).to_html()
-    assert html.count("<tr>") == count  # a header and a row for each but the baseline
+    assert html.count("<tr>") == count  # a header and one row per recipe except the baseline
     assert all(html.count(f">{name}<") == 1 for name in list(recipes)[1:])

@@ -30,7 +30,7 @@ BED, FLOOR, OBJECTS, WALL = (NYUV2_13.index(name) for name in ("bed", "floor", "
 
 
 class Guess(torch.nn.Module):
-    """Names everything wall with 95 % but the left half, which it names floor with 60 %."""
+    """Predicts floor with 60 % confidence in the left half and wall with 95 % in the right half."""
 
     def __init__(self, classes=NYUV2_13):
         super().__init__()
@@ -50,7 +50,7 @@ class Guess(torch.nn.Module):
 
 
 def made_up(images=24, count=13):
-    """Counts of a network that is right in most pixels and more sure than right."""
+    """Counts of a network that is correct in most pixels and overconfident."""
     confusion = np.random.default_rng(0).integers(1, 20, (images, count, count))
     confusion[:, range(count), range(count)] *= 3 * count
     edges = strata_edges(10.0)
@@ -64,7 +64,7 @@ def made_up(images=24, count=13):
     )
 
 
-def test_segments_of_one_class_are_measured_apart():
+def test_regions_of_one_class_are_measured_separately():
     label = np.full((10, 10), WALL, np.uint8)
     label[0, :3] = label[9, :] = OBJECTS
     shares = region_shares(label)
@@ -77,7 +77,7 @@ def test_segments_of_one_class_are_measured_apart():
     assert set(bins) == set(edges)
 
 
-def test_bins_of_the_depth_follow_its_range(scenes):
+def test_depth_bins_follow_the_depth_range(scenes):
     assert name_bins(DEPTH, strata_edges(10.0)[DEPTH]) == [
         "missing",
         "0-1",
@@ -97,7 +97,7 @@ def test_bins_of_the_depth_follow_its_range(scenes):
     assert "0.4-0.6" in draw(plot_strata(errors))
 
 
-def test_one_pass_counts_what_evaluation_counts(scenes):
+def test_error_counts_match_evaluate(scenes):
     errors, evaluation = count_errors(Guess(), scenes, 5), evaluate(Guess(), scenes, 5)
     np.testing.assert_array_equal(errors.confusion, evaluation.counts)
     assert errors.names.tolist() == scenes.names.tolist()
@@ -115,7 +115,7 @@ def test_one_pass_counts_what_evaluation_counts(scenes):
     assert "nan" not in text
 
 
-def test_pieces_of_different_sizes(scenes):
+def test_count_errors_accepts_images_of_different_sizes(scenes):
     small = scenes[:4].map(lambda array: array if array.ndim == 1 else array[:, ::2, ::2])
 
     class Pieces(list):
@@ -128,7 +128,7 @@ def test_pieces_of_different_sizes(scenes):
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_a_folder_of_another_class_set(tmp_path, scenes, count):
+def test_count_errors_works_with_other_class_sets(tmp_path, scenes, count):
     samples = relabel(scenes, count)
     write_folder(tmp_path, samples)
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": list(samples.classes)}))
@@ -141,22 +141,22 @@ def test_a_folder_of_another_class_set(tmp_path, scenes, count):
         count_errors(Guess(), pieces)
 
 
-def test_errors_need_labels_and_images(scenes):
+def test_count_errors_needs_labels_and_images(scenes):
     with pytest.raises(ValueError, match="split: these images have no labels"):
         count_errors(Guess(), replace(scenes, label=None))
     with pytest.raises(ValueError, match="split: found no image"):
         count_errors(Guess(), scenes[:0])
 
 
-def test_perfect_confidence_has_no_error():
+def test_calibration_error_averages_over_pixels():
     calibration = np.zeros((CONFIDENCE_BINS, 3))
-    calibration[7] = 100, 50, 50  # says 0.5, is right in half
-    calibration[14] = 100, 100, 80  # says 1, is right in 80 %
+    calibration[7] = 100, 50, 50  # confidence 0.5, half are correct
+    calibration[14] = 100, 100, 80  # confidence 1, 80 % are correct
     assert calibration_error(calibration) == pytest.approx(0.1)
     assert np.isnan(calibration_error(np.zeros((CONFIDENCE_BINS, 3))))
 
 
-def test_the_findings_are_named():
+def test_summary_states_the_main_findings():
     confusion = np.zeros((2, 13, 13), int)
     confusion[0, BED, BED], confusion[0, BED, WALL], confusion[1, OBJECTS, WALL] = 6, 2, 6
     text = describe_errors(replace(made_up(2), confusion=confusion), "trial", "valid")
@@ -179,7 +179,7 @@ def test_the_findings_are_named():
         ("else", "in large regions of a common class: try more `epochs`"),
     ],
 )
-def test_what_to_try_follows_from_where_the_most_costly_confusion_is(where, words):
+def test_advice_depends_on_the_most_costly_confusion(where, words):
     confusion = np.zeros((1, 13, 13), int)
     confusion[0, range(13), range(13)] = 1000
     confusion[0, OBJECTS, WALL] = 400
@@ -192,15 +192,15 @@ def test_what_to_try_follows_from_where_the_most_costly_confusion_is(where, word
     assert words in describe_errors(replace(errors, strata=strata), "trial", "valid").splitlines()[-1]
 
 
-def test_confusions_are_listed_with_the_line_that_opens_them():
+def test_confusion_table_includes_the_code_that_opens_each_row():
     shown = show_confusions(made_up(), 3)
     assert len(shown.data) == 3
     assert shown.data.open.iloc[0] == f'browser.choose("{shown.data.index[0]}")'
     assert " %" in shown.to_html()
 
 
-def test_each_image_has_its_confidence_and_depth_error(scenes):
-    """The left half is predicted with 0.6, the right with 0.95; depth is predicted as 10 % too far."""
+def test_each_image_gets_a_confidence_and_a_depth_error(scenes):
+    """Confidence is 0.6 in the left half and 0.95 in the right. Predicted depth is 10 % too large."""
 
     class Far(Guess):
         def forward(self, inputs):
@@ -215,7 +215,7 @@ def test_each_image_has_its_confidence_and_depth_error(scenes):
     assert np.isnan(count_errors(Guess(), scenes[:2]).depth_error).all()
 
 
-def test_a_stray_class_is_no_class_of_a_bin():
+def test_bin_miou_ignores_classes_without_ground_truth():
     counts = np.zeros((2, 13, 13), int)
     counts[0, WALL, WALL], counts[0, WALL, BED] = 9, 1
     table = score_strata(counts)
@@ -224,7 +224,7 @@ def test_a_stray_class_is_no_class_of_a_bin():
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_figures_have_room_for_any_class_set(count):
+def test_text_fits_in_figures_for_any_class_set(count):
     errors = made_up(count=count)
     errors.confusion[:12, 1] = 0  # absent from half the images
     texts = draw(plot_confusion(errors))
@@ -233,7 +233,7 @@ def test_figures_have_room_for_any_class_set(count):
     assert "The network is overconfident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
 
 
-def test_without_depth_nothing_is_said_by_depth(scenes):
+def test_data_without_depth_gets_no_results_by_depth(scenes):
     blind = Guess()
     blind.config = replace(blind.config, inputs="rgb", depth_head=False)
     errors = count_errors(blind, replace(scenes, depth=None))

@@ -25,11 +25,11 @@ SCORES = {
             "validation mIoU was 0.512: on other images (which also selected the epoch), at",
         ),
         ("test", 0.512, "last", "validation mIoU was 0.512: on other images, at the training size."),
-        ("test", None, "last", None),  # no image validated
+        ("test", None, "last", None),  # no validation images
         ("valid", 0.512, "best", None),
     ],
 )
-def test_the_test_score_is_held_against_that_of_validation(tmp_path, split, valid_miou, checkpoint, said):
+def test_summary_compares_the_test_score_with_validation(tmp_path, split, valid_miou, checkpoint, said):
     (tmp_path / "scores.json").write_text(json.dumps({"valid_miou": valid_miou}))
     (tmp_path / "parameters.json").write_text(json.dumps({"checkpoint": checkpoint}))
     text = summarise_evaluation(tmp_path, split, SCORES)
@@ -38,5 +38,5 @@ def test_the_test_score_is_held_against_that_of_validation(tmp_path, split, vali
     assert (said in text) if said else ("In training" not in text)
 
 
-def test_predictions_from_elsewhere_were_not_trained_here(tmp_path):
+def test_summary_of_external_predictions_omits_the_validation_score(tmp_path):
     assert "In training" not in summarise_evaluation(tmp_path, "test", SCORES)

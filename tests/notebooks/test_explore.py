@@ -42,7 +42,7 @@ def small_samples(label, depth=2000, measured=None):
     return Samples(np.array(["000007"]), image, depth, label, measured, classes=NYUV2_13)
 
 
-def test_counts_of_a_small_room():
+def test_count_data_counts_pixels_depth_and_adjacency():
     label = np.full((24, 32), WALL)
     label[12:] = FLOOR
     label[:, 0] = 255
@@ -53,41 +53,41 @@ def test_counts_of_a_small_room():
     assert counts.pixels.sum() == counts.depth.sum() == label.size
     assert counts.depth[WALL, 0] == 31
     assert counts.depth[FLOOR, 13] == 12 * 31  # 1.2 to 1.3 m
-    assert counts.adjacency[WALL, FLOOR] == counts.adjacency[FLOOR, WALL] == 31  # reach 1, down only
+    assert counts.adjacency[WALL, FLOOR] == counts.adjacency[FLOOR, WALL] == 31  # reach 1, vertical pairs
     assert counts.adjacency.sum() == 62
     assert class_shares(counts).pixels[["floor", "wall"]].tolist() == [0.5, 0.5]
     assert class_shares(counts)["without depth"]["wall"] == pytest.approx(1 / 12)
     assert np.isnan(class_shares(counts)["without depth"]["tv"])
 
 
-def test_filled_holes_count_as_missing():
+def test_filled_depth_holes_count_as_missing():
     measured = np.ones((1, 24, 32), bool)
     measured[0, :6] = False
     counts = count_data(small_samples(np.full((24, 32), WALL), measured=measured))
     assert counts.depth[WALL, 0] == 6 * 32
 
 
-def test_depth_beyond_the_scale_stays_in_the_last_step():
+def test_depth_beyond_the_range_falls_into_the_last_bin():
     counts = count_data(small_samples(np.full((4, 4), WALL), 65_000))
     assert counts.depth[WALL, -1] == 16
 
 
-def test_quantiles_of_depth():
+def test_depth_quantiles_ignore_missing_depth():
     histogram = np.zeros(101, int)
-    histogram[0], histogram[11:21] = 1000, 5  # missing depth changes nothing; the rest is even from 1 to 2 m
+    histogram[0], histogram[11:21] = 1000, 5  # the measured depth is uniform from 1 to 2 m
     np.testing.assert_allclose(
         depth_quantiles(histogram, (0.1, 0.5, 0.9), np.linspace(0, 10, 101)), (1.1, 1.5, 1.9)
     )
 
 
-def test_steps_of_depth_follow_the_range_of_the_data():
+def test_depth_bins_follow_the_range_of_the_data():
     near = replace(small_samples(np.full((4, 4), WALL), 250), depth_range_m=(0.1, 2.0))
     counts = count_data(near)
     assert counts.depth[WALL, 1 + 12] == 16  # 0.24 to 0.26 m
     assert "All pixels: nine in ten from 0.2 to 0.3 m" in draw(plot_depth(counts))
 
 
-def test_most_validation_frames_of_random_have_their_scene_in_training():
+def test_most_nyuv2_random_validation_frames_share_a_training_scene():
     with open(TABLES / "nyuv2_split.csv") as file:
         ids = [row["id"] for row in csv.DictReader(file) if row["split"] == "train"]
     names = np.array(sorted(f"{int(number):06d}" for number in ids))
@@ -101,11 +101,11 @@ def test_most_validation_frames_of_random_have_their_scene_in_training():
     assert shared["scenes"][0] == 0
 
 
-def test_leakage_finds_copies(scenes):
+def test_leakage_finds_exact_copies(scenes):
     names = np.array([f"room {index:02d}" for index in range(24)])
     twice = Samples(names, np.concatenate([scenes.image] * 2), classes=scenes.classes)
     leakage = find_leakage(twice)
-    assert set(leakage) == {"random"}  # names are no numbers, and scenes are unknown
+    assert set(leakage) == {"random"}  # other methods need numbered names or known scenes
     leak = leakage["random"]
     assert leak.same_scene is None
     assert len(leak.valid) + leak.train_count == 24
@@ -116,7 +116,7 @@ def test_leakage_finds_copies(scenes):
     assert tabulate_leakage(leakage).loc["random", "exact copies"] == leak.copies
 
 
-def test_the_other_view_of_a_room_is_its_match(scenes):
+def test_most_similar_training_image_is_the_other_view_of_the_room(scenes):
     leak = find_leakage(scenes)["random"]
     for valid, match, shared in zip(leak.valid, leak.match, leak.same_scene, strict=True):
         assert shared == (scenes.scene[valid] == scenes.scene[match])
@@ -127,8 +127,8 @@ def test_the_other_view_of_a_room_is_its_match(scenes):
     assert sum("same room, other view" in text for text in shown) == min(2, leak.same_scene.sum())
 
 
-def test_the_most_similar_pairs_are_shown_first():
-    """Unknown scenes; image 3 is a copy of image 0, image 4 is like 1, image 5 like nothing."""
+def test_most_similar_pairs_are_shown_first():
+    """Scenes are unknown. Image 3 is a copy of image 0, image 4 resembles image 1, image 5 resembles none."""
     image = np.zeros((6, 8, 8, 3), np.uint8)
     image[1], image[2], image[5] = 200, (0, 0, 255), (255, 0, 0)
     image[4] = image[1]
@@ -138,7 +138,7 @@ def test_the_most_similar_pairs_are_shown_first():
     assert [text for text in draw(plot_leaks(samples, leak)) if " and " in text] == ["d and a", "e and b"]
 
 
-def test_chance_alone_gives_near_duplicates():
+def test_leakage_table_gives_near_duplicates_expected_by_chance():
     leak = Leakage(5000, np.arange(10), np.arange(10), None, 4)
     assert tabulate_leakage({"random": leak}).loc["random"].to_dict() == {
         "training images": 5000,
@@ -152,8 +152,8 @@ def test_chance_alone_gives_near_duplicates():
 
 
 @pytest.mark.parametrize(("step", "gaps"), [(1, (1,)), (5, (5,)), (33, (33, 33, 34))])
-def test_every_step_between_ids_leaks_alike(scenes, step, gaps):
-    """Every fifth frame of a video, or milliseconds: 12 frames of one scene, whatever their ids."""
+def test_leakage_is_independent_of_the_step_between_ids(scenes, step, gaps):
+    """Ids count frames, every fifth frame or milliseconds: always 12 frames of one scene."""
     ids = np.cumsum([0, *np.resize(gaps, 11)])
     names = np.array([f"{number:06d}" for number in ids])
     leakage = find_leakage(replace(scenes, names=names, scene=number_runs(names)))
@@ -165,7 +165,7 @@ def test_every_step_between_ids_leaks_alike(scenes, step, gaps):
 
 
 def describe(samples, validation="random", folds=3):
-    """What is said where every `folds`-th image validates."""
+    """The summary if every `folds`-th image is a validation image."""
     valid = np.arange(len(samples)) % folds == 0
     train, valid = (
         Split(samples.names, samples.classes, None, samples.scene, validation=validation).select(where)
@@ -175,7 +175,7 @@ def describe(samples, validation="random", folds=3):
 
 
 def made_up_samples(depth=2750):
-    """Four images of three classes: wall is half of each, floor in one image, tv nowhere, an eighth unlabelled."""
+    """Four images of three classes: mostly wall, floor in one image, tv in none; an eighth is unlabelled."""
     label = np.zeros((4, 4, 4), np.uint8)
     label[:, :1, :2] = 255
     label[0, 3] = 1
@@ -185,7 +185,7 @@ def made_up_samples(depth=2750):
     return Samples(names, np.zeros((4, 4, 4, 3), np.uint8), depth, label, classes=("wall", "floor", "tv"))
 
 
-def test_warnings_about_the_data():
+def test_data_summary_includes_warnings():
     samples = made_up_samples()
     assert describe(samples) == (
         "**4 images, 3 classes, median depth 2.8 m, depth missing in 6.2 %, "
@@ -213,14 +213,14 @@ def test_warnings_about_the_data():
     ]
 
 
-def test_a_median_beyond_the_range_is_said_to_be():
+def test_median_depth_beyond_the_range_is_given_as_a_bound():
     samples = made_up_samples()
     assert "median depth over 9.9 m" in describe(replace(samples, depth=np.full_like(samples.depth, 60_000)))
 
 
 @pytest.mark.parametrize("depth", [275, 13_750])
-def test_a_warning_about_depth_in_another_unit(depth):
-    """Centimetres, and 5000 units a metre, read as millimetres."""
+def test_wrong_depth_unit_or_missing_depth_gives_a_warning(depth):
+    """Centimetres, or 5000 units per metre, are read as millimetres."""
     assert describe(made_up_samples(depth)).endswith(
         "\n- 100.0 % of the depths are outside 0.71 to 10 m, the range to which networks clip them: check `depth_unit_mm` and "
         "`depth_range_m` in `dataset.yaml`."
@@ -231,7 +231,7 @@ def test_a_warning_about_depth_in_another_unit(depth):
 
 
 def own_valid(root, scenes, train, valid):
-    """A data set with a valid split of its own: positions of its images, and their names."""
+    """A data set with its own valid split. `train` and `valid` are pairs: positions in `scenes`, names."""
     for split, (positions, names) in (("train", train), ("valid", valid)):
         write_folder(root, replace(scenes[positions], names=np.array(names)), split)
     (root / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
@@ -253,13 +253,13 @@ FRAMES = [f"{frame:06d}" for frame in range(12)]
         ((range(6), list("uvwxyz")), (range(6), list("uvwxyz")), "may share scenes with training"),
     ],
 )  # fmt: skip
-def test_scenes_of_a_valid_split_are_counted_together_with_training(tmp_path, scenes, train, valid, said):
+def test_predefined_valid_split_is_checked_for_shared_scenes(tmp_path, scenes, train, valid, said):
     splits = own_valid(tmp_path, scenes, *((list(at), names) for at, names in (train, valid)))
     assert f"by predefined) {said}" in describe_data(count_data(scenes), *splits)
 
 
-def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
-    """Under other names too; a pixel more or less makes it a near-duplicate."""
+def test_copies_in_a_predefined_valid_split_are_found(tmp_path, scenes):
+    """Also under another name. A copy with one changed pixel is a near-duplicate."""
     train, valid = own_valid(tmp_path, scenes, (list(range(8)), list("abcdefgh")), ([3, 9, 10], list("xyz")))
     leak = find_leakage(train.load(), valid)["predefined"]
     assert (leak.train_count, leak.valid.tolist(), leak.copies) == (8, [8, 9, 10], 1)
@@ -277,8 +277,8 @@ def test_copies_in_a_valid_split_are_found(tmp_path, scenes):
         (["a"] * 5, False),
     ],
 )
-def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warned):
-    """Images that are numbered 0001, 0002, ... are read as a video."""
+def test_warning_if_one_scene_has_nearly_all_images(scene, warned):
+    """Images numbered 0001, 0002, ... are read as frames of a video."""
     label = np.zeros((len(scene), 4, 4), np.uint8)
     label[:, 2:] = 1
     image = np.zeros((*label.shape, 3), np.uint8)
@@ -290,7 +290,7 @@ def test_one_scene_with_nearly_all_images_is_named_with_the_ways_out(scene, warn
     ) == warned
 
 
-def test_the_conclusion_names_the_validation_and_the_rarest_classes():
+def test_conclusion_lists_validation_method_and_rarest_classes():
     label = np.full((6, 10, 10), 0, np.uint8)
     label[:, 0, :3], label[:, 1, :2], label[:, 2, 0], label[:, 3] = 1, 2, 3, 255
     names = np.array([f"{number:03d}" for number in range(6)])
@@ -304,7 +304,7 @@ def test_the_conclusion_names_the_validation_and_the_rarest_classes():
     assert "as much as wall (93.3 %)" in text
 
 
-def test_memory_for_leakage_grows_with_images_and_not_with_pairs():
+def test_leakage_memory_grows_with_images_and_not_with_pairs():
     peaks = []
     for count in (500, 5000):
         names = np.array([f"{number:06d}" for number in range(count)])
@@ -317,7 +317,7 @@ def test_memory_for_leakage_grows_with_images_and_not_with_pairs():
     assert peaks[1] < 15 * peaks[0]  # ten times as many images; a hundred times as many pairs
 
 
-def test_a_split_that_is_missing_is_no_error_and_a_damaged_one_is(folder):
+def test_damaged_test_split_is_an_error_but_a_missing_one_is_not(folder):
     assert count_test_images(str(folder), None, None) == 3
     (folder / "dataset.yaml").write_text("splits: {train: train}")
     assert count_test_images(str(folder), None, None) is None
@@ -329,7 +329,7 @@ def test_a_split_that_is_missing_is_no_error_and_a_damaged_one_is(folder):
     assert count_test_images(str(folder), None, None) is None
 
 
-def test_there_is_no_warning_about_the_built_in_scenes():
+def test_synthetic_scenes_give_no_warnings():
     splits = [load_samples("synthetic", "train", "none")]
     splits += [iterate_samples("synthetic", split) for split in ("train", "valid")]
     text = describe_data(count_data(splits[0]), *splits[1:])
@@ -337,7 +337,7 @@ def test_there_is_no_warning_about_the_built_in_scenes():
     assert "\n" not in text
 
 
-def test_data_without_depth(scenes):
+def test_data_without_depth_gets_no_depth_column_or_panel(scenes):
     without = replace(scenes, depth=None)
     counts = count_data(without)
     assert counts.depth[:, 1:].sum() == 0
@@ -350,7 +350,7 @@ def test_data_without_depth(scenes):
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_figures_have_room_for_any_class_set(scenes, count):
+def test_text_fits_in_figures_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     counts = count_data(samples)
     shades = depth_shades([samples])

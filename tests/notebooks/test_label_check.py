@@ -11,7 +11,7 @@ CLASSES = ("wall", "floor", "tv")
 
 
 def predicted(label, prediction, confidence=0.9):
-    """One batch of labels `(N, H, W)` and what a network says."""
+    """One batch of `(N, H, W)` labels with the predictions of a network."""
     label = np.asarray(label, np.uint8)
     names = np.array([f"{number:03d}" for number in range(len(label))])
     samples = Samples(names, np.zeros((*label.shape, 3), np.uint8), label=label, classes=CLASSES)
@@ -23,7 +23,7 @@ def test_a_region_is_listed_with_its_box_and_confidence():
     label = np.zeros((2, 20, 20), np.uint8)
     label[0, 5:10, 8:12] = 2  # predicted as floor
     label[1, 15:, :] = 1  # correct
-    label[1, 0, 0] = 1  # wrong, and too small
+    label[1, 0, 0] = 1  # wrong, but too small to be listed
     prediction = label.copy()
     prediction[0, 5:10, 8:12] = 1
     prediction[0, 5, 8:12] = 2  # a fifth of the region is correct
@@ -35,8 +35,8 @@ def test_a_region_is_listed_with_its_box_and_confidence():
     }  # fmt: skip
 
 
-def test_usual_confusions_come_after_surprising_ones():
-    """Every tv is predicted as wall; one floor among many is, too."""
+def test_surprising_confusions_rank_before_usual_ones():
+    """Every tv is predicted as wall, but only one of many floors is."""
     label = np.zeros((12, 20, 20), np.uint8)
     label[:, :5, :5] = 2
     label[:, 15:, :5] = 1
@@ -59,7 +59,7 @@ def test_large_and_confident_regions_come_first():
     assert rank_regions(batches, CLASSES).image.tolist() == ["001", "000", "002"]
 
 
-def test_without_a_region_there_is_nothing_to_list():
+def test_unlabelled_images_give_an_empty_table_and_no_figure():
     unlabelled = np.full((1, 8, 8), 255, np.uint8)
     ranked = rank_regions([predicted(unlabelled, np.zeros_like(unlabelled))], CLASSES)
     assert ranked.empty
@@ -68,7 +68,7 @@ def test_without_a_region_there_is_nothing_to_list():
 
 @pytest.fixture(scope="module")
 def folds():
-    """Runs over five folds of 40 scenes."""
+    """Names of five runs, one for each fold of 40 synthetic images."""
     runs = {}
     for fold in range(5):
         name = f"labels_{fold}"
@@ -82,7 +82,7 @@ def folds():
     return runs
 
 
-def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_it(folds, monkeypatch):
+def test_five_folds_check_every_image_once(folds, monkeypatch):
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[3]
@@ -101,8 +101,8 @@ def test_with_all_folds_every_image_is_checked_by_the_network_that_validates_on_
     assert sorted(seen) == everything.names.tolist()
 
 
-def test_a_run_is_checked_on_the_images_that_it_validated_on(folds, monkeypatch):
-    """Not on those that would be selected today, some of which may have been trained on."""
+def test_run_is_checked_on_its_recorded_validation_images(folds, monkeypatch):
+    """Validation images selected anew could include images that the run was trained on."""
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[0]
@@ -121,7 +121,7 @@ def test_a_run_is_checked_on_the_images_that_it_validated_on(folds, monkeypatch)
     assert seen == every[:3]
 
 
-def test_without_all_folds_the_validation_images_are_checked(folds):
+def test_run_without_other_folds_checks_its_validation_images(folds):
     from lib.runs import runs_folder
 
     other = runs_folder() / "labels_other"

@@ -19,7 +19,7 @@ from lib.runs.results import EXAMPLE, group_recipes, read_results, read_runs, wr
 from lib.runs.scoring import iterate_split, masks_folder
 
 
-def test_the_score_of_an_image_is_over_the_classes_in_its_truth():
+def test_image_score_covers_only_classes_in_its_ground_truth():
     counts = np.zeros((3, 3, 3), int)
     counts[0, 0, :2] = 6, 2  # class 1 is predicted, but not in the ground truth
     counts[0, 2, 2] = 4
@@ -27,7 +27,7 @@ def test_the_score_of_an_image_is_over_the_classes_in_its_truth():
     np.testing.assert_array_equal(image_scores(counts), [(6 / 8 + 1) / 2, 0, np.nan])
 
 
-def test_of_several_recipes_the_last_is_compared_with_the_first():
+def test_default_pair_is_the_first_and_the_last_recipe():
     recipes = group_recipes(
         [scored_run(name, learning_rate=rate) for name, rate in zip("abc", (1, 2, 3), strict=True)]
     )
@@ -36,13 +36,13 @@ def test_of_several_recipes_the_last_is_compared_with_the_first():
     recipes["b"] = [scored_run("b", learning_rate=2, seed=seed) for seed in (9, 10)]
     recipes["a"] = [scored_run("a", learning_rate=1, seed=seed) for seed in (1, 10)]
     pair = choose_pair(recipes, "b")
-    assert list(pair) == ["a, seed 10", "b, seed 10"]  # which both have
+    assert list(pair) == ["a, seed 10", "b, seed 10"]  # the seed that both have
     assert choose_pair({"a": recipes["a"]}) == {}
     with pytest.raises(ValueError, match="compare_with: found 'd', expected one of b, c"):
         choose_pair(recipes, "d")
 
 
-def test_all_is_inside_the_figure():
+def test_long_names_fit_inside_the_pair_figure():
     long = [f"{number}, {'a long name of an image ' * 3}" for number in names_of()]
     runs = [scored_run(name, some_counts(rate), names=long, scene=None, learning_rate=rate)
             for name, rate in (("a " * 40, 0.6), ("b " * 40, 0.7))]  # fmt: skip
@@ -52,7 +52,7 @@ def test_all_is_inside_the_figure():
 
 @pytest.fixture
 def pair(tmp_path, scenes):
-    """Two runs of the scenes: A predicts all correctly but for the first image, B but for the second."""
+    """Two runs on the scenes: A is wrong only in the first image, B only in the second."""
     write_folder(tmp_path / "data", scenes, "test")
     label, found = np.where(scenes.label == 255, 0, scenes.label), {}
     for name, wrong in (("a", 0), ("b", 1)):
@@ -70,18 +70,18 @@ def pair(tmp_path, scenes):
 
 
 def moved(pair, data):
-    """The same pair with its data elsewhere."""
+    """The same pair with the data of A in another folder."""
     (a, first), (b, second) = pair.items()
     return {a: replace(first, data=str(data)), b: second}
 
 
 def panels_of(browser):
-    """What the page shows, as it was drawn."""
+    """The panels that are drawn for the first image."""
     view, _ = next(iter(browser.coming.values())).result()
     return view.panels
 
 
-def test_what_b_fixes_and_breaks(pair, scenes):
+def test_browse_pair_shows_what_b_fixes_and_breaks(pair, scenes):
     figure = browse_pair(pair)
     texts = draw(figure)
     assert {"RGB", "A: a, seed 0", "B: b, seed 0", CHANGED} <= set(texts)
@@ -91,14 +91,14 @@ def test_what_b_fixes_and_breaks(pair, scenes):
     np.testing.assert_array_equal(panels_of(browse_pair(pair, interactive=True))[CHANGED], expected)
 
 
-def test_both_runs_are_browsed_from_the_largest_gain_on(pair, scenes):
+def test_browse_pair_starts_with_the_largest_gain_of_b(pair, scenes):
     browser = browse_pair(pair, interactive=True)
     assert browser.names[browser.images[0]] == scenes.names[0]
     assert browser.names[browser.images[-1]] == scenes.names[1]
     assert browser.panels.image["shown"] == ("A: a, seed 0", "B: b, seed 0", CHANGED)
 
 
-def test_without_predictions_or_data_a_sentence_says_so(pair):
+def test_missing_predictions_or_data_are_reported(pair):
     elsewhere = moved(pair, "/no/such/place")
     assert browse_pair(elsewhere).data.startswith("No images: /no/such/place: ")
     b = pair["b, seed 0"]
@@ -107,15 +107,15 @@ def test_without_predictions_or_data_a_sentence_says_so(pair):
     assert browse_pair(pair).data == (f"No images: the predictions of these runs were not kept (`{gone}`).")
 
 
-def test_images_of_other_data_are_missed_by_name(pair, scenes, tmp_path):
-    """A data set of the same name may hold other images."""
+def test_image_missing_from_the_data_is_reported_by_name(pair, scenes, tmp_path):
+    """A data set of the same name may contain other images."""
     write_folder(tmp_path / "fewer", scenes[2:], "test")
     elsewhere = moved(pair, tmp_path / "fewer")
     assert browse_pair(elsewhere).data == f"No images: {tmp_path / 'fewer'} has no {scenes.names[0]}."
 
 
-def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
-    """It keeps those of a few images, without a folder of the run."""
+def test_browse_pair_shows_the_predictions_kept_in_a_study(pair, scenes, tmp_path):
+    """A study keeps the predictions of a few images, without run folders."""
     names = scenes.names[:2].tolist()
     kept = [
         replace(run, masks=dict(zip(names, run.read_masks(names), strict=True)), group=name)
@@ -136,7 +136,7 @@ def test_predictions_of_a_study_are_shown_too(pair, scenes, tmp_path):
     )
 
 
-def test_the_committed_example_keeps_the_predictions_that_are_shown():
+def test_committed_example_keeps_predictions_that_match_its_counts():
     recipes = group_recipes(read_runs(str(EXAMPLE), "test"), "baseline")
     pair = choose_pair(recipes, "tenth_learning_rate")
     assert CHANGED in draw(browse_pair(pair))

@@ -17,7 +17,7 @@ CAPITAL = "; papermill knows True, False and None with a capital only"
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """A function that runs cells in a fresh IPython and returns what check_parameters makes of them."""
+    """A function that runs cells in a fresh IPython and returns the result of check_parameters."""
 
     def run(*cells):
         shell = InteractiveShell()
@@ -30,16 +30,16 @@ def notebook(monkeypatch):
     return run
 
 
-def test_defaults(notebook):
+def test_defaults_are_returned_if_nothing_is_injected(notebook):
     assert notebook(DECLARED) == {"epochs": 3, "limit": None, "rate": 0.1, "resume": False, "name": "a"}
 
 
-def test_injected_values(notebook):
+def test_injected_values_override_defaults(notebook):
     values = notebook(DECLARED, "# Parameters\nepochs = 5\nlimit = 20\nrate = 1\nresume = True\n")
     assert values == {"epochs": 5, "limit": 20, "rate": 1, "resume": True, "name": "a"}
 
 
-def test_values_edited_by_hand(notebook):
+def test_values_edited_by_hand_are_returned(notebook):
     assert notebook(DECLARED, DECLARED.replace("= 3", "= 7"), "other = 1")["epochs"] == 7
 
 
@@ -55,32 +55,31 @@ def test_values_edited_by_hand(notebook):
         ("epochs = True", "epochs: found True, expected int"),
         ("rate = True", "rate: found True, expected float"),
         ("name = None", "name: found None, expected str"),
-        ("name = 1", "name: found 1, expected str" + TEXT),  # of `-p name 001`
+        ("name = 1", "name: found 1, expected str" + TEXT),  # from `-p name 001`
     ],
 )  # fmt: skip
-def test_mistakes(notebook, assignment, message):
+def test_error_explains_a_wrong_name_or_type(notebook, assignment, message):
     with pytest.raises(ValueError, match=r".") as error:
         notebook(DECLARED, f"# Parameters\n{assignment}\n")
     assert str(error.value) == message
 
 
-def test_an_older_name_is_refused_with_its_new_one(notebook):
+def test_error_for_an_old_name_gives_the_new_name(notebook):
     declared = DECLARED + 'split: str = "test"\nvalidation: str = "auto"\ncheckpoint: str = "best"\n'
     with pytest.raises(ValueError) as error:
         notebook(declared, '# Parameters\npart = "valid"\nkeep = "last"\nworkers = 2\n')
     first, second, third = str(error.value).splitlines()
     assert (first, second) == ("part: is called split now", "keep: is called checkpoint now")
     assert third.startswith("workers: no such parameter, ")  # this notebook has no num_workers either
-    assert (
-        notebook(declared, '# Parameters\nsplit = "valid"\n')["split"] == "valid"
-    )  # a name of its own by now
+    # `split` is an old name of validation, but is also a current name
+    assert notebook(declared, '# Parameters\nsplit = "valid"\n')["split"] == "valid"
 
 
-def test_all_mistakes_at_once(notebook):
+def test_all_mistakes_are_reported_at_once(notebook):
     with pytest.raises(ValueError, match=r"^epoch: no such(.|\n)*\nrate: found 'x'"):
         notebook(DECLARED, '# Parameters\nepoch = 5\nrate = "x"\n')
 
 
-def test_outside_a_notebook(monkeypatch):
+def test_check_parameters_returns_nothing_outside_a_notebook(monkeypatch):
     monkeypatch.setattr("lib.notebooks.parameters.get_ipython", lambda: None)
     assert check_parameters() == {}

@@ -38,7 +38,7 @@ from lib.notebooks.plots import (
 )
 
 WALL = NYUV2_13.index("wall")
-# Machado et al. 2009, severity 1, on linear RGB
+# Colour blindness as simulated by Machado et al. 2009, severity 1, on linear RGB
 SIGHT = {
     "normal": np.eye(3),
     "protanopia": [
@@ -60,7 +60,7 @@ LINEAR_TO_XYZ = [
 
 
 def to_lab(colours, matrix):
-    """CIELAB of `(N, 3)` sRGB 0..1, seen through a matrix on linear RGB."""
+    """CIELAB of `(N, 3)` sRGB colours in 0..1, after applying a matrix to linear RGB."""
     colours = np.asarray(colours, float)
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     xyz = np.clip(linear @ np.transpose(matrix), 0, 1) @ np.transpose(LINEAR_TO_XYZ) / (0.95047, 1, 1.08883)
@@ -70,7 +70,7 @@ def to_lab(colours, matrix):
 
 
 def ciede2000(first, second):
-    """Sharma, Wu and Dalal 2005, of two colours in CIELAB."""
+    """CIEDE2000 difference of two CIELAB colours (Sharma, Wu and Dalal 2005)."""
     (l1, a1, b1), (l2, a2, b2) = first, second
     chroma = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
     stretch = 1 + 0.5 * (1 - np.sqrt(chroma**7 / (chroma**7 + 25**7)))
@@ -93,7 +93,7 @@ def ciede2000(first, second):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "difference"),  # of the paper's table
+    ("first", "second", "difference"),  # from the table in the paper
     [
         ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
         ((50, -1, 2), (50, 0, 0), 2.3669),
@@ -101,19 +101,19 @@ def ciede2000(first, second):
         ((2.0776, 0.0795, -1.135), (0.9033, -0.0636, -0.5514), 0.9082),
     ],
 )
-def test_the_formula_for_colour_differences(first, second, difference):
+def test_ciede2000_helper_matches_published_values(first, second, difference):
     assert ciede2000(first, second) == pytest.approx(difference, abs=1e-4)
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_classes_are_told_apart(sight):
+def test_class_colours_differ_in_normal_and_colour_blind_vision(sight):
     places = to_lab([to_rgb(colour) for colour in CLASS_COLOURS.values()], SIGHT[sight])
     assert min(ciede2000(*pair) for pair in combinations(places, 2)) >= 12
     faded = to_lab(np.linspace(FADED / 255, 1, 5)[:, None].repeat(3, 1), SIGHT[sight])
     assert min(ciede2000(place, grey) for place in places for grey in faded) >= 12
 
 
-def test_a_class_has_one_colour_in_every_set():
+def test_class_keeps_its_colour_in_every_class_set():
     assert tuple(CLASS_COLOURS) == NYUV2_13
     assert class_colours(NYUV2_40)["bed"] == class_colours(("sky", "bed"))["bed"] == CLASS_COLOURS["bed"]
     for classes in (NYUV2_40, class_names(60)):
@@ -124,11 +124,11 @@ def test_a_class_has_one_colour_in_every_set():
 
 
 def rgb(colour):
-    """Three numbers 0..255."""
+    """A colour as three numbers in 0..255."""
     return np.round(255 * np.array(to_rgb(colour)))
 
 
-def test_unlabelled_is_hatched():
+def test_unlabelled_pixels_are_hatched():
     label = np.array([[0, 12], [255, 255]], np.uint8).repeat(20, 0).repeat(60, 1)
     coloured = colour_labels(label, NYUV2_13)
     expected = [rgb(CLASS_COLOURS["bed"]), rgb(CLASS_COLOURS["window"])]
@@ -141,14 +141,14 @@ def test_unlabelled_is_hatched():
 def test_wrong_pixels_have_one_colour_over_the_dimmed_image(scenes):
     label = scenes.label[0]
     wrong = np.where(label == WALL, 0, label)
-    wrong[label == 255] = 0  # what is unlabelled can't be wrong
+    wrong[label == 255] = 0  # unlabelled pixels can't be wrong
     shown = colour_errors(scenes.image[0], label, wrong)
     assert (shown[label == WALL] == rgb(WRONG_COLOUR)).all()
     np.testing.assert_array_equal(shown[label != WALL], fade(scenes.image[0], DIMMED)[label != WALL])
     assert rgb(WRONG_COLOUR).tolist() not in [rgb(colour).tolist() for colour in CLASS_COLOURS.values()]
 
 
-def test_what_b_fixes_and_breaks():
+def test_colour_changes_marks_fixed_and_broken_pixels():
     label = np.array([[0, 0, 0, 0, 255]], np.uint8)
     a = np.array([[0, 1, 0, 1, 1]], np.uint8)
     b = np.array([[0, 0, 1, 2, 0]], np.uint8)
@@ -158,7 +158,7 @@ def test_what_b_fixes_and_breaks():
     assert shown[0].tolist() == expected
 
 
-def test_an_outline_surrounds_and_leaves_what_is_chosen():
+def test_outline_surrounds_the_chosen_pixels_without_covering_them():
     chosen = np.zeros((30, 40), bool)
     chosen[10:15, 10:20] = True
     shown = outline(np.full((30, 40, 3), 100, np.uint8), chosen)
@@ -178,11 +178,11 @@ def test_depth_is_coloured_by_one_scale_and_missing_depth_is_white(scenes):
 @pytest.mark.parametrize(
     ("share", "digits", "words"), [(0.3661, 1, "36.6 %"), (1, 0, "100 %"), (0, 2, "0.00 %")]
 )
-def test_percentages_are_written_one_way(share, digits, words):
+def test_percent_formats_a_share_with_given_digits(share, digits, words):
     assert percent(share, digits) == words
 
 
-def test_names_lose_their_middle():
+def test_shorten_removes_the_middle_of_long_names():
     assert shorten("abcdefghij", 10) == "abcdefghij"
     assert shorten("abcdefghijk", 10) == "abcde…hijk"
     assert len(shorten("abcdefghijk", 7)) == 7
@@ -200,7 +200,7 @@ def test_images_are_scaled_by_whole_factors_to_200_pixels_or_more(columns, width
 
 
 def test_a_saved_figure_shows_each_pixel_in_its_exact_colour(scenes):
-    """Also of sets of other classes."""
+    """Also with another class set."""
     for classes in (NYUV2_13, class_names(60)):
         coloured = colour_labels(np.arange(96 * 128).reshape(96, 128) // 7 % len(classes), classes)
         figure = plot_grid([{"a": coloured, "b": coloured}], ["caption"])
@@ -211,7 +211,7 @@ def test_a_saved_figure_shows_each_pixel_in_its_exact_colour(scenes):
         np.testing.assert_array_equal(shown[1:-1, 1:-1], coloured[1:-1, 1:-1])  # within the frame
 
 
-def test_a_saved_figure_is_half_as_large(scenes):
+def test_small_png_is_under_60_percent_of_a_plain_png(scenes):
     figure = plot_predictions(scenes[:2], scenes.label[:2] % 13)
     plain = io.BytesIO()
     figure.savefig(plain, format="png")
@@ -219,7 +219,7 @@ def test_a_saved_figure_is_half_as_large(scenes):
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_predictions_have_room_for_any_class_set(scenes, count):
+def test_text_fits_in_prediction_figures_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)[:3]
     wrong = np.where(samples.label == 0, 1, samples.label % count)
     captions = ["one", "two", "the longest name of an image that somebody ever gave, 57 % correct"]
@@ -228,7 +228,7 @@ def test_predictions_have_room_for_any_class_set(scenes, count):
     assert shorten(samples.classes[1]) in texts
 
 
-def test_predictions_of_different_sizes_and_without_truth(scenes):
+def test_predictions_are_drawn_at_any_size_and_without_ground_truth(scenes):
     small = scenes[:1].map(lambda array: array if array.ndim == 1 else array[:, :48, ::2])
     pieces = [small, scenes[4:6]]
     figure = plot_predictions(pieces, [piece.label[at] % 13 for piece in pieces for at in range(len(piece))])
@@ -240,7 +240,7 @@ def test_predictions_of_different_sizes_and_without_truth(scenes):
     assert not {"ground truth", "wrong pixels", "unlabelled"} & set(texts)
 
 
-def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
+def test_history_marks_the_best_epoch_and_shows_loss_terms_in_use():
     history = pd.DataFrame({"epoch": [1, 2, 3], "valid_miou": [0.1, 0.4, 0.3], "valid_pixel_acc": 0.5})
     terms = {"cross_entropy": 1, "soft_iou": 0.5, "lovasz": 0.0, "depth_l1": 0.1}
     for number, name in enumerate(("loss", *terms)):
@@ -266,7 +266,7 @@ def test_history_marks_the_best_epoch_and_shows_each_term_in_use():
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_bars_show_values_and_absent_classes(count):
+def test_iou_bars_show_values_and_absent_classes(count):
     table = pd.DataFrame({"IoU": np.linspace(0, 0.96, count)}, class_names(count))
     table.iloc[0] = np.nan
     texts = draw(plot_class_iou(table, "IoU by class of trial", 0.5))
@@ -275,8 +275,8 @@ def test_bars_show_values_and_absent_classes(count):
 
 
 @pytest.mark.parametrize("count", SETS)
-def test_bars_with_intervals_stand_beside_the_chance_level(count):
-    """A class of half of the pixels, drawn as often: a quarter of them is hit, of three quarters."""
+def test_iou_bars_with_intervals_show_the_chance_level(count):
+    """For a class in half of the pixels, guessed as often: intersection 1/4, union 3/4."""
     table = pd.DataFrame(
         {"IoU": 0.4, "low": 0.3, "high": 0.5, "images": 12.0, "support": 0.5}, class_names(count)
     )
@@ -286,7 +286,7 @@ def test_bars_with_intervals_stand_beside_the_chance_level(count):
     np.testing.assert_allclose(chance.get_xdata(), 0.25 / 0.75)
 
 
-def test_an_interval_that_is_cut_says_so():
+def test_cut_intervals_are_labelled():
     table = pd.DataFrame(
         {"IoU": 0.5, "low": [0.1, 0, 0.2], "high": [1, 0.4, 0.9], "images": 9, "support": 0.1}, list("abc")
     )
@@ -295,16 +295,16 @@ def test_an_interval_that_is_cut_says_so():
     assert not any("cut" in text for text in draw(whole))
 
 
-def test_equal_classes_keep_their_order():
+def test_classes_with_equal_iou_keep_their_order():
     figure = plot_class_iou(pd.DataFrame({"IoU": [0.5, 0.7, 0.5]}, ["bed", "books", "sofa"]), "", 0.5)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         "sofa",
         "bed",
         "books",
-    ]  # from below
+    ]  # from the bottom
 
 
-def test_curves():
+def test_curves_are_drawn_for_recipes_with_and_without_histories():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
     assert {"a", "b"} <= set(
         draw(
@@ -317,7 +317,7 @@ def test_curves():
     )
 
 
-def test_dollar_signs_in_names_make_no_formula():
-    names = ["a$_$b", "$x$"]  # as mathematics the first can't be drawn
+def test_dollar_signs_in_names_are_not_read_as_math():
+    names = ["a$_$b", "$x$"]  # matplotlib can't draw the first as math
     shares = pd.DataFrame(np.eye(2), index=pd.Index(names), columns=pd.Index(names))
     assert {*names, "of 3$_$4.png"} <= set(draw(plot_matrix(shares, "of 3$_$4.png")))

@@ -33,7 +33,7 @@ def build_network():
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of three pictures of two sizes."""
+    """A folder of three images of two sizes."""
     folder, rng = tmp_path / "pictures", np.random.default_rng(0)
     folder.mkdir()
     for name, size in (("a", (40, 60)), ("b", (64, 48)), ("c", (40, 60))):
@@ -45,7 +45,7 @@ def open_all(pictures):
     return open_images(str(pictures), None, 1.0, False, CLASSES)
 
 
-def test_shares_and_confidence_are_those_of_the_predictions(model, pictures):
+def test_class_shares_match_the_predicted_labels(model, pictures):
     table = predict_images(model, open_all(pictures))
     assert table.index.tolist() == ["a", "b", "c"]
     assert table.columns.tolist() == [("", "confidence"), *(("share", name) for name in CLASSES)]
@@ -56,7 +56,7 @@ def test_shares_and_confidence_are_those_of_the_predictions(model, pictures):
     assert table["", "confidence"].between(1 / 3, 1).all()
 
 
-def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_path, monkeypatch):
+def test_saved_masks_match_the_predictions_and_are_reused(model, pictures, tmp_path, monkeypatch):
     masks = tmp_path / "masks"
     table = predict_images(model, open_all(pictures), str(masks))
     expected = evaluate(model, open_all(pictures)).predicted
@@ -74,8 +74,8 @@ def test_masks_are_the_predictions_and_are_not_made_twice(model, pictures, tmp_p
     assert again.equals(table)
 
 
-def test_a_picture_that_was_replaced_gets_a_mask_of_its_own(model, pictures, tmp_path):
-    """Under its name, of its size, with its time: what counts is what the picture shows."""
+def test_replaced_image_is_predicted_again(model, pictures, tmp_path):
+    """Even with the same name, size and modification time: only the pixels count."""
     masks, path = tmp_path / "masks", pictures / "b.png"
     before = predict_images(model, open_all(pictures), str(masks))
     times = path.stat()
@@ -86,12 +86,12 @@ def test_a_picture_that_was_replaced_gets_a_mask_of_its_own(model, pictures, tmp
     np.testing.assert_array_equal(read_masks(masks, "b")[0], expected)
     assert not after.loc["b"].equals(before.loc["b"])
     assert after.loc[["a", "c"]].equals(before.loc[["a", "c"]])
-    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(path)  # of another size, too
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(path)  # another size
     predict_images(model, open_all(pictures), str(masks))
     assert read_masks(masks, "b")[0].shape == (20, 30)
 
 
-def test_a_mask_that_was_edited_is_named_and_left_alone(model, pictures, tmp_path):
+def test_edited_mask_is_reported_and_kept(model, pictures, tmp_path):
     masks = tmp_path / "masks"
     predict_images(model, open_all(pictures), str(masks))
     edited = np.zeros((64, 48), np.uint8)
@@ -104,7 +104,7 @@ def test_a_mask_that_was_edited_is_named_and_left_alone(model, pictures, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["confidence", "share", ""])
-def test_names_of_classes_and_of_columns_never_meet(pictures, name):
+def test_class_names_never_clash_with_column_names(pictures, name):
     classes = (name or "all 3", "floor", "x")
     torch.manual_seed(0)
     network = build_model(
@@ -116,14 +116,14 @@ def test_names_of_classes_and_of_columns_never_meet(pictures, name):
     assert table["", "confidence"].between(1 / 3, 1).all()
 
 
-def test_masks_stay_where_the_way_is_cut_short(model, pictures, tmp_path):
+def test_masks_before_an_unreadable_image_are_kept(model, pictures, tmp_path):
     (pictures / "c.png").write_text("no picture")
     with pytest.raises(ValueError, match="c.png: can't be decoded"):
         predict_images(model, open_all(pictures), str(tmp_path / "masks"))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "b.png", "predict.json"]
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(model, pictures, tmp_path):
+def test_save_to_rejects_a_folder_with_other_contents(model, pictures, tmp_path):
     masks = tmp_path / "masks"
     predict_images(model, open_all(pictures), str(masks))
     with pytest.raises(ValueError, match="save_to: .*masks has network"):
@@ -137,13 +137,13 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(model, pictures, t
     assert (pictures / "a.png").read_bytes() == before
 
 
-def test_pictures_of_any_sizes_are_drawn(model, pictures):
+def test_images_of_different_sizes_are_drawn(model, pictures):
     predicted = list(predict(model, open_all(pictures), confidence=True))
     texts = draw(plot_images(predicted))
     assert {"a", "b", "c", "RGB", "prediction", "confidence"} <= set(texts)
 
 
-def test_the_summary_says_where_the_masks_are_and_how_long_an_image_took(model, pictures, tmp_path):
+def test_summary_gives_the_mask_folder_and_the_time_per_image(model, pictures, tmp_path):
     masks = str(tmp_path / "masks")
     table = predict_images(model, open_all(pictures), masks)
     text = describe_images(table, masks)
@@ -154,7 +154,7 @@ def test_the_summary_says_where_the_masks_are_and_how_long_an_image_took(model, 
     assert "No masks were written" in describe_images(table, None)
 
 
-def test_names_stand_on_their_regions():
+def test_class_names_are_drawn_on_their_regions():
     label = np.zeros((60, 80), np.uint8)
     label[10:30, 5:25] = 1  # a square, ...
     label[40:50, 50:78] = 1  # ... a bar, ...

@@ -48,7 +48,7 @@ def names(*arguments):
     return list(plan_runs(*arguments))
 
 
-def test_a_plan_holds_every_combination_and_seed():
+def test_plan_contains_every_combination_and_seed():
     planned = plan_runs(
         "nyuv2_small", {"data": "/nyu"}, {"epochs": [1, 2], "inputs": ["rgb", "rgbd"]}, [1, 2]
     )
@@ -63,13 +63,13 @@ def test_a_plan_holds_every_combination_and_seed():
         "resume": False,
     }
     assert first.items() >= expected.items()
-    assert first["batch_size"] == 16  # the experiment's
-    assert first["precision"] == "auto"  # the notebook's default
+    assert first["batch_size"] == 16  # from the experiment
+    assert first["precision"] == "auto"  # the default of the notebook
     assert [parameters["seed"] for parameters in planned.values()] == [1] * 4 + [2] * 4
     assert re.fullmatch(r"nyuv2_small-epochs=1-inputs=rgb-seed=1-[0-9a-f]{6}", first["run_name"])
 
 
-def test_a_name_depends_on_the_parameters_alone():
+def test_run_name_depends_only_on_parameters_that_affect_the_result():
     one, two = names(None, {}, {"soft_iou_weight": [1, 2]}, [5])
     assert names(None, {}, {"soft_iou_weight": [2, 1]}, [4, 5])[2:] == [two, one]
     assert names(None, {"epochs": 8, "num_workers": 2, "device": "cpu"}, {"soft_iou_weight": [1]}, [5]) == [
@@ -80,7 +80,7 @@ def test_a_name_depends_on_the_parameters_alone():
     assert len(set(names(None, {}, {"fold": [0, 1, 2, 3, 4]}, [5]))) == 5
 
 
-def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypatch):
+def test_run_name_is_independent_of_paths_to_data_and_weights(tmp_path, monkeypatch):
     for folder, content in (("here", 1), ("there", 1), ("other", 2)):
         (tmp_path / folder).mkdir()
         torch.save({"weight": torch.full((2,), content)}, tmp_path / folder / "encoder.pth")
@@ -108,14 +108,14 @@ def test_a_name_does_not_depend_on_where_data_and_weights_lie(tmp_path, monkeypa
     assert relative["encoder_weights"] == "imagenet"
 
 
-def test_two_data_sets_of_one_name_are_not_taken_for_one():
+def test_two_datasets_with_the_same_name_are_rejected():
     with pytest.raises(
         ValueError, match="data: found /a/nyu and /b/nyu, which give runs the same name; rename one folder"
     ):
         plan_runs(None, {}, {"data": ["/a/nyu", "/b/nyu"]}, [1])
 
 
-def test_without_soft_iou_its_pooling_makes_no_second_run():
+def test_soft_iou_pooling_adds_no_run_if_the_weight_is_zero():
     planned = plan_runs(None, {}, {"soft_iou_weight": [0, 0.5], "soft_iou_pooling": ["exp061", "batch"]}, [1])
     assert sorted((run["soft_iou_weight"], run["soft_iou_pooling"]) for run in planned.values()) == [
         (0, "batch"), (0.5, "batch"), (0.5, "exp061"),
@@ -142,13 +142,13 @@ LISTS = "expected non-empty lists"
         ((None, {}, {}, []), f"grid, seeds: found {{}} and [], {LISTS}"),
     ],
 )
-def test_mistakes_in_a_plan(arguments, message):
+def test_plan_reports_mistakes_in_its_arguments(arguments, message):
     with pytest.raises(ValueError) as error:
         plan_runs(*arguments)
     assert str(error.value).startswith(message)
 
 
-def test_mistakes_in_an_experiment(tmp_path, monkeypatch):
+def test_plan_reports_mistakes_in_an_experiment_file(tmp_path, monkeypatch):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "train.ipynb").symlink_to(sweep.NOTEBOOKS / "train.ipynb")
     monkeypatch.setattr(sweep, "NOTEBOOKS", tmp_path)
@@ -169,7 +169,7 @@ def test_mistakes_in_an_experiment(tmp_path, monkeypatch):
 
 @pytest.fixture
 def executed(runs, monkeypatch):
-    """What was executed; training and scoring take no time here."""
+    """The calls of training and scoring, which are replaced by fast fakes."""
     calls = []
 
     def execute(notebook, output, parameters, **options):
@@ -193,11 +193,11 @@ def executed(runs, monkeypatch):
     return calls
 
 
-def test_what_is_done_is_not_done_again(executed, runs):
+def test_finished_steps_are_not_repeated(executed, runs):
     ((name, parameters),) = plan_runs(None, TINY | {"device": "cpu"}, {}, [1]).items()
     trained, scored = ("train.ipynb", False), ("score", "test", "synthetic", 100, "cpu")
     execute_run(parameters, "test")
-    assert executed == [trained, scored]  # and no evaluate.ipynb
+    assert executed == [trained, scored]  # evaluate.ipynb is not executed
     execute_run(parameters, "test")
     assert len(executed) == 2
     shutil.rmtree(runs / name / "evaluation")
@@ -205,13 +205,13 @@ def test_what_is_done_is_not_done_again(executed, runs):
     assert executed[2:] == [scored]
     execute_run(parameters, "valid")
     assert executed[3:] == [("score", "valid", "synthetic", 4, "cpu")]
-    write_history(runs / name, history(1))  # as an interrupted run has it
+    write_history(runs / name, history(1))  # as in an interrupted run
     shutil.rmtree(runs / name / "evaluation")
     execute_run(parameters, "test")
     assert executed[4:] == [("train.ipynb", True), scored]
 
 
-def test_scoring_finds_the_data_where_they_lie_now(executed, runs, folder, tmp_path):
+def test_scoring_uses_the_current_path_of_the_data(executed, runs, folder, tmp_path):
     ((name, parameters),) = plan_runs(None, TINY | {"data": str(folder), "limit": None}, {}, [1]).items()
     execute_run(parameters, "test")
     shutil.rmtree(runs / name / "evaluation")
@@ -220,7 +220,7 @@ def test_scoring_finds_the_data_where_they_lie_now(executed, runs, folder, tmp_p
     assert executed[-1][:4] == ("score", "test", str(Path(moved).parent), 3)
 
 
-def test_a_run_that_another_process_has_is_waited_for(executed, runs, monkeypatch):
+def test_run_used_by_another_process_fails_after_waiting(executed, runs, monkeypatch):
     (parameters,) = plan_runs(None, TINY, {}, [1]).values()
     monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.1)
     with open_run(parameters), pytest.raises(RuntimeError, match="is being trained by another process"):
@@ -228,18 +228,18 @@ def test_a_run_that_another_process_has_is_waited_for(executed, runs, monkeypatc
     assert executed == []
 
 
-def test_a_run_of_before_the_rename_is_skipped(runs):
+def test_run_of_an_older_version_is_ignored(runs):
     folder = scored_folder(runs, "older", split="test")
     parameters = read_json(folder / "parameters.json")
     for name in ("validation", "fold"):
         parameters.pop(name)
     write_json(parameters, folder / "parameters.json")
-    (folder / "report.md").touch()  # it is trained
+    (folder / "report.md").touch()  # marks the run as trained
     assert Finished(plan_runs(None, TINY, {}, [1]), "test").runs == {}
 
 
-def test_a_finished_run_is_known_by_its_parameters(executed, runs):
-    """Whatever its name, and wherever its data lie."""
+def test_finished_run_is_recognised_by_its_parameters(executed, runs):
+    """Its name and the path of its data don't matter."""
     ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
     assert Finished({name: parameters}, "test").runs == {}
     execute_run(parameters | {"run_name": "mine"}, "test")
@@ -260,8 +260,8 @@ def test_a_finished_run_is_known_by_its_parameters(executed, runs):
     assert Finished({name: parameters}, "test").runs == {}  # one epoch of two
 
 
-def test_what_else_lies_in_the_folder_of_runs_does_not_disturb(executed, runs):
-    """Predictions where labels are held back, masks of another model, a run that has only begun."""
+def test_other_folders_among_the_runs_are_ignored(executed, runs):
+    """Predictions for held-back labels, external predictions and an unfinished run."""
     ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
     execute_run(parameters, "test")
     for other, finished in (("unlabelled", True), ("begun", False)):
@@ -274,7 +274,7 @@ def test_what_else_lies_in_the_folder_of_runs_does_not_disturb(executed, runs):
     assert [run.name for run in Finished({name: parameters}, "test").runs.values()] == [name]
 
 
-def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, tmp_path):
+def test_results_contain_only_what_a_comparison_needs(executed, runs, tmp_path):
     planned = plan_runs(None, TINY, {}, [1])
     (name,) = planned
     execute_run(planned[name], "test")
@@ -285,7 +285,7 @@ def test_results_hold_what_a_comparison_needs_and_nothing_more(executed, runs, t
     assert kept.score == read_runs(name, "test")[0].score
 
 
-def test_finished_runs_are_added_to_results_and_others_are_left_alone(executed, runs, tmp_path):
+def test_finished_runs_are_appended_to_existing_results(executed, runs, tmp_path):
     others = [
         scored_run("a", group="arm", commit="abc"),
         scored_run("b", some_counts(0.5), split="test", seed=1),
@@ -308,11 +308,11 @@ def test_finished_runs_are_added_to_results_and_others_are_left_alone(executed, 
     written = (tmp_path / RUNS_FILE).stat().st_mtime_ns
     finished.update()
     Finished(planned, "test", str(tmp_path))
-    assert (tmp_path / RUNS_FILE).stat().st_mtime_ns == written  # where there is nothing new
+    assert (tmp_path / RUNS_FILE).stat().st_mtime_ns == written  # nothing new, so nothing is written
 
 
-def test_results_that_another_sweep_adds_to_meanwhile_stay(executed, runs, tmp_path):
-    """Two machines share a study: one trains some seeds, the other the rest."""
+def test_concurrent_sweeps_keep_results_of_each_other(executed, runs, tmp_path):
+    """Two machines share a study and train different seeds."""
     planned = plan_runs(None, TINY, {}, [1, 2])
     sweeps = [Finished({name: parameters}, "test", str(tmp_path)) for name, parameters in planned.items()]
     for finished, parameters in zip(sweeps, planned.values(), strict=True):
@@ -323,7 +323,7 @@ def test_results_that_another_sweep_adds_to_meanwhile_stay(executed, runs, tmp_p
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    """Every run that a sweep starts is noted and ends at once, unless it is to fail."""
+    """Resources, settings and names of the runs that a sweep starts. They run at once, without Ray."""
     started = []
 
     class Task:
@@ -359,12 +359,12 @@ def test_a_run_in_the_results_counts_as_done(executed, no_ray, runs, tmp_path):
     assert [run.name for run in read_results(tmp_path / "results")] == [first, second]
     *_, table = sweep.sweep(planned, "test", results=results)
     assert no_ray[3:] == []
-    *_, table = sweep.sweep(planned, "valid", results=results)  # another split is not done
+    *_, table = sweep.sweep(planned, "valid", results=results)  # not yet scored on this split
     assert no_ray[4:] == [first, second]
     assert [run.split for run in read_results(tmp_path / "results")] == ["test", "test", "valid", "valid"]
 
 
-def test_what_was_done_before_results_were_asked_for_is_added_too(executed, no_ray, runs, tmp_path):
+def test_runs_finished_before_results_was_set_are_added(executed, no_ray, runs, tmp_path):
     planned = plan_runs(None, TINY, {}, [1])
     (name,) = planned
     execute_run(planned[name], "test")
@@ -373,8 +373,8 @@ def test_what_was_done_before_results_were_asked_for_is_added_too(executed, no_r
     assert [run.name for run in read_results(tmp_path / "results")] == [name]
 
 
-def test_results_of_a_study_are_found_from_anywhere(tmp_path, monkeypatch):
-    """As `results: studies/soft_iou` in study.yaml; a folder that is new lies where the sweep was started."""
+def test_results_of_a_study_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    """As with `results: studies/soft_iou` in study.yaml. A new folder is in the working directory."""
     monkeypatch.chdir(tmp_path)
     study = Finished({}, "valid", "studies/soft_iou")
     assert study.folder == sweep.NOTEBOOKS / "studies" / "soft_iou"
@@ -382,10 +382,10 @@ def test_results_of_a_study_are_found_from_anywhere(tmp_path, monkeypatch):
     assert Finished({}, "valid", "new").folder == tmp_path / "new"
     (tmp_path / "studies" / "soft_iou").mkdir(parents=True)
     assert Finished({}, "valid", "studies/soft_iou").folder == tmp_path / "studies" / "soft_iou"
-    assert list(tmp_path.iterdir()) == [tmp_path / "studies"]  # looking writes nothing
+    assert list(tmp_path.iterdir()) == [tmp_path / "studies"]  # looking up the folder creates nothing
 
 
-def test_the_table_tells_the_state_of_each_run(runs):
+def test_progress_table_shows_the_state_of_each_run(runs):
     planned = plan_runs(None, TINY, {}, [1, 2, 3])
     _, running, failed = planned
     executed_notebook(running).touch()
@@ -402,7 +402,7 @@ def test_the_table_tells_the_state_of_each_run(runs):
     assert table.error[failed] == "ValueError: no"
 
 
-def test_places_and_shares_that_are_not_there(runs, monkeypatch):
+def test_unavailable_clusters_splits_and_resources_are_rejected(runs, monkeypatch):
     with pytest.raises(ValueError, match="cluster: found '127.0.0.1:1', but no Ray cluster answers"):
         next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
     with pytest.raises(ValueError, match="split: found 'tset', expected one of train, valid, test"):
@@ -431,8 +431,10 @@ def test_places_and_shares_that_are_not_there(runs, monkeypatch):
         ),
     ],
 )  # fmt: skip
-def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked, num_workers, expected):
-    """Without a GPU of its own a run sees none; of one that is shared it takes its share of the memory."""
+def test_runs_get_their_share_of_cpus_gpus_and_gpu_memory(
+    executed, no_ray, runs, monkeypatch, machine, asked, num_workers, expected
+):
+    """A run without a GPU sees none. A run on a shared GPU may use its share of the memory."""
     monkeypatch.setattr(sweep, "_most", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
     list(sweep.sweep(plan_runs(None, TINY | {"num_workers": num_workers}, {}, [1]), "test", "local", *asked))
     assert no_ray[0] == expected | {"RUNS_DIR": str(runs)}
@@ -442,7 +444,7 @@ def test_shares_of_a_machine(executed, no_ray, runs, monkeypatch, machine, asked
     not hasattr(torch._C, "_accelerator_setAllocatorSettings"),
     reason="this torch does not know PYTORCH_ALLOC_CONF: two runs share a GPU's memory without a limit",
 )
-def test_torch_knows_the_share_of_the_memory():
+def test_torch_accepts_the_limit_on_gpu_memory():
     (setting,) = (value for name, value in sweep._environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF")
     torch._C._accelerator_setAllocatorSettings(setting)
     with pytest.raises(ValueError, match="per_process_memory_fraction is invalid"):
@@ -450,8 +452,8 @@ def test_torch_knows_the_share_of_the_memory():
     torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "1.0"))
 
 
-def test_two_runs_on_this_machine_and_one_that_fails_alone(runs, tmp_path):
-    """The whole way: Ray, papermill, train.ipynb, scoring; then the results are read without weights."""
+def test_failed_run_does_not_stop_the_other(runs, tmp_path):
+    """End to end: Ray, papermill, train.ipynb and scoring; then the results are read without weights."""
     planned = plan_runs(None, TINY, {"encoder": [TINY["encoder"], "resnet81"]}, [1])
     good, bad = planned
     *_, table = sweep.sweep(planned, "valid", results=str(tmp_path / "results"))
@@ -477,7 +479,7 @@ def interrupt_when(process, condition):
 
 
 @pytest.mark.slow
-def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
+def test_killed_sweep_resumes_without_repeating_finished_runs(runs):
     fixed = f"{{fixed: {json.dumps(TINY)}, "
     command = [
         sys.executable, "-m", "papermill", str(sweep.NOTEBOOKS / "sweep.ipynb"), str(runs / "sweep.out.ipynb"),
@@ -488,7 +490,7 @@ def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
         command, cwd=sweep.NOTEBOOKS, start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:
         interrupt_when(process, lambda: len(finished()) >= 5)
-    time.sleep(5)  # what was left of it ends
+    time.sleep(5)  # wait for its remaining processes to end
     before = finished()
     assert 5 <= len(before) < 12
     subprocess.run(command, cwd=sweep.NOTEBOOKS, check=True, capture_output=True)
@@ -498,14 +500,14 @@ def test_twelve_runs_killed_in_the_middle_repeat_nothing(runs):
 
 
 def ray_workers():
-    """The processes of this sweep in which Ray runs a task; Ray names them so."""
+    """The processes of this sweep in which Ray runs a task, found by the title that Ray gives them."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if child.cmdline()[:1] == ["ray::run_on_worker"]]
 
 
 @pytest.mark.slow
-def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatch):
-    epoch_count = 40  # a run shows its epochs every 30 seconds
+def test_run_with_a_killed_worker_resumes_to_the_same_history(runs, monkeypatch):
+    epoch_count = 40  # the history is only saved every 30 seconds
     fixed = TINY | {
         "limit": 64,
         "image_height": 96,
@@ -524,14 +526,14 @@ def test_a_run_whose_worker_is_lost_goes_on_to_the_same_history(runs, monkeypatc
             killed = epochs[-1]
     assert 3 <= killed < epoch_count
     assert table.state[name] == "done"
-    assert min(epochs[epochs.index(killed) :]) >= killed  # it went on and did not begin again
-    execute_run(parameters | {"run_name": "alone"}, "valid")  # before, the sweep would take it for its own
+    assert min(epochs[epochs.index(killed) :]) >= killed  # it resumed and did not start again
+    execute_run(parameters | {"run_name": "alone"}, "valid")  # if it existed earlier, the sweep would use it
     found, expected = (read_history(runs / run).drop(columns="seconds") for run in (name, "alone"))
     pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_in_a_test_over_its_folds(runs):
+def test_sweep_over_folds_is_pooled_for_the_recipe_test(runs):
     fixed = TINY | {"limit": 80, "epochs": 1}
     planned = plan_runs(None, fixed, {"fold": [0, 1, 2, 3, 4], "soft_iou_weight": [0, 0.5]}, [1, 2])
     *_, table = sweep.sweep(planned, "valid")
@@ -549,7 +551,7 @@ TIMED_OUT = "The current node timed out during startup. This could happen becaus
 
 
 @pytest.mark.parametrize("slow", [1, 2, 3])
-def test_ray_that_starts_slowly_is_started_again(monkeypatch, slow):
+def test_ray_startup_is_tried_up_to_three_times(monkeypatch, slow):
     starts = []
 
     def init(**options):
@@ -571,7 +573,7 @@ def test_ray_that_starts_slowly_is_started_again(monkeypatch, slow):
 
 
 @pytest.mark.parametrize(("folder", "short"), [("slurm_jobdir_1355700_tmp.t0016_" * 3, True), ("t", False)])
-def test_sockets_of_ray_fit_whatever_the_temporary_folder(monkeypatch, tmp_path, folder, short):
+def test_ray_uses_a_short_folder_if_the_temporary_path_is_long(monkeypatch, tmp_path, folder, short):
     temporary = f"/tmp/{folder}"
     monkeypatch.setattr("tempfile.tempdir", temporary)
     given = {}
@@ -584,7 +586,7 @@ def test_sockets_of_ray_fit_whatever_the_temporary_folder(monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize("value", ["x" * 300, "ü" * 300])
-def test_names_of_planned_runs_fit_any_disk(value):
+def test_names_of_planned_runs_have_at_most_200_bytes(value):
     grid = {"soft_iou_weight": [0.5], "encoder": [value, value + "2"]}
     runs = plan_runs(None, {}, grid, [1, 2])
     assert len(runs) == 4
@@ -593,7 +595,7 @@ def test_names_of_planned_runs_fit_any_disk(value):
         assert "-seed=" in name
 
 
-def test_a_sweep_on_held_back_labels_is_refused_before_its_first_run(folder, monkeypatch):
+def test_sweep_on_held_back_labels_fails_before_its_first_run(folder, monkeypatch):
     monkeypatch.setattr("ray.init", lambda **options: pytest.fail("started"))
     runs = plan_runs(None, {"data": str(folder)}, {"soft_iou_weight": [0.5]}, [1])
     with pytest.raises(ValueError, match="split: the labels of split 'test' of .* are held back"):

@@ -112,11 +112,16 @@ def test_readme_installs_into_the_project_environment(tmp_path):
     assert [path.parents[3].name for path in tmp_path.glob("*/lib/*/site-packages/tiny.py")] == [".venv"]
 
 
-@pytest.mark.parametrize("script", ["benchmark", "simulate_tests"])
-def test_benchmark_scripts_start(script):
-    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / f"{script}.py"), "--help"]
+@pytest.mark.parametrize(
+    ("script", "tables"),
+    [("benchmark.py --only epochs --epochs 1 --limit 20", 2), ("simulate_tests.py --draws 2", 3)],
+)
+def test_benchmark_scripts_run(script, tables):
+    name, *options = script.split()
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / name), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("| ---") >= tables
 
 
 def test_tests_leave_no_files_behind(tmp_path):

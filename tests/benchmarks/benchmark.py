@@ -44,7 +44,7 @@ from lib.losses import segmentation_loss
 from lib.metrics import confusion_counts
 from lib.model import build_model
 from lib.runs import open_run
-from lib.training import Objective, fit, training_step
+from lib.training import Objective, Optimisation, fit, training_step
 
 ROUNDS = 9
 LOSS = Objective(soft_iou_weight=0.5, soft_iou_pooling="batch", depth_weight=0.1)
@@ -188,9 +188,9 @@ def benchmark_augmentation() -> None:
     table("Augmentation of an image", ["size", "augment", "time", "rate"], rows)
 
 
-def write_scenes(root: Path) -> None:
+def write_scenes(root: Path, limit: int | None) -> None:
     """Write the built-in synthetic scenes as a folder of PNGs, the usual form of user data."""
-    scenes = load_samples("synthetic", "train", "none")
+    scenes = load_samples("synthetic", "train", "none", limit=limit)
     for kind in ("image", "depth", "label"):
         (root / "train" / kind).mkdir(parents=True)
     for name, image, depth, label in zip(scenes.names, scenes.image, scenes.depth, scenes.label, strict=True):
@@ -215,13 +215,10 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
         build(), Path(data), train.names, valid.names, size, batch_size, settings["augment"], settings["learning_rate"],
     )  # fmt: skip
     loader = training_loader(train, settings["augment"], batch_size, num_workers=0, seed=42)
+    optimisation = Optimisation(epochs, settings["learning_rate"], 0.0001, settings["schedule"])
     seconds = {"ours": [], "plain recipe": []}
     with open_run({"run_name": "benchmark"}) as run:
-        ours = fit(
-            build, loader, valid, run, loss=LOSS, epochs=epochs, learning_rate=settings["learning_rate"],
-            weight_decay=0.0001, schedule=settings["schedule"], device="cpu",
-        )  # fmt: skip
-        for row in ours:
+        for row in fit(build, loader, valid, run, LOSS, optimisation, device="cpu"):
             seconds["ours"].append(row["seconds"])
             seconds["plain recipe"].append(next(plain))
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -235,10 +232,10 @@ def benchmark_epochs(data: str, settings: dict, epochs: int) -> None:
     )  # fmt: skip
 
 
-def benchmark_waiting(data: str) -> None:
+def benchmark_waiting(data: str, limit: int | None) -> None:
     """The share of an epoch that the loop spends waiting for batches."""
     size, batch_size, device = SMALL["size"], SMALL["batch_size"], torch.device("cpu")
-    train = load_samples(data, "train", "random", size, 200)
+    train = load_samples(data, "train", "random", size, limit or 200)
     model, precision, rows = (
         build_model(classes=NYUV2_13, encoder=SMALL["encoder"], size=size),
         choose_precision("auto", device),
@@ -262,6 +259,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="a folder of PNGs; the built-in synthetic scenes without it")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each recipe")
+    parser.add_argument("--limit", type=int, help="use only the first images of the data")
     parser.add_argument(
         "--large", action="store_true", help="also ResNet101 at 480x640 on 32 images: half an hour"
     )
@@ -286,9 +284,9 @@ if __name__ == "__main__":
         cv2.setNumThreads(threads)
         with tempfile.TemporaryDirectory() as folder:
             if arguments.data is None:
-                write_scenes(Path(folder))
+                write_scenes(Path(folder), arguments.limit)
             data = arguments.data or folder
-            benchmark_waiting(data)
-            benchmark_epochs(data, SMALL, arguments.epochs)
+            benchmark_waiting(data, arguments.limit)
+            benchmark_epochs(data, SMALL | {"limit": arguments.limit}, arguments.epochs)
             if arguments.large:
                 benchmark_epochs(data, LARGE, 1)

@@ -253,8 +253,10 @@ def browse_results(
     correct = np.eye(len(split.classes), dtype=bool)
 
     def score(run: np.ndarray, only: str) -> np.ndarray:
-        """Return `(N,)` image scores: pixel accuracy for `ALL`, IoU for a class, 0 for a confusion."""
+        """Return `(N,)` image scores: pixel accuracy for `ALL`, IoU for a class, minus a confusion's pixels."""
         cell = cells[only]
+        if CONFUSED in only:
+            return -(run * cell).sum((1, 2))
         return (run * (cell & correct)).sum((1, 2)) / np.maximum((run * cell).sum((1, 2)), 1)
 
     def draw(index: int, only: str) -> View:

@@ -186,6 +186,17 @@ def test_two_runs_start_with_the_largest_gain_of_b(results, scenes):
     assert browser.images[-1] == 7
 
 
+def test_gain_of_b_for_a_confusion_is_its_difference_in_pixels(results):
+    split, counts, looks, _ = results
+    wall = split.classes.index("wall")
+    fixed = counts["run"].copy()
+    fixed[2, wall, BED] = 0  # B keeps the confusion in image 7, where it has more pixels
+    browser = browse_results(split, counts | {"b": fixed}, looks | {"b": looks["run"]}, interactive=True)
+    assert browser.choose("wall" + CONFUSED + "bed").images == [2, 7]
+    browser.order.value = "loss of B"
+    assert browser.images == [7, 2]
+
+
 def test_next_image_is_drawn_in_advance(results):
     browser = browse_results(*results[:3], interactive=True)
     assert list(browser.coming) == [(7, ALL), (browser.images[1], ALL)]

@@ -14,7 +14,7 @@ from lib.evaluation import Predicted, predict
 from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
-from lib.runs import read_parameters, runs_folder
+from lib.runs import read_images, read_parameters, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split, watched
 
@@ -26,7 +26,7 @@ def find_folds(run: Path) -> list[Path]:
 
     Returns:
         The folders of the five runs in fold order. Only the run itself is returned if a fold is missing, or
-        if its `validation` is `random`, `predefined` or `none`.
+        if its validation images were chosen by `random`, `predefined` or `none`, which have no folds.
     """
     parameters = read_parameters(run)
     folds = {}
@@ -34,8 +34,9 @@ def find_folds(run: Path) -> list[Path]:
         other = read_parameters(path.parent)
         if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
             folds[other["fold"]] = path.parent
-    pooled = len(folds) == FOLDS and parameters["validation"] not in ("random", "predefined", "none")
-    return [folds[fold] for fold in range(FOLDS)] if pooled else [run]
+    validation = read_images(run).get("validation", parameters["validation"])  # what `auto` chose
+    has_folds = len(folds) == FOLDS and validation not in ("random", "predefined", "none")
+    return [folds[fold] for fold in range(FOLDS)] if has_folds else [run]
 
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:

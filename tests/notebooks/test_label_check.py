@@ -121,6 +121,15 @@ def test_run_is_checked_on_its_recorded_validation_images(folds, monkeypatch):
     assert seen == every[:3]
 
 
+@pytest.mark.parametrize(("chosen", "count"), [("blocks", 5), ("predefined", 1), ("random", 1)])
+def test_folds_are_pooled_only_if_the_chosen_validation_has_folds(folds, monkeypatch, chosen, count):
+    """`auto` may have chosen a method that validates every run on the same images."""
+    from lib.runs import runs_folder
+
+    monkeypatch.setattr("lib.notebooks.label_check.read_images", lambda run: {"validation": chosen})
+    assert len(find_folds(runs_folder() / folds[0])) == count
+
+
 def test_run_without_other_folds_checks_its_validation_images(folds):
     from lib.runs import runs_folder
 

@@ -142,13 +142,13 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         return None
     with warnings.catch_warnings(action="error"):  # albumentations only warns about unknown options
         if not augment.startswith("crops"):
-            shift, scale, turn, share = (
+            shift, scale, rotation, probability = (
                 (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
             )
             geometry = albumentations.Affine(
                 translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
-                scale=scale, keep_ratio=True, rotate=(-turn, turn), fill=0, fill_mask=0,
-                mask_interpolation=cv2.INTER_NEAREST, p=share,
+                scale=scale, keep_ratio=True, rotate=(-rotation, rotation), fill=0, fill_mask=0,
+                mask_interpolation=cv2.INTER_NEAREST, p=probability,
             )  # fmt: skip
         else:
             ratio = size[1] / size[0]
@@ -176,9 +176,9 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         )
 
 
-def _zoom(applied: list[tuple[str, dict]]) -> float:
+def _zoom(applied_transforms: list[tuple[str, dict]]) -> float:
     """Return the factor by which the applied transforms enlarge the image."""
-    for name, parameters in applied:
+    for name, parameters in applied_transforms:
         if name == "Affine":
             return parameters["scale"]["x"]
         if name == "RandomResizedCrop":
@@ -265,8 +265,8 @@ class EpochBatches(Sampler):
             yield [(self.epoch, int(position)) for position in batch]
 
     def __len__(self) -> int:
-        full, left_over = divmod(self.count, self.batch_size)
-        return full + (left_over > 1)
+        full, remainder = divmod(self.count, self.batch_size)
+        return full + (remainder > 1)
 
 
 def stack_items(items: list[tuple[np.ndarray, ...]]) -> RawBatch:
@@ -304,7 +304,7 @@ def training_loader(
             f"{SHARED_MEMORY} has only {free // 10**6} MB free; use num_workers 0, or start the container "
             "with `docker run --shm-size=1g`"
         )
-    forks = num_workers > 0 and sys.platform == "linux"  # on macOS, libraries break in forked processes
+    use_fork = num_workers > 0 and sys.platform == "linux"  # on macOS, libraries break in forked processes
     return _Loader(
         TrainingSet(samples, augment, seed),
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
@@ -312,8 +312,8 @@ def training_loader(
         num_workers=num_workers,
         timeout=PATIENCE_SECONDS if num_workers else 0,
         persistent_workers=num_workers > 0,
-        multiprocessing_context="fork" if forks else None,  # forked workers share the arrays
-        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if use_fork else None,  # forked workers share the arrays
+        worker_init_fn=_init_worker,
         generator=torch.Generator(),  # otherwise each pass draws from the generator of weights and dropout
     )
 
@@ -330,7 +330,7 @@ class _Loader(DataLoader):
             ) from error
 
 
-def _start_worker(worker: int) -> None:
+def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 

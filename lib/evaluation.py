@@ -27,8 +27,8 @@ VIEWS = {
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
-SCORES_BYTES = 2**28  # class scores per chunk at native size; averaging views takes four times as much
-STRATA_CLASSES = 60  # with more classes, confusion matrices by scene and stratum would fill the memory
+MAX_SCORES_BYTES = 2**28  # class scores per chunk at native size; averaging views takes four times as much
+MAX_STRATA_CLASSES = 60  # with more classes, confusion matrices by scene and stratum would fill the memory
 BATCH_PIXELS = 2**24  # maximum per batch: one image of 12 megapixels, or 54 of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
@@ -143,17 +143,17 @@ def predict(
     """
     check_options(tta=tta, batch_size=batch_size)
     model.eval()
-    for piece in [samples] if isinstance(samples, Samples) else samples:
-        check_same_classes(model.config.classes, piece.classes, "the network", "the data")
-        at_once = batch_size
+    for chunk in [samples] if isinstance(samples, Samples) else samples:
+        check_same_classes(model.config.classes, chunk.classes, "the network", "the data")
+        step = batch_size
         if loss is None:  # losses are averaged over batches of exactly `batch_size`
-            at_once = max(1, min(batch_size, BATCH_PIXELS // math.prod(piece.size)))
-        for start in range(0, len(piece), at_once):
-            batch = piece[start : start + at_once]
+            step = max(1, min(batch_size, BATCH_PIXELS // math.prod(chunk.size)))
+        for start in range(0, len(chunk), step):
+            batch = chunk[start : start + step]
             check_depth(model.config, batch)
             logits, depth_m, losses = _predict_views(model, batch, precision, VIEWS[tta], loss)
-            labels, how_sure = _decide(logits, batch.size, confidence)
-            yield Predicted(batch, labels, how_sure, depth_m, losses)
+            labels, confidence_map = _predict_labels(logits, batch.size, confidence)
+            yield Predicted(batch, labels, confidence_map, depth_m, losses)
 
 
 def decide(scores: torch.Tensor) -> torch.Tensor:
@@ -186,42 +186,42 @@ def _predict_views(
 
 
 @torch.inference_mode()
-def _decide(
-    logits_of_views: list[torch.Tensor], size: tuple[int, int], confidence: bool
+def _predict_labels(
+    view_logits: list[torch.Tensor], size: tuple[int, int], with_confidence: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the most likely class `(B, H, W)` and, with `confidence`, its probability (otherwise None).
+    """Return the most likely class `(B, H, W)` and, if `with_confidence`, its probability (otherwise None).
 
     To limit memory, scores are upsampled to `size` in chunks of rows.
     """
-    count, classes = logits_of_views[0].shape[:2]
+    count, class_count = view_logits[0].shape[:2]
     labels = np.empty((count, *size), np.uint8)
-    sure = np.empty((count, *size), np.float32) if confidence else None
-    step = max(1, SCORES_BYTES // (4 * count * classes * size[1]))
+    confidence = np.empty((count, *size), np.float32) if with_confidence else None
+    step = max(1, MAX_SCORES_BYTES // (4 * count * class_count * size[1]))
     for start in range(0, size[0], step):
         rows = slice(start, min(start + step, size[0]))
         total = 0
-        for logits in logits_of_views:
+        for logits in view_logits:
             scores = _upsample(logits, size, rows)
-            total = total + (scores.softmax(1) if len(logits_of_views) > 1 else scores)
+            total = total + (scores.softmax(1) if len(view_logits) > 1 else scores)
         labels[:, rows] = decide(total).byte().cpu().numpy()
-        if sure is not None:
-            shares = total / len(logits_of_views) if len(logits_of_views) > 1 else total.softmax(1)
-            sure[:, rows] = shares.amax(1).cpu().numpy()
-    return labels, sure
+        if confidence is not None:
+            probabilities = total / len(view_logits) if len(view_logits) > 1 else total.softmax(1)
+            confidence[:, rows] = probabilities.amax(1).cpu().numpy()
+    return labels, confidence
 
 
 def _make_views(
     batch: Samples, views: list[tuple[float, bool]], size: tuple[int, int]
 ) -> Iterator[tuple[bool, Samples]]:
     """Yield `(flipped, batch)` for each view, resized to the network's working `size` times the zoom."""
-    for zoom, group in itertools.groupby(views, lambda view: view[0]):  # resize once per zoom
-        seen = resize_samples(batch, tuple(round(zoom * length) for length in size))
+    for zoom, group in itertools.groupby(views, lambda pair: pair[0]):  # resize once per zoom
+        view = resize_samples(batch, tuple(round(zoom * length) for length in size))
         if zoom != 1:  # objects enlarged by a zoom look nearer
-            seen = replace(seen, depth=np.rint(seen.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
+            view = replace(view, depth=np.rint(view.depth_or_missing / zoom).clip(0, 65535).astype(np.uint16))
         for _, flipped in group:
             yield (
                 flipped,
-                seen.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else seen,
+                view.map(lambda array: array[:, :, ::-1] if array.ndim >= 3 else array) if flipped else view,
             )
 
 
@@ -231,12 +231,12 @@ def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = 
         return scores if scores.shape[2:] == size else interpolate(scores, size, mode="bilinear")
     height = scores.shape[2]
     centres = torch.arange(rows.start, rows.stop, device=scores.device) + 0.5
-    place = (centres * (height / size[0]) - 0.5).clamp(0, height - 1)
-    above = place.long()
+    source_rows = (centres * (height / size[0]) - 0.5).clamp(0, height - 1)
+    above = source_rows.long()
     below = (above + 1).clamp(max=height - 1)
-    share = (place - above)[:, None]
-    blended = scores[:, :, above] * (1 - share) + scores[:, :, below] * share
-    return interpolate(blended, (len(place), size[1]), mode="bilinear")
+    weight = (source_rows - above)[:, None]
+    blended = scores[:, :, above] * (1 - weight) + scores[:, :, below] * weight
+    return interpolate(blended, (len(source_rows), size[1]), mode="bilinear")
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:
@@ -258,45 +258,45 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
     Raises:
         ValueError: if there are no images.
     """
-    found = defaultdict(list, depth=[np.zeros(4)])  # lists over batches, by field of `Evaluation`
+    collected = defaultdict(list, depth=[np.zeros(4)])  # lists over batches, by field of `Evaluation`
     strata = {}
     for batch in batches:
         samples, labels = batch.samples, batch.labels
         truth = samples.labels_or_ignored
-        found["names"].append(samples.names)
-        found["scene"].append(samples.scene)
-        found["counts"].append(confusion_counts(labels, truth, len(samples.classes)))
-        found["losses"].append(batch.losses)
+        collected["names"].append(samples.names)
+        collected["scene"].append(samples.scene)
+        collected["counts"].append(confusion_counts(labels, truth, len(samples.classes)))
+        collected["losses"].append(batch.losses)
         if keep:
-            found["predicted"].extend(labels)
+            collected["predicted"].extend(labels)
         if thorough:
-            found["boundary"].append(boundary_counts(labels, truth, len(samples.classes)))
+            collected["boundary"].append(boundary_counts(labels, truth, len(samples.classes)))
             _add_strata(strata, samples, labels)
         if thorough and batch.depth_m is not None:
             depth_m = samples.depth_or_missing / 1000
-            found["depth"].append(depth_sums(batch.depth_m, depth_m, samples.measured_depth))
-    if not found["names"]:
+            collected["depth"].append(depth_sums(batch.depth_m, depth_m, samples.measured_depth))
+    if not collected["names"]:
         raise ValueError(
             "split: found no image to evaluate; with validation none there are no validation images, use "
             "split test"
         )
-    one_size = len({labels.shape for labels in found["predicted"]}) == 1
+    same_size = len({labels.shape for labels in collected["predicted"]}) == 1
     return Evaluation(
-        names=np.concatenate(found["names"]),
-        scene=None if found["scene"][0] is None else np.concatenate(found["scene"]),
+        names=np.concatenate(collected["names"]),
+        scene=None if collected["scene"][0] is None else np.concatenate(collected["scene"]),
         classes=samples.classes,
-        counts=np.concatenate(found["counts"]),
-        predicted=np.stack(found["predicted"]) if one_size else found["predicted"],
-        boundary=np.concatenate(found["boundary"]) if thorough else None,
-        depth=np.sum(found["depth"], axis=0) if thorough else None,
-        losses=None if found["losses"][0] is None else mean_losses(found["losses"]),
-        strata={name: _stack(by_scene) for name, by_scene in strata.items()} if strata else None,
+        counts=np.concatenate(collected["counts"]),
+        predicted=np.stack(collected["predicted"]) if same_size else collected["predicted"],
+        boundary=np.concatenate(collected["boundary"]) if thorough else None,
+        depth=np.sum(collected["depth"], axis=0) if thorough else None,
+        losses=None if collected["losses"][0] is None else mean_losses(collected["losses"]),
+        strata={name: _stack_scenes(by_scene) for name, by_scene in strata.items()} if strata else None,
     )
 
 
 def _add_strata(strata: dict, samples: Samples, predicted: np.ndarray) -> None:
     """Add the confusion matrices of a batch to `strata`, which is `{name: {scene: (bins, C, C)}}`."""
-    if samples.scene is None or len(samples.classes) > STRATA_CLASSES:
+    if samples.scene is None or len(samples.classes) > MAX_STRATA_CLASSES:
         return
     edges = strata_edges(samples.depth_range_m[1])
     images = zip(predicted, samples.labels_or_ignored, samples.depth_or_missing, strict=True)
@@ -306,5 +306,5 @@ def _add_strata(strata: dict, samples: Samples, predicted: np.ndarray) -> None:
             by_scene[scene] = by_scene.get(scene, 0) + counts.astype(np.uint32)
 
 
-def _stack(by_scene: dict[str, np.ndarray]) -> np.ndarray:
+def _stack_scenes(by_scene: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([by_scene[scene] for scene in sorted(by_scene)])

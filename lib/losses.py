@@ -140,8 +140,8 @@ def median_frequency_weights(labels: np.ndarray, class_count: int) -> torch.Tens
         `(C,)` float32; 1 for a class that does not occur.
     """
     pixels = np.stack([np.bincount(image.ravel(), minlength=256)[:class_count] for image in labels])
-    where_present = np.where(pixels > 0, pixels.sum(1, keepdims=True), 0).sum(0)
-    frequency = np.ma.divide(pixels.sum(0), where_present)  # masked where a class does not occur
+    pixels_where_present = np.where(pixels > 0, pixels.sum(1, keepdims=True), 0).sum(0)
+    frequency = np.ma.divide(pixels.sum(0), pixels_where_present)  # masked where a class does not occur
     weights = np.ma.divide(np.ma.median(frequency), frequency)
     return torch.from_numpy(weights.filled(1).astype(np.float32))
 
@@ -168,10 +168,10 @@ def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
             "expected (N, H, W) with (N, C, H, W)"
         )
     if labels.device.type == "cpu":  # on a GPU, the check would synchronise at every step
-        wrong = labels[(labels < 0) | ((labels >= logits.shape[1]) & (labels != IGNORE_INDEX))]
-        if len(wrong):
+        invalid = labels[(labels < 0) | ((labels >= logits.shape[1]) & (labels != IGNORE_INDEX))]
+        if len(invalid):
             raise ValueError(
-                f"labels: found the value {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or "
+                f"labels: found the value {int(invalid[0])}, expected 0..{logits.shape[1] - 1} or "
                 f"{IGNORE_INDEX} = ignore"
             )
 
@@ -187,7 +187,7 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        sums, log_sum_exp = zip(*(_class_sums(*piece) for piece in _in_rows(logits, labels)), strict=True)
+        sums, log_sum_exp = zip(*(_class_sums(*chunk) for chunk in _row_chunks(logits, labels)), strict=True)
         ctx.save_for_backward(logits, labels, torch.cat(log_sum_exp, 1))
         return torch.stack(sums).sum(0)
 
@@ -196,15 +196,15 @@ class _ClassSums(torch.autograd.Function):
     def backward(ctx, d_sums: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, labels, log_sum_exp = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for piece in _in_rows(gradient, logits, labels, log_sum_exp):
-            _write_gradient(d_sums, *piece)
+        for chunk in _row_chunks(gradient, logits, labels, log_sum_exp):
+            _write_gradient(d_sums, *chunk)
         return gradient, None
 
 
-def _in_rows(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _row_chunks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Iterate over tensors `(..., H, W)` in matching chunks of rows."""
-    chunk = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
-    rows = max(1, chunk // max(1, logits[:, :, :1].numel()))
+    chunk_size = CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+    rows = max(1, chunk_size // max(1, logits[:, :, :1].numel()))
     return zip(*(tensor.split(rows, -2) for tensor in (logits, *others)), strict=True)
 
 
@@ -217,13 +217,13 @@ def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX
     index = torch.where(labelled, labels.flatten(1), 0).long()
-    highest = scores.amax(1)
-    shares = (scores - highest[:, None]).exp()  # unnormalised softmax
-    divisor = shares.sum(1)
-    prediction = (shares * (labelled / divisor)[:, None]).sum(2)
-    log_sum_exp = torch.where(labelled, highest + divisor.log(), torch.inf)
-    log_truth = scores.gather(1, index[:, None])[:, 0] - log_sum_exp
-    values = torch.stack((torch.where(labelled, -log_truth, 0), log_truth.exp(), labelled.to(scores.dtype)))
+    max_score = scores.amax(1)
+    exp_scores = (scores - max_score[:, None]).exp()  # unnormalised softmax
+    divisor = exp_scores.sum(1)
+    prediction = (exp_scores * (labelled / divisor)[:, None]).sum(2)
+    log_sum_exp = torch.where(labelled, max_score + divisor.log(), torch.inf)
+    log_prob = scores.gather(1, index[:, None])[:, 0] - log_sum_exp
+    values = torch.stack((torch.where(labelled, -log_prob, 0), log_prob.exp(), labelled.to(scores.dtype)))
     by_class = values.new_zeros(3, *prediction.shape).scatter_add(2, index.expand_as(values), values)
     return torch.cat((by_class, prediction[None])), log_sum_exp.view(labels.shape)
 
@@ -244,6 +244,6 @@ def _write_gradient(
     d_cross_entropy, d_intersection, _, d_prediction = d_sums[..., None]
     softmax = (logits.to(log_sum_exp.dtype) - log_sum_exp[:, None]).exp().flatten(2)
     one_hot = labels.flatten(1)[:, None] == torch.arange(logits.shape[1], device=logits.device)[:, None]
-    at_truth = torch.where(one_hot, softmax * d_intersection - d_cross_entropy, 0)
-    sum_g = at_truth.addcmul(softmax, d_prediction).sum(1, keepdim=True)
-    gradient.copy_(at_truth.addcmul(softmax, d_prediction - sum_g).view(gradient.shape))
+    label_term = torch.where(one_hot, softmax * d_intersection - d_cross_entropy, 0)
+    sum_g = label_term.addcmul(softmax, d_prediction).sum(1, keepdim=True)
+    gradient.copy_(label_term.addcmul(softmax, d_prediction - sum_g).view(gradient.shape))

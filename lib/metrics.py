@@ -53,24 +53,24 @@ def _image_counts(prediction: torch.Tensor, labels: torch.Tensor, class_count: i
 
     All label values 0..255 are counted, which also reveals values that are neither a class nor 255.
     """
-    if _outside(prediction, class_count):
+    if _out_of_range(prediction, class_count):
         prediction = torch.where(labels == IGNORE_INDEX, 0, prediction)  # ignored pixels may have any value
-    if strange := _outside(prediction, class_count):
-        raise ValueError(f"prediction: found the value {strange[0]}, expected 0..{class_count - 1}")
+    if invalid := _out_of_range(prediction, class_count):
+        raise ValueError(f"prediction: found the value {invalid[0]}, expected 0..{class_count - 1}")
     expected = f"0..{class_count - 1} or {IGNORE_INDEX} = ignore"
-    if strange := _outside(labels, 256):
-        raise ValueError(f"labels: found the value {strange[0]}, expected {expected}")
-    narrow = torch.int16 if 256 * class_count < 2**15 else torch.int32  # less memory traffic
-    cells = labels.to(narrow) * class_count + prediction.to(narrow)
+    if invalid := _out_of_range(labels, 256):
+        raise ValueError(f"labels: found the value {invalid[0]}, expected {expected}")
+    dtype = torch.int16 if 256 * class_count < 2**15 else torch.int32  # narrow: less memory traffic
+    cells = labels.to(dtype) * class_count + prediction.to(dtype)
     counts = torch.bincount(cells.flatten(), minlength=256 * class_count).view(256, class_count)
     # label values that are neither a class nor 255
-    strange = counts[class_count:IGNORE_INDEX].any(1).nonzero().flatten()
-    if len(strange):
-        raise ValueError(f"labels: found the value {class_count + int(strange[0])}, expected {expected}")
+    invalid = counts[class_count:IGNORE_INDEX].any(1).nonzero().flatten()
+    if len(invalid):
+        raise ValueError(f"labels: found the value {class_count + int(invalid[0])}, expected {expected}")
     return counts[:class_count]
 
 
-def _outside(values: torch.Tensor, count: int) -> list[int]:
+def _out_of_range(values: torch.Tensor, count: int) -> list[int]:
     """Return the minimum and the maximum of the values, each only if it is outside 0..count - 1."""
     return [value for value in torch.stack(values.aminmax()).tolist() if not 0 <= value < count]
 
@@ -89,9 +89,9 @@ def _pool_labelled(counts: Array) -> np.ndarray:
     return pooled
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide pixel counts element-wise; NaN where `whole` is 0."""
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+def _divide_counts(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide pixel counts element-wise; NaN where `denominator` is 0."""
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
 
 
 def iou(counts: Array) -> np.ndarray:
@@ -101,8 +101,8 @@ def iou(counts: Array) -> np.ndarray:
         `(C,)` float64; NaN for a class in neither ground truth nor prediction.
     """
     pooled = _pool(counts)
-    hits = np.diagonal(pooled)
-    return _share(hits, pooled.sum(0) + pooled.sum(1) - hits)
+    intersection = np.diagonal(pooled)
+    return _divide_counts(intersection, pooled.sum(0) + pooled.sum(1) - intersection)
 
 
 def truth_iou(counts: Array) -> np.ndarray:
@@ -163,7 +163,7 @@ def class_accuracy(counts: Array) -> np.ndarray:
         `(C,)` float64; NaN for a class that is not in the ground truth.
     """
     pooled = _pool(counts)
-    return _share(np.diagonal(pooled), pooled.sum(1))
+    return _divide_counts(np.diagonal(pooled), pooled.sum(1))
 
 
 def frequency_weighted_iou(counts: Array) -> float:
@@ -185,9 +185,9 @@ def fill_unlabelled(label: np.ndarray) -> np.ndarray:
     if unlabelled.all() or not unlabelled.any():
         return label
     _, source = cv2.distanceTransformWithLabels(unlabelled, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    nearest = np.zeros(source.max() + 1, label.dtype)
-    nearest[source[unlabelled == 0]] = label[unlabelled == 0]
-    return nearest[source]
+    source_labels = np.zeros(source.max() + 1, label.dtype)
+    source_labels[source[unlabelled == 0]] = label[unlabelled == 0]
+    return source_labels[source]
 
 
 def boundary_counts(
@@ -213,23 +213,24 @@ def boundary_counts(
         `(N, C, 3)` int64: labelled pixels of each class in both bands, in the ground truth's band, and in the
         prediction's band.
     """
-    reach = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
+    radius = max(1, round(width * float(np.hypot(*labels.shape[1:]))))
     counts = np.zeros((len(labels), class_count, 3), np.int64)
-    for image, (truth, decided) in enumerate(zip(labels, prediction, strict=True)):
-        regions = fill_unlabelled(truth), decided.astype(np.uint8)
+    for image, (truth, predicted) in enumerate(zip(labels, prediction, strict=True)):
+        label_maps = fill_unlabelled(truth), predicted.astype(np.uint8)
         bands = [
-            np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(region, reach)) for region in regions
+            np.where(truth == IGNORE_INDEX, IGNORE_INDEX, _inner_band(label_map, radius))
+            for label_map in label_maps
         ]
-        both = np.where(bands[0] == bands[1], bands[0], IGNORE_INDEX)
-        for column, band in enumerate((both, *bands)):
+        intersection = np.where(bands[0] == bands[1], bands[0], IGNORE_INDEX)
+        for column, band in enumerate((intersection, *bands)):
             counts[image, :, column] = np.bincount(band.ravel(), minlength=256)[:class_count]
     return counts
 
 
-def _inner_band(regions: np.ndarray, reach: int) -> np.ndarray:
-    """Keep the class of pixels with another class within `reach` rows and columns; set the others to 255."""
-    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
-    return np.where(cv2.erode(regions, kernel) != cv2.dilate(regions, kernel), regions, IGNORE_INDEX)
+def _inner_band(label_map: np.ndarray, radius: int) -> np.ndarray:
+    """Keep the class of pixels with another class within `radius` rows and columns; set the others to 255."""
+    kernel = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
+    return np.where(cv2.erode(label_map, kernel) != cv2.dilate(label_map, kernel), label_map, IGNORE_INDEX)
 
 
 def boundary_iou(boundary: np.ndarray) -> np.ndarray:
@@ -238,8 +239,8 @@ def boundary_iou(boundary: np.ndarray) -> np.ndarray:
     Returns:
         `(C,)` float64; NaN for a class in neither band.
     """
-    both, truth, prediction = boundary.sum(0).T
-    return _share(both, truth + prediction - both)
+    intersection, truth, prediction = boundary.sum(0).T
+    return _divide_counts(intersection, truth + prediction - intersection)
 
 
 def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
@@ -250,7 +251,7 @@ def strata_edges(farthest_m: float) -> dict[str, tuple[float, ...]]:
     Args:
         farthest_m: upper end of the depth range in metres.
     """
-    depth = (0.001, *(round(share * farthest_m, 6) for share in (0.1, 0.2, 0.3, 0.4, 0.6)))
+    depth = (0.001, *(round(fraction * farthest_m, 6) for fraction in (0.1, 0.2, 0.3, 0.4, 0.6)))
     return {DEPTH: depth, DISTANCE: (1, 2, 4, 8, 16), REGION: (0.3, 1, 3, 10, 30)}
 
 
@@ -274,11 +275,11 @@ def strata_counts(
         `(bins, C, C)` int64 for each name in `edges`, rows = ground truth.
     """
     labelled = label != IGNORE_INDEX
-    cell = label[labelled].astype(np.int64) * class_count + prediction[labelled]
+    class_pairs = label[labelled].astype(np.int64) * class_count + prediction[labelled]
     counts = {}
     for name, bins in pixel_strata(label, depth, edges).items():
         shape = (len(edges[name]) + 1, class_count, class_count)
-        cells = bins[labelled] * class_count**2 + cell
+        cells = bins[labelled] * class_count**2 + class_pairs
         counts[name] = np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
     return counts
 
@@ -292,7 +293,7 @@ def pixel_strata(
         DISTANCE: 100 * boundary_distance(label),
         REGION: 100 * region_shares(label),
     }
-    return {name: np.searchsorted(between, values[name], side="right") for name, between in edges.items()}
+    return {name: np.searchsorted(bin_edges, values[name], side="right") for name, bin_edges in edges.items()}
 
 
 def boundary_distance(label: np.ndarray) -> np.ndarray:
@@ -319,9 +320,9 @@ def region_shares(label: np.ndarray) -> np.ndarray:
     """
     shares = np.zeros(label.shape)
     for index in np.unique(label):
-        _, segment, stats, _ = cv2.connectedComponentsWithStats((label == index).astype(np.uint8))
+        _, component, stats, _ = cv2.connectedComponentsWithStats((label == index).astype(np.uint8))
         stats[0, cv2.CC_STAT_AREA] = 0  # component 0 is all other classes
-        shares += stats[segment, cv2.CC_STAT_AREA] / label.size
+        shares += stats[component, cv2.CC_STAT_AREA] / label.size
     return shares
 
 
@@ -340,9 +341,11 @@ def depth_sums(prediction_m: np.ndarray, depth_m: np.ndarray, valid: np.ndarray)
         pixels with max(prediction / truth, truth / prediction) < 1.25.
     """
     prediction, truth = np.maximum(prediction_m[valid], 1e-3), depth_m[valid]
-    close = np.maximum(prediction / truth, truth / prediction) < 1.25
+    within_threshold = np.maximum(prediction / truth, truth / prediction) < 1.25
     errors = prediction - truth
-    return np.array([len(truth), (np.abs(errors) / truth).sum(), (errors**2).sum(), close.sum()], np.float64)
+    return np.array(
+        [len(truth), (np.abs(errors) / truth).sum(), (errors**2).sum(), within_threshold.sum()], np.float64
+    )
 
 
 def depth_scores(sums: np.ndarray) -> dict[str, float]:
@@ -350,17 +353,17 @@ def depth_scores(sums: np.ndarray) -> dict[str, float]:
 
     All scores are NaN if there is no valid pixel.
     """
-    valid, relative, squared, close = sums if sums[0] else np.full(4, np.nan)
+    valid, relative, squared, within_threshold = sums if sums[0] else np.full(4, np.nan)
     return {
         "abs_rel": relative / valid,
         "rmse_m": float(np.sqrt(squared / valid)),
-        "delta_1.25": close / valid,
+        "delta_1.25": within_threshold / valid,
     }
 
 
 def image_accuracy(counts: np.ndarray) -> np.ndarray:
     """Compute the pixel accuracy of each image, `(N,)`; NaN for an image without labelled pixels."""
-    return _share(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
+    return _divide_counts(np.trace(counts, axis1=1, axis2=2), counts.sum((1, 2)))
 
 
 def all_scores(counts: Array) -> dict[str, float]:

@@ -48,10 +48,10 @@ class Sensitivity:
             return self.standard_error
         if not self.degrees_of_freedom >= 1:  # scenes differ too much in size to detect anything
             return np.nan if np.isnan(self.degrees_of_freedom) else np.inf
-        highest = self.standard_error
-        while self.power(highest) < POWER:
-            highest *= 2
-        return optimize.brentq(lambda difference: self.power(difference) - POWER, 0, highest)
+        upper = self.standard_error
+        while self.power(upper) < POWER:
+            upper *= 2
+        return optimize.brentq(lambda difference: self.power(difference) - POWER, 0, upper)
 
     def power(self, difference: float) -> float:
         """Return the power of the two-sided test for a true difference, from the noncentral t distribution.
@@ -60,11 +60,11 @@ class Sensitivity:
         """
         if not self.standard_error > ROUNDING:
             return np.nan
-        effect = abs(difference) / self.standard_error
-        least = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
+        noncentrality = abs(difference) / self.standard_error
+        critical_value = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
         # scipy sometimes returns NaN for probabilities close to 0
-        other_side = np.nan_to_num(stats.nct.cdf(-least, self.degrees_of_freedom, effect))
-        return float(stats.nct.sf(least, self.degrees_of_freedom, effect) + other_side)
+        lower_tail = np.nan_to_num(stats.nct.cdf(-critical_value, self.degrees_of_freedom, noncentrality))
+        return float(stats.nct.sf(critical_value, self.degrees_of_freedom, noncentrality) + lower_tail)
 
     def adjusted(self, comparisons: int) -> Self:
         """Return a copy that is Bonferroni-adjusted for a number of comparisons.
@@ -181,7 +181,7 @@ def compare_checkpoints(
     counts_a, counts_b = _check_counts("(N, C, C)", counts_a, counts_b)
     totals, scores, left_out, degrees = _by_scene(np.stack((counts_a, counts_b)), scene)
     difference, error = scores[1] - scores[0], _jackknife_error(left_out[1] - left_out[0])
-    p_values = np.where(np.isfinite(error), _swap_test(*totals, difference, seed), np.nan)
+    p_values = np.where(np.isfinite(error), _permutation_test(*totals, difference, seed), np.nan)
     fields = _difference_fields(difference, error, degrees, p_values)
     return CheckpointComparison(**fields, scene_count=totals.shape[1])
 
@@ -208,7 +208,7 @@ def compare_seeds(scores_a: Array, scores_b: Array) -> SeedComparison:
     runs = np.array([[len(scores_a)], [len(scores_b)]])
     variances = np.array([[scores_a.var(ddof=1)], [scores_b.var(ddof=1)]]) / runs
     # not scipy.stats.ttest_ind, which warns if one side is constant
-    error, degrees = _crossed_error(variances, runs, np.zeros(1), np.ones(1))
+    error, degrees = _satterthwaite(variances, runs, np.zeros(1), np.ones(1))
     _check_varies("scores", difference[0], error[0])
     return SeedComparison(**_shared_fields(difference, error, degrees, _p_values(difference, error, degrees)))
 
@@ -248,16 +248,16 @@ def compare_recipes(
     sides = [(scores_a, left_out_a), (scores_b, left_out_b)]
     if paired:
         sides = [(scores_b - scores_a, left_out_b - left_out_a)]
-    seeds = np.stack([scores.var(0, ddof=1) / len(scores) for scores, _ in sides])
-    scenes = _scene_variance([left_out for _, left_out in sides])
+    seed_variances = np.stack([scores.var(0, ddof=1) / len(scores) for scores, _ in sides])
+    scene_variances = _scene_variance([left_out for _, left_out in sides])
     runs = np.array([[len(scores)] for scores, _ in sides])
-    error, degrees = _crossed_error(seeds, runs, scenes, scene_degrees)
+    error, degrees = _satterthwaite(seed_variances, runs, scene_variances, scene_degrees)
     _check_varies("counts", difference[0], error[0])
     return RecipeComparison(
         **_difference_fields(difference, error, degrees, _p_values(difference, error, degrees)),
         scene_count=left_out_a.shape[1],
-        seed_variance=float(seeds.sum(0)[0]),
-        scene_variance=float(scenes[0]),
+        seed_variance=float(seed_variances.sum(0)[0]),
+        scene_variance=float(scene_variances[0]),
         scene_degrees_of_freedom=float(scene_degrees[0]),
     )
 
@@ -300,10 +300,10 @@ def plan(
             "on, one of them above 0; take them from runs of several seeds"
         )
     sides = np.full((1 if paired else 2, 1), 1.0)
-    seeds = 2 / len(sides) * run_sd**2 / (folds * runs) * sides
+    seed_variances = 2 / len(sides) * run_sd**2 / (folds * runs) * sides
     scene_degrees = np.array([scenes - 1.0 if scene_degrees is None else scene_degrees])
-    (error,), (degrees,) = _crossed_error(
-        seeds, runs * sides, np.array([variance_per_scene / scenes]), scene_degrees
+    (error,), (degrees,) = _satterthwaite(
+        seed_variances, runs * sides, np.array([variance_per_scene / scenes]), scene_degrees
     )
     return Plan(standard_error=float(error), degrees_of_freedom=float(degrees))
 
@@ -314,10 +314,10 @@ def pool_run_sd(scores: list[Array]) -> tuple[float, tuple[float, float]]:
     Args:
         scores: one `(S,)` array per recipe and fold, with the scores of its runs; S may differ.
     """
-    squares = sum(((np.asarray(cell) - np.mean(cell)) ** 2).sum() for cell in scores)
+    sum_of_squares = sum(((np.asarray(cell) - np.mean(cell)) ** 2).sum() for cell in scores)
     degrees = sum(len(cell) - 1 for cell in scores)
-    low, high = np.sqrt(squares / stats.chi2.ppf([1 - LEVEL / 2, LEVEL / 2], degrees))
-    return float(np.sqrt(squares / degrees)), (float(low), float(high))
+    low, high = np.sqrt(sum_of_squares / stats.chi2.ppf([1 - LEVEL / 2, LEVEL / 2], degrees))
+    return float(np.sqrt(sum_of_squares / degrees)), (float(low), float(high))
 
 
 def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
@@ -353,14 +353,14 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
     pooled = totals.sum(-3, keepdims=True)
     truth = counts.sum(-1).reshape(-1, images, classes)[0]
     # images per scene: all, then those that contain each class
-    images_of_scene = membership @ np.column_stack((np.ones(images), truth > 0))
-    degrees = _effective_count(images_of_scene) - 1
+    images_per_scene = membership @ np.column_stack((np.ones(images), truth > 0))
+    degrees = _effective_sample_size(images_per_scene) - 1
     if len(names) < MIN_SCENES:
         degrees = np.full(1, np.nan)
     return totals, _scores(pooled)[..., 0, :], _scores(pooled - totals), degrees
 
 
-def _effective_count(sizes: Array) -> Array:
+def _effective_sample_size(sizes: Array) -> Array:
     """Return the effective number `(K,)` of groups of sizes n `(G, K)`: (sum n)^2 / sum n^2 (Kish)."""
     return sizes.sum(0) ** 2 / np.maximum((sizes**2).sum(0), 1)
 
@@ -370,9 +370,9 @@ def _scores(totals: Array) -> Array:
 
     The mIoU averages the classes in the ground truth. Scores without ground truth are NaN.
     """
-    truth, prediction, hits = np.moveaxis(totals, -2, 0)
+    truth, prediction, intersection = np.moveaxis(totals, -2, 0)
     present = truth > 0
-    iou = np.where(present, hits / np.maximum(truth + prediction - hits, 1), np.nan)
+    iou = np.where(present, intersection / np.maximum(truth + prediction - intersection, 1), np.nan)
     with np.errstate(invalid="ignore"):  # the mIoU is NaN without a labelled pixel
         mean = np.where(present, iou, 0).sum(-1) / present.sum(-1)
     return np.concatenate((mean[..., None], iou), -1)
@@ -405,28 +405,32 @@ def _covariance(first: Array, second: Array) -> Array:
     return covariance[~np.eye(len(first), len(second), dtype=bool)].mean(0)
 
 
-def _crossed_error(seeds: Array, runs: Array, scenes: Array, scene_degrees: Array) -> tuple[Array, Array]:
+def _satterthwaite(
+    seed_variances: Array, runs: Array, scene_variances: Array, scene_degrees: Array
+) -> tuple[Array, Array]:
     """Return standard errors `(K,)` and Satterthwaite degrees of freedom `(K,)` from variance components.
 
     The degrees of freedom are NaN if nothing varies.
 
     Args:
-        seeds: `(sides, K)` variance due to seeds of each side's mean; one side if paired.
+        seed_variances: `(sides, K)` variance due to seeds of each side's mean; one side if paired.
         runs: `(sides, 1)` number of runs.
-        scenes: `(K,)` variance due to scenes.
+        scene_variances: `(K,)` variance due to scenes.
         scene_degrees: `(K,)` or `(1,)` degrees of freedom over scenes.
     """
-    total = seeds.sum(0) + scenes
-    squares = (seeds**2 / (runs - 1)).sum(0) + scenes**2 / scene_degrees
-    return np.sqrt(total), np.divide(total**2, squares, where=squares != 0, out=np.full_like(total, np.nan))
+    total = seed_variances.sum(0) + scene_variances
+    denominator = (seed_variances**2 / (runs - 1)).sum(0) + scene_variances**2 / scene_degrees
+    return np.sqrt(total), np.divide(
+        total**2, denominator, where=denominator != 0, out=np.full_like(total, np.nan)
+    )
 
 
 def _interval(
-    middle: Array | float, error: Array | float, degrees: Array | float, comparisons: int = 1
+    estimate: Array | float, error: Array | float, degrees: Array | float, comparisons: int = 1
 ) -> Array:
     """Return 95 % t intervals `(2, ...)`, Bonferroni-adjusted for the number of comparisons."""
-    half = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
-    return np.stack((middle - half, middle + half))
+    margin = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
+    return np.stack((estimate - margin, estimate + margin))
 
 
 def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
@@ -438,7 +442,7 @@ def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
     return p_values
 
 
-def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> Array:
+def _permutation_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> Array:
     """Return permutation p-values `(1 + C,)` of the observed differences, given scene totals `(G, 3, C)`.
 
     p is k / n over all n permutations, or (1 + k) / (1 + n) over n random ones, where k permutations give at
@@ -447,13 +451,13 @@ def _swap_test(totals_a: Array, totals_b: Array, observed: Array, seed: int) -> 
     scenes = len(totals_a)
     exact = scenes <= MAX_EXACT_SCENES
     if exact:
-        swaps = np.indices((2,) * scenes).reshape(scenes, -1).T  # a row per permutation; 1 swaps a scene
+        permutations = np.indices((2,) * scenes).reshape(scenes, -1).T  # one per row; 1 swaps a scene
     else:
-        swaps = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
-    moved = np.tensordot(swaps.astype(float), totals_b - totals_a, 1)
-    swapped = _scores(totals_b.sum(0) - moved) - _scores(totals_a.sum(0) + moved)
-    extreme = (np.abs(swapped) >= np.abs(observed) - ROUNDING).sum(0)
-    return extreme / len(swaps) if exact else (1 + extreme) / (1 + len(swaps))
+        permutations = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
+    shift = np.tensordot(permutations.astype(float), totals_b - totals_a, 1)
+    permuted = _scores(totals_b.sum(0) - shift) - _scores(totals_a.sum(0) + shift)
+    extreme = (np.abs(permuted) >= np.abs(observed) - ROUNDING).sum(0)
+    return extreme / len(permutations) if exact else (1 + extreme) / (1 + len(permutations))
 
 
 def _shared_fields(difference: Array, error: Array, degrees: Array, p_values: Array) -> dict:
@@ -480,12 +484,12 @@ def _difference_fields(difference: Array, error: Array, degrees: Array, p_values
 
 def _check_counts(axes: str, *sides: Array) -> list[Array]:
     sides = [np.asarray(counts) for counts in sides]
-    found = f"counts: found shapes {' and '.join(str(counts.shape) for counts in sides)}, expected"
+    message = f"counts: found shapes {' and '.join(str(counts.shape) for counts in sides)}, expected"
     if any(counts.ndim != axes.count(",") + 1 or counts.shape[-1] != counts.shape[-2] for counts in sides):
-        raise ValueError(f"{found} {axes}, one matrix for each image")
+        raise ValueError(f"{message} {axes}, one matrix for each image")
     if len({counts.shape[-3:] for counts in sides}) > 1 or not sides[0].shape[-3]:
         raise ValueError(
-            f"{found} the same images, one or more, and classes in both; evaluate both on the same split"
+            f"{message} the same images, one or more, and classes in both; evaluate both on the same split"
         )
     truth = np.concatenate([counts.sum(-1).reshape(-1, *counts.shape[-3:-1]) for counts in sides])
     if not truth.any():

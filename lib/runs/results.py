@@ -166,16 +166,20 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
     """
     lines = []
     arrays = {}
-    lists: dict[tuple, str] = {}
+    image_lists: dict[tuple, str] = {}
     for number, run in enumerate(runs):
-        listed = {"names": run.names, "classes": np.array(run.classes)}
-        listed |= {} if run.scene is None else {"scene": run.scene}
-        content = tuple((name, *array.tolist()) for name, array in listed.items())
-        images = lists.setdefault(content, f"images{len(lists)}")
+        image_list = {"names": run.names, "classes": np.array(run.classes)}
+        image_list |= {} if run.scene is None else {"scene": run.scene}
+        content = tuple((name, *array.tolist()) for name, array in image_list.items())
+        images = image_lists.setdefault(content, f"images{len(image_lists)}")
         key = f"{number} {run.name}"  # run names may repeat
         arrays[f"counts/{key}"] = run.counts.astype(np.uint32)
-        for place, named in ((images, listed), (f"masks/{key}", run.masks), (f"strata/{key}", run.strata)):
-            arrays |= {f"{place}/{name}": array for name, array in (named or {}).items()}
+        for prefix, named_arrays in (
+            (images, image_list),
+            (f"masks/{key}", run.masks),
+            (f"strata/{key}", run.strata),
+        ):
+            arrays |= {f"{prefix}/{name}": array for name, array in (named_arrays or {}).items()}
         lines.append(json.dumps(_describe_run(run) | {"images": images, "counts": key}))
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / COUNTS_FILE, lambda file: np.savez_compressed(file, **arrays))
@@ -184,7 +188,7 @@ def write_results(folder: Path, runs: Iterable[ScoredRun]) -> None:
 
 def _describe_run(run: ScoredRun) -> dict:
     """Return the entry of a run in `runs.jsonl`."""
-    parameters = _cut_paths(run.parameters)
+    parameters = _shorten_paths(run.parameters)
     history = None if run.history is None else run.history.astype(object).where(run.history.notna(), None)
     return {
         "name": run.name,
@@ -198,10 +202,10 @@ def _describe_run(run: ScoredRun) -> dict:
     }
 
 
-def _cut_paths(parameters: dict[str, object]) -> dict[str, object]:
+def _shorten_paths(parameters: dict[str, object]) -> dict[str, object]:
     """Shorten the paths of data, weights and predictions to their last component."""
-    places = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
-    return parameters | {name: Path(parameters[name]).name for name in places}
+    path_parameters = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
+    return parameters | {name: Path(parameters[name]).name for name in path_parameters}
 
 
 def read_results(folder: Path) -> list[ScoredRun]:
@@ -212,8 +216,8 @@ def read_results(folder: Path) -> list[ScoredRun]:
     """
     try:
         lines = [json.loads(line) for line in (folder / RUNS_FILE).read_text().splitlines()]
-        with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as saved:
-            return [_read_line(line, saved) for line in lines]
+        with np.load(io.BytesIO((folder / COUNTS_FILE).read_bytes())) as archive:
+            return [_read_line(line, archive) for line in lines]
     except Exception as error:  # zipfile, zlib and numpy raise a dozen exception types
         raise ValueError(
             f"{folder}: can't be read as the results of a study ({error}); expected {RUNS_FILE} and "
@@ -221,25 +225,25 @@ def read_results(folder: Path) -> list[ScoredRun]:
         ) from error
 
 
-def _take(saved: np.lib.npyio.NpzFile, prefix: str) -> dict[str, np.ndarray] | None:
+def _read_arrays(archive: np.lib.npyio.NpzFile, prefix: str) -> dict[str, np.ndarray] | None:
     """Return the arrays whose names start with a prefix, which is removed; None if there are none."""
-    names = [name for name in saved.files if name.startswith(prefix)]
-    return {name.removeprefix(prefix): saved[name] for name in names} or None
+    names = [name for name in archive.files if name.startswith(prefix)]
+    return {name.removeprefix(prefix): archive[name] for name in names} or None
 
 
-def _read_line(line: dict, saved: np.lib.npyio.NpzFile) -> ScoredRun:
+def _read_line(line: dict, archive: np.lib.npyio.NpzFile) -> ScoredRun:
     images = line.pop("images")
     history = line.pop("history")
     key = line.pop("counts", line["name"])
     return ScoredRun(
         **line,
-        names=saved[f"{images}/names"],
-        counts=saved[f"counts/{key}"].astype(np.int64),
-        scene=saved.get(f"{images}/scene"),
-        classes=tuple(saved[f"{images}/classes"].tolist()),
+        names=archive[f"{images}/names"],
+        counts=archive[f"counts/{key}"].astype(np.int64),
+        scene=archive.get(f"{images}/scene"),
+        classes=tuple(archive[f"{images}/classes"].tolist()),
         history=None if history is None else pd.DataFrame(history),
-        strata=_take(saved, f"strata/{key}/"),
-        masks=_take(saved, f"masks/{key}/"),
+        strata=_read_arrays(archive, f"strata/{key}/"),
+        masks=_read_arrays(archive, f"masks/{key}/"),
     )
 
 
@@ -255,7 +259,7 @@ def _settings(parameters: dict[str, object]) -> dict[str, str]:
     """Return the parameters that define the recipe as text, sorted by name, including those that are None."""
     kept = {
         name: parameters.get(f"{name}_digest", value)  # the same file may have another path
-        for name, value in _cut_paths(parameters).items()
+        for name, value in _shorten_paths(parameters).items()
         if name not in NO_RECIPE and not name.endswith("_digest")
     }
     if kept.get("soft_iou_weight") == 0:  # without this loss term, its pooling is irrelevant
@@ -288,28 +292,28 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """
     check_options(split=split)
     if runs == "all":
-        found = read_own(split, data)
-        if len(found) < 2 and data is None:
+        scored = read_own(split, data)
+        if len(scored) < 2 and data is None:
             example = [run for run in read_results(EXAMPLE) if run.split == split]
-            found = example + [run for run in found if not example or run.shows_same_images(example[0])]
+            scored = example + [run for run in scored if not example or run.shows_same_images(example[0])]
     else:
-        home = re.escape(str(runs_folder()))  # removed, because it may contain commas
-        entries = re.sub(rf"(^|,)\s*{home}[/\\]", r"\1", runs).split(",")
-        found = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
-    return found if where is None else select_runs(found, where)
+        root = re.escape(str(runs_folder()))  # removed, because it may contain commas
+        entries = re.sub(rf"(^|,)\s*{root}[/\\]", r"\1", runs).split(",")
+        scored = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
+    return scored if where is None else select_runs(scored, where)
 
 
 def read_own(split: str, data: str | None) -> list[ScoredRun]:
     """Read the scored runs in the runs folder, sorted by name; see `data` of `read_runs`."""
-    own = [read_scored(folder, split) for folder in scored_folders(split)]
-    wanted = [run for run in own if Path(run.data).expanduser() == Path(data or own[-1].data).expanduser()]
+    runs = [read_scored(folder, split) for folder in scored_folders(split)]
+    wanted = [run for run in runs if Path(run.data).expanduser() == Path(data or runs[-1].data).expanduser()]
     return sorted(wanted, key=lambda run: run.name)
 
 
 def read_entry(entry: str, split: str) -> list[ScoredRun]:
     """Read a run by name or path, or the runs of a study that were scored on the split."""
-    for home in (runs_folder(), Path(), NOTEBOOKS):
-        folder = home / Path(entry).expanduser()
+    for root in (runs_folder(), Path(), NOTEBOOKS):
+        folder = root / Path(entry).expanduser()
         if (folder / "parameters.json").exists():
             return [read_scored(folder, split)]
         if (folder / RUNS_FILE).exists():
@@ -348,8 +352,8 @@ def select_runs(runs: list[ScoredRun], where: str) -> list[ScoredRun]:
             f'parameters {", ".join(names)}, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"'
         ) from error
     if not is_matching.any():
-        listed = "; ".join(f"{name}: {', '.join(sorted(table[name].map(str).unique()))}" for name in names)
-        raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {listed}")
+        values = "; ".join(f"{name}: {', '.join(sorted(table[name].map(str).unique()))}" for name in names)
+        raise ValueError(f"where: {where!r} matches none of {len(runs)} runs; their parameters: {values}")
     return list(itertools.compress(runs, is_matching))
 
 
@@ -368,18 +372,20 @@ def group_recipes(runs: list[ScoredRun], baseline: str | None = None) -> dict[st
         ValueError: if runs can't be compared, two runs of a group have the same recipe, seed and fold, or the
             baseline does not exist.
     """
-    named = _name_recipes(_group(_pool_folds(runs)))
-    for members in named.values():
+    recipes = _name_recipes(_group(_pool_folds(runs)))
+    for members in recipes.values():
         members.sort(key=lambda run: run.parameters["seed"])
         for run in members:
-            _check_comparable(next(iter(named.values()))[0], run)
+            _check_comparable(next(iter(recipes.values()))[0], run)
     _check_distinct(runs)
     if baseline is None:
-        return named
-    first = [name for name, members in named.items() if baseline in (name, *(run.name for run in members))]
-    if not first:
-        raise ValueError(f"baseline: found {baseline!r}, there are: {', '.join(named)}")
-    return {name: named[name] for name in dict.fromkeys((first[0], *named))}
+        return recipes
+    matches = [
+        name for name, members in recipes.items() if baseline in (name, *(run.name for run in members))
+    ]
+    if not matches:
+        raise ValueError(f"baseline: found {baseline!r}, there are: {', '.join(recipes)}")
+    return {name: recipes[name] for name in dict.fromkeys((matches[0], *recipes))}
 
 
 def _group(runs: Iterable[ScoredRun], *parameters: str) -> dict[tuple, list[ScoredRun]]:
@@ -405,13 +411,13 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
     settings = settings_that_differ(by_recipe)
     groups = [group for group, _ in by_recipe if group]
-    named = {}
+    recipes = {}
     for (group, key), members in by_recipe.items():
         label = group if groups.count(group) == 1 else _label(members, settings[group, key])
-        if label in named:
+        if label in recipes:
             label = f"{label} ({members[0].name})"
-        named[label] = members
-    return named
+        recipes[label] = members
+    return recipes
 
 
 def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
@@ -422,7 +428,7 @@ def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hasha
 
 
 def _describe_settings(run: ScoredRun, differing: Iterable[str]) -> str:
-    values = _cut_paths(run.parameters)
+    values = _shorten_paths(run.parameters)
     known = _settings(run.parameters)
     return ", ".join(f"{name} {values[name]}" for name in differing if name in known)
 
@@ -459,31 +465,31 @@ def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
         return runs
     groups = _group(runs, "seed")
     by_fold = {key: {run.parameters.get("fold"): run for run in members} for key, members in groups.items()}
-    whole = [folds for folds in by_fold.values() if set(folds) == set(range(FOLDS))]
-    if not whole:
-        there = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in by_fold.items())
+    complete = [folds for folds in by_fold.values() if set(folds) == set(range(FOLDS))]
+    if not complete:
+        available = "; ".join(f"seed {key[-1]}: {sorted(folds)}" for key, folds in by_fold.items())
         raise ValueError(
-            f"runs: found folds {there}; expected one fold, or all of 0 to 4 of a seed; name other runs"
+            f"runs: found folds {available}; expected one fold, or all of 0 to 4 of a seed; name other runs"
         )
-    return [_pool([folds[fold] for fold in range(FOLDS)]) for folds in whole]
+    return [_pool([folds[fold] for fold in range(FOLDS)]) for folds in complete]
 
 
 def _pool(folds: list[ScoredRun]) -> ScoredRun:
     names = np.concatenate([run.names for run in folds])
     order = np.argsort(names)
-    twice = np.sort(names[pd.Index(names).duplicated()])
-    if len(twice):
+    shared = np.sort(names[pd.Index(names).duplicated()])
+    if len(shared):
         raise ValueError(
-            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {twice[0]}; "
+            f"runs: the five folds of {folds[-1].name!r} are scored on the same images, such as {shared[0]}; "
             "folds are pooled over their validation images, so use split valid, or name runs of one fold"
         )
-    unknown = any(run.scene is None for run in folds)
+    has_unknown_scenes = any(run.scene is None for run in folds)
     return replace(
         folds[-1],
         name=f"five folds, seed {folds[-1].parameters['seed']}",
         names=names[order],
         counts=np.concatenate([run.counts for run in folds])[order],
-        scene=None if unknown else np.concatenate([run.scene for run in folds])[order],
+        scene=None if has_unknown_scenes else np.concatenate([run.scene for run in folds])[order],
         strata=_pool_strata(folds),
         image_fold=np.repeat(range(FOLDS), [len(run.names) for run in folds])[order],
         history=None,
@@ -508,16 +514,18 @@ def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
     if first.shows_same_images(other):
         return
     if list(first.names) != list(other.names):
-        only = sorted(set(first.names) ^ set(other.names))
-        which = f"such as {only[0]}" if only else "in another order"
-        found = f"{len(first.names)} and {len(other.names)} images, {len(only)} of them in one only, {which}"
+        unshared = sorted(set(first.names) ^ set(other.names))
+        detail = f"such as {unshared[0]}" if unshared else "in another order"
+        reason = (
+            f"{len(first.names)} and {len(other.names)} images, {len(unshared)} of them in one only, {detail}"
+        )
     else:
         differing = first.names[(first.counts.sum(2) != other.counts.sum(2)).any(1)]
-        found = (
+        reason = (
             f"the labels of {len(differing)} of {len(first.names)} images differ, such as those of "
             f"{differing[0]}"
         )
     raise ValueError(
-        f"runs: {first.name!r} and {other.name!r} can't be compared: {found}; evaluate both on the same "
+        f"runs: {first.name!r} and {other.name!r} can't be compared: {reason}; evaluate both on the same "
         "data, split and fold"
     )

@@ -25,7 +25,7 @@ from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
 # parameters that determine the images of a split
-READ_WITH = (
+IMAGE_PARAMETERS = (
     "data",
     "validation",
     "limit",
@@ -59,7 +59,7 @@ def find_scored(run: str, predictions: str | None, parameters: dict[str, object]
         )
     parameters = {"mask_values": "indices"} | parameters
     check_choice("mask_values", parameters["mask_values"], ("indices", "labels"))
-    kept = ("run_name", "recipe", "seed", "predictions", "mask_values", *READ_WITH)
+    kept = ("run_name", "recipe", "seed", "predictions", "mask_values", *IMAGE_PARAMETERS)
     with open_run({name: parameters[name] for name in kept}) as folder:
         return folder
 
@@ -85,34 +85,34 @@ def iterate_split(
     """
     check_version(parameters.get("run_name"), parameters)
     source = parameters["data"] if data is None else data
-    has_own = run is not None and Path(source).name == Path(parameters["data"]).name
-    if has_own and split in read_images(run):
-        return _select_own(run, split, source, parameters, batch_size)
-    selected_by = {name: parameters[name] for name in READ_WITH[1:] if name in parameters}
+    is_run_data = run is not None and Path(source).name == Path(parameters["data"]).name
+    if is_run_data and split in read_images(run):
+        return _select_recorded(run, split, source, parameters, batch_size)
+    selected_by = {name: parameters[name] for name in IMAGE_PARAMETERS[1:] if name in parameters}
     if split == "test":
         selected_by["limit"] = None
     return iterate_samples(source, split, batch_size=batch_size, **selected_by)
 
 
-def _select_own(run: Path, split: str, source: str, parameters: dict, batch_size: int) -> Split:
+def _select_recorded(run: Path, split: str, source: str, parameters: dict, batch_size: int) -> Split:
     """Return the images that a run was trained or validated on, and print how many were added since."""
-    own = read_images(run)
-    drawn_from = (split, "predefined") if own["validation"] == "predefined" else ("train", "none")
-    pool = iterate_samples(source, *drawn_from, classes=parameters.get("classes"), batch_size=batch_size)
-    positions = pd.Index(pool.names).get_indexer(own[split])  # -1: missing
-    missing = [name for name, at in zip(own[split], positions, strict=True) if at < 0]
+    recorded = read_images(run)
+    source_split = (split, "predefined") if recorded["validation"] == "predefined" else ("train", "none")
+    pool = iterate_samples(source, *source_split, classes=parameters.get("classes"), batch_size=batch_size)
+    positions = pd.Index(pool.names).get_indexer(recorded[split])  # -1: missing
+    missing = [name for name, position in zip(recorded[split], positions, strict=True) if position < 0]
     if missing:
         raise DataError(
-            f"{source}: {len(missing)} of the {len(own[split])} images of split {split!r} of the run "
+            f"{source}: {len(missing)} of the {len(recorded[split])} images of split {split!r} of the run "
             f"{run.name!r} are missing, the first is {missing[0]!r}; put them back, or train again"
         )
-    new = {*pool.names.tolist()} - {*own["train"], *own["valid"]}
+    new = {*pool.names.tolist()} - {*recorded["train"], *recorded["valid"]}
     if new and parameters.get("limit") is None:
         print(
             f"{len(new)} images of {source} were added after {run.name} was trained, such as {min(new)}; the "
-            f"original {len(own[split])} {split} images are used."
+            f"original {len(recorded[split])} {split} images are used."
         )
-    return replace(pool.select(positions), split=split, validation=own["validation"])
+    return replace(pool.select(positions), split=split, validation=recorded["validation"])
 
 
 def check_labelled(parameters: dict, split: str) -> None:
@@ -156,9 +156,9 @@ def score_run(
             "labelled": labelled,
             "validation": None if split == "test" else pieces.validation,
         }
-        found, passes = _predict_passes(run, pieces, labelled, tta, device)
+        settings, passes = _predict_passes(run, pieces, labelled, tta, device)
         first = next(iter(passes))
-        passes[first] = _saved(passes[first], masks_folder(run, split))
+        passes[first] = _save_masks(passes[first], masks_folder(run, split))
         counted = {
             name: count_predictions(watched(f"predicting, {name}", len(pieces), batches), thorough=True)
             for name, batches in passes.items()
@@ -166,8 +166,8 @@ def score_run(
         if not labelled:
             masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
             if len({mask.shape for mask in masks}) == 1:
-                write_atomically(_submission(run, split), lambda file: np.save(file, np.stack(masks)))
-        return write_evaluation(run, split, facts | found, counted if labelled else {})
+                write_atomically(_submission_path(run, split), lambda file: np.save(file, np.stack(masks)))
+        return write_evaluation(run, split, facts | settings, counted if labelled else {})
 
 
 def _predict_passes(
@@ -186,7 +186,7 @@ def _predict_passes(
     return {"tta": tta, "working_size": model.config.size}, passes
 
 
-def _submission(run: Path, split: str) -> Path:
+def _submission_path(run: Path, split: str) -> Path:
     return run / "evaluation" / ("submission.npy" if split == "test" else f"submission_{split}.npy")
 
 
@@ -195,7 +195,7 @@ def _remove_evaluation(run: Path, split: str) -> None:
 
     The scores are deleted first, because their presence marks an evaluation as complete.
     """
-    for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission(run, split)):
+    for path in (*sorted((run / "evaluation").glob(f"{split}.*")), _submission_path(run, split)):
         path.unlink(missing_ok=True)  # sorted: .json comes before .npz
     shutil.rmtree(masks_folder(run, split), ignore_errors=True)
 
@@ -226,7 +226,9 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     """
     plain = counted["plain"]
     truth = plain.counts.sum(2)
-    intervals = {name: score_interval(each.counts, each.scene) for name, each in counted.items()}
+    intervals = {
+        name: score_interval(evaluation.counts, evaluation.scene) for name, evaluation in counted.items()
+    }
     low, high = intervals["plain"].class_interval
     columns = {
         "images": (truth > 0).sum(0),
@@ -235,22 +237,22 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
         "low": low,
         "high": high,
     }
-    described = {
-        "intervals": {name: found.interval for name, found in intervals.items()},
+    description = {
+        "intervals": {name: score.interval for name, score in intervals.items()},
         "depth": depth_scores(plain.depth),
         "scenes": None if plain.scene is None else intervals["plain"].scene_count,
     }
-    for name, each in counted.items():
-        boundary = float(np.nanmean(boundary_iou(each.boundary)[truth.any(0)]))
-        described[name] = all_scores(each.counts) | {"boundary_miou": boundary}
+    for name, evaluation in counted.items():
+        boundary = float(np.nanmean(boundary_iou(evaluation.boundary)[truth.any(0)]))
+        description[name] = all_scores(evaluation.counts) | {"boundary_miou": boundary}
     if "augmented" in counted:
         augmented = counted["augmented"].counts
         columns["IoU, augmented"] = truth_iou(augmented)
         gain = compare_checkpoints(plain.counts, augmented, plain.scene)
-        described["gain"] = {name: getattr(gain, name) for name in ("difference", "interval", "p_value")}
+        description["gain"] = {name: getattr(gain, name) for name in ("difference", "interval", "p_value")}
     columns["boundary IoU"] = boundary_iou(plain.boundary)
     by_class = pd.DataFrame(columns, index=list(plain.classes)).sort_values("support", ascending=False)
-    return described | {"classes": by_class.to_dict("index")}
+    return description | {"classes": by_class.to_dict("index")}
 
 
 def watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
@@ -261,7 +263,7 @@ def watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Pr
             bar.update(len(batch.samples))
 
 
-def _saved(batches: Iterable[Predicted], folder: Path) -> Iterator[Predicted]:
+def _save_masks(batches: Iterable[Predicted], folder: Path) -> Iterator[Predicted]:
     for batch in batches:
         for name, mask in zip(batch.samples.names.tolist(), batch.labels, strict=True):
             path = folder / f"{name}.png"
@@ -293,19 +295,19 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
         DataError: if a mask is missing or damaged, differs in size from its image, or contains a value that
             is no class. The message mentions the other choice of `mask_values` if all masks fit it.
     """
-    there = {
+    available = {
         compose(path.relative_to(folder).with_suffix("").as_posix()): path
         for path in walk_files(folder)
         if path.suffix.lower() == ".png"
     }
-    missing = [name for name in pieces.names.tolist() if compose(name) not in there]
+    missing = [name for name in pieces.names.tolist() if compose(name) not in available]
     if missing:
         raise DataError(
             f"{folder / missing[0]}.png: no such file; predictions need a PNG mask for every image, named "
             "like it"
         )
-    paths = {name: there[compose(name)] for name in pieces.names.tolist()}
-    index_of = _index_values(list(paths.values()), pieces, mask_values)
+    paths = {name: available[compose(name)] for name in pieces.names.tolist()}
+    lookup = _build_class_lookup(list(paths.values()), pieces, mask_values)
     for piece in pieces:
         masks = [decode_label(paths[name]) for name in piece.names.tolist()]
         for name, mask in zip(piece.names.tolist(), masks, strict=True):
@@ -314,30 +316,30 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
                 raise DataError(
                     f"{paths[name]}: found a mask of {found}, expected {expected}, the size of its image"
                 )
-        yield Predicted(piece, index_of[np.stack(masks)])
+        yield Predicted(piece, lookup[np.stack(masks)])
 
 
-def _index_values(paths: list[Path], pieces: Split, mask_values: str) -> np.ndarray:
+def _build_class_lookup(paths: list[Path], pieces: Split, mask_values: str) -> np.ndarray:
     """Check the values of all masks and return the lookup table from value to uint8 class index."""
     count = len(pieces.classes)
-    readings = {"indices": list(range(count)), "labels": list(pieces.label_values or range(count))}
-    taken = readings.pop(mask_values)
-    ((other, others),) = readings.items()
-    first_with = {value: path for path in reversed(paths) for value in np.unique(decode_label(path)).tolist()}
-    unknown = sorted(first_with.keys() - set(taken))
-    fits_other = first_with.keys() <= set(others)
+    conventions = {"indices": list(range(count)), "labels": list(pieces.label_values or range(count))}
+    values = conventions.pop(mask_values)
+    ((other, other_values),) = conventions.items()
+    first_path = {value: path for path in reversed(paths) for value in np.unique(decode_label(path)).tolist()}
+    unknown = sorted(first_path.keys() - set(values))
+    fits_other = first_path.keys() <= set(other_values)
     if unknown:
-        expected = f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {taken}"
+        expected = f"class indices 0..{count - 1}" if mask_values == "indices" else f"label values {values}"
         hint = f"; all masks fit mask_values {other}: pass `-p mask_values {other}`" if fits_other else ""
         raise DataError(
-            f"{first_with[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
+            f"{first_path[unknown[0]]}: found the value {unknown[0]}, expected {expected} for every pixel; "
             f"a prediction has no unlabelled pixels{hint}"
         )
-    if fits_other and any(taken.index(value) != others.index(value) for value in first_with):
+    if fits_other and any(values.index(value) != other_values.index(value) for value in first_path):
         print(
             f"The masks were read as mask_values {mask_values}; as {other} they would also be valid, but "
             "mean other classes."
         )
-    index_of = np.zeros(max(taken) + 1, np.uint8)
-    index_of[taken] = range(count)
-    return index_of
+    lookup = np.zeros(max(values) + 1, np.uint8)
+    lookup[values] = range(count)
+    return lookup

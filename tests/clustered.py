@@ -1,9 +1,12 @@
-"""Counts of runs on images that are clustered in scenes, for the tests and the simulation of the three tests."""
+"""Simulated counts of runs on images clustered in scenes.
+
+Used by the unit tests and the simulation of the recipe test, the seed test and the checkpoint test.
+"""
 
 import numpy as np
 
-# images of each scene, as runs of neighbouring ids: of NYUv2's validation images (validation blocks, 14.5 effective),
-# and of all of its training images (69.1 effective)
+# Images per scene of NYUv2, where a scene is a run of neighbouring ids. VALID_SIZES: the validation images
+# (validation blocks, 14.5 effective scenes). TRAIN_SIZES: all training images (69.1 effective scenes).
 VALID_SIZES = (2, 25, 11, 27, 7, 19, 13, 3, 8, 4, 4, 5, 5, 6, 9, 5, 8, 1, 7, 7, 11, 2, 3, 5)
 TRAIN_SIZES = (
     6, 4, 2, 6, 2, 8, 1, 12, 4, 25, 5, 1, 2, 15, 11, 1, 3, 4, 7, 27, 13, 6, 5, 10, 7, 2, 7, 15, 2, 19, 4, 13, 15, 5,
@@ -12,11 +15,11 @@ TRAIN_SIZES = (
     9, 4, 1, 2, 5, 13, 2, 6, 3, 7, 2, 14, 2, 5, 6, 5, 7,
 )  # fmt: skip
 PIXELS = 1000
-FREQUENCIES = (0.4, 0.3, 0.2, 0.1)  # of four classes, roughly
-DIFFICULTY_SD = 0.1  # of the share of a class's pixels that is found, over images, for all runs alike
-RECIPE_SD = 0.05  # over images, for all runs of a recipe alike
-IMAGE_SD = 0.05  # over images, for each run
-RUN_SD = 0.006  # over runs, for all images and classes alike: about 0.008 of the mIoU
+FREQUENCIES = (0.4, 0.3, 0.2, 0.1)  # approximate pixel shares of the four classes
+DIFFICULTY_SD = 0.1  # of a class's recall over images, shared by all runs
+RECIPE_SD = 0.05  # over images, shared by all runs of a recipe
+IMAGE_SD = 0.05  # over images, separate for each run
+RUN_SD = 0.006  # over runs, shared by all images and classes: about 0.008 in mIoU
 
 
 def scenes_of(sizes):
@@ -24,17 +27,18 @@ def scenes_of(sizes):
 
 
 def clustered_normal(rng, scene, leading, correlation):
-    """`(*leading, N, C)` standard normals that are correlated within a scene, over images."""
+    """Standard normals `(*leading, N, C)`, correlated between the images of a scene."""
     shape = (*leading, len(scene), len(FREQUENCIES))
     shared = rng.standard_normal((*leading, scene.max() + 1, len(FREQUENCIES)), np.float32)[..., scene, :]
     return np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * rng.standard_normal(shape, np.float32)
 
 
 def simulate_rates(rng, scene, runs, correlation, recipe_sd=RECIPE_SD, run_sd=RUN_SD, folds=1, recipes=2):
-    """Pixels of each class `(N, C)` and, for equal recipes, the shares found `(R, S, N, C)`, before clipping.
+    """Simulate equal recipes: pixels of each class `(N, C)` and recall `(R, S, N, C)` before clipping.
 
-    With more than one fold each run was trained once for each, and the fold of a scene says by which it is scored.
-    Two single checkpoints differ by what their training was: they are equal only with a `run_sd` of 0.
+    With more than one fold, each run is trained once per fold, and the fold of a scene determines which of
+    these trainings scores it. Two single checkpoints differ in their training: they are equal only with a
+    `run_sd` of 0.
     """
     weights = np.array(FREQUENCIES) * np.exp(clustered_normal(rng, scene, (), correlation))
     truth = np.rint(PIXELS * weights / weights.sum(1, keepdims=True)).astype(np.int64)
@@ -55,7 +59,7 @@ def confuse(truth, rates):
 
 
 def true_difference(gain):
-    """Of the mIoU over infinitely many scenes, where the second recipe finds so much more of each class."""
+    """mIoU difference over (nearly) infinitely many scenes if the second recipe's recall is `gain` higher."""
     truth, rates = simulate_rates(np.random.default_rng(0), np.arange(100_000), 1, 0)
     scores = []
     for rate in (rates[0, 0], rates[0, 0] + gain):

@@ -2,11 +2,11 @@ import os
 import shutil
 import tempfile
 
-# Notebooks under nbval see the environment but not pytest's settings: no test may touch what is a user's. Each worker of
-# pytest-xdist imports this file, so that each has folders and cores of its own.
+# Tests must not touch the user's runs and cache. Notebooks under nbval don't see pytest's settings, only the
+# environment. Each pytest-xdist worker imports this file, so each has its own folders and cores.
 os.environ["RUNS_DIR"] = tempfile.mkdtemp(prefix="runs-of-tests-")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (else a busy machine starves a sweep)
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (otherwise a busy machine starves a sweep)
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 )
@@ -22,11 +22,11 @@ from lib.evaluation import Evaluation
 from lib.runs import open_run, write_history, write_scores
 from lib.runs.scoring import write_evaluation
 
-READ_A_RUN = ("evaluate", "error_analysis", "predict")  # notebooks that need one
+READ_A_RUN = ("evaluate", "error_analysis", "predict")  # notebooks that need a run
 
 
 def pytest_unconfigure():
-    """Leave no gigabytes of checkpoints behind."""
+    """Delete the temporary folders, which may hold gigabytes of checkpoints."""
     for variable in ("RUNS_DIR", "XDG_CACHE_HOME"):
         shutil.rmtree(os.environ[variable], ignore_errors=True)
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """A small run for the notebooks that need one: they may run on another worker than train.ipynb."""
+    """Train a small run if a notebook needs one, since train.ipynb may run on another worker."""
     if session.config.option.collectonly:
         return
     if any(item.path.suffix == ".ipynb" and item.path.stem in READ_A_RUN for item in session.items):
@@ -51,7 +51,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(autouse=True, scope="module")
 def runs_of_tests(tmp_path_factory):
-    """Another folder of runs than that of the notebooks, which take the latest run there."""
+    """Keep runs of tests apart from those of the notebooks, which use the latest run in their folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
         yield
@@ -70,7 +70,7 @@ def write_folder(root, samples: Samples, split: str = "train", labels: bool = Tr
         (root / split / kind).mkdir(parents=True, exist_ok=True)
         for name, array in zip(samples.names, stack, strict=True):
             path = root / split / kind / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)  # a name may have folders
+            path.parent.mkdir(parents=True, exist_ok=True)  # a name may contain folders
             Image.fromarray(array).save(path)
 
 
@@ -83,7 +83,7 @@ def folder(tmp_path, scenes):
 
 
 def assert_equal_samples(first: Samples, second: Samples) -> None:
-    """The same names, classes and pixels; where they come from and what a folder can't say may differ."""
+    """Assert equal names, classes and pixels. The source and what a folder can't store may differ."""
     assert list(first.names) == list(second.names)
     assert first.classes == second.classes
     for kind in ("image", "depth", "label"):
@@ -112,7 +112,7 @@ def counts():
 
 
 def evaluation(counts, names=("a", "b"), scene=None, classes=NYUV2_13) -> Evaluation:
-    """These counts, with outlines that are all right and four pixels of depth."""
+    """An `Evaluation` with these counts, perfect boundaries and depth sums of four pixels."""
     boundary = np.ones((len(counts), len(classes), 3), np.int64)
     scene = None if scene is None else np.array(scene)
     return Evaluation(
@@ -122,7 +122,7 @@ def evaluation(counts, names=("a", "b"), scene=None, classes=NYUV2_13) -> Evalua
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """A function that makes the folder of a trained and, if wanted, evaluated run."""
+    """Function that creates the folder of a run that was trained and, by default, evaluated."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
 
     def make(

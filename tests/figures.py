@@ -1,4 +1,4 @@
-"""What tests of figures share: sets of classes, and a check that all texts lie inside."""
+"""Shared by tests of figures: class sets, and a check that all texts lie inside the figure."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ SETS = (2, 13, 40, 60)
 
 
 def class_names(count):
-    """NYUv2's 13 or 40 classes; of other sets, names that are too long and, as formulas, wrong."""
+    """NYUv2's 13 or 40 classes; for other counts, names that are too long and invalid as formulas."""
     known = {13: NYUV2_13, 40: NYUV2_40}
     return known.get(count) or tuple(
         f"{index:02d} $_$ a name of a class as nobody would write it by hand" for index in range(count)
@@ -22,7 +22,7 @@ def class_names(count):
 
 
 def relabel(samples, count):
-    """The same samples with so many classes, nearly all of which are there."""
+    """The same samples with `count` classes, nearly all of which occur."""
     label = samples.label.astype(int)
     column = np.arange(label.shape[2]) * -(-count // 13) // label.shape[2]
     label = np.where(label == 255, 255, (label + 13 * column) % count)
@@ -30,9 +30,9 @@ def relabel(samples, count):
 
 
 def draw(figure):
-    """The texts of a figure, all of which must lie inside it, legends too."""
+    """Draw a figure, assert that all its texts and legends lie inside it, and return the texts."""
     FigureCanvasAgg(figure).draw()  # the canvas of a bare figure draws nothing
-    assert not plt.get_fignums()  # nothing that a notebook would show a second time
+    assert not plt.get_fignums()  # a notebook would show an open figure a second time
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     beyond = [
         label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in _labels_beyond(axis)
@@ -47,7 +47,7 @@ def draw(figure):
 
 
 def _labels_beyond(axis):
-    """Of ticks outside the limits, which are not drawn."""
+    """Yield the labels of ticks outside the axis limits, which are not drawn."""
     low, high = sorted(axis.get_view_interval())
     for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
         if not low <= tick.get_loc() <= high:

@@ -1,4 +1,4 @@
-"""Scored runs with counts made by hand: as `read_scored` reads them, and as folders without weights."""
+"""Scored runs with synthetic counts, as `read_scored` returns them or as folders without weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from lib.runs import RECORDED, write_counts, write_history
 from lib.runs.results import ScoredRun
 
 CLASSES = ("floor", "wall", "chair")
-SCENES = 8  # of three images each
+SCENES = 8  # with three images each
 DEFAULTS = {
     "data": "/disk/nyu", "validation": "blocks", "fold": 4, "limit": None, "classes": None, "epochs": 3, "seed": 0,
     "soft_iou_weight": 0.5, "soft_iou_pooling": "batch", "learning_rate": 0.003, "encoder_weights": None,
@@ -21,7 +21,10 @@ DEFAULTS = {
 
 
 def some_counts(rate: float = 0.7, seed: int = 0, scenes: int = SCENES, sd: float = 0.02) -> np.ndarray:
-    """`(N, 3, 3)` of three images a scene; recall of each class is about `rate` and varies by scene and image."""
+    """Counts `(N, 3, 3)` with three images per scene.
+
+    The recall of each class is about `rate` and varies by scene and image.
+    """
     rng = np.random.default_rng(seed)
     truth = np.array([600, 300, 100]) + np.random.default_rng(99).integers(0, 90, (3 * scenes, 1))
     by_scene = np.repeat(sd * rng.standard_normal((scenes, 3)), 3, 0)
@@ -34,7 +37,7 @@ def some_counts(rate: float = 0.7, seed: int = 0, scenes: int = SCENES, sd: floa
 
 
 def names_of(count: int = 3 * SCENES, first: int = 0) -> list[str]:
-    """Names of images: numbers that run on."""
+    """Image names, which are consecutive numbers."""
     return [f"{number:06d}" for number in range(first, first + count)]
 
 
@@ -50,9 +53,10 @@ def scored_run(
     external: dict | None = None,
     **parameters: object,
 ) -> ScoredRun:
-    """A run of three epochs with `parameters` over `DEFAULTS`; or external predictions with theirs alone.
+    """A run of three epochs, or external predictions if `external` is given.
 
-    What a run records (commit, tree_unchanged, processor) may be among the parameters, and so may its group.
+    A run has `DEFAULTS` updated by `parameters`; external predictions have only the parameters in `external`.
+    `parameters` may include the group and what a run records (commit, tree_unchanged, processor).
     """
     facts = {fact: parameters.pop(fact, None) for fact in ("group", *RECORDED)}
     parameters = {"run_name": name} | (DEFAULTS | parameters if external is None else external)
@@ -76,7 +80,7 @@ def scored_run(
 
 
 def scored_folder(home: Path, name: str, counts: np.ndarray | None = None, **options: object) -> Path:
-    """The folder of a `scored_run`, without weights and predictions."""
+    """Write the folder of a `scored_run`, without weights and predictions, and return its path."""
     run, folder = scored_run(name, counts, **options), home / name
     (folder / "evaluation").mkdir(parents=True)
     write_json(run.parameters | {fact: getattr(run, fact) for fact in RECORDED}, folder / "parameters.json")

@@ -1,4 +1,7 @@
-"""Runs of a second on built-in synthetic scenes, also such that kill themselves: `python small_run.py NAME WRITE MOMENT ...`."""
+"""Runs on built-in synthetic scenes that take about a second.
+
+`python small_run.py NAME WRITE MOMENT ...` trains runs that kill themselves, see `kill_at`.
+"""
 
 import os
 import signal
@@ -16,7 +19,7 @@ from lib.data.samples import Samples
 from lib.runs import checkpoints, open_run
 from lib.training import Optimisation, build_network, build_objective, fit
 
-ENCODER = "tu-test_resnet.r160_in1k"  # what the tests of segmentation-models-pytorch use: 0.4 million weights
+ENCODER = "tu-test_resnet.r160_in1k"  # as in smp's tests; 0.4 million parameters
 PARAMETERS = {
     "seed": 0, "image_height": 48, "image_width": 64, "inputs": "rgbd", "depth_encoding": "inverse",
     "architecture": "deeplabv3plus", "encoder": ENCODER, "encoder_weights": None,
@@ -25,17 +28,18 @@ PARAMETERS = {
     "weight_decay": 1e-4, "schedule": "one_cycle", "checkpoint": "best", "augment": "crops",
     "num_workers": 0, "precision": "fp32", "device": "cpu",
 }  # fmt: skip
-MOMENTS = ("half", "whole", "after")  # of a file: half written, whole beside the earlier one, in its place
+# of writing a file: half written, complete beside the earlier file, in place of the earlier file
+MOMENTS = ("half", "whole", "after")
 
 
 def small_samples() -> Samples:
-    """A dozen scenes at half their size to train on, and three to validate."""
+    """16 scenes at half their size; by default, `train` uses the last three for validation."""
     scenes = load_samples("synthetic", "train", "none", limit=16)
     return scenes.map(lambda array: array[:, ::2, ::2] if array.ndim >= 3 else array)
 
 
 def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list[dict]:
-    """What the training cell does; the history without the times."""
+    """Train like the training cell of train.ipynb and return the history without times."""
     loader = training_loader(
         train, *(parameters[name] for name in ("augment", "batch_size", "num_workers", "seed"))
     )
@@ -57,7 +61,7 @@ def fit_run(run: Path, parameters: dict, train: Samples, valid: Samples) -> list
 def train(
     run_name: str, samples: Samples, resume: bool = False, held_out: int = 3, **parameters
 ) -> list[dict]:
-    """The history of a run of that name; the last `held_out` samples validate."""
+    """Train a run and return its history. The last `held_out` samples are used for validation."""
     parameters = PARAMETERS | {"run_name": run_name} | parameters
     first_valid = len(samples) - held_out
     with open_run(parameters, resume) as run:
@@ -65,7 +69,7 @@ def train(
 
 
 def kill_at(write: int, moment: str) -> None:
-    """Kill this process at a moment of its n-th atomic write, as a power cut would."""
+    """Kill this process at the given moment of the n-th atomic write (n = `write`), as a power cut would."""
     written, placed, sync, replace = count(1), count(1), os.fsync, os.replace
 
     def fsync(file: int) -> None:
@@ -86,7 +90,7 @@ if __name__ == "__main__":
     samples = small_samples()
     checkpoints.CHECKPOINT_SECONDS = -1
     for name, write, moment in zip(*(iter(sys.argv[1:]),) * 3, strict=True):
-        if os.fork() == 0:  # each run is killed in a process of its own, and all have been imported once
+        if os.fork() == 0:  # each run is killed in its own process; all share the imports
             kill_at(int(write), moment)
             train(name, samples)
             os._exit(0)

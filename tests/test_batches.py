@@ -41,7 +41,7 @@ def millimetres(*values):
         ("log", (np.log(2) - np.log(0.71)) / (np.log(10) - np.log(0.71))),
     ],
 )
-def test_depth_encodings_by_hand(encoding, two_metres):
+def test_depth_encodings_equal_a_hand_calculation(encoding, two_metres):
     near, far = (1, 0) if encoding == "inverse" else (0, 1)
     encoded = encode_depth(millimetres(0, 300, 710, 2000, 10_000, 12_000), encoding, DEPTH_RANGE_M)
     torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_linear_depth_is_decoded_to_metres(depth_range_m):
     )
 
 
-def test_inputs_by_hand():
+def test_encoded_inputs_equal_a_hand_calculation():
     image = torch.full((1, 2, 3, 3), 255, dtype=torch.uint8)
     encoded = encode_inputs(
         image, torch.full((1, 2, 3), 2000.0), ModelConfig(classes=NYUV2_13, inputs="rgbd_xy")
@@ -75,7 +75,7 @@ def test_inputs_by_hand():
     np.testing.assert_allclose(encoded[0, 5], [[0, 0, 0], [1, 1, 1]])  # top to bottom
 
 
-def test_fewer_inputs_are_channels_of_all():
+def test_all_inputs_are_subsets_of_the_rgbd_xy_channels():
     image, depth_mm = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8), 3000 * torch.rand(2, 4, 5)
     encoded = {
         inputs: encode_inputs(
@@ -91,7 +91,7 @@ def test_fewer_inputs_are_channels_of_all():
     assert torch.equal(encoded["depth"][:, 0], encode_depth(depth_mm, "log", (0.5, 4)))
 
 
-def test_unknown_choices():
+def test_unknown_choices_are_refused():
     with pytest.raises(
         ValueError, match="depth_encoding: found 'reverse', expected one of inverse, linear, log"
     ):
@@ -124,7 +124,7 @@ def test_only_measured_depth_is_a_target(scenes):
 
 
 def marked_samples():
-    """Class k wherever red is 20 * k and depth is 1000 + 100 * k mm, so that misalignment shows."""
+    """Samples in which class k has red 20 * k and depth 1000 + 100 * k mm, to reveal misalignment."""
     label = np.kron(np.arange(12).reshape(3, 4), np.ones((32, 32), int)).astype(np.uint8)[None]
     image = np.repeat((20 * label)[..., None], 3, -1)
     return Samples(np.array(["0"]), image, (1000 + 100 * label.astype(np.uint16)), label, classes=NYUV2_13)
@@ -137,10 +137,10 @@ def test_image_depth_and_label_stay_aligned(augment):
     for epoch in range(60):
         image, depth, label, measured, _ = training[epoch, 0]
         inside = label != 255
-        # blended along edges, the image may differ there by less than half of the pixels of an edge
+        # interpolation blends RGB along edges; less than half of the edge pixels may differ
         assert (np.abs(image[..., 0].astype(int) - 20 * label.astype(int))[inside] > 10).mean() < 0.05
         ratio = depth[inside] / (1000 + 100 * label[inside].astype(float))
-        assert np.ptp(ratio) < 0.002  # one zoom for the whole image, and never a blended depth
+        assert np.ptp(ratio) < 0.002  # one zoom for the whole image, and depth is never interpolated
         scales.add(round(float(ratio.mean()), 3))
         assert (depth[~inside] == 0).all()
         assert not measured[~inside].any()
@@ -148,7 +148,7 @@ def test_image_depth_and_label_stay_aligned(augment):
     assert len(scales) > 10
 
 
-def test_borders_are_ignored_and_missing():
+def test_augmentation_borders_have_no_label_and_no_depth():
     training = TrainingSet(marked_samples(), "exp061", seed=0)
     items = [training[epoch, 0] for epoch in range(40)]
     bordered = [item for item in items if (item[2] == 255).any()]
@@ -159,8 +159,8 @@ def test_borders_are_ignored_and_missing():
 
 
 @pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
-def test_zoom_brings_things_nearer(augment):
-    """A disc of a known size: how much larger it looks is how much nearer it is."""
+def test_zoom_divides_depth_by_its_factor(augment):
+    """The apparent enlargement of a disc of known size must equal the factor by which it is nearer."""
     row, column = np.mgrid[:240, :320]
     disc = (np.hypot(row - 120, column - 160) < 40).astype(np.uint8)[None]
     depth = np.full((1, 240, 320), 4000, np.uint16)
@@ -181,9 +181,9 @@ def test_zoom_brings_things_nearer(augment):
 
 
 @pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
-def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
-    """Ramps to the right and down, in RGB and in depth: after any transform they say the same."""
-    monkeypatch.setattr("lib.batches._zoom", lambda applied: 1.0)  # leave the depths as they are
+def test_masks_are_not_shifted_relative_to_rgb(monkeypatch, augment):
+    """RGB and depth contain the same ramps to the right and down, which must agree after any transform."""
+    monkeypatch.setattr("lib.batches._zoom", lambda applied: 1.0)  # don't rescale depth
     down, right = np.mgrid[:192, :256].astype(np.uint8)
     image, unlabelled = np.stack((right, down, down), -1)[None], np.zeros((1, 192, 256), np.uint8)
     for channel, ramp in ((0, right), (1, down)):
@@ -201,10 +201,10 @@ def test_masks_are_not_shifted_against_rgb(monkeypatch, augment):
             offsets.append(
                 ((depth[inside].astype(float) - 1000) / 10 - transformed[..., channel][inside]).mean()
             )
-        assert abs(np.mean(offsets)) < 0.15  # source pixels; INTER_NEAREST would make it 0.35 in a crop
+        assert abs(np.mean(offsets)) < 0.15  # source pixels; with INTER_NEAREST, crops would have 0.35
 
 
-def test_flip_and_geometry_are_drawn_apart(scenes):
+def test_flip_and_geometry_are_drawn_independently(scenes):
     names = []
     training = TrainingSet(scenes, "exp061", seed=0)
     real = training.augmentation
@@ -224,7 +224,7 @@ def test_flip_and_geometry_are_drawn_apart(scenes):
     assert all(60 < names.count(combination) < 140 for combination in combinations)
 
 
-def test_crops_are_as_large_with_a_flip_as_without(scenes):
+def test_crop_size_is_independent_of_flip(scenes):
     training, areas = TrainingSet(scenes, "crops", seed=0), {True: [], False: []}
     for epoch in range(300):
         training[epoch, 0]
@@ -234,7 +234,7 @@ def test_crops_are_as_large_with_a_flip_as_without(scenes):
     assert np.mean(areas[True]) == pytest.approx(np.mean(areas[False]), abs=0.06)
 
 
-def test_no_augmentation_gives_the_samples(scenes):
+def test_augment_none_leaves_the_samples_unchanged(scenes):
     image, depth, label, _, position = TrainingSet(scenes, "none", seed=0)[5, 3]
     np.testing.assert_array_equal(image, scenes.image[3])
     np.testing.assert_array_equal(depth, scenes.depth[3])
@@ -242,7 +242,7 @@ def test_no_augmentation_gives_the_samples(scenes):
     assert position == 3
 
 
-def test_colours_change_and_nothing_else(scenes):
+def test_colour_augmentation_changes_only_rgb(scenes):
     plain, coloured = TrainingSet(scenes, "crops", seed=0), TrainingSet(scenes, "crops_colour", seed=0)
     changed = 0
     for epoch in range(10):
@@ -254,7 +254,7 @@ def test_colours_change_and_nothing_else(scenes):
 
 
 @pytest.mark.parametrize("augment", ["exp061", "crops", "crops_colour", "zooms_colour"])
-def test_stream_is_the_same_for_any_number_of_workers(scenes, augment):
+def test_batches_do_not_depend_on_the_number_of_workers(scenes, augment):
     streams = []
     for workers in (0, 1, 2):
         loader = training_loader(scenes, augment, 5, workers, seed=7)
@@ -268,7 +268,7 @@ def test_stream_is_the_same_for_any_number_of_workers(scenes, augment):
     assert torch.equal(streams[0], streams[2])
 
 
-def test_items_differ_within_a_batch_and_between_seeds(scenes):
+def test_augmentation_differs_within_a_batch_and_between_seeds(scenes):
     same = scenes[np.zeros(4, int)]
     items = [TrainingSet(same, "crops", seed=0)[1, position][0] for position in range(4)]
     assert len({item.tobytes() for item in items}) == 4
@@ -278,7 +278,7 @@ def test_items_differ_within_a_batch_and_between_seeds(scenes):
 @pytest.mark.parametrize(
     ("count", "sizes"), [(16, [8, 8]), (17, [8, 9]), (18, [8, 8, 2]), (7, [7]), (9, [9]), (2, [2])]
 )
-def test_every_image_once_and_never_a_batch_of_one(count, sizes):
+def test_epoch_has_every_image_once_and_no_batch_of_one(count, sizes):
     batches = EpochBatches(count, 8, seed=0)
     drawn = list(batches)
     assert [len(batch) for batch in drawn] == sizes
@@ -292,7 +292,7 @@ def test_batches_of_one_are_refused(count, batch_size):
         EpochBatches(count, batch_size, seed=0)
 
 
-def test_samples_without_labels_are_refused_for_training_and_ignored_otherwise(scenes):
+def test_unlabelled_samples_are_refused_only_for_training(scenes):
     held_back = Samples(scenes.names, scenes.image, scenes.depth, classes=scenes.classes)
     with pytest.raises(ValueError, match="train: these samples have no labels"):
         TrainingSet(held_back, "none", seed=0)
@@ -301,8 +301,8 @@ def test_samples_without_labels_are_refused_for_training_and_ignored_otherwise(s
     assert (batch.label == 255).all()
 
 
-def test_a_batch_is_a_copy(scenes):
-    """Maps of a file are read-only, and nothing may write into the samples."""
+def test_plain_batch_copies_the_samples(scenes):
+    """Memory-mapped arrays are read-only, and nothing may write into the samples."""
     image = scenes.image.copy()
     image.flags.writeable = False
     batch = plain_batch(replace(scenes, image=image)[2:5])
@@ -311,7 +311,7 @@ def test_a_batch_is_a_copy(scenes):
     np.testing.assert_array_equal(image, scenes.image)
 
 
-def test_training_without_depth(scenes):
+def test_training_set_accepts_samples_without_depth(scenes):
     image, depth, label, measured, _ = TrainingSet(replace(scenes, depth=None), "exp061", seed=0)[0, 1]
     assert image.shape == (96, 128, 3)
     assert not depth.any()
@@ -324,12 +324,12 @@ def test_negative_workers_are_refused(scenes):
         training_loader(scenes, "none", 4, -1, seed=0)
 
 
-def test_little_shared_memory_is_refused(scenes, monkeypatch):
-    """Two batches of each worker, one in use and the next, of 3 images at most, times 3 + 2 + 1 + 1 bytes a pixel."""
+def test_too_little_shared_memory_is_refused(scenes, monkeypatch):
+    """2 batches per worker, the current and the next, of at most 3 images, 3 + 2 + 1 + 1 bytes per pixel."""
     needed = (2 * 1 + 2) * 3 * 7 * 96 * 128
     free = [needed, needed - 1]
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
-    training_loader(scenes, "none", 2, 0, seed=0)  # in this process there is no need
+    training_loader(scenes, "none", 2, 0, seed=0)  # the main process needs no shared memory
     training_loader(scenes, "none", 2, 1, seed=0)
     with pytest.raises(ValueError) as error:
         training_loader(scenes, "none", 2, 1, seed=0)
@@ -339,7 +339,7 @@ def test_little_shared_memory_is_refused(scenes, monkeypatch):
     )
 
 
-def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
+def test_worker_timeout_error_suggests_num_workers_0(scenes, monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, key: time.sleep(3))
     with pytest.raises(RuntimeError) as error:
@@ -349,7 +349,7 @@ def test_workers_that_leave_no_batch_are_named(scenes, monkeypatch):
     )
 
 
-def test_stacking_keeps_types(scenes):
+def test_stack_items_keeps_dtypes(scenes):
     raw = stack_items([TrainingSet(scenes, "none", seed=0)[0, position] for position in range(3)])
     assert [tensor.dtype for tensor in raw] == [
         torch.uint8,
@@ -360,11 +360,12 @@ def test_stacking_keeps_types(scenes):
     ]
 
 
-def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
+def test_missing_depth_is_refused_as_input_and_as_target(scenes):
     bare = replace(scenes, depth=None)
     check_depth(ModelConfig(classes=NYUV2_13, inputs="rgbd"), scenes, trains=True)
     check_depth(ModelConfig(classes=NYUV2_13, inputs="rgb", depth_head=False), bare, trains=True)
-    check_depth(ModelConfig(classes=NYUV2_13, inputs="rgb"), bare)  # a head that learned elsewhere
+    # without training: the depth head was trained on other data
+    check_depth(ModelConfig(classes=NYUV2_13, inputs="rgb"), bare)
     for config, trains, head in (
         ({"inputs": "rgb"}, True, "a"),
         ({"inputs": "rgbd", "depth_head": False}, False, "no"),
@@ -378,7 +379,7 @@ def test_depth_that_is_not_there_is_neither_eaten_nor_learned(scenes):
 
 
 @pytest.mark.parametrize(("platform", "context"), [("linux", "fork"), ("darwin", None), ("win32", None)])
-def test_workers_fork_on_linux_alone(scenes, monkeypatch, platform, context):
+def test_workers_are_forked_only_on_linux(scenes, monkeypatch, platform, context):
     monkeypatch.setattr("sys.platform", platform)
     loader = training_loader(scenes, "none", 4, 1, 0)
     method = loader.multiprocessing_context and loader.multiprocessing_context.get_start_method()

@@ -1,8 +1,8 @@
-"""The browser as a person sees it in JupyterLab.
+"""The image browser of the notebooks, operated in JupyterLab.
 
 `pytest tests/test_browser.py --basetemp DIR -o tmp_path_retention_policy=all` keeps screenshots in DIR.
 
-Needs `pip install playwright` and a Chromium, found on the path or installed by `playwright install chromium`.
+Needs `pip install playwright` and Chromium, on the path or installed by `playwright install chromium`.
 """
 
 import json
@@ -30,14 +30,18 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 SETTINGS = {
-    "notebook-extension/tracker": '{"windowingMode": "none"}',  # else cells out of sight are not in the page
+    # otherwise cells out of view are not in the page
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
     "apputils-extension/notification": '{"fetchNews": "false"}',
 }
 
 
 @contextmanager
 def jupyter_lab(folder, disabled=()):
-    """The address of a JupyterLab that serves a folder, with settings of its own and without some extensions."""
+    """Serve a folder with JupyterLab and yield its address.
+
+    It has its own settings, and the `disabled` extensions are off.
+    """
     settings = folder / "settings"
     for name, content in SETTINGS.items():
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -103,9 +107,9 @@ def browser_page():
 
 
 def copy_project(folder, notebook, **parameters):
-    """A copy of lib and of one notebook without its outputs, with other values for some parameters.
+    """Copy lib and one notebook, without its outputs and with other values for some parameters.
 
-    train.ipynb is there, too, for its defaults.
+    train.ipynb is copied too, for its defaults.
     """
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     for kept in ("experiments", "studies"):
@@ -121,7 +125,7 @@ def copy_project(folder, notebook, **parameters):
 
 
 def run_all(page, address, notebook, seconds):
-    """Open a notebook, run all its cells, and return the text of what is red."""
+    """Open a notebook, run all its cells, and return the texts of errors and stderr."""
     page.goto(f"{address}/lab/tree/notebooks/{notebook}.ipynb")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     idle = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status == 'idle'"
@@ -130,7 +134,7 @@ def run_all(page, address, notebook, seconds):
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     red = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type*="error"]')
 
-    def finished():  # a hidden cell has no number
+    def finished():  # a hidden cell has no execution number
         return red.count() or all(
             re.fullmatch(r"(\[\d+\]:)?", text.strip()) for text in prompts.all_inner_texts()
         )
@@ -140,7 +144,7 @@ def run_all(page, address, notebook, seconds):
 
 
 def photograph(page, folder, name):
-    """Screenshots of the whole notebook in both themes."""
+    """Save screenshots of the whole notebook in both themes."""
     for theme in THEMES:
         page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
         is_light = str(theme == THEMES[0]).lower()
@@ -154,7 +158,7 @@ def photograph(page, folder, name):
 
 
 class Panels:
-    """The browser of a page: what is drawn, and what is said."""
+    """The image browser in a page: its drawings, readout and caption."""
 
     def __init__(self, page):
         self.page = page
@@ -168,7 +172,7 @@ class Panels:
         return int(self.root.get_attribute("data-drawn"))
 
     def one_drawing(self, act, *arguments):
-        """Do something; then another image is there, and a moment later no third one."""
+        """Perform an action, which must draw exactly one new image and change the caption."""
         before, caption = self.drawn(), self.caption.inner_text()
         act(*arguments)
         wait_for(lambda: self.drawn() > before, 15, "the next drawing")
@@ -180,14 +184,14 @@ class Panels:
         return self.page.locator(f'.browse canvas[data-title="{title}"]')
 
     def hover(self, title, x, y, size=(128, 96)):
-        """Put the pointer on the middle of a pixel of the image, which is not zoomed."""
+        """Move the pointer to the centre of a pixel of the unzoomed image."""
         box = self.canvas(title).bounding_box()
         place = (x + 0.5) / size[0] * box["width"], (y + 0.5) / size[1] * box["height"]
         self.page.mouse.move(box["x"] + place[0], box["y"] + place[1])
 
 
 def saved_outputs(page, path):
-    """Save the notebook; its metadata, and the outputs with a widget."""
+    """Save the notebook and return its metadata and the outputs with a widget."""
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     wait_for(lambda: "widget-view" in path.read_text(), 20, f"{path} is saved")
     content = nbformat.read(path, 4)
@@ -197,7 +201,7 @@ def saved_outputs(page, path):
     ]
 
 
-def test_a_person_browses_samples_in_jupyterlab(tmp_path):
+def test_samples_can_be_browsed_in_jupyterlab(tmp_path):
     samples = load_samples("synthetic", "train", "none", limit=40)
     copy_project(tmp_path, "explore", limit=40)
     with browser_page() as page, jupyter_lab(tmp_path) as address:
@@ -213,7 +217,7 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
         name = page.locator(".browse input[type=text]")
         assert (name.input_value(), name.get_attribute("placeholder")) == ("", "name of an image")
         name.fill("nowhere")
-        name.press("ArrowLeft")  # moves the cursor
+        name.press("ArrowLeft")  # moves only the text cursor
         name.press("Enter")
         page.locator(".browse .widget-label", has_text="no image is called nowhere here").wait_for(
             timeout=5000
@@ -232,7 +236,7 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
         after = [panels.canvas(title).screenshot() for title in ("RGB", "labels")]
         assert all(one != other for one, other in zip(before, after, strict=True))
         assert float(panels.root.get_attribute("data-scale")) == 1.25
-        assert f"x {x}, y {y} · " in panels.readout.inner_text()  # what was under the pointer stays there
+        assert f"x {x}, y {y} · " in panels.readout.inner_text()  # the pixel under the pointer stays
         panels.one_drawing(page.locator(".browse select").first.select_option, "ceiling")
         metadata, outputs = saved_outputs(page, tmp_path / "notebooks" / "explore.ipynb")
         assert "widgets" not in metadata
@@ -242,7 +246,7 @@ def test_a_person_browses_samples_in_jupyterlab(tmp_path):
 
 
 @pytest.mark.parametrize("notebook", ["evaluate", "error_analysis"])
-def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
+def test_results_can_be_browsed_in_jupyterlab(tmp_path, notebook):
     run = trained(f"seen_{notebook}")
     copy_project(tmp_path, notebook, run=run.name, split="test")
     with browser_page() as page, jupyter_lab(tmp_path) as address:
@@ -262,7 +266,7 @@ def test_a_person_browses_results_in_jupyterlab(tmp_path, notebook):
         photograph(page, tmp_path, notebook)
 
 
-def test_a_person_browses_two_runs_in_jupyterlab(tmp_path):
+def test_two_runs_can_be_browsed_in_jupyterlab(tmp_path):
     copy_project(tmp_path, "compare")
     with browser_page() as page, jupyter_lab(tmp_path) as address:
         assert run_all(page, address, "compare", 240) == []
@@ -274,7 +278,7 @@ def test_a_person_browses_two_runs_in_jupyterlab(tmp_path):
         page.screenshot(path=tmp_path / "compare_browser.png")
 
 
-def test_without_the_front_end_there_are_a_picture_and_controls(tmp_path):
+def test_browser_without_anywidget_shows_an_image_and_controls(tmp_path):
     copy_project(tmp_path, "explore", limit=40)
     with browser_page() as page, jupyter_lab(tmp_path, disabled=["anywidget"]) as address:
         assert run_all(page, address, "explore", 240) == []
@@ -288,7 +292,7 @@ def test_without_the_front_end_there_are_a_picture_and_controls(tmp_path):
 
 
 def trained(name):
-    """A run of a second on the built-in scenes."""
+    """Train a run on built-in synthetic scenes, which takes about a second."""
     parameters = PARAMETERS | {"run_name": name, "data": "synthetic", "validation": "none", "fold": 4}
     with open_run(parameters) as run:
         fit_run(run, parameters, load_samples("synthetic", "train", "none", limit=40), small_samples()[:0])

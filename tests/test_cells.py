@@ -1,4 +1,4 @@
-"""Cells of train.ipynb in another order than written, as people run them: what a folder says must be what was computed."""
+"""Cells of train.ipynb, run in other orders as users do: a run's folder must match what was computed."""
 
 import json
 import re
@@ -26,7 +26,10 @@ GO_ON = "lib.training.training_step, resume = step, True"
 
 @pytest.fixture
 def run_cells(tmp_path, monkeypatch):
-    """A function that runs cells in one kernel: `check`, `data`, `network`, `train` of the notebook, or any code."""
+    """Function that runs cells in one kernel and returns what they printed.
+
+    A cell is `check`, `data`, `network` or `train` of the notebook, or any code.
+    """
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code = [cell for cell in nbformat.read(NOTEBOOKS / "train.ipynb", 4).cells if cell.cell_type == "code"]
@@ -49,7 +52,7 @@ def run_cells(tmp_path, monkeypatch):
 
 
 def _outputs(cell):
-    """What a cell printed, without times, and its error."""
+    """The epoch lines that a cell printed, without times, and its error."""
     printed = "".join(output.get("text", "") for output in cell.outputs)
     error = "".join(
         f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error"
@@ -57,8 +60,8 @@ def _outputs(cell):
     return re.findall(r"epoch +\d+: .*(?=, \d+ s)", printed), error
 
 
-def test_training_anew_and_going_on_give_the_history_of_one_run(run_cells):
-    """Twice in a row; and stopped before the first checkpoint, then resumed in the same kernel."""
+def test_rerun_and_resume_in_one_kernel_reproduce_the_history(run_cells):
+    """Train twice in a row. Then stop before the first checkpoint, and resume in the same kernel."""
     cells = ("check", "data", "network", "train", "train", STOP, "train", GO_ON, "train")
     *_, first, again, _, stopped, _, resumed = run_cells(*cells)
     assert len(first[0]) == 2
@@ -67,7 +70,7 @@ def test_training_anew_and_going_on_give_the_history_of_one_run(run_cells):
     assert resumed == first
 
 
-def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
+def test_edited_parameters_take_effect_or_are_refused(run_cells, tmp_path):
     edits = ["validation = 'none'", "validation, image_height = 'random', 64", "image_height, limit = 32, 12"]
     edits += ["limit, learning_rate = 24, '0.1'", "learning_rate = 10.0"]
     refused = [cell for edit in edits for cell in (edit, "train")]
@@ -90,11 +93,11 @@ def test_edited_parameters_are_written_or_refused(run_cells, tmp_path):
         assert "run the cell that loads the data again" in error
     assert "learning_rate: found '0.1', expected float" in errors[3]
     assert "learning_rate: found 10.0, expected a number above 0 and below 1" in errors[4]
-    assert "ValueError: validation: is 'none' now" in errors[5]  # checked, but not loaded again
+    assert "ValueError: validation: is 'none' now" in errors[5]  # checked, but the data was not reloaded
     saved = json.loads((tmp_path / "demo" / "parameters.json").read_text())
     assert (saved["soft_iou_weight"], saved["depth_weight"], saved["seed"]) == (0.25, 0.0, 7)
     history = pd.read_csv(tmp_path / "demo" / "history.csv")
-    assert (history.train_depth_l1 == 0).all()  # no head was built
+    assert (history.train_depth_l1 == 0).all()  # no depth head was built
     np.testing.assert_allclose(
         history.train_loss, history.train_cross_entropy + 0.25 * history.train_soft_iou
     )
@@ -109,8 +112,8 @@ num_workers, run_name = 2, "{method}"
 
 
 @pytest.mark.slow
-def test_every_way_to_start_workers_gives_the_same_history(run_cells):
-    """From a notebook's kernel, whose main module has no file."""
+def test_history_is_the_same_for_every_worker_start_method(run_cells):
+    """Workers start from a notebook's kernel, whose main module has no file."""
     histories = []
     for method in ("fork", "spawn", "forkserver"):
         *_, (history, error) = run_cells(START.format(method=method), "check", "data", "network", "train")

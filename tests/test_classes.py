@@ -3,14 +3,14 @@ import pytest
 from lib.classes import MOST_CLASSES, NYUV2_13, NYUV2_40, check_same_classes
 
 
-def test_class_sets():
+def test_nyuv2_class_sets_have_13_and_40_unique_names():
     for classes, count in ((NYUV2_13, 13), (NYUV2_40, 40)):
         assert len(set(classes)) == len(classes) == count <= MOST_CLASSES
     assert NYUV2_13[1] == "books"
     assert NYUV2_13[9] == "table"
 
 
-def test_the_first_difference_is_named():
+def test_error_shows_the_first_class_that_differs():
     check_same_classes(("a", "b"), ("a", "b"), "one", "other")
     check_same_classes(("a", "b"), ["a", "b"], "one", "other")
     with pytest.raises(ValueError) as error:

@@ -22,7 +22,10 @@ NAMES = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 6): "NVIDIA A10", (9, 0):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that gives this machine GPUs of these capabilities; it returns those that become torch's current."""
+    """Function that simulates GPUs of given compute capabilities.
+
+    It returns a list that collects the GPUs that become torch's current device.
+    """
 
     def make(*capabilities, mps=False):
         index = lambda gpu: torch.device(gpu).index if isinstance(gpu, (str, torch.device)) else gpu  # noqa: E731
@@ -51,7 +54,7 @@ def machine(monkeypatch):
     ("capabilities", "taken", "precision"),
     [
         ([], "cpu", None),
-        ([(7, 0)], "cpu", None),  # no kernels in this torch
+        ([(7, 0)], "cpu", None),  # this torch has no kernels for it
         ([(7, 5)], "cuda:0", "fp32"),
         ([(8, 6)], "cuda:0", "bf16"),
         ([(9, 0), (9, 0)], "cuda:0", "bf16"),
@@ -61,7 +64,7 @@ def machine(monkeypatch):
 def test_auto_takes_the_first_gpu_that_torch_can_use(machine, capabilities, taken, precision):
     current = machine(*capabilities)
     assert choose_device("auto") == torch.device(taken)
-    assert current == ([] if taken == "cpu" else [taken])  # nothing is opened on another GPU
+    assert current == ([] if taken == "cpu" else [taken])  # no other GPU is initialised
     assert choose_device("cpu") == torch.device("cpu")
     if precision:
         assert choose_device("cuda") == torch.device(taken)
@@ -79,7 +82,7 @@ def test_auto_takes_the_first_gpu_that_torch_can_use(machine, capabilities, take
         ([], "gpu", "auto, cpu"),
     ],
 )
-def test_devices_that_are_not_there(machine, capabilities, device, there):
+def test_unavailable_devices_are_refused(machine, capabilities, device, there):
     current = machine(*capabilities)
     with pytest.raises(ValueError) as error:
         choose_device(device)
@@ -87,7 +90,7 @@ def test_devices_that_are_not_there(machine, capabilities, device, there):
     assert current == []
 
 
-def test_the_gpu_that_was_asked_for_is_the_current_one(machine):
+def test_selected_gpu_becomes_the_current_one(machine):
     current = machine((9, 0), (9, 0))
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert current == ["cuda:1"]
@@ -100,7 +103,7 @@ TOO_OLD = (
 )
 
 
-def test_a_gpu_without_kernels_is_told(machine):
+def test_gpu_without_kernels_is_explained(machine):
     machine((7, 0))
     assert describe_device("auto", "fp32") == f"{describe_device('cpu', 'fp32')}{TOO_OLD}"
     with pytest.raises(ValueError) as error:
@@ -110,7 +113,7 @@ def test_a_gpu_without_kernels_is_told(machine):
     )
 
 
-def test_auto_leaves_a_mac_on_the_cpu_and_says_so(machine):
+def test_auto_uses_the_cpu_on_a_mac_and_explains_why(machine):
     machine(mps=True)
     assert choose_device("auto") == torch.device("cpu")
     assert choose_device("mps") == torch.device("mps")
@@ -120,7 +123,7 @@ def test_auto_leaves_a_mac_on_the_cpu_and_says_so(machine):
     assert "Mac" not in describe_device("cpu", "fp32")
 
 
-def test_a_driver_that_is_too_old_is_told(machine, monkeypatch):
+def test_too_old_driver_is_explained(machine, monkeypatch):
     machine()
     assert describe_device("auto", "fp32") == describe_device("cpu", "fp32")
     assert describe_device("cpu", "fp32").startswith(f"cpu ({torch.get_num_threads()} threads), fp32, torch ")
@@ -132,13 +135,13 @@ def test_a_driver_that_is_too_old_is_told(machine, monkeypatch):
     assert "NVIDIA" not in describe_device("cpu", "fp32")
 
 
-def test_a_gpu_that_is_hidden_is_not_told(monkeypatch):
+def test_gpu_hidden_by_the_environment_is_not_reported(monkeypatch):
     monkeypatch.setattr(lib_device.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     listing = lambda *arguments, **options: type("Result", (), {"stdout": "GPU 0: NVIDIA H100"})  # noqa: E731
     monkeypatch.setattr(lib_device.subprocess, "run", listing)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert lib_device._has_nvidia_gpu()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a sweep with gpus_per_run 0 has it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as in a sweep with gpus_per_run 0
     assert not lib_device._has_nvidia_gpu()
 
 
@@ -146,7 +149,7 @@ def test_a_gpu_that_is_hidden_is_not_told(monkeypatch):
     ("capabilities", "expected"),
     [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
 )
-def test_precisions(monkeypatch, capabilities, expected):
+def test_auto_precision_on_a_cpu_is_bf16_only_if_supported(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu = torch.device("cpu")
     assert choose_precision("auto", cpu) == expected
@@ -156,14 +159,14 @@ def test_precisions(monkeypatch, capabilities, expected):
         choose_precision("fp16", cpu)
 
 
-def test_mixed_precision_only_where_it_is_asked_for():
+def test_autocast_uses_bf16_only_if_requested():
     weights = torch.ones(2, 2)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(torch.device("cpu"), precision):
             assert (weights @ weights).dtype == dtype
 
 
-def test_the_processor_has_its_name_and_its_instructions(monkeypatch):
+def test_processor_description_has_name_and_instructions(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True}, raising=False
@@ -181,7 +184,7 @@ CUDA_SAYS = (
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED")]
 )
-def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, error):
+def test_out_of_memory_is_explained_and_memory_is_freed(machine, monkeypatch, error):
     machine((8, 6))
     emptied, networks = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(networks[0]() is None))
@@ -191,7 +194,7 @@ def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, 
         yield 1
         raise error
 
-    @explain_out_of_memory  # as training calls prediction
+    @explain_out_of_memory  # nested, as when training calls prediction
     def outer():
         network = torch.nn.Linear(1, 1)
         networks.append(weakref.ref(network))
@@ -202,18 +205,18 @@ def test_out_of_memory_is_explained_and_the_memory_let_go(machine, monkeypatch, 
     try:
         next(batches)
     except MemoryError as told:
-        sys.last_exc = told  # as Jupyter keeps it
+        sys.last_exc = told  # Jupyter keeps the last exception
     gc.collect()
     told = str(sys.last_exc)
     assert told.startswith(str(error))
     assert told.count("out of memory: use precision bf16, or lower batch_size") == 1
     assert told.endswith("restart the kernel. The run's folder is unchanged)")
     assert networks[0]() is None
-    assert emptied == [False, True]  # in the end the network was gone before the cache was emptied
+    assert emptied == [False, True]  # the outer call freed the network before it emptied the cache
     del sys.last_exc
 
 
-def test_other_errors_pass():
+def test_other_errors_are_raised_unchanged():
     @explain_out_of_memory
     def fail():
         yield 1

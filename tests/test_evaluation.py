@@ -26,12 +26,12 @@ def make(**config):
 
 @pytest.fixture(scope="module")
 def model():
-    """Works at half the size of the scenes."""
+    """A network whose working size is half the size of the scenes."""
     return make(size=(48, 64))
 
 
 class Stub(torch.nn.Module):
-    """Says what a function of its inputs says."""
+    """A network that returns a function of its inputs."""
 
     def __init__(self, answer, **config):
         super().__init__()
@@ -48,7 +48,7 @@ def logits_of(labels, count):
 
 
 @pytest.mark.parametrize("tta", ["none", "flip", "scales"])
-def test_batch_size_changes_nothing(model, scenes, tta):
+def test_results_do_not_depend_on_batch_size(model, scenes, tta):
     one, eight = (evaluate(model, scenes[:9], size, tta) for size in (1, 8))
     np.testing.assert_array_equal(one.counts, eight.counts)
     np.testing.assert_array_equal(one.predicted, eight.predicted)
@@ -56,14 +56,14 @@ def test_batch_size_changes_nothing(model, scenes, tta):
     np.testing.assert_array_equal(one.counts.sum((1, 2)), (scenes.label[:9] != 255).sum((1, 2)))
 
 
-def test_a_huge_image_does_not_slow_the_images_after_it(model, scenes, monkeypatch):
+def test_huge_images_do_not_shrink_later_batches(model, scenes, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH_PIXELS", 4 * 96 * 128)
     huge = resize_samples(scenes[:2], (192, 256))
     batches = predict(model, [huge, scenes[2:9]], batch_size=8)
     assert [len(batch.samples) for batch in batches] == [1, 1, 4, 3]
 
 
-def test_what_is_scored_travels_along(model, scenes):
+def test_evaluation_keeps_names_scenes_and_classes(model, scenes):
     result = evaluate(model, scenes)
     assert list(result.names) == list(scenes.names)
     assert list(result.scene) == list(scenes.scene)
@@ -72,7 +72,7 @@ def test_what_is_scored_travels_along(model, scenes):
     assert (result.losses, result.boundary, result.depth) == (None, None, None)
 
 
-def test_predicted_labels_are_those_counted(model, scenes):
+def test_counts_match_the_returned_predictions(model, scenes):
     large = resize_samples(scenes[:3], (192, 256))
     result = evaluate(model, large, 2)
     assert result.predicted.shape == (3, 192, 256)
@@ -80,7 +80,7 @@ def test_predicted_labels_are_those_counted(model, scenes):
     np.testing.assert_array_equal(result.counts, confusion_counts(result.predicted, large.label, 13))
 
 
-def test_at_the_working_size_it_is_the_network_itself(scenes):
+def test_predictions_at_working_size_equal_the_network_argmax(scenes):
     model = make(size=scenes.size)
     inputs = encode_batch(plain_batch(scenes), model.config, CPU).inputs
     with torch.inference_mode():
@@ -88,8 +88,8 @@ def test_at_the_working_size_it_is_the_network_itself(scenes):
     np.testing.assert_array_equal(evaluate(model, scenes, 12).predicted, expected)
 
 
-def test_scores_grow_before_the_decision(scenes):
-    """A network at half the size, in one column sure of class 1: between columns the surer class wins."""
+def test_logits_are_upsampled_before_the_argmax(scenes):
+    """At half size, one column has a high score for class 1. After upsampling, class 1 wins four columns."""
 
     def answer(inputs):
         scores = torch.zeros(len(inputs), 13, *inputs.shape[2:])
@@ -103,18 +103,18 @@ def test_scores_grow_before_the_decision(scenes):
         20,
         21,
         22,
-    ]  # 8 weighted with a quarter still beats 1; nearest would give 20 and 21
+    ]  # a quarter of 8 still beats 1; nearest-neighbour upsampling would give only 20 and 21
 
 
-def test_the_depth_range_of_the_network_counts(model, scenes):
-    """It eats metres: what another data set would clip to changes nothing."""
+def test_evaluation_ignores_the_depth_range_of_the_data(model, scenes):
+    """The network takes metres, so the depth range of another data set has no effect."""
     one, other = (
         evaluate(model, replace(scenes[:3], depth_range_m=limits)) for limits in ((0.71, 10.0), (1.0, 2.0))
     )
     np.testing.assert_array_equal(one.counts, other.counts)
 
 
-def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
+def test_mixed_size_evaluation_equals_separate_evaluations(model, scenes):
     pieces = [scenes[:5], resize_samples(scenes[5:8], (60, 100)), resize_samples(scenes[8:], (192, 256))]
     together, alone = evaluate(model, pieces, 4), [evaluate(model, piece, 3) for piece in pieces]
     np.testing.assert_array_equal(together.counts, np.concatenate([result.counts for result in alone]))
@@ -126,7 +126,7 @@ def test_pieces_of_different_sizes_equal_each_alone(model, scenes):
         np.testing.assert_array_equal(mask, expected)
 
 
-def test_iterated_samples_equal_loaded_ones(model, scenes):
+def test_iterated_and_loaded_samples_give_the_same_results(model, scenes):
     result = evaluate(model, iterate_samples("synthetic", "train", "none", limit=12, batch_size=5))
     expected = evaluate(model, scenes)
     np.testing.assert_array_equal(result.counts, expected.counts)
@@ -134,17 +134,17 @@ def test_iterated_samples_equal_loaded_ones(model, scenes):
     assert list(result.scene) == list(expected.scene)
 
 
-def test_loss_is_the_plain_mean_over_batches(model, scenes):
+def test_loss_is_the_unweighted_mean_over_batches(model, scenes):
     small, expected = resize_samples(scenes, model.config.size), []
     for batch in (small[:8], small[8:]):
         encoded = encode_batch(plain_batch(batch), model.config, CPU)
         with torch.inference_mode():
             expected.append(torch.stack(LOSS(model(encoded.inputs), encoded)))
-    result = evaluate(model, scenes, 8, loss=LOSS)  # of the native size: the loss is at the working size
+    result = evaluate(model, scenes, 8, loss=LOSS)  # native size; the loss is computed at the working size
     torch.testing.assert_close(torch.tensor(result.losses), torch.stack(expected).mean(0), check_dtype=False)
     terms = Losses(*result.losses)
     assert terms.total == pytest.approx(terms.cross_entropy + 0.5 * terms.soft_iou + 0.1 * terms.depth_l1)
-    assert evaluate(model, scenes, 8, "scales", loss=LOSS).losses == result.losses  # of the plain view
+    assert evaluate(model, scenes, 8, "scales", loss=LOSS).losses == result.losses  # TTA has no effect
 
 
 def test_caller_is_not_left_in_inference_mode(model, scenes):
@@ -156,7 +156,7 @@ def test_caller_is_not_left_in_inference_mode(model, scenes):
     assert not model.training
 
 
-def test_confidence_is_the_probability_of_the_decision(model, scenes):
+def test_confidence_is_the_probability_of_the_predicted_class(model, scenes):
     for tta in ("none", "flip"):
         plain, sure = (list(predict(model, scenes[:4], 3, tta, confidence=asked)) for asked in (False, True))
         assert [batch.confidence for batch in plain] == [None, None]
@@ -166,7 +166,7 @@ def test_confidence_is_the_probability_of_the_decision(model, scenes):
             assert second.confidence.min() >= 1 / 13
             assert second.confidence.max() <= 1
 
-    def answer(inputs):  # half and half where it is dark, three to one for class 1 where it is bright
+    def answer(inputs):  # probability of class 1: 0.5 where the image is dark, 0.75 where it is bright
         logits = torch.full((len(inputs), 2, *inputs.shape[2:]), 0.0)
         logits[:, 1] = torch.where(inputs[:, 0] < 0, 0.0, np.log(3))
         return Prediction(logits, None)
@@ -185,7 +185,7 @@ def test_confidence_is_the_probability_of_the_decision(model, scenes):
     )
 
 
-def test_depth_is_in_metres_at_the_samples_size(scenes):
+def test_predicted_depth_is_in_metres_at_native_size(scenes):
     half = Stub(
         lambda inputs: Prediction(torch.zeros(len(inputs), 13, 48, 64), torch.full((len(inputs), 1, 48, 64), 0.5)),
         size=(48, 64), depth_range_m=(1.0, 5.0),
@@ -197,8 +197,8 @@ def test_depth_is_in_metres_at_the_samples_size(scenes):
     assert batch.depth_m is None
 
 
-def test_flip_is_undone(scenes):
-    """A model that is told where it looks: averaging over mirrored views keeps left on the left."""
+def test_flipped_views_are_flipped_back(scenes):
+    """The network predicts class a where the image is bright. With mirrored views, left must stay left."""
     sides = Stub(
         lambda inputs: Prediction(torch.cat((inputs[:, :1], -inputs[:, :1]), 1), None), classes=("a", "b")
     )
@@ -211,8 +211,8 @@ def test_flip_is_undone(scenes):
         assert (predicted[:, 68:] == 1).all()
 
 
-def test_zoomed_views_are_nearer(scenes):
-    """A model that decides by depth alone sees 4 m as 4 m / zoom, as it was trained to."""
+def test_zoomed_views_have_their_depth_divided_by_the_zoom(scenes):
+    """A network with depth as its only input sees 4 m as 4 m / zoom, as in training."""
     seen = []
 
     def look(inputs):
@@ -225,13 +225,13 @@ def test_zoomed_views_are_nearer(scenes):
     assert {width: round(depth, 2) for width, depth in metres.items()} == {128: 4.0, 102: 5.0, 160: 3.2}
 
 
-def test_samples_without_depth(scenes):
+def test_rgb_network_evaluates_samples_without_depth(scenes):
     bare = Samples(scenes.names, scenes.image, label=scenes.label, classes=scenes.classes)
     result = evaluate(make(inputs="rgb"), bare, tta="scales")
     np.testing.assert_array_equal(result.counts, evaluate(make(inputs="rgb"), scenes, tta="scales").counts)
 
 
-def test_held_back_labels_are_predicted_without_counts(model, scenes):
+def test_unlabelled_samples_get_predictions_but_no_counts(model, scenes):
     held_back = Samples(scenes.names, scenes.image, scenes.depth, classes=scenes.classes)
     result = count_predictions(predict(model, held_back), thorough=True, keep=True)
     assert not result.counts.any()
@@ -239,7 +239,7 @@ def test_held_back_labels_are_predicted_without_counts(model, scenes):
     np.testing.assert_array_equal(result.predicted, evaluate(model, scenes).predicted)
 
 
-def test_thorough_counts(model, scenes):
+def test_thorough_counts_equal_the_metrics_functions(model, scenes):
     batches = list(predict(model, scenes, 5))
     result = count_predictions(batches, thorough=True, keep=True)
     np.testing.assert_array_equal(result.boundary, boundary_counts(result.predicted, scenes.label, 13))
@@ -250,8 +250,8 @@ def test_thorough_counts(model, scenes):
     assert not flat.depth.any()
 
 
-def test_predictions_from_elsewhere_are_counted_alike(scenes):
-    """What counts needs samples and labels, and no network."""
+def test_external_predictions_are_counted_like_a_networks(scenes):
+    """Counting needs samples and predicted labels, but no network."""
     perfect = np.where(scenes.label == 255, 0, scenes.label)
     result = count_predictions([Predicted(scenes[:7], perfect[:7]), Predicted(scenes[7:], perfect[7:])])
     np.testing.assert_array_equal(result.counts, confusion_counts(perfect, scenes.label, 13))
@@ -269,7 +269,7 @@ def test_samples_of_other_classes_are_refused(model, scenes):
         evaluate(model, [scenes[:2], renamed])
 
 
-def test_40_classes(scenes):
+def test_evaluation_supports_40_classes(scenes):
     classes = tuple(f"class {index}" for index in range(40))
     stub = Stub(
         lambda inputs: Prediction(logits_of(torch.full((len(inputs), 96, 128), 39), 40), None),
@@ -280,7 +280,7 @@ def test_40_classes(scenes):
     assert result.counts[..., 39].sum() == result.counts.sum() > 0
 
 
-def test_empty_splits_and_batches_of_nothing(model, scenes):
+def test_empty_splits_and_invalid_options_are_refused(model, scenes):
     for nothing in (scenes[:0], []):
         with pytest.raises(
             ValueError,
@@ -293,8 +293,8 @@ def test_empty_splits_and_batches_of_nothing(model, scenes):
         evaluate(model, scenes, tta="rotate")
 
 
-def test_flipped_views_are_not_resized_again(model, scenes, monkeypatch):
-    """Resizing, on the CPU, is what a GPU waits for: three zooms of each batch, and not six views."""
+def test_views_are_resized_once_per_zoom(model, scenes, monkeypatch):
+    """A GPU waits for resizing on the CPU, so each batch is resized for three zooms, not for six views."""
     sizes = []
     monkeypatch.setattr(
         evaluation,

@@ -20,7 +20,7 @@ from lib.model import build_model
 
 
 def network(inputs, classes, architecture, size=(64, 96)):
-    """A tiny network that names all its classes, as if it had been trained."""
+    """A tiny network that predicts every class, like a trained one."""
     torch.manual_seed(0)
     model = build_model(
         inputs=inputs, classes=classes, architecture=architecture, encoder="tu-test_efficientnet", size=size
@@ -32,7 +32,7 @@ def network(inputs, classes, architecture, size=(64, 96)):
     encoded = encode_inputs(image, depth.float(), model.config)
     with torch.no_grad():
         for _ in range(10):
-            model.train()(encoded)  # so that its normalisation knows such pictures
+            model.train()(encoded)  # adapts the normalisation statistics to such images
         logits = model.eval()(encoded).logits
         head = model.net.segmentation_head[0]
         head.bias -= logits.mean((0, 2, 3))
@@ -42,7 +42,7 @@ def network(inputs, classes, architecture, size=(64, 96)):
 
 
 def camera(size, seed=0):
-    """What a camera might give: a smooth picture with noise, depth with holes."""
+    """A camera-like image, smooth with noise, and depth with holes."""
     rng = np.random.default_rng(seed)
     image = resize_image(rng.integers(0, 200, (9, 11, 3), np.uint8), size) + rng.integers(
         0, 50, (*size, 3), np.uint8
@@ -59,7 +59,7 @@ def run(session, image, depth):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function that makes a network and its file, once: exporting takes seconds."""
+    """Function that builds and exports a network. It is cached, because exporting takes seconds."""
 
     @cache
     def make(inputs, classes, architecture):
@@ -76,7 +76,7 @@ def exported(tmp_path_factory):
 
 
 THREE = ("bed", "wall", "floor")
-# each input, number of classes and architecture at least once; the other eight take long
+# each input, number of classes and architecture at least once; the other eight are slow
 COMBINATIONS = (
     ("rgb", NYUV2_13, "fpn"),
     ("rgbd", THREE, "deeplabv3plus"),
@@ -92,13 +92,14 @@ OTHERS = set(product(("rgb", "rgbd", "rgbd_xy"), (NYUV2_13, THREE), ("deeplabv3p
     ("inputs", "classes", "architecture"),
     [*COMBINATIONS, *(pytest.param(*others, marks=pytest.mark.slow) for others in sorted(OTHERS))],
 )
-def test_the_file_says_of_raw_arrays_what_evaluate_says(exported, inputs, classes, architecture):
+def test_onnx_labels_match_evaluate(exported, inputs, classes, architecture):
     model, path = exported(inputs, classes, architecture)
     session = onnxruntime.InferenceSession(path)
     assert [taken.name for taken in session.get_inputs()] == ["image", "depth"][: 1 + (inputs != "rgb")]
     assert [given.name for given in session.get_outputs()] == ["labels", "confidence"]
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(classes)
-    for size in ((427, 561), (128, 192), (64, 96), (40, 300)):  # the third is its own, the last is enlarged
+    # the third is the working size, the last is enlarged
+    for size in ((427, 561), (128, 192), (64, 96), (40, 300)):
         image, depth = camera(size)
         labels, confidence = run(session, image, depth)
         samples = Samples(np.array(["camera"]), image[None], depth[None], classes=classes)
@@ -118,7 +119,7 @@ def test_the_file_says_of_raw_arrays_what_evaluate_says(exported, inputs, classe
         ((96, 128), (96, 128)), ((480, 640), (480, 320)), ((40, 300), (96, 128)), ((1, 1), (4, 4)), ((90, 99), (96, 128)),
     ],
 )  # fmt: skip
-def test_resizing_is_that_of_opencv_to_the_pixel(size, to):
+def test_torch_resizing_equals_opencv_exactly(size, to):
     image, depth = camera(size)
     np.testing.assert_array_equal(
         export._resize_image(torch.tensor(image)[None], to)[0], resize_image(image, to)
@@ -131,7 +132,7 @@ def test_resizing_is_that_of_opencv_to_the_pixel(size, to):
 @pytest.mark.parametrize(
     ("size", "to"), [((97, 640), (96, 96)), ((1203, 1777), (96, 128)), ((480, 640), (64, 96))]
 )
-def test_means_that_end_in_a_half_may_be_rounded_otherwise(size, to):
+def test_area_means_that_end_in_a_half_differ_by_at_most_1(size, to):
     image, depth = camera(size)
     difference = export._resize_image(torch.tensor(image)[None], to)[0].numpy() - resize_image(image, to)
     assert np.abs(difference).max() <= 1
@@ -141,8 +142,8 @@ def test_means_that_end_in_a_half_may_be_rounded_otherwise(size, to):
     )
 
 
-def test_a_file_that_shrinks_pictures_otherwise_is_not_written(exported, tmp_path, monkeypatch):
-    """Bilinear instead of by area."""
+def test_export_is_refused_if_resizing_differs(exported, tmp_path, monkeypatch):
+    """Images are shrunk bilinearly instead of by area means."""
 
     def shrink(image, size):
         return interpolate(image.permute(0, 3, 1, 2).float(), size, mode="bilinear").permute(0, 2, 3, 1)
@@ -153,7 +154,7 @@ def test_a_file_that_shrinks_pictures_otherwise_is_not_written(exported, tmp_pat
         export_onnx(model, tmp_path / "network.onnx")
 
 
-def test_a_file_that_says_something_else_is_not_written(exported, tmp_path, monkeypatch):
+def test_export_is_refused_if_labels_disagree(exported, tmp_path, monkeypatch):
     model, path = exported("rgb", NYUV2_13, "fpn")
     monkeypatch.setattr(export, "_convert", lambda model: path.read_bytes())
     other = deepcopy(model)

@@ -37,7 +37,7 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, error):
     assert path.read_bytes() == b"later"
 
 
-def test_nobody_sees_half_a_file(tmp_path):
+def test_readers_never_see_a_partial_file(tmp_path):
     path = tmp_path / "history.csv"
     write_text("one", path)
 
@@ -51,29 +51,29 @@ def test_nobody_sees_half_a_file(tmp_path):
     assert path.read_text() == "two"
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_write_to_a_missing_folder_fails_with_a_remedy(tmp_path):
     with pytest.raises(
         OSError, match=r"gone/a.txt: could not be written .* check the permissions, then resume the run"
     ):
         write_text("a", tmp_path / "gone" / "a.txt")
 
 
-def test_text_is_utf8_and_lines_end_as_they_do(tmp_path):
+def test_text_is_utf8_with_unchanged_line_ends(tmp_path):
     write_text("µ\n", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"\xc2\xb5\n"
 
 
-def test_json_knows_no_nan(tmp_path):
+def test_json_has_null_for_nan_and_infinity(tmp_path):
     content = {"a": math.nan, "b": [1, -math.inf, {"c": math.inf}], "d": (0.5, None, True), "e": "nan"}
     write_json(content, tmp_path / "a.json")
     strict = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert strict == {"a": None, "b": [1, None, {"c": None}], "d": [0.5, None, True], "e": "nan"}
     assert read_json(tmp_path / "a.json") == strict
-    assert math.isnan(content["a"])  # what was handed in stays
+    assert math.isnan(content["a"])  # the argument is not modified
 
 
 @pytest.mark.parametrize("text", ["", '{"a": ', None])
-def test_damaged_json_is_named(tmp_path, text):
+def test_error_for_missing_or_damaged_json_shows_the_file(tmp_path, text):
     path = tmp_path / "scores.json"
     if text is not None:
         path.write_text(text)
@@ -83,7 +83,7 @@ def test_damaged_json_is_named(tmp_path, text):
         read_json(path)
 
 
-def test_checkpoints_come_back(tmp_path):
+def test_checkpoint_is_restored_and_must_have_expected_keys(tmp_path):
     state = {"weights": torch.arange(3), "progress": {"losses": [torch.tensor(0.5)]}}
     save_checkpoint(state, tmp_path / "last.pt")
     torch.testing.assert_close(load_checkpoint(tmp_path / "last.pt", "cpu", ("weights",)), state)
@@ -94,7 +94,7 @@ def test_checkpoints_come_back(tmp_path):
 
 
 class Malicious:
-    """Unpickled without care, it makes a folder."""
+    """Creates a folder when it is unpickled without restrictions."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -103,10 +103,10 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
-def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+def test_loading_a_checkpoint_executes_no_code(tmp_path):
     torch.save({"weights": Malicious(tmp_path / "executed")}, tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match=r"can't be read \(UnpicklingError\)"):
         load_checkpoint(tmp_path / "best.pt", "cpu", ("weights",))
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "best.pt", weights_only=False)
-    assert (tmp_path / "executed").exists()  # so the file would have done it
+    assert (tmp_path / "executed").exists()  # an unsafe load does execute it

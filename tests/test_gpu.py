@@ -1,4 +1,7 @@
-"""The first five minutes on a GPU: `pytest tests/test_gpu.py -s` says what it found. All but its size runs on a CPU, too."""
+"""Checks for the first five minutes on a GPU. `pytest tests/test_gpu.py -s` prints memory use and throughput.
+
+Most of the tests also run on a CPU, the Exp061 steps at a smaller size.
+"""
 
 import contextlib
 import os
@@ -38,7 +41,7 @@ def samples():
 
 @contextlib.contextmanager
 def waiting_is_an_error(device):
-    """The GPU says itself where the host waits for it."""
+    """Make torch raise an error wherever the host waits for the GPU."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -49,8 +52,8 @@ def waiting_is_an_error(device):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_epochs_with_workers_and_pinning(samples, device, precision):
-    """As `train.ipynb` does it; with two workers, and on a GPU with pinned memory."""
+def test_training_works_with_workers_and_pinned_memory(samples, device, precision):
+    """Train as `train.ipynb` does, with two workers and, on a GPU, with pinned memory."""
     print(describe_device(str(device), precision))
     history = train("gpu", samples, device=str(device), precision=precision, epochs=2, num_workers=2)
     assert history[1]["train_loss"] < history[0]["train_loss"]
@@ -58,7 +61,7 @@ def test_two_epochs_with_workers_and_pinning(samples, device, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits(samples, device, precision):
+def test_training_step_never_waits_for_the_gpu(samples, device, precision):
     model = move_model(build_network(PARAMETERS, samples.classes, samples.depth_range_m), device)
     optimizer = Optimisation(1, 1e-3, 1e-4).build_optimizer(model)
     loader = training_loader(samples[:12], "crops", 4, 0, 0)
@@ -66,13 +69,13 @@ def test_a_step_never_waits(samples, device, precision):
     for number, raw in enumerate(loader):
         with (
             waiting_is_an_error(device) if number else contextlib.nullcontext()
-        ):  # the first one searches kernels
+        ):  # the first one selects kernels
             terms = training_step(model, encode_batch(raw, model.config, device), LOSS, optimizer, precision)
         assert terms.isfinite().all()
 
 
-def test_loss_gradient_and_counts_are_those_of_the_cpu(samples, device):
-    """In fp32, where a GPU takes TF32 in convolutions unless it is told not to, as here."""
+def test_loss_gradient_and_counts_match_the_cpu(samples, device):
+    """In fp32, with TF32 turned off: by default, GPUs use TF32 in convolutions."""
     found = {}
     with torch.backends.cudnn.flags(allow_tf32=False):
         for where in (torch.device("cpu"), device):
@@ -93,8 +96,8 @@ def test_loss_gradient_and_counts_are_those_of_the_cpu(samples, device):
     assert np.abs(their_counts - counts).sum() <= 0.002 * counts.sum()
 
 
-def test_resume_goes_on_where_it_stopped(samples, device, monkeypatch):
-    """Not to the digit on a GPU, whose sums have no fixed order."""
+def test_resumed_run_matches_an_uninterrupted_run(samples, device, monkeypatch):
+    """The losses are equal on a CPU, but only similar on a GPU, whose sums have no fixed order."""
     whole = train("whole-gpu", samples, device=str(device), epochs=2)
     steps, real = iter(range(4)), training.training_step
 
@@ -114,8 +117,8 @@ def test_resume_goes_on_where_it_stopped(samples, device, monkeypatch):
     )
 
 
-def test_native_evaluation_with_scales(samples, device):
-    """Counted beside the next batch, at twice the working size; on a GPU nearly the counts of the CPU."""
+def test_native_size_evaluation_with_tta_matches_the_cpu(samples, device):
+    """Images have twice the working size. The counts on a GPU nearly equal those on the CPU."""
     native, found = resize_samples(samples[:6], (96, 128)), {}
     for where in (torch.device("cpu"), device):
         model = build_network(PARAMETERS, samples.classes, samples.depth_range_m).to(where)
@@ -129,8 +132,11 @@ def test_native_evaluation_with_scales(samples, device):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_of_exp061(device, precision, channels_last):
-    """Three of them after one to search kernels, at its size on a GPU: memory, images a second, both memory formats."""
+def test_exp061_training_steps_stay_within_the_memory_limit(device, precision, channels_last):
+    """Three steps after one that selects kernels, in both memory formats, on a GPU at Exp061's size.
+
+    Prints images per second and, on a GPU, peak memory.
+    """
     on_gpu = device.type == "cuda"
     encoder, size, count = ("resnet101", (480, 640), 8) if on_gpu else (ENCODER, (48, 64), 2)
     model = build_model(encoder=encoder, size=size, classes=NYUV2_13)
@@ -156,12 +162,13 @@ def test_steps_of_exp061(device, precision, channels_last):
     print(
         f"\n{device}, {encoder}, {size[0]}x{size[1]}, {count} images, {precision}, {layout}: {speed:.1f} images/s{memory}"
     )
-    if on_gpu:  # computed: 8.4 and 4.7 in the backward pass, and 0.35 of the optimizer; what convolutions borrow is not
+    # calculated: 8.4 and 4.7 up to the backward pass, 0.35 for the optimizer; without convolution workspace
+    if on_gpu:
         assert torch.cuda.max_memory_allocated() / 2**30 < (12.5 if precision == "fp32" else 7.5)
 
 
 @GPU
-def test_a_run_on_the_cpu_opens_no_gpu():
+def test_cpu_run_does_not_initialise_a_gpu():
     code = """if True:
         import lib, torch
         from small_run import small_samples, train
@@ -173,8 +180,8 @@ def test_a_run_on_the_cpu_opens_no_gpu():
 
 
 @GPU
-def test_too_large_a_batch_is_told_and_leaves_its_memory():
-    """A batch of 1,000 in a hundredth of the card; then a small one on what the first one let go."""
+def test_too_large_a_batch_is_explained_and_its_memory_freed():
+    """A batch of 1,000 fails in 1 % of the GPU's memory. Then a small one trains in the freed memory."""
     many = small_samples()[:12].map(lambda array: np.repeat(array, 100, 0))
     torch.cuda.set_per_process_memory_fraction(0.01)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What can be known of a GPU without one: by tensors without content, and by watching what torch is asked for."""
+"""GPU checks that need no GPU. They use fake tensors, which have no data, or watch torch's operations."""
 
 import weakref
 
@@ -22,7 +22,7 @@ INPUT_CHANNELS = {"rgb": 3, "depth": 1, "rgbd": 4, "rgbd_xy": 6}
 POOLINGS = ("batch", "image", "exp061")
 
 CUDA = torch.device("cuda")
-# each needs its result on the host, for which a GPU has to finish everything before
+# the host needs the result of each of these, so the GPU must first finish all earlier work
 WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "equal")
 
 
@@ -33,7 +33,7 @@ def raw_batch(count: int, size: tuple[int, int]) -> RawBatch:
 
 
 def fakes_need_a_driver() -> bool:
-    """Whether this torch (2.8, for one) opens the driver to fill a fake tensor."""
+    """Whether this version of torch (such as 2.8) opens the GPU driver to fill a fake tensor."""
     try:
         with FakeTensorMode():
             torch.empty(1, device=CUDA).uniform_()
@@ -44,8 +44,11 @@ def fakes_need_a_driver() -> bool:
 
 @pytest.mark.skipif(fakes_need_a_driver(), reason="this torch opens a GPU's driver for fake tensors")
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
-def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
-    """From encoding to decisions, with every pooling: a fake tensor has no value, and no CPU tensor meets it."""
+def test_inference_and_losses_stay_on_a_fake_gpu(inputs):
+    """From encoding to argmax, with every pooling.
+
+    Reading a value of a fake tensor, or combining it with a CPU tensor, is an error.
+    """
     with FakeTensorMode(), torch.no_grad():
         with CUDA:
             model = build_model(encoder=ENCODER, inputs=inputs, size=(48, 64), classes=NYUV2_13).eval()
@@ -60,7 +63,7 @@ def test_nothing_is_read_and_all_stays_on_a_fake_gpu(inputs):
 
 
 class Watch(TorchDispatchMode):
-    """Fails where an operation waits for a GPU, or leaves float64 on the device."""
+    """Fails if an operation waits for a GPU or creates a float64 tensor on the device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -81,8 +84,8 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16", "soft_iou_pooling": "exp061"}])
-def test_a_training_step_waits_for_nothing(monkeypatch, options):
-    """Encoding, forward, loss, backward, update, schedule; Lovasz alone waits, within smp."""
+def test_training_step_has_no_operation_that_waits_for_a_gpu(monkeypatch, options):
+    """Covers encoding, forward, loss, backward, update, schedule. Only the Lovász loss waits, within smp."""
     real, watches = training.train_epoch, []
 
     def watched(model, step, *others):
@@ -94,14 +97,14 @@ def test_a_training_step_waits_for_nothing(monkeypatch, options):
         return real(model, watched_step, *others)
 
     monkeypatch.setattr(training, "train_epoch", watched)
-    monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)  # looks at labels on a CPU alone
+    monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)  # reads labels on a CPU only
     train("watched", small_samples()[:10], held_out=2, epochs=1, **options)
     assert len(watches) == 2
     assert min(watch.calls for watch in watches) > 500
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most that there were at a time."""
+    """Tracks the bytes of all live tensors and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,8 +126,8 @@ class Memory(TorchDispatchMode):
 
 
 def step_memory(batch_size: int, precision: str) -> float:
-    """GiB of a step of Exp061 up to the end of the backward pass, weights among them, without the optimizer's."""
-    size, cpu = (480, 640), torch.device("cpu")  # autocast and backward don't know a fake GPU
+    """GiB of an Exp061 step up to the end of the backward pass, with weights but without optimizer state."""
+    size, cpu = (480, 640), torch.device("cpu")  # autocast and backward don't support a fake GPU
     with FakeTensorMode():
         model = build_model(encoder="resnet101", size=size, classes=NYUV2_13)
         memory = Memory()
@@ -140,15 +143,15 @@ def step_memory(batch_size: int, precision: str) -> float:
 
 
 @pytest.mark.parametrize(("precision", "found"), [("fp32", 8.43), ("bf16", 4.72)])
-def test_the_memory_of_a_step_of_exp061_does_not_grow(monkeypatch, precision, found):
-    """What notebooks/docs/gpu.md says of it, to 2 %."""
+def test_exp061_step_memory_is_as_documented(monkeypatch, precision, found):
+    """The values of notebooks/docs/gpu.md, which may be exceeded by at most 2 %."""
     monkeypatch.setattr(losses, "CPU_CHUNK", losses.GPU_CHUNK)
     monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)
     assert 0.9 * found < step_memory(8, precision) < 1.02 * found
 
 
-def test_a_run_on_the_cpu_pins_nothing(scenes, monkeypatch, tmp_path):
-    """Where there is a GPU: pinned memory would open it. A run on a GPU pins."""
+def test_cpu_run_does_not_pin_memory(scenes, monkeypatch, tmp_path):
+    """Pinning memory would initialise an available GPU. A run on a GPU does pin it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     loader = training_loader(scenes, "none", 2, 0, 0)
     assert not loader.pin_memory

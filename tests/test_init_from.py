@@ -18,13 +18,13 @@ def network(seed=0, **options):
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
-    """Weights of EfficientNet-Lite0 under timm's names; their values do not matter."""
+    """Weights of EfficientNet-Lite0 with timm's parameter names; their values don't matter."""
     path = tmp_path_factory.mktemp("weights") / "lite0.pth"
     torch.save(timm.create_model(LITE.removeprefix("tu-")).state_dict(), path)
     return str(path)
 
 
-def test_the_network_sees_what_timm_would_show_it(weights_file):
+def test_encoded_image_equals_timm_preprocessing(weights_file):
     from PIL import Image
 
     config = network(encoder=LITE, encoder_weights=weights_file, inputs="rgb").config
@@ -36,7 +36,7 @@ def test_the_network_sees_what_timm_would_show_it(weights_file):
     torch.testing.assert_close(seen, transform(Image.fromarray(image.numpy())), atol=1e-6, rtol=0)
 
 
-def test_which_normalisation_is_taken(weights_file):
+def test_rgb_normalisation_is_from_the_weights_or_exp061(weights_file):
     usual = EXP061_MEAN, EXP061_STD
 
     def taken(**options):
@@ -60,10 +60,10 @@ def test_which_normalisation_is_taken(weights_file):
         ("inceptionresnetv2", (0.5, 0.5, 0.5)),
         ("dpn68", (124 / 255, 117 / 255, 104 / 255)),
         ("resnet18", (0.485, 0.456, 0.406)),
-        ("mit_b0", (0.485, 0.456, 0.406)),  # which timm does not have
+        ("mit_b0", (0.485, 0.456, 0.406)),  # not in timm
     ],
 )
-def test_the_normalisation_of_a_file_of_weights_is_that_of_its_encoder(encoder, mean):
+def test_weights_file_has_the_normalisation_of_its_encoder(encoder, mean):
     assert find_normalisation("weights.pth", encoder)[0] == pytest.approx(mean)
 
 
@@ -74,13 +74,13 @@ def test_the_normalisation_is_saved_with_the_network(tmp_path, weights_file):
 
 @pytest.fixture
 def trained(tmp_path):
-    """The file of a network on RGB and depth."""
+    """Checkpoint of a network with RGB and depth inputs."""
     model = network(seed=1, inputs="rgbd", rgb_mean=(0.1, 0.2, 0.3))
     save_model(model, tmp_path / "best.pt")
     return tmp_path / "best.pt"
 
 
-def test_the_same_network_begins_as_the_trained_one(trained):
+def test_init_from_copies_all_weights_of_an_equal_network(trained):
     old, new = load_model(trained), network(seed=2, inputs="rgbd", init_from=trained)
     assert new.started_anew == {}
     assert new.config == old.config
@@ -97,7 +97,7 @@ def test_other_classes_and_a_new_depth_head_start_anew(tmp_path):
     for name in same:
         torch.testing.assert_close(new.state_dict()[name], old.state_dict()[name], atol=0, rtol=0)
     renamed = network(seed=2, classes=("a", "b", "d"), depth_head=False, init_from=tmp_path / "best.pt")
-    assert list(renamed.started_anew) == ["segmentation head"]  # as many, but not the same classes
+    assert list(renamed.started_anew) == ["segmentation head"]  # same number of classes, but other names
 
 
 def test_filters_of_common_channels_are_copied_and_others_are_zero(trained):
@@ -111,13 +111,13 @@ def test_filters_of_common_channels_are_copied_and_others_are_zero(trained):
     torch.testing.assert_close(first, old[:, 3:], atol=0, rtol=0)
     otherwise = network(
         seed=2, inputs="rgbd", depth_encoding="log", init_from=trained
-    )  # another fourth channel
+    )  # the fourth channel differs
     first = next(p for p in otherwise.net.encoder.parameters() if p.ndim == 4)
     torch.testing.assert_close(first[:, :3], old[:, :3], atol=0, rtol=0)
     assert not first[:, 3].any()
 
 
-def test_new_channels_change_nothing_at_first(trained):
+def test_new_input_channels_have_no_effect_at_first(trained):
     old, new = load_model(trained), network(seed=2, inputs="rgbd_xy", init_from=trained).eval()
     inputs = torch.randn(1, 6, 48, 64)
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_without_a_common_channel_the_first_layer_starts_anew(tmp_path):
     assert new.started_anew == {"first layer": first.numel()}
 
 
-def test_what_does_not_fit_is_refused(trained):
+def test_init_from_refuses_incompatible_options(trained):
     with pytest.raises(
         ValueError, match="init_from: that run has encoder tu-.*, but this network has resnet18; make them"
     ):

@@ -9,7 +9,7 @@ POOLINGS = ("batch", "image", "exp061")
 
 
 def naive_soft_iou(logits, labels, pooling):
-    """The definition, one image and one class at a time."""
+    """The soft IoU loss by its definition, one image and one class at a time."""
     softmax = logits.softmax(1)
     images, classes = logits.shape[:2]
     intersection, union, count = (torch.zeros(images, classes, dtype=logits.dtype) for _ in range(3))
@@ -40,7 +40,7 @@ def batch():
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_equal_to_the_definition(batch, pooling):
+def test_soft_iou_loss_and_gradient_equal_the_definition(batch, pooling):
     logits, labels = batch
     ours, naive = soft_iou_loss(logits, labels, pooling), naive_soft_iou(logits, labels, pooling)
     assert ours.item() == pytest.approx(naive.item(), abs=1e-12)
@@ -60,7 +60,7 @@ def test_segmentation_loss_is_cross_entropy_plus_weighted_soft_iou(batch, poolin
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_gradcheck(batch, pooling):
+def test_segmentation_loss_gradient_equals_the_numerical_gradient(batch, pooling):
     logits, labels = (tensor[:, ..., :3, :3].detach() for tensor in batch)
     assert torch.autograd.gradcheck(
         lambda z: segmentation_loss(z, labels, 0.5, pooling), logits.requires_grad_()
@@ -68,7 +68,7 @@ def test_gradcheck(batch, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_ignored_pixels_change_nothing(batch, pooling):
+def test_ignored_pixels_do_not_affect_loss_or_gradient(batch, pooling):
     logits, labels = batch
     changed = (
         torch.where((labels == 255)[:, None], 50 * torch.randn_like(logits), logits).detach().requires_grad_()
@@ -83,7 +83,7 @@ def test_ignored_pixels_change_nothing(batch, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_nothing_labelled(batch, pooling):
+def test_unlabelled_batch_has_zero_loss_and_gradient(batch, pooling):
     logits, labels = batch
     loss = segmentation_loss(logits, torch.full_like(labels, 255), 0.5, pooling)
     assert loss == 0
@@ -91,7 +91,7 @@ def test_nothing_labelled(batch, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["batch", "image"])
-def test_an_unlabelled_image_adds_nothing(batch, pooling):
+def test_unlabelled_image_adds_no_loss_and_no_gradient(batch, pooling):
     logits, labels = batch
     labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
     loss = segmentation_loss(logits[:2], labels, 0.5, pooling)
@@ -101,7 +101,7 @@ def test_an_unlabelled_image_adds_nothing(batch, pooling):
     assert not torch.autograd.grad(loss, logits)[0][1].any()
 
 
-def test_an_unlabelled_image_adds_a_constant_to_exp061(batch):
+def test_unlabelled_image_adds_a_constant_in_exp061_pooling(batch):
     logits, labels = batch
     labels = torch.cat((labels[:1], torch.full_like(labels[:1], 255)))
     loss = soft_iou_loss(logits[:2], labels, "exp061")
@@ -111,7 +111,7 @@ def test_an_unlabelled_image_adds_a_constant_to_exp061(batch):
     assert not torch.autograd.grad(loss, logits)[0][1].any()
 
 
-def test_perfect_prediction(batch):
+def test_perfect_prediction_has_zero_soft_iou_loss_except_in_exp061(batch):
     _, labels = batch
     logits = 200.0 * F.one_hot(labels.clip(max=6), 7).movedim(-1, 1).double()
     assert soft_iou_loss(logits, labels, "batch") == soft_iou_loss(logits, labels, "image") == 0
@@ -121,8 +121,8 @@ def test_perfect_prediction(batch):
     assert soft_iou_loss(logits, labels, "exp061").item() == pytest.approx(floor, abs=1e-6)
 
 
-def test_by_hand():
-    logits = torch.zeros(1, 2, 1, 2)  # both pixels are half and half
+def test_losses_equal_a_hand_calculation():
+    logits = torch.zeros(1, 2, 1, 2)  # both classes have probability 0.5 in both pixels
     labels = torch.tensor([[[0, 1]]])
     for pooling in ("batch", "image"):  # I = 0.5, U = 1 + 1 - 0.5 for either class
         assert soft_iou_loss(logits, labels, pooling).item() == pytest.approx(1 - 0.5 / 1.5)
@@ -130,7 +130,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_better_predictions_lose_less(batch, pooling):
+def test_loss_decreases_as_predictions_improve(batch, pooling):
     logits, labels = batch
     towards = F.one_hot(labels.clip(max=6), 7).movedim(-1, 1)
     losses = [segmentation_loss(logits + step * towards, labels, 0.5, pooling).item() for step in range(5)]
@@ -139,7 +139,7 @@ def test_better_predictions_lose_less(batch, pooling):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_half_precision_sums_are_wide(dtype, pooling):
+def test_half_precision_logits_are_summed_in_wider_precision(dtype, pooling):
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(1, 5, 480, 640, generator=generator)).to(dtype).requires_grad_()
     labels = torch.randint(0, 5, (1, 480, 640), generator=generator)
@@ -153,7 +153,7 @@ def test_half_precision_sums_are_wide(dtype, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_memory_layout_does_not_matter(batch, pooling):
+def test_loss_does_not_depend_on_memory_layout(batch, pooling):
     logits, labels = batch
     loss = segmentation_loss(logits, labels, 0.5, pooling)
     expected = torch.autograd.grad(loss, logits)[0]
@@ -171,7 +171,7 @@ def test_memory_layout_does_not_matter(batch, pooling):
         torch.testing.assert_close(torch.autograd.grad(other, layout)[0], expected, rtol=0, atol=1e-14)
 
 
-def test_chunks_of_rows_change_nothing(batch, monkeypatch):
+def test_loss_does_not_depend_on_chunk_size(batch, monkeypatch):
     logits, labels = batch
     whole = segmentation_loss(logits, labels, 0.5)
     expected = torch.autograd.grad(whole, logits)[0]
@@ -182,12 +182,12 @@ def test_chunks_of_rows_change_nothing(batch, monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected, rtol=0, atol=1e-14)
 
 
-def test_uint8_labels(batch):
+def test_uint8_labels_give_the_same_loss(batch):
     logits, labels = batch
     assert torch.equal(segmentation_loss(logits, labels.byte(), 0.5), segmentation_loss(logits, labels, 0.5))
 
 
-def test_bad_input(batch):
+def test_invalid_pooling_shapes_and_labels_are_refused(batch):
     logits, labels = batch
     with pytest.raises(
         ValueError, match="soft_iou_pooling: found 'mean', expected one of batch, image, exp061"
@@ -201,7 +201,7 @@ def test_bad_input(batch):
         segmentation_loss(logits, torch.where(labels == 3, 20, labels), 0.5)
 
 
-def test_masked_l1_by_hand():
+def test_masked_l1_equals_a_hand_calculation():
     prediction = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     target = torch.tensor([0.0, 5.0, float("nan")])
     loss = masked_l1(prediction, target, torch.tensor([True, True, False]))
@@ -214,7 +214,7 @@ def test_masked_l1_by_hand():
 
 
 @pytest.mark.parametrize("soft_iou_weight", [0, 0.7])
-def test_class_weights_are_those_of_torch(batch, soft_iou_weight):
+def test_class_weighted_loss_and_gradient_match_torch(batch, soft_iou_weight):
     logits, labels = batch
     weights = torch.tensor([0.5, 3, 1, 0, 2, 7, 1], dtype=torch.float64)  # class 5 never occurs
     criterion = torch.nn.CrossEntropyLoss(weights, ignore_index=255)
@@ -228,7 +228,7 @@ def test_class_weights_are_those_of_torch(batch, soft_iou_weight):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_class_weights_where_all_weighs_nothing(batch, labelled):
+def test_batch_of_zero_weight_has_zero_loss_and_gradient(batch, labelled):
     logits, labels = batch
     labels = torch.full_like(labels, 1 if labelled else 255)
     loss = segmentation_loss(logits, labels, 0, class_weights=torch.tensor([1.0, 0, 1, 1, 1, 1, 1]))
@@ -237,18 +237,19 @@ def test_class_weights_where_all_weighs_nothing(batch, labelled):
     assert not gradient.any()
 
 
-def test_median_frequency_by_hand():
+def test_median_frequency_weights_equal_a_hand_calculation():
     labels = np.full((3, 2, 4), 255, np.uint8)
     labels[0] = [[0, 0, 0, 0], [0, 0, 1, 1]]
     labels[1] = [[0, 0, 0, 1], [255, 255, 255, 255]]
     labels[2, 0, :2] = 3
-    # 0: 9 of 12 pixels, 1: 3 of 12, 3: 2 of 2, of the images that have them; the median is 3 / 4; 2 never occurs
+    # share of the labelled pixels in the images that contain the class: 9/12 of class 0, 3/12 of 1, 2/2 of 3;
+    # their median is 3/4; class 2 never occurs
     weights = median_frequency_weights(labels, 4)
     assert weights.dtype == torch.float32
     assert weights.tolist() == [1, 3, 1, 0.75]
 
 
-def test_median_frequency_balances_the_mean_over_pixels():
+def test_median_frequency_weights_balance_class_shares():
     rng = np.random.default_rng(1)
     labels = rng.choice(4, (5, 20, 20), p=(0.7, 0.2, 0.08, 0.02)).astype(
         np.uint8
@@ -258,8 +259,11 @@ def test_median_frequency_balances_the_mean_over_pixels():
     np.testing.assert_allclose(weighted, np.median(shares), rtol=1e-6)
 
 
-def test_any_number_of_classes():
-    """Of 2 to 60 classes, all alike and equally likely: cross-entropy ln C, and I = P/C^2, U = 2P/C - I of P pixels."""
+def test_losses_are_correct_for_2_to_60_classes():
+    """With C equally frequent and equally likely classes in P pixels, the cross-entropy is ln C.
+
+    Each class has I = P/C^2 and U = 2P/C - I.
+    """
     for count in (2, 3, 40, 60):
         labels = torch.arange(count).repeat(2)[None, None]
         logits = torch.zeros(1, count, *labels.shape[1:])

@@ -40,7 +40,7 @@ def random_labels():
     return prediction, labels
 
 
-def test_equal_to_scikit_learn(random_labels):
+def test_counts_and_main_scores_equal_scikit_learn(random_labels):
     prediction, labels = random_labels
     counts = confusion_counts(prediction, labels, 13)
     assert counts.shape == (5, 13, 13)
@@ -63,23 +63,23 @@ def test_tensors_and_arrays_agree(random_labels):
     assert mean_iou(counts) == mean_iou(counts.numpy())
 
 
-def test_by_hand():
+def test_counts_and_scores_equal_a_hand_calculation():
     counts = confusion_counts(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 1, 255]]), 3)
-    np.testing.assert_array_equal(counts[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])  # rows are the truth
+    np.testing.assert_array_equal(counts[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])  # rows = ground truth
     np.testing.assert_allclose(iou(counts), [0.5, 0.5, np.nan])
     assert mean_iou(counts) == 0.5
     assert averaged_classes(counts) == 2
     assert pixel_accuracy(counts) == pytest.approx(2 / 3)
 
 
-def test_pooled_over_images_not_averaged():
+def test_iou_is_pooled_over_images_not_averaged():
     counts = np.array([[[1, 1], [0, 0]], [[90, 0], [0, 9]]])
     assert iou(counts)[0] == pytest.approx(91 / 92)
     assert mean_iou(counts) == mean_iou(counts.sum(0)) == pytest.approx((91 / 92 + 9 / 10) / 2)
     assert mean_iou(counts[None]) == mean_iou(counts)
 
 
-def test_perfect_is_one_and_ignored_pixels_change_nothing(random_labels):
+def test_perfect_scores_are_1_and_ignored_pixels_have_no_effect(random_labels):
     prediction, labels = random_labels
     perfect = confusion_counts(np.where(labels == 255, 0, labels), labels, 13)
     assert mean_iou(perfect) == pixel_accuracy(perfect) == 1
@@ -89,7 +89,7 @@ def test_perfect_is_one_and_ignored_pixels_change_nothing(random_labels):
     )
 
 
-def test_nothing_labelled():
+def test_scores_without_labelled_pixels_are_refused():
     counts = confusion_counts(np.zeros((2, 3, 3), int), np.full((2, 3, 3), 255), 4)
     assert not counts.any()
     assert np.isnan(iou(counts)).all()
@@ -115,12 +115,12 @@ def test_nothing_labelled():
         ),
     ],
 )
-def test_bad_input(prediction, labels, message):
+def test_invalid_labels_and_predictions_are_refused(prediction, labels, message):
     with pytest.raises(ValueError, match=message):
         confusion_counts(prediction, labels, 13)
 
 
-def test_counts_of_a_wrong_shape():
+def test_counts_of_a_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"counts: found shape \(3, 4\), expected"):
         iou(np.zeros((3, 4)))
 
@@ -141,13 +141,13 @@ def test_further_scores_equal_scikit_learn(random_labels):
     assert np.isnan(class_accuracy(np.zeros((1, 3, 3)))).all()
 
 
-def test_boundary_counts_by_hand():
+def test_boundary_counts_equal_a_hand_calculation():
     labels = np.zeros((1, 40, 40), np.uint8)
     labels[:, :, 20:] = 1
     shifted = np.roll(labels, 2, axis=2)
     shifted[:, :, :2] = 0
     counts = boundary_counts(shifted, labels, 3, width=3 / np.hypot(40, 40))
-    # bands of 3 columns on each side of the edge: 17..19 | 20..22 in the truth, 19..21 | 22..24 predicted
+    # bands of 3 columns on each side of the boundary: 17..19 | 20..22 ground truth, 19..21 | 22..24 predicted
     np.testing.assert_array_equal(counts[0], [[40, 120, 120], [40, 120, 120], [0, 0, 0]])
     np.testing.assert_allclose(boundary_iou(counts), [40 / 200, 40 / 200, np.nan])
     perfect = boundary_counts(labels, labels, 3)
@@ -155,7 +155,7 @@ def test_boundary_counts_by_hand():
 
 
 def rooms_with_slivers(images=3):
-    """Segments of 4 classes with an unlabelled sliver around every outline, and what lies below the slivers."""
+    """Complete label maps of 4 classes, and the same with an unlabelled sliver along every boundary."""
     rng = np.random.default_rng(0)
     whole = np.zeros((images, 96, 128), np.uint8)
     for image in whole:
@@ -167,7 +167,7 @@ def rooms_with_slivers(images=3):
     return whole, np.where(outline, 255, whole).astype(np.uint8)
 
 
-def test_boundaries_beside_slivers_are_measured():
+def test_boundary_iou_ranks_predictions_despite_slivers():
     whole, labels = rooms_with_slivers()
 
     def score(prediction):
@@ -175,7 +175,7 @@ def test_boundaries_beside_slivers_are_measured():
 
     constant = boundary_counts(np.zeros_like(whole), labels, 4, width=0.03)
     assert constant[..., 1].any(1).all()
-    assert not constant[..., [0, 2]].any()  # no outline, nothing hit
+    assert not constant[..., [0, 2]].any()  # no predicted boundary, so no hits
     assert score(whole) > 0.9
     perfect = np.stack([fill_unlabelled(label) for label in labels])
     assert score(perfect) == 1
@@ -183,7 +183,7 @@ def test_boundaries_beside_slivers_are_measured():
     assert 0.9 > shifted[0] > shifted[1] > shifted[2] > 0
 
 
-def test_what_is_predicted_where_nothing_is_labelled_makes_outlines_but_no_pixels():
+def test_boundary_in_an_unlabelled_area_counts_only_labelled_pixels():
     labels = np.zeros((1, 40, 40), np.uint8)
     labels[:, :10] = 255
     prediction = np.zeros_like(labels)
@@ -195,7 +195,7 @@ def test_what_is_predicted_where_nothing_is_labelled_makes_outlines_but_no_pixel
     np.testing.assert_array_equal(reach_6, [[0, 0, 40], [0, 0, 0]])  # row 10
 
 
-def test_filling_takes_the_nearest_label():
+def test_unlabelled_pixels_are_filled_with_the_nearest_label():
     label = np.full((3, 9), 255, np.uint8)
     label[:, 0], label[:, 8] = 4, 7
     filled = fill_unlabelled(label)
@@ -205,17 +205,17 @@ def test_filling_takes_the_nearest_label():
         np.testing.assert_array_equal(fill_unlabelled(untouched), untouched)
 
 
-def test_classes_of_the_truth_alone():
+def test_miou_averages_only_ground_truth_classes():
     counts = np.array([[8, 0, 2], [0, 5, 5], [0, 0, 0]])
     assert mean_iou(counts) == pytest.approx((8 / 10 + 5 / 10) / 2)
     assert averaged_classes(counts) == np.isfinite(truth_iou(counts)).sum() == 2
     assert all_scores(counts)["miou"] == mean_iou(counts)
     with pytest.raises(ValueError, match="counts: all zero; without a labelled pixel there is no score"):
         mean_iou(0 * counts)
-    assert chance_miou(counts) == pytest.approx(1 / 3)  # two classes, half of the pixels each: 1/4 over 3/4
+    assert chance_miou(counts) == pytest.approx(1 / 3)  # two classes, each half of the pixels: (1/4) / (3/4)
 
 
-def test_depth_scores_by_hand():
+def test_depth_scores_equal_a_hand_calculation():
     valid = np.array([True, True, False])
     sums = depth_sums(np.array([2.0, 3.0, 9.0]), np.array([2.0, 2.0, 1.0]), valid)
     scores = depth_scores(sums)
@@ -234,7 +234,7 @@ def test_boundary_runs_in_the_middle_of_a_sliver():
     assert (boundary_distance(np.full((4, 4), 255, np.uint8)) == 1).all()
 
 
-def test_strata_of_an_image_by_hand():
+def test_strata_counts_equal_a_hand_calculation():
     label = np.zeros((10, 100), np.uint8)
     label[:, 50:] = 1
     label[0] = 255
@@ -244,6 +244,6 @@ def test_strata_of_an_image_by_hand():
     counts = strata_counts(prediction, label, depth, 2, strata_edges(10.0))
     assert counts[DEPTH][0].tolist() == [[250, 0], [250, 0]]  # missing, five rows
     assert counts[DEPTH][3].tolist() == [[200, 0], [200, 0]]  # 2 to 3 m, four rows
-    assert counts[DISTANCE][0].tolist() == [[9, 0], [9, 0]]  # a column on each side lies within 1 %
+    assert counts[DISTANCE][0].tolist() == [[9, 0], [9, 0]]  # one column on each side is within 1 %
     for by_bin in counts.values():
         assert by_bin.sum(0).tolist() == [[450, 0], [450, 0]]

@@ -34,12 +34,12 @@ def root(monkeypatch, tmp_path):
     return tmp_path / "cache" / "rgbd-notebooks"
 
 
-def test_what_was_made_is_mapped_from_then_on(root, tmp_path):
+def test_arrays_are_created_once_and_then_mapped(root, tmp_path):
     first, again = (map_arrays(tmp_path, KEY, LAYOUT, make) for make in (blocks, never))
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(first[name], array)
         np.testing.assert_array_equal(again[name], array)
-    assert isinstance(select_rows(again, np.array([1, 2]))["image"], np.memmap)  # runs on
+    assert isinstance(select_rows(again, np.array([1, 2]))["image"], np.memmap)  # contiguous rows
     chosen = select_rows(again, np.array([3, 0]))["depth"]
     np.testing.assert_array_equal(chosen, ARRAYS["depth"][[3, 0]])
     assert not isinstance(chosen, np.memmap)
@@ -49,17 +49,17 @@ def made(root):
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
-def test_another_state_of_the_source_replaces_it_and_another_size_does_not(root, tmp_path):
+def test_new_version_replaces_the_cache_but_new_size_does_not(root, tmp_path):
     first = map_arrays(tmp_path, KEY, LAYOUT, blocks)
     map_arrays(tmp_path, KEY | {"version": 2}, LAYOUT, blocks)
     assert len(made(root)) == 1
-    np.testing.assert_array_equal(first["image"], ARRAYS["image"])  # mapped still
+    np.testing.assert_array_equal(first["image"], ARRAYS["image"])  # still mapped
     map_arrays(tmp_path, KEY | {"size": [4, 6]}, LAYOUT, blocks)
     map_arrays(tmp_path / "other", KEY, LAYOUT, blocks)
     assert len(made(root)) == 3
 
 
-def test_another_spelling_of_the_source_finds_it(root, tmp_path, monkeypatch):
+def test_equivalent_paths_share_one_cache(root, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "data")
     map_arrays(tmp_path / "data", KEY, LAYOUT, blocks)
@@ -69,7 +69,7 @@ def test_another_spelling_of_the_source_finds_it(root, tmp_path, monkeypatch):
     assert len(made(root)) == 1
 
 
-def test_what_was_cut_short_is_made_again(root, tmp_path):
+def test_incomplete_cache_is_rebuilt(root, tmp_path):
     map_arrays(tmp_path, KEY, LAYOUT, blocks)
     (folder,) = (path for path in root.iterdir() if path.is_dir())
     for damage in (lambda: (folder / "key.json").unlink(), lambda: os.truncate(folder / "image.npy", 130)):
@@ -78,7 +78,7 @@ def test_what_was_cut_short_is_made_again(root, tmp_path):
     map_arrays(tmp_path, KEY, LAYOUT, never)
 
 
-def test_one_waits_while_another_makes_them(root, tmp_path):
+def test_second_reader_waits_until_the_cache_is_created(root, tmp_path):
     found = []
     waiting = threading.Thread(target=lambda: found.append(map_arrays(tmp_path, KEY, LAYOUT, never)))
 
@@ -92,8 +92,8 @@ def test_one_waits_while_another_makes_them(root, tmp_path):
     np.testing.assert_array_equal(found[0]["depth"], ARRAYS["depth"])
 
 
-def test_processes_at_once_read_the_same(folder, scenes):
-    """With equal process ids, as two containers can have."""
+def test_concurrent_processes_read_the_same_arrays(folder, scenes):
+    """Their process ids are equal, as can happen in two containers."""
     many = resize_samples(scenes, (12, 16))[np.arange(12).repeat(11)]
     names = np.array([f"{number:06d}" for number in range(132)])
     write_folder(
@@ -115,7 +115,7 @@ print(int(load_samples(sys.argv[1], "train", "none", (6, 8)).image.astype(int).s
     assert first == second != ""
 
 
-def test_a_full_disk_is_named(root, tmp_path):
+def test_error_reports_a_full_disk(root, tmp_path):
     def fail():
         raise OSError(28, "No space left on device")
         yield
@@ -129,17 +129,17 @@ def test_a_full_disk_is_named(root, tmp_path):
     assert not made(root)
 
 
-def test_where_it_is(root, monkeypatch, tmp_path):
+def test_cache_folder_falls_back_to_home_or_temporary_folder(root, monkeypatch, tmp_path):
     assert cache_root() == root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (tmp_path / "file").touch()  # not to be written
+    (tmp_path / "file").touch()  # not a folder, so not writable
     assert cache_root().is_relative_to(tempfile.gettempdir())
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "rgbd-notebooks"
 
 
-def test_a_folder_is_read_once(folder, scenes, root, monkeypatch):
+def test_folder_is_decoded_again_only_after_a_change(folder, scenes, root, monkeypatch):
     monkeypatch.setattr("lib.data.folder.CACHED_FROM", 5)
     whole = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(whole.image, resize_samples(scenes, (48, 64)).image)
@@ -175,7 +175,7 @@ print([name for name in ("IPython", "matplotlib", "ipywidgets") if name in sys.m
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this platform can't reserve space")
-def test_a_full_disk_is_an_error_before_anything_is_written(root, tmp_path, monkeypatch):
+def test_full_disk_is_detected_before_writing(root, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 

@@ -37,7 +37,7 @@ def save_palette(indices, palette, path, **options):
 
 
 def png(bits, rows, path, palette=None):
-    """As Pillow does not write them: grey of fewer than 8 bits, or with a palette of fewer entries than indices."""
+    """Write what Pillow does not: grey of fewer than 8 bits, or a palette with fewer entries than indices."""
     width = len(rows[0])
     bytes_ = b""
     for row in rows:
@@ -56,7 +56,7 @@ def png(bits, rows, path, palette=None):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".webp"])
-def test_rgb_as_it_is(tmp_path, suffix):
+def test_rgb_is_decoded_unchanged(tmp_path, suffix):
     path = save(RGB, tmp_path / f"a{suffix}", lossless=True)
     np.testing.assert_array_equal(decode_image(path), RGB)
     assert upright_size(path) == (4, 6)
@@ -70,7 +70,7 @@ READS_YCBCR = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "mode", ["L", "1", "RGBA", "LA", "P", "CMYK", pytest.param("YCbCr", marks=READS_YCBCR)]
 )
-def test_what_a_file_shows_becomes_rgb(tmp_path, mode):
+def test_other_colour_modes_are_converted_to_rgb(tmp_path, mode):
     path = save(RGB, tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png"), mode)
     np.testing.assert_array_equal(
         decode_image(path), np.asarray(Image.fromarray(RGB).convert(mode).convert("RGB"))
@@ -78,8 +78,8 @@ def test_what_a_file_shows_becomes_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
-def test_every_orientation_is_turned_upright(tmp_path, suffix):
-    """The tag says where the first row and column are."""
+def test_exif_orientation_is_applied(tmp_path, suffix):
+    """The tag gives the position of the first row and column."""
     square = np.zeros((16, 24, 3), np.uint8)
     square[:8, :8] = 255
     turned = {
@@ -131,7 +131,7 @@ REFUSED_IMAGES = {
 
 
 @pytest.mark.parametrize("case", REFUSED_IMAGES)
-def test_refused_images(tmp_path, case):
+def test_unsupported_images_are_rejected(tmp_path, case):
     write, message = REFUSED_IMAGES[case]
     write(tmp_path / "a.png")
     with pytest.raises(DataError) as error:
@@ -141,13 +141,13 @@ def test_refused_images(tmp_path, case):
 
 @pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tif", np.uint16),
                                                (".tif", np.int32), (".bmp", np.uint8), (".tiff", np.uint8)])  # fmt: skip
-def test_labels_as_they_are_stored(tmp_path, suffix, dtype):
+def test_labels_are_decoded_unchanged(tmp_path, suffix, dtype):
     values = VALUES.astype(dtype) * (1 if dtype == np.uint8 else 100)
     np.testing.assert_array_equal(decode_label(save(values, tmp_path / f"a{suffix}")), values)
 
 
-def test_grey_labels_that_an_optimiser_turned_into_a_palette(tmp_path):
-    """It keeps what is shown and renumbers the entries: 3, 255, 0, 1, 2 here."""
+def test_grey_palettes_of_png_optimisers_give_grey_values(tmp_path):
+    """Optimisers keep the grey values but renumber them in a palette, here 3, 255, 0, 1, 2."""
     greys = np.array([3, 255, 0, 1, 2], np.uint8)
     indices = np.argsort(np.append(greys, 9)[:5])[np.searchsorted(np.sort(greys), VALUES)].astype(np.uint8)
     for bits in (8, 4):
@@ -156,16 +156,16 @@ def test_grey_labels_that_an_optimiser_turned_into_a_palette(tmp_path):
         np.testing.assert_array_equal(decode_label(path), VALUES)
 
 
-def test_a_coloured_palette_is_a_legend_of_indices(tmp_path):
-    """As of Pascal VOC, whose entry 7 is grey."""
+def test_labels_with_a_coloured_palette_give_indices(tmp_path):
+    """As in Pascal VOC, where entry 7 is grey."""
     legend = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 128, 128, 128, 128, 128]
     indices = np.array([[0, 7, 7, 0]], np.uint8)
     np.testing.assert_array_equal(decode_label(save_palette(indices, legend, tmp_path / "a.png")), indices)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_labels_of_few_bits_are_refused(tmp_path, bits):
-    """Pillow spreads them over 0..255: 1 of 1 bit would mean unlabelled."""
+def test_labels_below_8_bits_are_rejected(tmp_path, bits):
+    """Pillow scales them to 0..255, so 1 in a 1-bit file would become 255 (unlabelled)."""
     path = png(bits, [[0, 1, 1, 0]], tmp_path / "a.png")
     with pytest.raises(DataError) as error:
         decode_label(path)
@@ -176,7 +176,7 @@ def test_labels_of_few_bits_are_refused(tmp_path, bits):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_labels_that_are_no_values_are_refused(tmp_path, mode):
+def test_labels_in_unsupported_modes_are_rejected(tmp_path, mode):
     path = save(RGB, tmp_path / ("a.tif" if mode == "F" else "a.png"), mode)
     with pytest.raises(
         DataError, match=f"a.*: found mode {mode} of Pillow, expected one channel of 8 or 16 bits"
@@ -190,7 +190,7 @@ DEPTH = np.array([[0, 500, 2000, 65535]], np.uint16)
 @pytest.mark.parametrize(("suffix", "dtype"), [(".png", np.uint16), (".tif", np.uint16), (".tiff", np.int32),
                                                (".tif", np.float32), (".npy", np.uint16), (".npy", np.float64),
                                                (".NPY", np.int64)])  # fmt: skip
-def test_depth_as_it_is_stored(tmp_path, suffix, dtype):
+def test_depth_is_decoded_unchanged(tmp_path, suffix, dtype):
     path, depth = tmp_path / f"a{suffix}", DEPTH.astype(dtype)
     if suffix.lower() == ".npy":
         with open(path, "wb") as file:
@@ -200,7 +200,7 @@ def test_depth_as_it_is_stored(tmp_path, suffix, dtype):
     np.testing.assert_array_equal(decode_depth(path), depth)
 
 
-def test_big_endian_depth(tmp_path):
+def test_big_endian_npy_decodes_like_png(tmp_path):
     np.save(tmp_path / "a.npy", DEPTH.astype(">u2"))
     np.testing.assert_array_equal(
         decode_depth(tmp_path / "a.npy", "sun"), decode_depth_of(DEPTH, tmp_path, "sun")
@@ -211,8 +211,8 @@ def decode_depth_of(depth, folder, bits):
     return decode_depth(save(depth, folder / "b.png"), bits)
 
 
-def test_the_rotated_bits_of_sun(tmp_path):
-    """As its toolbox reads them: bitor(bitshift(d, -3), bitshift(d, 16 - 3))."""
+def test_sun_depth_bits_are_rotated_back(tmp_path):
+    """As in the SUN RGB-D toolbox: bitor(bitshift(d, -3), bitshift(d, 16 - 3))."""
     stored = np.array([[0, 8, 16000, 1, 7]], np.uint16)
     assert decode_depth_of(stored, tmp_path, "sun").tolist() == [[0, 1, 2000, 8192, 57344]]
 
@@ -222,13 +222,13 @@ def test_the_rotated_bits_of_sun(tmp_path):
     [
         (DEPTH, 1, (0,), [0, 500, 2000, 65535]),
         (DEPTH, 0.2, (0, 65535), [0, 100, 400, 0]),
-        (DEPTH, 10, (0,), [0, 5000, 20000, 65535]),  # farther than any range
+        (DEPTH, 10, (0,), [0, 5000, 20000, 65535]),  # beyond any depth range
         (np.array([[np.nan, np.inf, 1.2344, 0.0]]), 1000, (0,), [0, 0, 1234, 0]),
         (np.array([[7.0, 2.0]]), 1000, (7,), [0, 2000]),
         (np.array([[200, 0]], np.uint8), 20, (0,), [4000, 0]),
     ],
 )
-def test_depth_in_millimetres(depth, unit_mm, missing, expected):
+def test_depth_is_converted_to_millimetres(depth, unit_mm, missing, expected):
     depth_mm = depth_to_mm(depth, unit_mm, missing)
     assert depth_mm.dtype == np.uint16
     assert depth_mm[0].tolist() == expected
@@ -265,17 +265,17 @@ REFUSED_DEPTH = {
 
 
 @pytest.mark.parametrize("case", REFUSED_DEPTH)
-def test_refused_depth(tmp_path, case):
+def test_unsupported_depth_is_rejected(tmp_path, case):
     depth, name, message = REFUSED_DEPTH[case]
     np.save(tmp_path / name, depth) if name.endswith("npy") else save(depth, tmp_path / name)
     with pytest.raises(DataError) as error:
         decode_depth(tmp_path / name, takes_bytes=False)
     assert str(error.value).startswith(f"{tmp_path / name}: {message}")
     if case == "8 bits":
-        np.testing.assert_array_equal(decode_depth(tmp_path / name), depth)  # where somebody says the unit
+        np.testing.assert_array_equal(decode_depth(tmp_path / name), depth)  # accepted if the unit is stated
 
 
-def test_depth_in_a_coloured_palette_is_refused(tmp_path):
+def test_depth_with_a_palette_or_8_bits_in_sun_format_is_rejected(tmp_path):
     path = save_palette(VALUES % 4, [0, 0, 0, 90, 0, 0, 0, 90, 0, 7, 7, 7], tmp_path / "a.png")
     with pytest.raises(DataError, match="found mode P of Pillow, expected one channel of depth of 16 bits"):
         decode_depth(path)
@@ -283,8 +283,8 @@ def test_depth_in_a_coloured_palette_is_refused(tmp_path):
         decode_depth(save(VALUES, tmp_path / "b.png"), "sun")
 
 
-def test_an_index_outside_its_palette_is_an_index(tmp_path):
-    """As of tools that give 21 classes a colour and 255 none."""
+def test_label_indices_beyond_the_palette_are_kept(tmp_path):
+    """Some tools assign colours to 21 classes but none to 255."""
     for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 9, 9, 9]):
         path = png(8, [[0, 1, 255]], tmp_path / "a.png", palette)
         np.testing.assert_array_equal(decode_label(path), [[0, 1, 255]])
@@ -292,8 +292,8 @@ def test_an_index_outside_its_palette_is_an_index(tmp_path):
 
 @pytest.mark.parametrize("kind", [b"ftypheic", b"ftypmif1", b"ftypavif"])
 @pytest.mark.parametrize("decode", [decode_image, upright_size])
-def test_heic_under_another_name_gets_a_remedy_that_works(tmp_path, kind, decode):
-    """A phone writes it, a chat program renames it."""
+def test_error_recognises_heic_files_with_another_extension(tmp_path, kind, decode):
+    """Phones write such files, and chat programs rename them."""
     path = tmp_path / "photo.jpg"
     path.write_bytes(b"\0\0\0\x18" + kind + b"\0" * 100)
     with pytest.raises(
@@ -311,7 +311,7 @@ def test_heic_under_another_name_gets_a_remedy_that_works(tmp_path, kind, decode
 @pytest.mark.parametrize(
     ("dtype", "unit"), [(np.float16, 1000), (np.float32, 1000), (np.uint8, 1000), (np.uint16, 10)]
 )
-def test_depth_beyond_16_bits_is_the_farthest_and_not_missing(dtype, unit):
+def test_depth_beyond_16_bits_is_clipped_instead_of_missing(dtype, unit):
     depth = (
         np.array([[0, 2, 66, 200]], dtype) if dtype != np.uint16 else np.array([[0, 200, 6600, 60000]], dtype)
     )
@@ -320,8 +320,8 @@ def test_depth_beyond_16_bits_is_the_farthest_and_not_missing(dtype, unit):
     assert depth_to_mm(np.array([[np.nan, np.inf, 1]], np.float16), 1000).tolist() == [[0, 0, 1000]]
 
 
-def test_nothing_in_a_file_is_executed(tmp_path):
-    """Pickles in `.npy`; pictures that unpack to gigabytes."""
+def test_pickles_and_decompression_bombs_are_rejected(tmp_path):
+    """Pickles in `.npy` files are not executed, and images that unpack to gigabytes are not decoded."""
 
     class Harmful:
         def __reduce__(self):

@@ -15,7 +15,7 @@ def describe(root, text):
     return read_description(root)
 
 
-def test_without_a_file_all_is_default(tmp_path):
+def test_defaults_apply_without_dataset_yaml(tmp_path):
     description = read_description(tmp_path)
     assert (description.class_names, list(description.by_value), description.unlabelled) == (
         NYUV2_13,
@@ -37,7 +37,7 @@ def test_without_a_file_all_is_default(tmp_path):
     assert describe(tmp_path, "{}") == description
 
 
-def test_every_key(tmp_path):
+def test_all_keys_of_dataset_yaml_are_read(tmp_path):
     description = describe(
         tmp_path,
         """
@@ -52,7 +52,7 @@ def test_every_key(tmp_path):
         scene: ^([^/]+)/
         """,
     )
-    assert description.class_names == ("wall", "sofa", "bed")  # by value
+    assert description.class_names == ("wall", "sofa", "bed")  # sorted by value
     assert list(description.by_value) == [0, 7, 1000]
     assert (description.ignore, description.depth_missing) == ([255, 65535], [0, 65535])
     assert (description.depth_unit_mm, description.depth_bits, description.depth_range_m) == (
@@ -79,7 +79,7 @@ def test_every_key(tmp_path):
         ("classes: [a, b]\nignore: others", [0, 1, 2, 255, 65535], [0, 1, 255, 255, 255]),
     ],
 )
-def test_values_of_labels(tmp_path, text, values, indices):
+def test_label_values_are_mapped_to_class_indices(tmp_path, text, values, indices):
     description = describe(tmp_path, text)
     label = np.array([values], np.uint16)
     assert description.to_indices(tmp_path / "a.png", label).tolist() == [indices]
@@ -97,7 +97,7 @@ def test_values_of_labels(tmp_path, text, values, indices):
         ("classes: [a, b]", 70000, "label values [70000], expected 0..1 and 255 = unlabelled; {name}"),
     ],
 )  # fmt: skip
-def test_a_value_that_is_nothing(tmp_path, text, value, message):
+def test_unknown_label_value_is_rejected(tmp_path, text, value, message):
     description, yaml = describe(tmp_path, text), tmp_path / "dataset.yaml"
     name = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml}"
     with pytest.raises(DataError) as error:
@@ -137,7 +137,7 @@ def test_a_value_that_is_nothing(tmp_path, text, value, message):
          "depth_bits, depth_range_m, folders, splits, scene"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_meant_is_reported(tmp_path, text, message):
+def test_invalid_entries_of_dataset_yaml_are_rejected(tmp_path, text, message):
     with pytest.raises(
         DataError, match=f"^{re.escape(str(tmp_path / 'dataset.yaml'))}: {re.escape(message)}"
     ):
@@ -156,7 +156,7 @@ NEARLY = [
 
 
 @pytest.mark.parametrize("name", NEARLY)
-def test_a_name_that_is_nearly_right_is_refused(tmp_path, name):
+def test_file_names_similar_to_dataset_yaml_are_rejected(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("classes: [a, b]")
@@ -167,8 +167,8 @@ def test_a_name_that_is_nearly_right_is_refused(tmp_path, name):
     )
 
 
-def test_files_of_other_tools_are_left_alone(tmp_path):
-    """Beside ours, whatever their name; without ours, where the name says something else."""
+def test_yaml_files_of_other_tools_are_ignored(tmp_path):
+    """With a dataset.yaml, other files may have any name; without one, no similar name."""
     for name in ("readme.yaml", "data.yaml.orig", "my_dataset.yaml", "metadata.yml"):
         (tmp_path / name).write_text("nc: 2")
     assert read_description(tmp_path).class_names == NYUV2_13
@@ -188,7 +188,7 @@ COLOURS = "colours: {background: [0, 0, 0], cat: [128, 0, 0], dog: [0, 128, 0]}"
         ("colours: labelmap.txt", ("background", "cat", "big dog"), []),
     ],
 )
-def test_colours(tmp_path, text, classes, unlabelled):
+def test_colours_are_mapped_to_class_indices(tmp_path, text, classes, unlabelled):
     (tmp_path / "labelmap.txt").write_text(
         "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:128,0,0::\nbig dog:0,128,0:head,tail:runs\n"
     )
@@ -223,13 +223,13 @@ def test_colours(tmp_path, text, classes, unlabelled):
         (f"{COLOURS}\nclasses: {{0: cat, 1: dog}}", "colours is {'background': [0, 0, 0], 'cat': [128, 0, 0], 'dog': [0, 128,"),
     ],
 )  # fmt: skip
-def test_colours_that_can_not_be_meant(tmp_path, text, message):
+def test_invalid_colours_are_rejected(tmp_path, text, message):
     with pytest.raises(DataError, match=f"dataset.yaml: {re.escape(message)}"):
         describe(tmp_path, text)
 
 
 @pytest.mark.parametrize("content", ["cat\n", "cat:red::\n", None])
-def test_a_label_map_that_is_none(tmp_path, content):
+def test_invalid_or_missing_label_map_is_rejected(tmp_path, content):
     if content is not None:
         (tmp_path / "labelmap.txt").write_text(content)
     with pytest.raises(
@@ -238,13 +238,13 @@ def test_a_label_map_that_is_none(tmp_path, content):
         describe(tmp_path, "colours: labelmap.txt")
 
 
-def test_nothing_in_yaml_is_executed(tmp_path):
+def test_code_in_yaml_is_not_executed(tmp_path):
     with pytest.raises(DataError, match="dataset.yaml: is not valid YAML"):
         describe(tmp_path, f"classes: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
     assert not (tmp_path / "made").exists()
 
 
-def test_the_block_of_the_readme_is_read(tmp_path):
+def test_readme_example_of_dataset_yaml_has_all_keys(tmp_path):
     readme = (Path(lib.__file__).parent / "data" / "README.md").read_text()
     block = re.search(r"```yaml\n(classes: .*?)```", readme, re.DOTALL)[1]
     description = describe(tmp_path, block)
@@ -252,7 +252,7 @@ def test_the_block_of_the_readme_is_read(tmp_path):
     assert description.class_names == ("bed", "books", "ceiling")
 
 
-def test_others_are_unlabelled_however_large_or_small(tmp_path):
+def test_ignore_others_covers_values_outside_16_bits(tmp_path):
     description = describe(tmp_path, "classes: [a, b]\nignore: others")
     label = np.array([[-1, 0, 1, 70000, -70000]], np.int32)
     assert description.to_indices(tmp_path / "a.png", label).tolist() == [[255, 0, 1, 255, 255]]

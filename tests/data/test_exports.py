@@ -1,4 +1,4 @@
-"""Own data as tools export it: each layout is read with the lines of lib/data/README.md, up to a number."""
+"""Tool exports and public data sets are read with the dataset.yaml in lib/data/README.md, and scored."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def save(root, pattern, arrays, palette=None):
 
 
 def score(root, split="train"):
-    """The mIoU of an untrained network, with and without a size: the whole way from a file to a number."""
+    """Load the data with and without a size, and return the mIoU and evaluation of an untrained network."""
     samples = load_samples(root, split, "none" if split == "train" else "auto", (24, 32))
     torch.manual_seed(0)
     config = {"inputs": "rgb", "size": (24, 32), "depth_head": False}
@@ -66,7 +66,7 @@ def expect(root, classes, labels, split="train"):
     assert found.counts.sum() == sum((label != 255).sum() for label in labels)
 
 
-def test_cvat(tmp_path):
+def test_cvat_export_is_read_and_scored(tmp_path):
     colours = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
     save(tmp_path, "JPEGImages/{name}.jpg", IMAGES)
     save(tmp_path, "SegmentationClass/{name}.png", [colours[label] for label in LABELS])
@@ -82,7 +82,7 @@ def test_cvat(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_roboflow(tmp_path, split):
+def test_roboflow_export_is_read_and_scored(tmp_path, split):
     for place in ("train", "valid", "test"):
         save(tmp_path, f"{place}/{{name}}_jpg.rf.0a1b.jpg", IMAGES)
         save(tmp_path, f"{place}/{{name}}_jpg.rf.0a1b_mask.png", LABELS)
@@ -93,7 +93,7 @@ def test_roboflow(tmp_path, split):
     expect(tmp_path, ("background", "chair", "table"), LABELS, split)
 
 
-def test_label_studio(tmp_path):
+def test_label_studio_export_is_read_and_scored(tmp_path):
     binary = [np.where(label == 1, 255, 0) for label in LABELS]
     save(tmp_path, "image/{name}.jpg", IMAGES)
     save(tmp_path, "masks/task-{task}-annotation-7{task}-by-1-tag-chair-0.png", binary)
@@ -108,7 +108,7 @@ def test_label_studio(tmp_path):
     expect(tmp_path, ("background", "chair"), [label == 1 for label in LABELS])
 
 
-def test_labelme(tmp_path):
+def test_labelme_export_is_read_and_scored(tmp_path):
     save(tmp_path, "JPEGImages/{name}.jpg", IMAGES)
     labels = [label.copy() for label in LABELS]
     labels[2][0] = 255  # __ignore__
@@ -120,7 +120,7 @@ def test_labelme(tmp_path):
     expect(tmp_path, ("background", "chair", "table"), labels)
 
 
-def test_scannet(tmp_path):
+def test_scannet_layout_is_read_and_scored(tmp_path):
     raw = [np.where(label == 2, 3, label + 1).astype(np.uint16) for label in LABELS]
     raw[0][:2] = 1163
     save(tmp_path, "scans/scene000{scene}_00/color/{number}.jpg", IMAGES)
@@ -136,7 +136,7 @@ def test_scannet(tmp_path):
     assert list(train.scene) == ["scene0000_00"] * 3 + ["scene0001_00"] * 3
 
 
-def test_cityscapes(tmp_path):
+def test_cityscapes_layout_is_read_and_scored(tmp_path):
     ids = np.array([7, 8, 11], np.uint8)
     for place in ("train", "val", "test"):
         save(tmp_path, f"leftImg8bit/{place}/aachen{{scene}}/{{name}}_leftImg8bit.png", IMAGES)
@@ -151,8 +151,8 @@ def test_cityscapes(tmp_path):
     assert (valid.validation, sorted(set(valid.scene))) == ("predefined", ["aachen0", "aachen1"])
 
 
-def test_images_without_depth(tmp_path):
-    """The first layout of the page; NYUv2's classes without a dataset.yaml."""
+def test_default_layout_without_depth_is_read_and_scored(tmp_path):
+    """The first layout in the README. Without a dataset.yaml, the classes are those of NYUv2."""
     tree = README.split("## A folder\n")[1].split("```\n")[1]
     assert tree.splitlines()[0].startswith("DATA/train/image/kitchen/0001.jpg")
     save(tmp_path, "train/image/kitchen/{name}.jpg", IMAGES)

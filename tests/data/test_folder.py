@@ -11,7 +11,7 @@ from lib.data import DataError, iterate_samples, load_samples
 from lib.data.samples import resize_samples
 
 
-def test_folder_gives_back_what_was_written(folder, scenes):
+def test_folder_reader_returns_the_written_samples(folder, scenes):
     assert_equal_samples(load_samples(folder, "train", "none"), scenes)
     test = load_samples(folder, "test")
     assert test.label is None
@@ -26,7 +26,7 @@ def test_folder_reads_jpg_images(folder, scenes):
     assert np.abs(samples.image.astype(int) - scenes.image).mean() < 12
 
 
-def test_size_resizes_once_like_resize_samples(folder, scenes):
+def test_loading_at_a_size_equals_resize_samples(folder, scenes):
     assert_equal_samples(load_samples(folder, "train", "none", (48, 64)), resize_samples(scenes, (48, 64)))
 
 
@@ -37,7 +37,7 @@ def test_validation_none_trains_on_everything(folder):
     assert valid.image.shape == (0, 48, 64, 3)
 
 
-def test_blocks_need_numbers(tmp_path, scenes):
+def test_blocks_need_numeric_file_names(tmp_path, scenes):
     names = np.array([f"room_{i}" for i in range(12)])
     write_folder(tmp_path, change(scenes, names=names))
     with pytest.raises(
@@ -120,7 +120,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_file_is_named(folder, case):
+def test_error_names_a_bad_file(folder, case):
     kind, damage, message = BAD_FILES[case]
     path = folder / "train" / kind / "000001.png"
     damage(path)
@@ -130,7 +130,7 @@ def test_bad_file_is_named(folder, case):
     assert str(error.value) == f"{named}: {message.format(path=path, root=folder)}"
 
 
-def test_a_file_that_disappears_while_reading(folder):
+def test_error_names_a_file_deleted_while_reading(folder):
     path, pieces = folder / "train" / "depth" / "000004.png", iterate_samples(folder, "train", "none")
     path.unlink()
     with pytest.raises(DataError) as error:
@@ -152,7 +152,7 @@ def test_truncated_image_is_an_error(folder, suffix):
         load_samples(folder, "train", "none")
 
 
-def test_missing_folders(tmp_path, folder):
+def test_missing_or_empty_folders_are_rejected(tmp_path, folder):
     with pytest.raises(DataError, match=r"nowhere: no such folder; expected DATA/train/\{image,depth,label"):
         load_samples(tmp_path / "nowhere", "train")
     for path in (folder / "train" / "image").iterdir():
@@ -161,13 +161,13 @@ def test_missing_folders(tmp_path, folder):
         load_samples(folder, "train")
 
 
-def test_two_files_of_one_name(folder, scenes):
+def test_two_files_with_the_same_name_are_rejected(folder, scenes):
     Image.fromarray(scenes.image[0]).save(folder / "train" / "image" / "000000.jpg")
     with pytest.raises(DataError, match="a second file named '000000' beside 000000.jpg; keep one"):
         load_samples(folder, "train", "none")
 
 
-def test_native_sizes_must_agree_in_one_array(folder, scenes):
+def test_loading_at_native_size_needs_equal_image_sizes(folder, scenes):
     write_folder(folder, change(resize_samples(scenes[:1], (120, 160)), names=np.array(["000099"])))
     with pytest.raises(DataError) as error:
         load_samples(folder, "train", "none")
@@ -178,8 +178,8 @@ def test_native_sizes_must_agree_in_one_array(folder, scenes):
     assert len(load_samples(folder, "train", "none", (48, 64))) == 13
 
 
-def test_runs_of_ids_are_scenes(folder, scenes):
-    """Of the whole folder, before it is split: the split that validates keeps the scenes it has."""
+def test_runs_of_consecutive_ids_become_scenes(folder, scenes):
+    """Scenes come from the whole folder before it is split, so they are the same in the validation split."""
     whole = load_samples(folder, "train", "none")
     assert [(whole.scene == name).sum() for name in np.unique(whole.scene)] == [
         2
@@ -190,7 +190,7 @@ def test_runs_of_ids_are_scenes(folder, scenes):
 
 
 @pytest.mark.parametrize("count", [2, 3, 40, 255])
-def test_a_folder_names_its_classes(folder, scenes, count):
+def test_classes_are_read_from_dataset_yaml(folder, scenes, count):
     names = [f"class {index}" for index in range(count)]
     (folder / "dataset.yaml").write_text(f"classes: {names}\n")
     write_folder(
@@ -203,7 +203,7 @@ def test_a_folder_names_its_classes(folder, scenes, count):
     assert next(iter(iterate_samples(folder, "train"))).classes == tuple(names)
 
 
-def test_without_a_description_the_classes_are_those_of_nyuv2(folder):
+def test_default_classes_are_those_of_nyuv2(folder):
     assert load_samples(folder, "train").classes == NYUV2_13
     for nothing in ("{}", "", "# classes: [a, b]\n"):
         (folder / "dataset.yaml").write_text(nothing)
@@ -211,13 +211,13 @@ def test_without_a_description_the_classes_are_those_of_nyuv2(folder):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_class_names_in_any_language(folder, encoding):
+def test_class_names_are_read_in_utf_8_and_utf_16(folder, encoding):
     names = ["Küche", "壁", *NYUV2_13[2:]]
     (folder / "dataset.yaml").write_bytes(f"classes: {names}".encode(encoding))
     assert load_samples(folder, "train").classes == tuple(names)
 
 
-def test_labels_outside_of_the_named_classes(folder):
+def test_labels_outside_the_declared_classes_are_rejected(folder):
     (folder / "dataset.yaml").write_text("classes: [a, b, c]")
     with pytest.raises(
         DataError, match=r"label/000000.png: label values \[3, .*\], expected 0..2 and 255 = unlabelled; list"
@@ -247,7 +247,7 @@ LIST = "expected a list of 2 to 255 names in the order of their indices, such as
         ),
     ],
 )
-def test_bad_descriptions(folder, text, message):
+def test_invalid_dataset_yaml_is_rejected(folder, text, message):
     (folder / "dataset.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as error:
         load_samples(folder, "train")
@@ -255,8 +255,8 @@ def test_bad_descriptions(folder, text, message):
     assert message in str(error.value)
 
 
-def test_kinds_in_one_folder_are_told_apart_by_their_names(tmp_path, scenes):
-    """RGB images are no labels in a wrong format: in the test split labels are held back."""
+def test_file_names_distinguish_kinds_in_one_folder(tmp_path, scenes):
+    """In the test split, which has no labels, RGB images are not mistaken for labels in a wrong format."""
     kinds = {"image": "{name}_rgb.jpg", "depth": "{name}_depth.png", "label": "{name}_label.png"}
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"folders": kinds}))
     for split, written in (("train", ("image", "depth", "label")), ("test", ("image", "depth"))):

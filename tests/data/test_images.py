@@ -11,7 +11,7 @@ ORIENTATION = 0x0112
 
 @pytest.fixture
 def picture():
-    """`(40, 60, 3)` whose four quarters differ."""
+    """An image `(40, 60, 3)` whose four quarters differ."""
     quarters = np.array([[[200, 20, 20], [20, 200, 20]], [[20, 20, 200], [200, 200, 20]]], np.uint8)
     return quarters.repeat(20, 0).repeat(30, 1)
 
@@ -20,7 +20,7 @@ def read(images, depths=None, depth_unit_mm=None):
     return list(open_images(str(images), depths and str(depths), depth_unit_mm, bool(depths), CLASSES))
 
 
-def test_one_file_and_a_folder_of_files_of_any_sizes(tmp_path, picture):
+def test_images_of_any_size_are_read_from_a_file_or_a_folder(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "b.PNG")
     Image.fromarray(picture[:10]).save(tmp_path / "a.bmp")
     (tmp_path / "notes.txt").write_text("no picture")
@@ -34,7 +34,7 @@ def test_one_file_and_a_folder_of_files_of_any_sizes(tmp_path, picture):
     np.testing.assert_array_equal(alone.image, large.image)
 
 
-def test_a_phone_s_picture_is_turned_upright(tmp_path, picture):
+def test_exif_orientation_is_applied(tmp_path, picture):
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # the camera was held upright: the first row is the right side
     Image.fromarray(picture).save(tmp_path / "phone.jpg", exif=exif, quality=95, subsampling=0)
@@ -43,7 +43,7 @@ def test_a_phone_s_picture_is_turned_upright(tmp_path, picture):
     assert np.abs(piece.image[0].astype(int) - np.rot90(picture, -1)).max() < 16  # JPEG
 
 
-def test_what_a_file_shows_becomes_rgb(tmp_path, picture):
+def test_greyscale_palette_and_cmyk_become_rgb(tmp_path, picture):
     grey = Image.fromarray(picture).convert("L")
     palette = Image.fromarray(picture).quantize(4)
     grey.save(tmp_path / "grey.png")
@@ -74,21 +74,21 @@ def spoil(path, picture):
         ),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(tmp_path, picture, name, write, message):
+def test_error_names_an_unreadable_image(tmp_path, picture, name, write, message):
     write(tmp_path / name, picture)
     with pytest.raises(DataError, match=f"{name}.*{message}"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(("stated", "suffix"), [(None, ".png"), (1, ".png"), (0.2, ".tif"), (1000, ".npy")])
-def test_depth_in_its_unit(tmp_path, picture, stated, suffix):
+def test_depth_is_converted_to_millimetres(tmp_path, picture, stated, suffix):
     unit = stated or 1
     depth_mm = np.linspace(800, 4000, 2400).reshape(40, 60).round(-3 if unit == 1000 else 0)
     depth_mm[0, 0] = 0
     stored = depth_mm / unit
     Image.fromarray(picture).save(tmp_path / "room.png")
     if suffix == ".npy":
-        stored[0, 0] = np.nan  # a way to say missing
+        stored[0, 0] = np.nan  # also marks missing depth
         np.save(tmp_path / "depth.npy", stored.astype(np.float32))
     else:
         Image.fromarray(stored.astype(np.uint16)).save(tmp_path / f"depth{suffix}")
@@ -98,7 +98,7 @@ def test_depth_in_its_unit(tmp_path, picture, stated, suffix):
     assert piece.depth[0, 0, 0] == 0
 
 
-def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
+def test_error_names_implausible_or_mismatched_depth(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     depth, folder = tmp_path / "depth" / "room.png", tmp_path / "depth"
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
         f"depths: {folder} has the median 9060 in 1 files, expected 1250 to 5000 mm: give "
         "depth_unit_mm 0.25 for 4000 units a metre or 0.2 for 5000 units a metre or 0.1 for tenths of mm or 1 if these are mm"
     )
-    assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # what is stated is believed
+    assert read(tmp_path, folder, 1)[0].depth.max() == 9060  # a stated unit is not checked
     Image.fromarray(np.full((20, 30), 2000, np.uint16)).save(depth)
     with pytest.raises(
         DataError,
@@ -123,7 +123,7 @@ def test_depth_that_can_t_be_meant_is_refused_by_name(tmp_path, picture):
         read(tmp_path, folder)
 
 
-def test_a_network_gets_what_it_takes_and_no_more(tmp_path, picture):
+def test_depths_must_match_the_inputs_of_the_network(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     with pytest.raises(ValueError, match="depths: found None, but this network also takes depth"):
         open_images(str(tmp_path), None, 1.0, True, CLASSES)
@@ -131,7 +131,7 @@ def test_a_network_gets_what_it_takes_and_no_more(tmp_path, picture):
         open_images(str(tmp_path), str(tmp_path), 1.0, False, CLASSES)
 
 
-def test_what_is_not_there_or_there_twice(tmp_path, picture):
+def test_missing_or_duplicate_images_are_rejected(tmp_path, picture):
     with pytest.raises(ValueError, match="images: found none in '.*nowhere', expected a file, or a folder"):
         read(tmp_path / "nowhere")
     Image.fromarray(picture).save(tmp_path / "room.jpg")
@@ -140,7 +140,7 @@ def test_what_is_not_there_or_there_twice(tmp_path, picture):
         read(tmp_path)
 
 
-def test_built_in_scenes_have_depth_and_any_network_s_classes():
+def test_built_in_scenes_have_depth_and_the_given_classes():
     piece = next(iter(open_images("synthetic", None, 1.0, True, CLASSES)))
     assert len(piece) == 1
     assert piece.depth is not None
@@ -148,7 +148,7 @@ def test_built_in_scenes_have_depth_and_any_network_s_classes():
 
 
 @pytest.mark.parametrize("name", ["._room.jpg", ".hidden.png", "@eaDir"])
-def test_files_of_a_system_are_no_pictures(tmp_path, picture, name):
+def test_hidden_and_system_files_are_ignored(tmp_path, picture, name):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     if name == "@eaDir":
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The layouts of lib/data/README.md: the built-in synthetic scenes, written as people have their data on disk."""
+"""The layouts in lib/data/README.md: the built-in synthetic scenes in common folder structures."""
 
 import json
 import re
@@ -23,7 +23,7 @@ EXAMPLES = re.findall(r"```yaml\n(# .*?)```", README, re.DOTALL)
 
 
 def write_example(root, number):
-    """Its dataset.yaml, of at most ten lines."""
+    """Write the dataset.yaml of an example, which has at most ten lines."""
     text = EXAMPLES[number]
     assert len(text.splitlines()) <= 10
     (root / "dataset.yaml").write_text(text)
@@ -36,8 +36,8 @@ def save(root, pattern, names, arrays):
         Image.fromarray(array).save(path)
 
 
-def test_sibling_folders_with_lists(tmp_path, scenes):
-    """Names with folders, files with endings of their own, lines with folders and extensions, scenes by folder."""
+def test_sibling_folders_with_file_lists_are_read(tmp_path, scenes):
+    """Names contain scene folders. Files have suffixes, and list entries have folders and extensions."""
     write_example(tmp_path, 0)
     names = [f"{scene}/frame.{number}" for number, scene in enumerate(scenes.scene)]
     save(tmp_path, "color/{name}_rgb.png", names, scenes.image)
@@ -59,7 +59,7 @@ def test_sibling_folders_with_lists(tmp_path, scenes):
     assert load_samples(tmp_path, "valid").loaded_with["chosen_validation"] == "scenes"
 
 
-def test_0_is_unlabelled_and_classes_begin_with_1(tmp_path, scenes):
+def test_first_label_1_reads_0_as_unlabelled(tmp_path, scenes):
     write_example(tmp_path, 1)
     scenes = replace(
         scenes,
@@ -70,7 +70,7 @@ def test_0_is_unlabelled_and_classes_begin_with_1(tmp_path, scenes):
     assert_equal_samples(load_samples(tmp_path, "train", "none"), scenes)
 
 
-def test_5000_units_a_metre_and_65535_where_nothing_was_measured(tmp_path, scenes):
+def test_depth_of_5000_units_a_metre_with_65535_as_missing(tmp_path, scenes):
     write_example(tmp_path, 2)
     stored = np.where(scenes.depth == 0, 65535, np.minimum(5 * scenes.depth.astype(int), 65000)).astype(
         np.uint16
@@ -81,7 +81,7 @@ def test_5000_units_a_metre_and_65535_where_nothing_was_measured(tmp_path, scene
     assert samples.depth_range_m == (0.4, 8.0)
 
 
-def test_a_valid_split_of_its_own(tmp_path, scenes):
+def test_predefined_valid_split_is_used(tmp_path, scenes):
     write_example(tmp_path, 3)
     for split, samples in (("training", scenes[:7]), ("validation", scenes[7:])):
         write_folder(tmp_path, samples, split)
@@ -94,7 +94,7 @@ def test_a_valid_split_of_its_own(tmp_path, scenes):
         == "predefined"
     )
     assert list(load_samples(tmp_path, "valid", "predefined", limit=2).names) == list(scenes.names[7:9])
-    assert set(load_samples(tmp_path, "valid", "random").names) < set(scenes.names[:7])  # as it is asked for
+    assert set(load_samples(tmp_path, "valid", "random").names) < set(scenes.names[:7])  # if requested
     with pytest.raises(DataError) as error:
         load_samples(tmp_path, "test")
     assert str(error.value) == (
@@ -102,7 +102,7 @@ def test_a_valid_split_of_its_own(tmp_path, scenes):
     )
 
 
-def test_predefined_without_a_valid_split(folder):
+def test_validation_predefined_needs_a_valid_split(folder):
     for source in (folder, "synthetic"):
         with pytest.raises(ValueError) as error:
             load_samples(source, "valid", "predefined")
@@ -112,7 +112,7 @@ def test_predefined_without_a_valid_split(folder):
         )
 
 
-def test_a_table_of_scenes(folder, scenes):
+def test_scenes_are_read_from_a_table(folder, scenes):
     (folder / "dataset.yaml").write_text("scene: rooms.csv")
     lines = [f"{name},{scene}" for name, scene in zip(scenes.names, scenes.scene, strict=True)]
     (folder / "rooms.csv").write_text("\n".join(["name,scene", *lines]))
@@ -145,14 +145,14 @@ def test_a_table_of_scenes(folder, scenes):
          "and DATA/test/{{image,depth}}, or what DATA/dataset.yaml says. Check the parameter data"),
     ],
 )  # fmt: skip
-def test_descriptions_that_do_not_fit_the_folder(folder, text, message):
+def test_dataset_yaml_that_does_not_match_the_folder_is_rejected(folder, text, message):
     (folder / "dataset.yaml").write_text(text)
     with pytest.raises(DataError) as error:
         load_samples(folder, "train")
     assert str(error.value) == message.format(root=folder, yaml=folder / "dataset.yaml")
 
 
-def test_lists_that_can_not_be_meant(folder, scenes):
+def test_invalid_file_lists_are_rejected(folder, scenes):
     (folder / "dataset.yaml").write_text(
         "splits: {train: a.txt, test: b.txt}\nfolders: {image: train/image, label: train/label}"
     )
@@ -177,7 +177,7 @@ def test_lists_that_can_not_be_meant(folder, scenes):
     )
 
 
-def test_files_of_another_kind_are_named(folder):
+def test_error_names_unsupported_file_types(folder):
     for path in (folder / "train" / "depth").iterdir():
         path.rename(path.with_suffix(".exr"))
     with pytest.raises(DataError) as error:
@@ -187,7 +187,7 @@ def test_files_of_another_kind_are_named(folder):
     )
 
 
-def test_without_a_depth_folder_there_is_none(folder, scenes):
+def test_depth_is_none_without_a_depth_folder(folder, scenes):
     (folder / "train" / "depth").rename(folder / "depths")
     assert load_samples(folder, "train", "none", (48, 64)).depth is None
     assert next(iter(iterate_samples(folder, "valid"))).depth is None
@@ -222,7 +222,7 @@ def link_files(folder, link=Path.symlink_to):
             (folder / "v.txt").write_text("000000\n"))),
     ],
 )  # fmt: skip
-def test_a_valid_split_of_the_same_files_is_refused(folder, text, prepare):
+def test_valid_split_that_shares_files_with_train_is_rejected(folder, text, prepare):
     if prepare:
         prepare(folder)
     (folder / "dataset.yaml").write_text(text)
@@ -231,7 +231,7 @@ def test_a_valid_split_of_the_same_files_is_refused(folder, text, prepare):
         load_samples(folder, "valid")
 
 
-def test_a_test_split_of_the_same_files_is_refused(folder):
+def test_test_split_that_shares_files_with_train_is_rejected(folder):
     (folder / "dataset.yaml").write_text("splits: {train: train, test: train}")
     with pytest.raises(
         DataError, match="train: shares 12 images with .*train, the first is '000000'; training images"
@@ -239,9 +239,9 @@ def test_a_test_split_of_the_same_files_is_refused(folder):
         load_samples(folder, "test")
 
 
-def test_copies_and_equal_names_are_other_files(folder):
-    """Explore finds copies; equal names in two folders say nothing."""
-    assert len(load_samples(folder, "test")) == 3  # pixel for pixel in train, too
+def test_splits_may_share_copied_images_and_file_names(folder):
+    """explore.ipynb finds copies. Equal names in two folders do not imply equal images."""
+    assert len(load_samples(folder, "test")) == 3  # exact copies of training images
     shutil.copytree(folder / "train", folder / "valid")
     (folder / "dataset.yaml").write_text("splits: {train: train, valid: valid}")
     assert len(load_samples(folder, "valid")) == 12
@@ -253,7 +253,7 @@ def test_copies_and_equal_names_are_other_files(folder):
 @pytest.mark.parametrize(
     "hidden", [".ipynb_checkpoints", "@eaDir", ".thumbnails", "$RECYCLE.BIN", "__MACOSX"]
 )
-def test_hidden_folders_are_no_data(folder, hidden):
+def test_hidden_files_and_folders_are_ignored(folder, hidden):
     for kind in ("image", "depth", "label"):
         place = folder / "train" / kind
         (place / hidden).mkdir()
@@ -263,7 +263,7 @@ def test_hidden_folders_are_no_data(folder, hidden):
     assert len(load_samples(folder, "train", "none")) == 12
 
 
-def test_each_real_folder_is_entered_once(folder):
+def test_linked_folders_are_read_exactly_once(folder):
     for kind in ("image", "depth", "label"):
         (folder / "train" / kind / "again").symlink_to(folder / "train" / kind)
     assert len(load_samples(folder, "train", "none")) == 12
@@ -273,7 +273,7 @@ def test_each_real_folder_is_entered_once(folder):
         moved.parent.mkdir(exist_ok=True)
         (folder / "train" / kind).rename(moved)
         (folder / "train" / kind).mkdir()
-        (folder / "train" / kind / "linked").symlink_to(moved)  # the only way there
+        (folder / "train" / kind / "linked").symlink_to(moved)  # the only path to the files
     assert len(load_samples(folder, "train", "none")) == 12
 
 
@@ -281,8 +281,8 @@ def test_each_real_folder_is_entered_once(folder):
 
 
 @pytest.mark.parametrize("kind", ["image", "depth", "label"])
-def test_names_composed_in_one_folder_and_decomposed_in_another(folder, kind):
-    """As a Mac writes them."""
+def test_composed_and_decomposed_unicode_names_match(folder, kind):
+    """macOS decomposes file names."""
     for other in ("image", "depth", "label"):
         form = "NFD" if other == kind else "NFC"
         for path in list((folder / "train" / other).iterdir()):
@@ -300,8 +300,8 @@ def test_names_composed_in_one_folder_and_decomposed_in_another(folder, kind):
     assert list(load_samples(folder, "train", "none").scene) == ["s0", "s1", "s0", "s1"]
 
 
-def test_the_folder_of_the_scene_comes_first(tmp_path, scenes):
-    """As in ScanNet, with numbers that begin anew in each scene."""
+def test_layout_with_kind_folders_inside_scene_folders(tmp_path, scenes):
+    """As in ScanNet, where frame numbers restart in each scene."""
     for at in range(12):
         for kind, stack in (("color", scenes.image), ("depth", scenes.depth), ("label-filt", scenes.label)):
             path = tmp_path / "scans" / f"scene{at // 3:04d}_00" / kind / f"{20 * (at % 3)}.png"
@@ -325,7 +325,7 @@ def test_the_folder_of_the_scene_comes_first(tmp_path, scenes):
     assert list(load_samples(tmp_path, "train", "none").names) == ["scene0002_00/20", "scene0003_00/0"]
 
 
-def test_the_folder_of_the_modality_comes_first(tmp_path, scenes):
+def test_layout_with_split_folders_inside_kind_folders(tmp_path, scenes):
     """As in ADE20K."""
     for split, chosen in (("training", slice(0, 8)), ("validation", slice(8, 12))):
         for kind, stack in (("images", scenes.image), ("annotations", scenes.label)):
@@ -340,7 +340,7 @@ def test_the_folder_of_the_modality_comes_first(tmp_path, scenes):
     np.testing.assert_array_equal(valid.label, scenes.label[8:])
 
 
-def test_coco_annotations_alone_are_named_with_the_lines_that_make_masks(folder, scenes):
+def test_error_for_coco_annotations_gives_code_to_make_masks(folder, scenes):
     shutil.rmtree(folder / "train" / "label")
     annotations = folder / "annotations.json"
     polygon = [8.0, 8.0, 40.0, 8.0, 40.0, 40.0, 8.0, 40.0]

@@ -22,7 +22,7 @@ RAW_IDS = [157, 85, 4, 5, 11, 3, 2, 64, 83, 19, 172, 21, 59]  # bed .. window
 
 @pytest.fixture(scope="module")
 def frames():
-    """Scenes under the ids of the first frames of the data set, every fifth row of depth not measured."""
+    """Synthetic scenes with the first ids of NYUv2. Every fifth row of depth is not measured."""
     scenes = load_samples("synthetic", "train", "none", limit=COUNT)
     measured = np.ones(scenes.depth.shape, bool)
     measured[:, ::5] = False
@@ -31,7 +31,7 @@ def frames():
 
 
 def write_mat(path, frames):
-    """Write samples as MATLAB wrote the data set."""
+    """Write samples in the MATLAB format of NYUv2."""
     raw = np.append(RAW_IDS, np.zeros(243, int))[frames.label].astype(np.uint16)  # 255 -> 0
     depth_m = frames.depth.astype(np.float32) / 1000
     with h5py.File(path, "w") as file:
@@ -59,7 +59,7 @@ def official(frames, split):
 
 
 @pytest.mark.parametrize("size", [None, (48, 64)])
-def test_equal_to_the_folder_reader(tmp_path, mat, frames, size):
+def test_mat_reader_equals_the_folder_reader(tmp_path, mat, frames, size):
     write_folder(tmp_path, official(frames, "train"))
     write_folder(tmp_path, official(frames, "test"), "test")
     for split, validation in (("train", "random"), ("valid", "random"), ("train", "none"), ("test", "none")):
@@ -69,11 +69,11 @@ def test_equal_to_the_folder_reader(tmp_path, mat, frames, size):
         assert from_folder.measured is None
 
 
-def test_measured_is_where_raw_depth_is(mat, frames):
+def test_measured_marks_pixels_with_raw_depth(mat, frames):
     np.testing.assert_array_equal(load_samples(mat, "test").measured, official(frames, "test").measured)
 
 
-def test_scenes_have_the_names_of_the_file_and_are_split_whole(mat):
+def test_scene_names_come_from_the_file_and_scenes_stay_whole(mat):
     splits = {split: load_samples(mat, split, "scenes") for split in ("train", "valid")}
     for samples in splits.values():
         assert list(samples.scene) == [f"kitchen_{int(name) // 4:04d}" for name in samples.names]
@@ -83,7 +83,7 @@ def test_scenes_have_the_names_of_the_file_and_are_split_whole(mat):
     assert list(load_samples(mat, "valid").names) == list(splits["valid"].names)  # auto
 
 
-def test_folders_have_no_scenes_of_their_own(tmp_path, frames):
+def test_validation_scenes_is_rejected_for_folders_without_scenes(tmp_path, frames):
     write_folder(tmp_path, replace(frames[:5], names=np.array(list("abcde"))))
     with pytest.raises(
         ValueError, match="validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'"
@@ -91,7 +91,7 @@ def test_folders_have_no_scenes_of_their_own(tmp_path, frames):
         load_samples(tmp_path, "train", "scenes")
 
 
-def test_pieces_equal_the_whole(mat):
+def test_iterate_samples_equals_load_samples(mat):
     whole = load_samples(mat, "train", "none", (24, 32))
     pieces = list(iterate_samples(mat, "train", "none", (24, 32), batch_size=5))
     assert sum(map(len, pieces)) == len(whole)
@@ -99,8 +99,8 @@ def test_pieces_equal_the_whole(mat):
     np.testing.assert_array_equal(np.concatenate([piece.label for piece in pieces]), whole.label)
 
 
-def test_40_classes(mat):
-    """A cache of its own, so that neither class set reads the labels of the other."""
+def test_labels_of_40_classes_agree_with_those_of_13(mat):
+    """Each class set has its own cache, so neither reads the labels of the other."""
     thirteen, forty = (load_samples(mat, "train", "none", classes=name) for name in ("nyuv2_13", "nyuv2_40"))
     assert (thirteen.classes, forty.classes) == (NYUV2_13, NYUV2_40)
     np.testing.assert_array_equal(thirteen.label, load_samples(mat, "train", "none").label)
@@ -115,18 +115,18 @@ def test_40_classes(mat):
         load_samples(mat, "train", classes="nyuv2_14")
 
 
-def test_cache_is_used_and_mapped(mat, frames, monkeypatch):
+def test_second_load_is_mapped_from_the_cache(mat, frames, monkeypatch):
     first = load_samples(mat, "train", "none", (48, 64))
     monkeypatch.setattr(nyuv2, "_read_block", None)  # nothing is read again
     again = load_samples(mat, "train", "none", (48, 64))
     assert_equal_samples(first, again)
     assert isinstance(again.image, np.memmap)
     assert not isinstance(load_samples(mat, "train", "random", (48, 64)).image, np.memmap)
-    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "cache"}  # nothing within the data
+    assert {path.name for path in mat.parent.iterdir()} == {mat.name, "cache"}  # no other file
 
 
 @pytest.mark.parametrize("change", ["file", "array cut short", "array missing"])
-def test_cache_that_does_not_match_is_made_again(mat, frames, change):
+def test_outdated_or_damaged_cache_is_rebuilt(mat, frames, change):
     before = load_samples(mat, "test", size=(48, 64)).image.copy()
     (cache,) = cache_root().glob("*/")
     if change == "file":
@@ -159,7 +159,7 @@ def test_cache_that_does_not_match_is_made_again(mat, frames, change):
         ),
     ],
 )
-def test_wrong_content_is_named(mat, damage, message):
+def test_error_names_invalid_content_of_the_mat_file(mat, damage, message):
     with h5py.File(mat, "a") as file:
         damage(file)
     with pytest.raises(DataError, match=message) as error:
@@ -168,7 +168,7 @@ def test_wrong_content_is_named(mat, damage, message):
     assert not list(cache_root().glob("*/"))
 
 
-def test_wrong_layout_is_named(mat):
+def test_mat_file_with_transposed_labels_is_rejected(mat):
     with h5py.File(mat, "a") as file:
         labels = file.pop("labels")[:]
         file["labels"] = labels.transpose(0, 2, 1)
@@ -178,7 +178,7 @@ def test_wrong_layout_is_named(mat):
         load_samples(mat, "train")
 
 
-def test_truncated_and_missing_files(mat):
+def test_truncated_and_missing_mat_files_are_rejected(mat):
     mat.write_bytes(mat.read_bytes()[:100_000])
     with pytest.raises(
         DataError, match=r"can't be opened as HDF5 .* Repeat the download if it was incomplete"
@@ -188,7 +188,7 @@ def test_truncated_and_missing_files(mat):
         load_samples(mat.parent / "gone.mat", "train")
 
 
-def test_a_file_of_matlab_5_is_named(tmp_path):
+def test_matlab_5_file_is_rejected(tmp_path):
     path = tmp_path / "splits.mat"
     scipy.io.savemat(path, {"trainNdxs": [1, 2]})
     with pytest.raises(DataError) as error:
@@ -200,7 +200,7 @@ def test_a_file_of_matlab_5_is_named(tmp_path):
     )
 
 
-def test_scenes_that_are_too_few_are_named(mat):
+def test_mat_file_with_too_few_scenes_is_rejected(mat):
     with h5py.File(mat, "a") as file:
         scenes = file.pop("scenes")[:]
         file["scenes"] = scenes[:, :-1]
@@ -211,7 +211,7 @@ def test_scenes_that_are_too_few_are_named(mat):
     )
 
 
-def test_class_table():
+def test_raw_ids_are_mapped_to_the_13_classes():
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_classes.csv").set_index("raw")
     assert len(table) == 895
     mapped = nyuv2._class_table("nyuv2_13")
@@ -226,7 +226,7 @@ def test_class_table():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the NYUv2 that lies beside the project")
-def test_tables_are_those_published():
+def test_tables_match_the_published_mappings_and_splits():
     scipy_io = pytest.importorskip("scipy.io")
     to_40 = np.append(0, scipy_io.loadmat(SHARED / "classMapping40.mat")["mapClass"].ravel())
     to_13 = np.append(0, scipy_io.loadmat(SHARED / "class13Mapping.mat")["classMapping13"][0][0][0][0])
@@ -244,7 +244,7 @@ def test_tables_are_those_published():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the NYUv2 that lies beside the project")
-def test_class_shares_of_the_real_training_labels():
+def test_class_shares_of_real_labels_match_published_values():
     counts = np.zeros(256, int)
     for path in (SHARED / "train" / "label").iterdir():
         counts += np.bincount(np.asarray(Image.open(path)).ravel(), minlength=256)
@@ -254,8 +254,8 @@ def test_class_shares_of_the_real_training_labels():
     assert 100 * counts[255] / counts.sum() == pytest.approx(17.6, abs=0.05)
 
 
-def test_a_file_that_is_locked_is_read(mat):
-    """By another program, or on a disk without locks: reading needs none."""
+def test_locked_mat_file_is_read(mat):
+    """Reading needs no lock, so it works if another program holds one, or on a disk without locks."""
     code = f"import fcntl; f = open({str(mat)!r}, 'r+b'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -11,7 +11,7 @@ from lib.data.samples import Split, resize_image, resize_nearest, resize_samples
 
 
 def join(pieces):
-    """The pieces of a split as one."""
+    """Join the batches of a split."""
     pieces = list(pieces)
     stacks = {
         name: np.concatenate([getattr(piece, name) for piece in pieces])
@@ -30,11 +30,11 @@ def test_nearest_resizing_stays_aligned_with_rgb():
     assert np.abs(cv2.resize(ramp, (20, 20), interpolation=cv2.INTER_NEAREST) - by_area).max() >= 2
     assert set(np.unique(resize_nearest(np.array([[0, 9]], np.uint8).repeat(7, 0), (5, 3)))) == {0, 9}
     assert resize_nearest(np.eye(8, dtype=bool), (4, 4)).dtype == bool
-    # The centre of the middle one of seven new pixels lies on the boundary of two old ones: it belongs to the second.
+    # The centre of the middle new pixel lies on the boundary between the two old ones, and takes the second.
     assert resize_nearest(np.array([[3, 4]]), (1, 7)).tolist() == [[3, 3, 3, 4, 4, 4, 4]]
 
 
-def test_resizing_keeps_what_is_no_picture(scenes):
+def test_resizing_keeps_scenes_classes_and_load_parameters(scenes):
     named = replace(
         scenes, classes=("a", *NYUV2_13[1:]), measured=scenes.depth > 0, loaded_with={"data": "here"}
     )
@@ -49,7 +49,7 @@ def test_resizing_keeps_what_is_no_picture(scenes):
     assert nothing.depth is None
 
 
-def test_slices_and_positions(scenes):
+def test_samples_are_selected_by_slice_or_positions(scenes):
     for chosen, positions in ((scenes[3:7], [3, 4, 5, 6]), (scenes[np.array([5, 0])], [5, 0])):
         assert list(chosen.names) == list(scenes.names[positions])
         assert list(chosen.scene) == list(scenes.scene[positions])
@@ -59,7 +59,7 @@ def test_slices_and_positions(scenes):
         assert chosen.loaded_with == scenes.loaded_with
 
 
-def test_what_is_not_there_is_ignored_or_missing(scenes):
+def test_absent_labels_are_ignored_and_absent_depth_is_missing(scenes):
     bare = Samples(scenes.names, scenes.image, classes=scenes.classes)
     assert (bare.labels_or_ignored == 255).all()
     assert not bare.depth_or_missing.any()
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_ignored_or_missing(scenes):
     assert scenes.depth_or_missing is scenes.depth
 
 
-def test_measured_depth_by_hand():
+def test_measured_depth_combines_depth_and_measured_mask():
     depth, measured = np.array([[[0, 900, 900, 0]]], np.uint16), np.array([[[True, True, False, False]]])
     samples = Samples(np.array(["a"]), np.zeros((1, 1, 4, 3), np.uint8), depth, classes=("x", "y"))
     assert samples.measured_depth.tolist() == [[[False, True, True, False]]]
@@ -84,7 +84,7 @@ def test_measured_depth_by_hand():
 
 @pytest.mark.parametrize("size", [None, (24, 32)])
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_pieces_equal_the_whole(folder, split, size):
+def test_iterate_samples_equals_load_samples(folder, split, size):
     for source in ("synthetic", folder):
         whole = load_samples(source, split, "random", size, 11)
         pieces = iterate_samples(source, split, "random", size, 11, batch_size=4)
@@ -93,10 +93,10 @@ def test_pieces_equal_the_whole(folder, split, size):
         joined = join(pieces)
         assert_equal_samples(joined, whole)
         assert list(joined.scene) == list(whole.scene)
-        assert_equal_samples(join(pieces), whole)  # and once more
+        assert_equal_samples(join(pieces), whole)  # batches can be iterated again
 
 
-def test_images_of_different_sizes_come_in_pieces_of_one_size(folder, scenes):
+def test_each_batch_contains_images_of_one_size(folder, scenes):
     larger = replace(resize_samples(scenes[:3], (120, 160)), names=np.array(["000004a", "000004b", "000099"]))
     write_folder(folder, larger)
     pieces = list(iterate_samples(folder, "train", "none", batch_size=8))
@@ -110,7 +110,7 @@ def test_images_of_different_sizes_come_in_pieces_of_one_size(folder, scenes):
     np.testing.assert_array_equal(by_name["000006"], scenes.image[list(scenes.names).index("000006")])
 
 
-def test_a_selection_of_a_selection():
+def test_selections_of_a_split_can_be_nested():
     names = np.array(list("abcdef"))
 
     def read(positions, size):
@@ -127,13 +127,13 @@ def test_a_selection_of_a_selection():
         assert (samples.classes, samples.depth_range_m) == (("x", "y"), (1, 2))
 
 
-def test_samples_without_classes_are_refused(scenes):
-    """No class set is assumed where a data set does not name its own."""
+def test_samples_without_classes_are_rejected(scenes):
+    """No class set is assumed for a data set that does not declare one."""
     with pytest.raises(TypeError, match="classes"):
         Samples(scenes.names, scenes.image)
 
 
-def test_what_samples_were_loaded_with(folder):
+def test_samples_record_their_load_parameters(folder):
     assert load_samples("synthetic", "train", limit=10, size=(24, 32), fold=2).loaded_with == {
         "data": "synthetic", "validation": "auto", "limit": 10, "classes": None, "fold": 2, "chosen_validation": "blocks",
         "image_height": 24, "image_width": 32,
@@ -162,7 +162,7 @@ def test_what_samples_were_loaded_with(folder):
         ),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     good = {
         "source": "synthetic",
         "split": "train",
@@ -177,7 +177,7 @@ def test_bad_arguments(arguments, message):
     assert str(error.value) == message
 
 
-def test_splits_do_not_overlap_and_limit_comes_first(folder):
+def test_splits_are_disjoint_and_limit_applies_first(folder):
     for validation in ("random", "blocks", "auto"):
         train, valid = (
             set(load_samples(folder, split, validation, limit=10).names) for split in ("train", "valid")

@@ -21,7 +21,7 @@ def rewrite(folder, kind, change):
 
 
 def refusal(folder):
-    """What streaming at native size says, too."""
+    """Return the error message, which is the same when streaming at native size."""
     with pytest.raises(DataError) as error:
         load_samples(folder, "train", "none", (24, 32))
     with pytest.raises(DataError, match=re.escape(str(error.value))):
@@ -36,17 +36,17 @@ QUARTERS, FIFTHS = (0.25, "4000 units a metre"), (0.2, "5000 units a metre")
 @pytest.mark.parametrize(
     ("change", "median", "units"),
     [
-        (lambda depth: depth // 10, "310", [CENTIMETRES]),  # each frame of which could be a close-up
+        (lambda depth: depth // 10, "310", [CENTIMETRES]),  # each frame alone could be a close-up
         (lambda depth: (depth / 1000).astype(np.float32), "3.107", [METRES]),
         (lambda depth: (depth / 1000).astype(np.float16), "3.10742", [METRES]),
         (lambda depth: 4 * depth, "12428", [QUARTERS, FIFTHS, TENTHS]),  # RealSense L515, Matterport3D
         (lambda depth: 5 * depth, "15535", [QUARTERS, FIFTHS, TENTHS]),
         (lambda depth: np.minimum(10 * depth.astype(int), 60000).astype(np.uint16), "31070", [TENTHS]),
-        (lambda depth: depth // 3, "1035", []),  # near scenes, or something else
+        (lambda depth: depth // 3, "1035", []),  # close-range scenes or something else
         (lambda depth: depth / depth.max() / 100, "0.00", []),  # normalised
     ],
 )
-def test_depth_in_another_unit_is_refused_with_the_units_it_may_have(folder, scenes, change, median, units):
+def test_error_suggests_units_for_implausible_depth(folder, scenes, change, median, units):
     rewrite(folder, "depth", change)
     yaml = folder / "dataset.yaml"
     lines = [f"`depth_unit_mm: {unit}` for {name}" for unit, name in units] + [
@@ -60,7 +60,7 @@ def test_depth_in_another_unit_is_refused_with_the_units_it_may_have(folder, sce
     )
     for unit, _ in units:
         yaml.write_text(f"depth_unit_mm: {unit}")
-        assert len(load_samples(folder, "train", "none")) == 12  # what is stated is believed
+        assert len(load_samples(folder, "train", "none")) == 12  # a stated unit is not checked
     yaml.write_text("depth_unit_mm: 1")
     assert len(load_samples(folder, "train", "none")) == 12
     yaml.write_text("folders: {image: image, label: label}")
@@ -70,7 +70,7 @@ def test_depth_in_another_unit_is_refused_with_the_units_it_may_have(folder, sce
 @pytest.mark.parametrize(
     ("factor", "unit", "within"), [(5, 0.2, 0), (4, 0.25, 0), (0.1, 10, 9), (0.001, 1000, 0)]
 )
-def test_the_stated_unit_gives_millimetres(folder, scenes, factor, unit, within):
+def test_depth_unit_mm_converts_depth_to_millimetres(folder, scenes, factor, unit, within):
     dtype = np.uint16 if factor > 0.01 else np.float32
     rewrite(folder, "depth", lambda depth: (depth * factor).astype(dtype))
     (folder / "dataset.yaml").write_text(f"depth_unit_mm: {unit}")
@@ -78,7 +78,7 @@ def test_the_stated_unit_gives_millimetres(folder, scenes, factor, unit, within)
     assert np.abs(depth - scenes.depth)[scenes.depth < 6000].max() <= within
 
 
-def test_depth_that_is_missing_everywhere(folder):
+def test_depth_that_is_missing_everywhere_is_rejected(folder):
     rewrite(folder, "depth", np.zeros_like)
     assert refusal(folder) == (
         f"{folder}: the depth of split 'train' is missing everywhere in 12 files; export it again, or leave it out: write "
@@ -88,7 +88,7 @@ def test_depth_that_is_missing_everywhere(folder):
     assert load_samples(folder, "train", "none").depth is None
 
 
-def test_the_largest_number_may_mean_missing(folder, scenes):
+def test_error_asks_whether_65535_marks_missing_depth(folder, scenes):
     rewrite(folder, "depth", lambda depth: np.where(depth == 0, 65535, depth).astype(np.uint16))
     share = f"{100 * (scenes.depth[:, ::4, ::4] == 0).mean():.0f} %"
     assert refusal(folder) == (
@@ -100,8 +100,8 @@ def test_the_largest_number_may_mean_missing(folder, scenes):
     np.testing.assert_array_equal(load_samples(folder, "train", "none").depth, scenes.depth)
 
 
-def test_labels_shifted_by_one(folder, scenes):
-    """Where the last class is nowhere, no value gives it away."""
+def test_error_suggests_first_label_if_labels_are_shifted(folder, scenes):
+    """If the last class never occurs, no label value reveals the shift."""
     label = np.where(scenes.label == 12, 255, scenes.label)
     write_folder(folder, replace(scenes, label=label + np.uint8(1)))  # 255 becomes 0
     yaml = folder / "dataset.yaml"
@@ -116,8 +116,8 @@ def test_labels_shifted_by_one(folder, scenes):
 
 
 @pytest.mark.parametrize("first", ["wall", "Background"])
-def test_complete_labels_raise_no_error(folder, scenes, first):
-    """0 may be the wall behind most things, or what is named as the background."""
+def test_complete_labels_are_not_mistaken_for_shifted_ones(folder, scenes, first):
+    """Class 0 may be the wall behind most objects, or may be called background."""
     label = np.stack([fill_unlabelled(label) for label in scenes.label])
     label = np.where(label == 11, 0, label % 11 + 1) if first == "wall" else label % 2 * (scenes.label != 255)
     (folder / "dataset.yaml").write_text(
@@ -127,9 +127,9 @@ def test_complete_labels_raise_no_error(folder, scenes, first):
     np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
 
 
-def test_a_split_in_which_nothing_is_labelled(folder, scenes):
+def test_split_without_labelled_pixels_is_rejected(folder, scenes):
     nothing = np.full_like(scenes.label, 255)
-    nothing[1] = scenes.label[1]  # which trains in validation random
+    nothing[1] = scenes.label[1]  # a training image with validation random
     write_folder(folder, replace(scenes, label=nothing))
     assert len(load_samples(folder, "train", "random")) == 9
     with pytest.raises(DataError) as error:
@@ -159,7 +159,7 @@ def write_labels(folder, labels, palette=None):
 
 
 def halves(scenes, one, other):
-    """Masks of two values, on the left and on the right."""
+    """Masks with one value on the left and another on the right."""
     label = np.full_like(scenes.label, one)
     label[:, :, 60:] = other
     return label
@@ -169,13 +169,13 @@ def halves(scenes, one, other):
     ("values", "palette", "text"),
     [
         ((0, 255), None, "classes: [background, object]"),
-        ((0, 255), None, ""),  # NYUv2's names
+        ((0, 255), None, ""),  # class names of NYUv2
         ((0, 1), [0, 0, 0, 255, 255, 255], "classes: [background, object]"),  # black and white
         ((1, 255), None, "classes: {0: a, 1: b, 2: c}"),
         ((0, 255), None, "classes: [background, object]\nfirst_label: 0"),
     ],
 )
-def test_binary_masks_are_refused_with_the_lines_that_read_them(folder, scenes, values, palette, text):
+def test_error_for_binary_masks_gives_the_yaml_to_read_them(folder, scenes, values, palette, text):
     yaml = folder / "dataset.yaml"
     yaml.write_text(text)
     write_labels(folder, halves(scenes, *values), palette)
@@ -185,12 +185,12 @@ def test_binary_masks_are_refused_with_the_lines_that_read_them(folder, scenes, 
     yaml.write_text(f"classes: {{{value}: background, 255: object}}\nignore: []")
     samples = load_samples(folder, "train", "none")
     np.testing.assert_array_equal(samples.label, halves(scenes, 0, 1))
-    yaml.write_text("ignore: [255]")  # what is stated is believed
+    yaml.write_text("ignore: [255]")  # a stated value is not checked
     np.testing.assert_array_equal(load_samples(folder, "train", "none").label, halves(scenes, value, 255))
 
 
-def test_masks_with_more_classes_or_no_255_are_no_binary_masks(folder, scenes):
-    """VOC's borders of 255 beside a class that is absent; a second class in one file of many."""
+def test_masks_with_more_classes_or_without_255_are_not_binary(folder, scenes):
+    """As in VOC with its borders of 255, one class is absent and another occurs in only one file."""
     (folder / "dataset.yaml").write_text("classes: [background, cat, dog]")
     label = halves(scenes, 0, 255)
     label[7, :4] = 1
@@ -200,25 +200,25 @@ def test_masks_with_more_classes_or_no_255_are_no_binary_masks(folder, scenes):
     assert (load_samples(folder, "train", "none").label == 0).all()
 
 
-def test_every_file_is_looked_at_before_masks_count_as_binary(tmp_path, scenes):
-    """A second class in one file that is not among the sampled ones."""
+def test_binary_mask_check_reads_every_file(tmp_path, scenes):
+    """The only file with a second class is not in the sample of files."""
     many = scenes[np.arange(120) % 12]
     label = np.zeros_like(many.label)
     label[:, :, 60:] = 255
-    label[1, :4] = 1  # of 120, every third is sampled
+    label[1, :4] = 1  # of the 120 files, 50 are sampled, but not this one
     names = np.array([f"{number:06d}" for number in range(120)])
     write_folder(tmp_path, replace(many, names=names, label=label))
     (tmp_path / "dataset.yaml").write_text("classes: [background, cat]")
     assert len(load_samples(tmp_path, "train", "none", (24, 32))) == 120
 
 
-def test_labels_of_255_alone_are_held_back(folder, scenes):
+def test_labels_of_a_test_split_may_all_be_255(folder, scenes):
     write_folder(folder, replace(scenes[:3], label=np.full_like(scenes.label[:3], 255)), "test")
     test = load_samples(folder, "test")
     assert (test.label == 255).all()
 
 
-def test_all_values_that_are_no_class_are_named_at_once(folder, scenes):
+def test_error_lists_all_label_values_without_a_class(folder, scenes):
     label = halves(scenes, 0, 1)
     for index in range(12):
         label[index, :8, :16] = 40 + index
@@ -241,7 +241,7 @@ def test_all_values_that_are_no_class_are_named_at_once(folder, scenes):
     np.testing.assert_array_equal(load_samples(folder, "train", "none").label, expected)
 
 
-def test_hundreds_of_values_are_cut_short(folder, scenes):
+def test_error_truncates_long_lists_of_label_values(folder, scenes):
     label = np.arange(96 * 128).reshape(96, 128) % 700
     for path in sorted((folder / "train" / "label").iterdir()):
         Image.fromarray(label.astype(np.uint16)).save(path)

@@ -20,7 +20,7 @@ def test_same_seed_and_index_give_the_same_pixels(scenes):
     assert (other["image"] != scenes.image).mean() > 0.9
 
 
-def test_all_classes_occur_and_the_tail_is_long(many):
+def test_all_classes_occur_with_long_tailed_frequencies(many):
     share = np.bincount(many.label.ravel(), minlength=256)[: len(NYUV2_13)]
     share = share / share.sum()
     assert (share > 0.001).all()
@@ -35,7 +35,7 @@ def test_border_is_unlabelled(many):
         assert (edge == IGNORE_INDEX).all()
 
 
-def test_depth_is_millimetres_with_holes(many):
+def test_depth_is_in_millimetres_and_has_holes(many):
     seen = many.depth[many.depth > 0]
     assert seen.min() >= 400
     assert seen.max() <= 10_000
@@ -44,7 +44,7 @@ def test_depth_is_millimetres_with_holes(many):
 
 
 def test_depth_is_exact_up_to_the_sensors_noise():
-    """Of one pixel the neighbours on a floor or wall lie in a plane; the noise is that of a Kinect."""
+    """Neighbouring pixels on a wall lie in a plane. The noise is that of a Kinect."""
     _, depth, label = render_scene(0, 0, (96, 128))
     inverse = np.where(depth > 0, 1000.0 / depth.clip(1), np.nan)  # planes are linear in inverse depth
     bend = np.abs(inverse[:, 2:] - 2 * inverse[:, 1:-1] + inverse[:, :-2])
@@ -61,14 +61,14 @@ def test_rooms_have_two_views_and_blocks_keep_them_together():
     assert leaky[0] & leaky[1]
 
 
-def test_the_test_split_is_other_rooms():
+def test_train_and_test_split_share_no_rooms():
     train, test = (open_synthetic(split) for split in ("train", "test"))
     assert (len(train.names), len(test.names)) == (400, 100)
     assert not set(train.names) & set(test.names)
     assert not set(train.scene) & set(test.scene)
 
 
-def test_any_size():
+def test_scenes_render_at_any_size():
     image, depth, label = render_scene(3, 5, (60, 100))
     assert image.shape == (60, 100, 3)
     assert depth.shape == label.shape == (60, 100)

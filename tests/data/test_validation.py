@@ -18,7 +18,7 @@ def numbered(*ids):
 ROOMS = numbered(0, 1, 2, 5, 6, 9, 20, 21, 30, 31, 32, 40)  # six runs
 
 
-def test_random_split_is_that_of_exp061():
+def test_random_split_equals_that_of_exp061():
     train, valid = split_names(np.array([f"{i:06d}" for i in range(795)]), "random")
     expected_train, expected_valid = train_test_split(np.arange(795), test_size=0.2, random_state=42)
     np.testing.assert_array_equal(train, expected_train)
@@ -26,7 +26,7 @@ def test_random_split_is_that_of_exp061():
     assert (len(train), len(valid)) == (636, 159)
 
 
-def test_none_trains_on_everything():
+def test_validation_none_trains_on_everything():
     train, valid = split_names(ROOMS, "none")
     assert list(train) == list(range(12))
     assert len(valid) == 0
@@ -41,8 +41,8 @@ def test_blocks_keep_runs_of_ids_whole():
     assert sorted(unpadded[split_names(unpadded, "blocks")[1]]) == ["30", "31", "32"]
 
 
-def test_the_usual_gap_is_the_step():
-    """Every fifth frame of a video was kept: 0, 5, 10 follow one another, 10 and 40 do not."""
+def test_most_frequent_gap_between_ids_defines_neighbours():
+    """If every fifth video frame was kept, 0, 5 and 10 are neighbours, but 10 and 40 are not."""
     names = numbered(0, 5, 10, 40, 45, 50, 100, 105, 200, 205, 210, 215, 300, 305, 310)
     assert list(number_runs(names)) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4]
     assert list(names[split_names(names, "blocks")[1]]) == ["0300", "0305", "0310"]
@@ -53,30 +53,30 @@ def test_the_usual_gap_is_the_step():
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 10])
-def test_blocks_have_no_neighbours_on_both_sides(step):
-    """Ids 0, 5, 10, ...: seven scenes of six frames that are further apart than their frames."""
+def test_blocks_do_not_separate_neighbouring_frames(step):
+    """Seven scenes of six frames, with ids such as 0, 5, 10; scenes are further apart than frames."""
     ids = np.concatenate([step * (100 * scene + np.arange(6)) for scene in range(7)])
     train, valid = (ids[split] for split in split_names(numbered(*ids), "blocks"))
     assert valid.tolist() == [step * (400 + frame) for frame in range(6)]
     assert np.abs(train[:, None] - valid).min() > step
 
 
-def test_names_that_are_no_runs():
+def test_number_runs_returns_none_for_names_without_runs():
     assert number_runs(np.array(["a", "1", "2"])) is None
     assert number_runs(np.array(["-1", "1"])) is None
     assert number_runs(np.array([], str)) is None
-    assert number_runs(numbered(0, 1, 10, 30, 70, 80)) is None  # four of six are alone
-    assert number_runs(numbered(0, 1, 2, 30, 70, 80)) is not None  # half of them are
+    assert number_runs(numbered(0, 1, 10, 30, 70, 80)) is None  # four of six have no neighbour
+    assert number_runs(numbered(0, 1, 2, 30, 70, 80)) is not None  # only half of them have none
     assert number_runs(numbered(7)) is None
 
 
 @pytest.mark.parametrize("count", [5, 6, 9, 35, 123])
-def test_scenes_keep_scenes_whole(count):
+def test_validation_scenes_keeps_scenes_whole(count):
     scene = np.array([f"room_{number % count}" for number in range(3 * count)])
     names = numbered(*range(len(scene)))
     train, valid = split_names(names, "scenes", scene)
     assert not set(scene[train]) & set(scene[valid])
-    # the validation of the versions before there were folds
+    # the same validation scenes as before folds were introduced
     shuffled = np.random.RandomState(42).permutation(np.unique(scene))
     assert set(scene[valid]) == set(shuffled[: math.ceil(0.2 * count)])
 
@@ -95,8 +95,8 @@ def test_the_five_folds_partition_the_images(validation):
     assert sorted(validate) == list(range(len(names)))
 
 
-def test_fold_4_of_blocks_is_the_split_before_there_were_folds():
-    """Maximal runs of consecutive ids, every fifth from the fifth on, of the official training images."""
+def test_fold_4_of_blocks_validates_every_fifth_run_of_ids():
+    """On the official training images, with maximal runs of consecutive ids, as before there were folds."""
     table = pd.read_csv(TABLES / "nyuv2_split.csv")
     ids = table.id[table.split == "train"].to_numpy()
     runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
@@ -110,25 +110,25 @@ def source(names, usual_validation, scene=None):
     return Split(names, NYUV2_13, None, scene, validation=usual_validation)
 
 
-def test_what_auto_means():
+def test_auto_validation_depends_on_names_and_scenes():
     scene = np.array([f"room_{position // 2}" for position in range(12)])
     words = np.array([f"room_{position}" for position in range(12)])
     assert choose_validation("auto", source(ROOMS, "blocks"), 4) == "blocks"
     assert choose_validation("auto", source(words, "scenes", scene), 4) == "scenes"
-    assert choose_validation("auto", source(words, "scenes"), 4) == "random"  # scenes are not known
+    assert choose_validation("auto", source(words, "scenes"), 4) == "random"  # unknown scenes
     assert choose_validation("auto", source(ROOMS, "scenes"), 4) == "blocks"
     assert choose_validation("auto", source(ROOMS, "scenes", np.full(12, "hall")), 4) == "blocks"  # one scene
     assert choose_validation("auto", source(words, "predefined", scene), 4) == "predefined"
     assert choose_validation("scenes", source(words, "predefined", scene), 4) == "scenes"
-    assert choose_validation("auto", source(words, "blocks"), 4) == "random"  # names are no numbers
+    assert choose_validation("auto", source(words, "blocks"), 4) == "random"  # names are not numbers
     assert (
         choose_validation("auto", source(ROOMS[:6], "blocks"), 4) == "random"
-    )  # three runs leave nothing to validate
+    )  # three runs leave no validation images
     assert choose_validation("auto", source(ROOMS[:1], "blocks"), 4) == "random"
     assert choose_validation("none", source(ROOMS, "blocks"), 4) == "none"
 
 
-def test_splits_that_can_not_be():
+def test_unsuitable_validation_or_fold_is_rejected():
     with pytest.raises(
         ValueError, match="validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'"
     ):
@@ -153,7 +153,7 @@ def test_splits_that_can_not_be():
     ("validation", "count", "left"),
     [("blocks", 4, "4 images to train and 0"), ("random", 1, "0 images to train and 1")],
 )
-def test_validations_that_leave_a_split_empty(validation, count, left):
+def test_validation_that_leaves_a_split_empty_is_rejected(validation, count, left):
     with pytest.raises(ValueError) as error:
         select_split(source(numbered(*range(count)), "blocks"), "train", validation, 4)
     assert str(error.value) == (

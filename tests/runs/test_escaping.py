@@ -1,4 +1,4 @@
-"""Names of classes, runs and images may come from anybody: they are shown and never run."""
+"""Names of classes, runs and images may be untrusted. They are displayed but never interpreted as HTML."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CLASSES = (EVIL, "a|b", "c\nd")
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """A scored run whose classes, recipe, data and images have names that HTML or a table would read."""
+    """A scored run with HTML or table syntax in the names of its classes, recipe, data and images."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     counts = np.full((2, 3, 3), 5)
     scored = evaluation(counts, (EVIL, "b|c"), None, CLASSES)
@@ -45,7 +45,7 @@ def shown(text):
     return Markdown(text)._repr_markdown_()
 
 
-def test_nothing_that_is_shown_holds_a_tag(run):
+def test_html_in_names_is_escaped_in_all_outputs(run):
     folder, facts = run
     recipes = group_recipes(read_runs("r", "valid"))
     label = np.ones((1, 4, 4), np.uint8)
@@ -70,7 +70,7 @@ def test_nothing_that_is_shown_holds_a_tag(run):
         assert "&lt;img src=x onerror=alert(1)>" in text, place
 
 
-def test_names_end_no_cell_and_no_row_of_a_report(run):
+def test_pipes_and_newlines_in_names_do_not_break_report_tables(run):
     folder, _ = run
     report = (folder / "report.md").read_text()
     for line in report.splitlines():
@@ -83,14 +83,14 @@ def test_names_end_no_cell_and_no_row_of_a_report(run):
     assert len({len(re.split(r"(?<!\\\\)\|", row)) for row in rows if "IoU" not in row}) <= 2
 
 
-def test_good_names_stay_as_they_are():
+def test_ordinary_names_and_markdown_render_unchanged():
     table = pd.DataFrame({"mIoU": [0.5]}, ["soft_iou_weight 0.5"])
     assert "soft_iou_weight 0.5" in style(table).to_html()
     assert shown("**wall** (0.50) > `floor` $x$") == "**wall** (0.50) > `floor` $x$"
     assert escape_html("a & b") == "a &amp; b"
 
 
-def test_notebooks_show_names_by_these_alone():
+def test_notebooks_use_only_the_escaping_display_functions():
     for path in (ROOT / "notebooks").rglob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

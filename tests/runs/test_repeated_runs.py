@@ -1,4 +1,4 @@
-"""A seed counts once, however often it was trained or named."""
+"""Each seed counts once: a seed that was trained or listed twice is rejected."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from lib.runs.scoring import write_evaluation
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """A function that makes the folder of a scored run."""
+    """A function that writes the folder of a scored run."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
 
     def make(name, **parameters):
@@ -33,11 +33,11 @@ def names(recipes):
     ("runs", "first", "second"),
     [
         ("a, b", "a", "b"),  # trained twice
-        ("a, c, a", "a", "a"),  # named twice
-        ("a, {root}/a", "a", "a"),  # by its name and by its path
+        ("a, c, a", "a", "a"),  # listed twice
+        ("a, {root}/a", "a", "a"),  # listed by name and by path
     ],
 )
-def test_a_repeated_seed_is_refused_by_name(trained, tmp_path, runs, first, second):
+def test_repeated_seed_in_a_recipe_is_rejected(trained, tmp_path, runs, first, second):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         trained(name, seed=seed, fold=4)
     with pytest.raises(ValueError) as error:
@@ -47,7 +47,7 @@ def test_a_repeated_seed_is_refused_by_name(trained, tmp_path, runs, first, seco
     )
 
 
-def test_other_seeds_recipes_and_models_are_others(trained):
+def test_seed_may_repeat_in_another_recipe(trained):
     trained("a", seed=1)
     trained("b", seed=2)
     trained("c", seed=1, soft_iou_weight=0.5)
@@ -57,7 +57,7 @@ def test_other_seeds_recipes_and_models_are_others(trained):
     assert len(group_recipes(read_runs("d, e", "test"))) == 2
 
 
-def test_a_folder_of_runs_may_have_commas_and_brackets_in_its_name(trained, monkeypatch, tmp_path):
+def test_runs_folder_path_may_contain_commas_and_brackets(trained, monkeypatch, tmp_path):
     home = tmp_path / "runs [old], new"
     monkeypatch.setenv("RUNS_DIR", str(home))
     for name, seed in (("a", 1), ("b", 2)):

@@ -28,7 +28,7 @@ from lib.runs.results import (
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """The folder of runs; no run is committed as an example."""
+    """An empty runs folder; the committed example has no runs either."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr("lib.runs.results.EXAMPLE", tmp_path / "example")
     write_results(tmp_path / "example", [])
@@ -55,7 +55,7 @@ def refused(runs, baseline=None, **options):
 
 
 def assert_equal_runs(first, second):
-    """All that a comparison reads of them."""
+    """Assert that everything that a comparison of runs reads is equal."""
     for array in ("names", "counts", "scene"):
         np.testing.assert_array_equal(getattr(first, array), getattr(second, array))
     facts = ("name", "group", "split", "validation", "classes", "commit", "tree_unchanged", "processor")
@@ -69,7 +69,7 @@ def assert_equal_runs(first, second):
 # one run
 
 
-def test_what_is_read_of_a_run_without_weights(home):
+def test_read_scored_reads_a_run_without_weights(home):
     counts = some_counts(0.6)
     run = scored_folder(home, "a", counts, seed=3, commit="abc", tree_unchanged=False, processor="a CPU")
     assert not (run / "best.pt").exists()
@@ -80,23 +80,23 @@ def test_what_is_read_of_a_run_without_weights(home):
     assert list(read.scene[:4]) == ["room 0"] * 3 + ["room 1"]
     assert (read.name, read.group, read.split, read.classes) == ("a", None, "valid", CLASSES)
     assert (read.data, read.validation) == ("/disk/nyu", "blocks")
-    assert read.parameters == DEFAULTS | {"run_name": "a", "seed": 3}  # what is recorded is no parameter
+    assert read.parameters == DEFAULTS | {"run_name": "a", "seed": 3}  # recorded facts are not parameters
     assert (read.commit, read.tree_unchanged, read.processor) == ("abc", False, "a CPU")
     assert read.history.epoch.tolist() == [1, 2, 3]
     assert not read.is_pooled
 
 
-def test_a_run_that_is_not_scored_says_how(home):
+def test_error_for_unscored_run_gives_the_command(home):
     scored_folder(home, "a", split="test")
     scored_folder(home, "b")
     command = "run `papermill evaluate.ipynb evaluate.out.ipynb -p run a -p split valid`"
     assert refused("a") == f"runs: 'a' is not evaluated on split 'valid'; {command}"
-    (home / "b" / "evaluation" / "valid.json").unlink()  # as while it is scored again
+    (home / "b" / "evaluation" / "valid.json").unlink()  # as during rescoring
     assert refused("b").startswith("runs: 'b' is not evaluated on split 'valid'; run `papermill")
     assert found("all") == []
 
 
-def test_a_run_of_before_the_rename_is_skipped_by_all_and_refused_by_name(home):
+def test_run_with_old_parameter_names_is_skipped_or_rejected(home):
     scored_folder(home, "new")
     older = scored_folder(home, "older", seed=1)
     parameters = read_json(older / "parameters.json")
@@ -109,7 +109,7 @@ def test_a_run_of_before_the_rename_is_skipped_by_all_and_refused_by_name(home):
     assert refused("new,older").startswith("run 'older' was trained before parameters were renamed")
 
 
-def test_some_images_of_a_run():
+def test_select_restricts_a_run_to_some_images():
     run = replace(scored_run("a"), image_fold=np.arange(24) % 5)
     some = run.select(run.image_fold == 3)
     assert list(some.names) == [f"{number:06d}" for number in (3, 8, 13, 18, 23)]
@@ -119,7 +119,7 @@ def test_some_images_of_a_run():
     assert replace(run, scene=None, image_fold=None).select(np.array([2])).scene is None
 
 
-def test_predictions_of_images_that_were_not_saved():
+def test_reading_unsaved_predictions_raises_an_error():
     mask = np.ones((2, 3), np.uint8)
     run = replace(scored_run("a"), masks={"000001": mask})
     np.testing.assert_array_equal(run.read_masks(["000001"]), [mask])
@@ -129,10 +129,10 @@ def test_predictions_of_images_that_were_not_saved():
         scored_run("b").read_masks(["000001"])
 
 
-# a study's two files
+# the two files of a study
 
 
-def test_results_come_back_as_they_were_written(tmp_path):
+def test_results_survive_a_round_trip(tmp_path):
     masks = {"000000": np.full((2, 3), 2, np.uint8), "000004": np.zeros((4, 3), np.uint8)}
     recorded = {"commit": "0bf463a", "tree_unchanged": True, "processor": "a CPU"}
     runs = [
@@ -154,13 +154,13 @@ def test_results_come_back_as_they_were_written(tmp_path):
     assert read[1].masks is None
     assert read[1].parameters == DEFAULTS | {"data": "nyu", "encoder_weights": "lite0.pth", "seed": 2}
     assert read[0].parameters["encoder_weights"] is None
-    write_results(tmp_path / "again", read)  # nothing is lost on the way
+    write_results(tmp_path / "again", read)  # writing them again loses nothing
     assert (tmp_path / "again" / RUNS_FILE).read_text() == (
         tmp_path / "new" / "study" / RUNS_FILE
     ).read_text()
 
 
-def test_a_list_of_images_is_stored_once(tmp_path):
+def test_identical_image_lists_are_stored_once(tmp_path):
     runs = [scored_run("a"), scored_run("b", some_counts(0.5), seed=1)]
     runs += [scored_run("c", some_counts()[:9]), scored_run("unknown scenes", scene=None)]
     write_results(tmp_path, runs)
@@ -172,8 +172,8 @@ def test_a_list_of_images_is_stored_once(tmp_path):
     assert [run.scene is None for run in read_results(tmp_path)] == [False, False, False, True]
 
 
-def test_results_name_no_place_of_this_machine(tmp_path):
-    """Neither of data, weights and predictions, nor in the file of counts."""
+def test_results_contain_no_local_paths(tmp_path):
+    """Paths of data, weights and predictions are shortened, and the counts file has no paths."""
     weights = {"encoder_weights": "/disk/weights/lite0.pth", "encoder_weights_digest": 64 * "a"}
     masks = external(0) | {"predictions": "/disk/masks"}
     runs = [
@@ -187,24 +187,24 @@ def test_results_name_no_place_of_this_machine(tmp_path):
     assert [run.data for run in read_results(tmp_path)] == ["nyu", "nyu", "nyu"]
 
 
-def test_a_history_without_validation_comes_back_as_numbers(tmp_path):
+def test_history_without_validation_is_read_back_as_nan(tmp_path):
     run = scored_run("a")
     write_results(tmp_path, [replace(run, history=run.history.assign(valid_miou=np.nan))])
-    json.loads((tmp_path / RUNS_FILE).read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    json.loads((tmp_path / RUNS_FILE).read_text(), parse_constant=pytest.fail)  # NaN isn't JSON
     (read,) = read_results(tmp_path)
     assert read.history.valid_miou.isna().all()
     assert np.isnan(read.history.valid_miou.max())
 
 
-def test_a_run_that_was_scored_on_two_splits_keeps_both(tmp_path):
+def test_results_keep_both_splits_of_a_run(tmp_path):
     runs = [scored_run("a", some_counts(0.6)), scored_run("a", some_counts(0.8)[:9], split="test")]
     write_results(tmp_path, runs)
     for before, after in zip(runs, read_results(tmp_path), strict=True):
         assert_equal_runs(before, after)
 
 
-def test_two_runs_of_one_name_keep_their_own_counts(tmp_path):
-    """Names are given by hand: two people call their runs `demo`."""
+def test_runs_with_the_same_name_keep_their_own_counts(tmp_path):
+    """Run names are chosen by hand, so two people may both use `demo`."""
     runs = [scored_run("demo", some_counts(0.6)), scored_run("demo", some_counts(0.8), seed=1)]
     write_results(tmp_path, runs)
     for before, after in zip(runs, read_results(tmp_path), strict=True):
@@ -223,7 +223,7 @@ def refused_results(folder):
 
 @pytest.mark.parametrize("file", [RUNS_FILE, COUNTS_FILE])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "nothing in it", "changed"])
-def test_damaged_results_are_named(tmp_path, file, damage):
+def test_error_names_the_folder_of_damaged_results(tmp_path, file, damage):
     write_results(tmp_path, [scored_run("a"), scored_run("b", seed=1)])
     path = tmp_path / file
     whole = path.read_bytes()
@@ -237,12 +237,12 @@ def test_damaged_results_are_named(tmp_path, file, damage):
     if damage != "missing":
         path.write_bytes(content[damage])
     if (file, damage) == (RUNS_FILE, "nothing in it"):
-        assert read_results(tmp_path) == []  # no run yet
+        assert read_results(tmp_path) == []  # no runs yet
     else:
         refused_results(tmp_path)
 
 
-def test_results_that_do_not_fit_are_named(tmp_path):
+def test_malformed_or_inconsistent_results_are_rejected(tmp_path):
     write_results(tmp_path, [scored_run("a")])
     line = json.loads((tmp_path / RUNS_FILE).read_text())
     (tmp_path / RUNS_FILE).write_text(json.dumps(line | {"counts": "b"}))
@@ -255,7 +255,7 @@ def test_results_that_do_not_fit_are_named(tmp_path):
 # which runs
 
 
-def test_runs_by_name_by_path_and_of_a_study(home, tmp_path, monkeypatch):
+def test_runs_are_read_by_name_by_path_and_from_studies(home, tmp_path, monkeypatch):
     for name in ("b", "a"):
         scored_folder(home, name)
     scored_folder(tmp_path / "elsewhere", "c")
@@ -276,13 +276,13 @@ def test_runs_by_name_by_path_and_of_a_study(home, tmp_path, monkeypatch):
         found("all", "valdi")
 
 
-def test_studies_are_found_from_anywhere(tmp_path, monkeypatch):
-    """nbval runs in the notebook's folder, papermill in the caller's."""
+def test_studies_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    """nbval runs a notebook in its own folder, papermill in the caller's."""
     monkeypatch.chdir(tmp_path)
     assert found("studies/pretrained", "valid")[0] == "nyuv2_pretrained_fold4"
 
 
-def test_entries_that_are_no_runs(home, tmp_path):
+def test_unknown_runs_and_missing_splits_are_rejected(home, tmp_path):
     scored_folder(home, "a")
     scored_folder(tmp_path / "folder of runs", "b")
     write_results(tmp_path / "study", [scored_run("c", split="test"), scored_run("d", split="train", seed=1)])
@@ -294,7 +294,7 @@ def test_entries_that_are_no_runs(home, tmp_path):
     assert refused(str(study)) == f"split: found 'valid', the runs of {study} were scored on test, train"
 
 
-def test_all_means_what_is_scored_on_one_data_set(home):
+def test_all_reads_runs_scored_on_the_latest_data_set(home):
     scored_folder(home, "a")
     scored_folder(home, "b", data="/other")
     scored_folder(home, "c", split="test")
@@ -302,7 +302,7 @@ def test_all_means_what_is_scored_on_one_data_set(home):
     scored_folder(home / "older", "e")
     for number, name in enumerate("abd"):
         os.utime(home / name / "evaluation" / "valid.json", (number, number))
-    assert found("all") == ["b", "d"]  # as the latest is
+    assert found("all") == ["b", "d"]  # the data set of the latest evaluation
     assert found("all", data="/disk/nyu") == ["a"]
     os.utime(home / "a" / "evaluation" / "valid.json", (9, 9))
     assert found("all") == ["a"]
@@ -310,17 +310,17 @@ def test_all_means_what_is_scored_on_one_data_set(home):
     assert found("all", "train") == []
 
 
-def test_without_two_runs_of_ones_own_all_is_the_committed_example(home, tmp_path):
+def test_all_adds_the_example_to_fewer_than_two_own_runs(home, tmp_path):
     write_results(tmp_path / "example", [scored_run("x", group="one"), scored_run("y", group="other")])
     assert found("all") == ["x", "y"]
     scored_folder(home, "mine")
-    assert found("all") == ["x", "y", "mine"]  # on the same images
+    assert found("all") == ["x", "y", "mine"]  # scored on the same images
     assert found("all", data="/disk/nyu") == ["mine"]
     scored_folder(home, "one more")
     assert found("all") == ["mine", "one more"]
 
 
-def test_one_run_on_a_split_that_the_example_lacks_is_shown(home, tmp_path):
+def test_all_reads_a_single_run_on_a_split_missing_in_the_example(home, tmp_path):
     write_results(tmp_path / "example", [scored_run("x", group="one"), scored_run("y", group="other")])
     assert found("all", "test") == []
     scored_folder(home, "mine", split="test")
@@ -332,7 +332,7 @@ def test_one_run_on_a_split_that_the_example_lacks_is_shown(home, tmp_path):
 
 @pytest.fixture
 def several():
-    """Runs that differ in soft_iou_weight and in classes, of which one does not know ema_decay."""
+    """Three runs that differ in soft_iou_weight and classes; the first has no ema_decay."""
     runs = [
         scored_run(name, soft_iou_weight=weight) for name, weight in zip("abc", (0, 0.5, 1.5), strict=True)
     ]
@@ -354,11 +354,11 @@ def several():
         ("data.str.contains('nyu')", "abc"),
     ],
 )
-def test_a_query_over_parameters(several, where, matching):
+def test_query_selects_runs_by_parameters(several, where, matching):
     assert [run.name for run in select_runs(several, where)] == list(matching)
 
 
-def test_a_query_selects_from_named_runs(home):
+def test_read_runs_applies_the_query(home):
     for name, rate in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
         scored_folder(home, name, learning_rate=rate)
     assert found("c, a, b", where="learning_rate > 0.15") == ["c", "b"]
@@ -368,7 +368,7 @@ def test_a_query_selects_from_named_runs(home):
 @pytest.mark.parametrize(
     "where", ["soft_iou_wieght == 0", "soft_iou_weight ==", "soft_iou_weight = 0", "import os"]
 )
-def test_a_query_that_cannot_be_evaluated_lists_the_parameters(several, where):
+def test_error_for_invalid_query_lists_the_parameters(several, where):
     with pytest.raises(ValueError) as error:
         select_runs(several, where)
     assert str(error.value).startswith(f"where: found {where!r}, which can't be evaluated (")
@@ -376,13 +376,13 @@ def test_a_query_that_cannot_be_evaluated_lists_the_parameters(several, where):
     assert str(error.value).endswith('ema_decay, such as "soft_iou_weight in (0, 0.5) and classes.isnull()"')
 
 
-def test_a_query_that_is_no_condition_is_an_error(several):
-    """The name of a parameter alone would be taken for positions of runs."""
+def test_query_must_be_a_condition(several):
+    """A bare parameter name would be interpreted as positions of runs."""
     with pytest.raises(ValueError, match="where: found 'seed'"):
         select_runs(several, "seed")
 
 
-def test_a_query_without_a_match_lists_the_values(several):
+def test_error_for_query_without_match_lists_the_values(several):
     with pytest.raises(ValueError) as error:
         select_runs(several, "soft_iou_weight == 7")
     assert str(error.value).startswith(
@@ -399,7 +399,7 @@ STARTED = {"run_name": "one", "epochs": 3, "learning_rate": 0.001, "seed": 0, "f
            "save_figures": False, "encoder_weights": None, "soft_iou_weight": 0.5, "soft_iou_pooling": "batch"}  # fmt: skip
 
 
-def test_a_recipe_is_what_matters_for_the_result():
+def test_recipe_contains_only_parameters_that_affect_the_result():
     same = [
         {"seed": 5},
         {"fold": 0},
@@ -409,9 +409,9 @@ def test_a_recipe_is_what_matters_for_the_result():
         {"resume": True},
         {"save_figures": True},
         {"commit": "abc", "tree_unchanged": False, "processor": "a CPU"},
-        {"epochs": 3.0},  # JSON may tell 3 from 3.0
+        {"epochs": 3.0},  # JSON may distinguish 3 from 3.0
     ]
-    assert {recipe(STARTED | change) for change in same} == {recipe(STARTED)}  # hashable, too
+    assert {recipe(STARTED | change) for change in same} == {recipe(STARTED)}  # recipes are hashable
     other = [
         {"epochs": 4},
         {"learning_rate": 1e-4},
@@ -425,11 +425,11 @@ def test_a_recipe_is_what_matters_for_the_result():
         for weight in (0, 0.0)
         for form in ("batch", "image")
     ]
-    assert len({recipe(each) for each in without}) == 1  # without the term, its form is no difference
+    assert len({recipe(each) for each in without}) == 1  # without the loss term, its pooling is irrelevant
     assert recipe({"resume": True, "flag": True}) != recipe({"flag": 1})
 
 
-def test_a_run_is_that_run_wherever_its_files_lie(tmp_path):
+def test_identity_is_independent_of_file_locations(tmp_path):
     for folder, content in (("here", 1), ("there", 1), ("other", 2)):
         (tmp_path / folder).mkdir()
         torch.save({"weight": torch.full((2,), content)}, tmp_path / folder / "lite0.pth")
@@ -441,7 +441,7 @@ def test_a_run_is_that_run_wherever_its_files_lie(tmp_path):
     run = identity(placed("here"))
     assert run == identity(placed("there") | {"run_name": "two", "device": "cuda"})
     assert run != identity(placed("other"))
-    digest = identity(placed("here") | {"encoder_weights_digest": 64 * "a"})  # as a run records it
+    digest = identity(placed("here") | {"encoder_weights_digest": 64 * "a"})  # as recorded by a run
     assert digest == identity(
         STARTED | {"data": "nyu", "encoder_weights": "lite0.pth", "encoder_weights_digest": 64 * "a"}
     )
@@ -451,8 +451,8 @@ def test_a_run_is_that_run_wherever_its_files_lie(tmp_path):
     assert identity(forms[0]) == identity(forms[1]) != identity(STARTED)
 
 
-def test_a_run_keeps_its_identity_in_results(tmp_path):
-    """So that a sweep finds it there."""
+def test_results_preserve_the_identity_of_runs(tmp_path):
+    """A sweep finds finished runs in the results by their identity."""
     weights = {"encoder_weights": "/disk/lite0.pth", "encoder_weights_digest": 64 * "a"}
     runs = [scored_run("a", **weights), scored_run("b", seed=1), scored_run("c", fold=0)]
     write_results(tmp_path, runs)
@@ -461,7 +461,7 @@ def test_a_run_keeps_its_identity_in_results(tmp_path):
     ]
 
 
-def test_recipes_are_runs_that_differ_in_the_seed_alone(home):
+def test_runs_that_differ_only_in_seed_form_one_recipe(home):
     for name, seed, weight in (("ce0", 0, 0), ("iou0", 0, 0.5), ("ce1", 1, 0), ("iou2", 2, 0.5)):
         scored_folder(
             home, name, seed=seed, soft_iou_weight=weight, num_workers=seed, data=f"/disk{seed}/nyu"
@@ -472,7 +472,7 @@ def test_recipes_are_runs_that_differ_in_the_seed_alone(home):
     }
 
 
-def test_a_single_run_keeps_its_name_and_one_recipe_that_of_its_first_run(home):
+def test_single_runs_and_single_recipes_are_labelled_by_run_name(home):
     scored_folder(home, "alone", learning_rate=0.1)
     assert grouped("alone") == {"alone": ["alone"]}
     scored_folder(home, "s0")
@@ -481,8 +481,8 @@ def test_a_single_run_keeps_its_name_and_one_recipe_that_of_its_first_run(home):
     assert grouped("alone, s0, s1") == {"alone": ["alone"], "learning_rate 0.003": ["s0", "s1"]}
 
 
-def test_what_does_not_matter_names_no_recipe():
-    """The form of soft IoU where it weighs nothing."""
+def test_irrelevant_parameters_do_not_appear_in_recipe_names():
+    """The pooling of soft IoU is irrelevant if its weight is 0."""
     runs = [
         scored_run("a0", soft_iou_weight=0, soft_iou_pooling="image"),
         scored_run("a1", soft_iou_weight=0.0, seed=1),
@@ -494,7 +494,7 @@ def test_what_does_not_matter_names_no_recipe():
     }
 
 
-def test_recipes_of_one_name_are_told_apart():
+def test_recipes_with_equal_names_get_a_suffix():
     runs = [
         scored_run(
             f"{digest}{seed}", seed=seed, encoder_weights="/w/lite0.pth", encoder_weights_digest=64 * digest
@@ -505,7 +505,7 @@ def test_recipes_of_one_name_are_told_apart():
     assert list(group_recipes(runs)) == ["encoder_weights lite0.pth", "encoder_weights lite0.pth (b0)"]
 
 
-def test_weights_are_the_same_wherever_they_lie():
+def test_same_weights_in_another_folder_are_one_recipe():
     runs = []
     for seed, folder in enumerate(("/here", "/there")):
         weights = {"encoder_weights": f"{folder}/lite0.pth", "encoder_weights_digest": 64 * "a"}
@@ -516,8 +516,8 @@ def test_weights_are_the_same_wherever_they_lie():
     }
 
 
-def test_two_groups_of_one_recipe_stay_two_recipes(tmp_path):
-    """An A/A test: arms that differ in nothing but their seeds; a third group holds two recipes."""
+def test_groups_with_the_same_recipe_stay_separate(tmp_path):
+    """The arms of an A/A test differ only in their seeds. A third group contains two recipes."""
     arms = {"baseline": (1, 2), "baseline_again": (3, 4)}
     runs = [scored_run(f"r{seed}", seed=seed, group=arm) for arm, seeds in arms.items() for seed in seeds]
     runs += [scored_run(f"w{weight}", soft_iou_weight=weight, group="weights") for weight in (0, 1.5)]
@@ -531,7 +531,7 @@ def test_two_groups_of_one_recipe_stay_two_recipes(tmp_path):
 
 
 def external(seed, recipe="external"):
-    """Parameters of the predictions of another model."""
+    """Parameters of external predictions."""
     return {"recipe": recipe, "seed": seed, "predictions": f"/masks/{seed}", "data": "/disk/nyu", "validation": "blocks",
             "limit": None, "classes": None, "fold": 4}  # fmt: skip
 
@@ -566,7 +566,7 @@ def test_the_baseline_comes_first(home):
     )
 
 
-def test_runs_that_cannot_be_compared():
+def test_error_explains_why_runs_cannot_be_compared():
     other_truth = some_counts()
     other_truth[4, 1, 1] += 1
     a = scored_run("a")
@@ -607,7 +607,7 @@ def test_runs_that_cannot_be_compared():
 
 
 def five_folds(recipe, seed=0, folds=range(5), **parameters):
-    """Runs of which each is scored on a fifth of the scenes, as `blocks` deals them; and the counts of all images."""
+    """Runs of one seed, each scored on the scenes of its fold of `blocks`, and the counts of all images."""
     counts = some_counts(0.7, seed, scenes=15)
     whole = scored_run("whole", counts, seed=seed, **parameters)
     runs = []
@@ -619,7 +619,7 @@ def five_folds(recipe, seed=0, folds=range(5), **parameters):
     return runs, counts
 
 
-def test_five_folds_of_a_seed_are_one_run_over_all_images(tmp_path):
+def test_five_folds_of_a_seed_are_pooled_into_one_run(tmp_path):
     folds = {
         (rate, seed): five_folds(f"r{rate}", seed, learning_rate=rate) for rate in (1, 2) for seed in (0, 1)
     }
@@ -638,7 +638,7 @@ def test_five_folds_of_a_seed_are_one_run_over_all_images(tmp_path):
             assert run.history is None
 
 
-def test_strata_travel_with_the_counts_and_are_pooled_in_the_order_of_scenes(tmp_path):
+def test_strata_are_saved_and_pooled_in_scene_order(tmp_path):
     runs, _ = five_folds("a", 0)
     rooms = [np.unique(run.scene) for run in runs]
     by_room = [np.array([int(room.split()[1]) for room in there]).reshape(-1, 1, 1, 1) for there in rooms]
@@ -652,7 +652,7 @@ def test_strata_travel_with_the_counts_and_are_pooled_in_the_order_of_scenes(tmp
     assert partly.strata is None
 
 
-def test_without_a_fold_its_images_are_left_out():
+def test_without_fold_excludes_the_images_of_the_fold():
     recipes = group_recipes(
         five_folds("a", 0)[0] + five_folds("a", 1)[0] + five_folds("b", 0, learning_rate=1)[0]
     )
@@ -668,25 +668,25 @@ def test_without_a_fold_its_images_are_left_out():
     assert run.score == mean_iou(counts[kept]) != mean_iou(counts)
 
 
-def test_a_fold_of_runs_that_are_not_pooled_cannot_be_left_out():
+def test_without_fold_rejects_runs_that_are_not_pooled():
     with pytest.raises(
         ValueError, match="fold: the run 'a' is of one fold, expected runs pooled over five folds"
     ):
         without_fold(group_recipes([scored_run("a")]), 4)
 
 
-def test_a_seed_without_all_folds_is_left_out():
+def test_seed_without_all_folds_is_excluded():
     runs = five_folds("a", 0)[0] + five_folds("a", 1, folds=(0, 1, 2, 4))[0]
     (members,) = group_recipes(runs).values()
     assert [run.parameters["seed"] for run in members] == [0]
 
 
-def test_two_groups_are_pooled_each_for_itself():
+def test_folds_are_pooled_separately_for_each_group():
     runs = [replace(run, group=arm) for arm in ("one", "two") for run in five_folds(arm, 0)[0]]
     assert named(group_recipes(runs)) == {"one": ["five folds, seed 0"], "two": ["five folds, seed 0"]}
 
 
-def test_folds_that_no_seed_has_all_of_are_refused():
+def test_runs_are_rejected_if_no_seed_has_all_folds():
     with pytest.raises(ValueError) as error:
         group_recipes(five_folds("a", 0, folds=(0, 1, 2))[0] + five_folds("a", 1, folds=(3, 4))[0])
     assert str(error.value) == (
@@ -695,8 +695,8 @@ def test_folds_that_no_seed_has_all_of_are_refused():
     )
 
 
-def test_folds_that_were_scored_on_the_same_images_are_not_pooled():
-    """On split test, for example: nothing would be gained by counting every image five times."""
+def test_folds_scored_on_the_same_images_are_not_pooled():
+    """For example on split test: counting every image five times would add no information."""
     with pytest.raises(ValueError) as error:
         group_recipes([scored_run(f"f{fold}", fold=fold) for fold in range(5)])
     assert str(error.value) == (
@@ -705,7 +705,7 @@ def test_folds_that_were_scored_on_the_same_images_are_not_pooled():
     )
 
 
-def test_unknown_scenes_stay_unknown_when_pooled():
+def test_pooled_scenes_are_unknown_if_one_fold_has_none():
     runs, _ = five_folds("a")
     ((pooled,),) = group_recipes([*runs[:4], replace(runs[4], scene=None, validation="random")]).values()
     assert pooled.scene is None

@@ -26,7 +26,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def whole(samples):
-    """The history of a run that nothing interrupts, and its last weights."""
+    """History and weights of an uninterrupted run."""
     history = train("whole", samples)
     return history, last_weights("whole")
 
@@ -36,7 +36,7 @@ def last_weights(name):
 
 
 def interrupt(samples, name, monkeypatch, after_steps, **options):
-    """Stop a run after that many of its nine steps, three an epoch, as a user would."""
+    """Interrupt a run after that many of its nine steps (three per epoch), as a user would."""
     steps, real = iter(range(after_steps)), training.training_step
 
     def step(*arguments):
@@ -52,11 +52,11 @@ def interrupt(samples, name, monkeypatch, after_steps, **options):
 
 @pytest.fixture
 def often(monkeypatch):
-    """Everything is saved after each step and each epoch."""
+    """Save a checkpoint after every step and every epoch."""
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
 
 
-# -1 saves after each step and epoch, 30 in the end of this run alone
+# -1 saves after every step and epoch, 30 only at the end of this short run
 @pytest.mark.parametrize(("after_steps", "seconds"), [(0, 30), (4, 30), (2, -1), (3, -1), (4, -1), (8, -1)])
 def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, after_steps, seconds):
     monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", seconds)
@@ -67,14 +67,14 @@ def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, a
 
 
 @pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"checkpoint": "last"}])
-def test_resumes_with_other_options_too(samples, whole, monkeypatch, often, options):
+def test_resume_works_with_cosine_schedule_or_last_checkpoint(samples, whole, monkeypatch, often, options):
     expected = train("other", samples, **options)
     assert (expected == whole[0]) == ("checkpoint" in options)
     interrupt(samples, "other", monkeypatch, 4, **options)
     assert train("other", samples, resume=True, **options) == expected
 
 
-def test_the_report_and_the_evaluation_of_an_earlier_best_epoch_go(samples, whole, monkeypatch, often):
+def test_new_best_epoch_rewrites_report_and_deletes_evaluation(samples, whole, monkeypatch, often):
     assert max(whole[0], key=lambda row: row["valid_miou"])["epoch"] > 1
     interrupt(samples, "renewed", monkeypatch, 4)
     run = runs_folder() / "renewed"
@@ -86,7 +86,7 @@ def test_the_report_and_the_evaluation_of_an_earlier_best_epoch_go(samples, whol
 
 
 def killed(names_writes_moments):
-    """Let runs kill themselves within their writes, each in a process of its own."""
+    """Start runs that kill themselves during a write, each in its own process; return their exit statuses."""
     arguments = [str(value) for case in names_writes_moments for value in case]
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parents[1] / "small_run.py"), *arguments],
@@ -96,8 +96,9 @@ def killed(names_writes_moments):
     return {name: int(status) for name, status in map(str.split, result.stdout.splitlines())}
 
 
-# parameters; last.pt after each step and epoch, from the first epoch's end on after the history, and before these where
-# an epoch is the best its best.pt, counts and scores; the report
+# The terms: parameters; best.pt, counts and scores of at least one best epoch, before its history and
+# last.pt; history and last.pt after each step and epoch from the end of the first epoch on; last.pt alone
+# after each step of the first epoch; the report.
 FEWEST_WRITES = 1 + 3 + 9 * 2 + 3 + 1
 
 
@@ -112,7 +113,7 @@ FEWEST_WRITES = 1 + 3 + 9 * 2 + 3 + 1
         ),
     ],
 )
-def test_killed_runs_equal_the_uninterrupted_one(samples, whole, writes):
+def test_run_resumed_after_a_kill_equals_the_uninterrupted_one(samples, whole, writes):
     cases = [(f"killed-{write}-{moment}", write, moment) for write, moment in writes]
     for name, status in killed(cases).items():
         run = runs_folder() / name
@@ -125,15 +126,15 @@ def test_killed_runs_equal_the_uninterrupted_one(samples, whole, writes):
         shutil.rmtree(run)
 
 
-def test_a_finished_run_is_left_alone(samples, whole):
+def test_resuming_a_finished_run_changes_nothing(samples, whole):
     run = runs_folder() / "whole"
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
     assert train("whole", samples, resume=True) == whole[0]
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == before
 
 
-def test_device_and_precision_may_be_spelled_otherwise(samples, whole, monkeypatch, often):
-    """What they come to is what counts: another machine resolves `auto` for itself, another card has another number."""
+def test_resume_compares_resolved_device_and_precision(samples, whole, monkeypatch, often):
+    """Another machine resolves `auto` for itself, and another GPU may have another number."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     interrupt(samples, "spelled", monkeypatch, 4, device="auto", precision="auto")
@@ -142,16 +143,14 @@ def test_device_and_precision_may_be_spelled_otherwise(samples, whole, monkeypat
     assert (saved["device"], saved["precision"]) == ("auto", "auto")
 
 
-def test_what_is_written_of_a_run_that_had_computed_nothing_is_what_it_computes_with(
-    samples, whole, monkeypatch
-):
+def test_resume_before_first_checkpoint_records_new_parameters(samples, whole, monkeypatch):
     interrupt(samples, "barely", monkeypatch, 2, precision="bf16")
     assert train("barely", samples, resume=True) == whole[0]
     assert read_parameters(runs_folder() / "barely")["precision"] == "fp32"
 
 
-def test_the_generator_of_the_own_gpu_alone_is_kept(tmp_path, monkeypatch):
-    """It moves to another card."""
+def test_checkpoint_saves_only_the_rng_state_of_its_own_gpu(tmp_path, monkeypatch):
+    """The state can be restored on another GPU."""
     touched = []
     made_of = {"computed": "cuda in bf16", "data": {}}
     run = tmp_path / "run"
@@ -182,8 +181,8 @@ def begun(samples, monkeypatch, often):
     return runs_folder() / "begun"
 
 
-def test_another_precision_is_refused(samples, begun):
-    """What `auto` means on another machine: the parameters are the same."""
+def test_resume_with_another_precision_is_rejected(samples, begun):
+    """With equal parameters, `auto` may still select another precision on another machine."""
     with pytest.raises(
         ValueError,
         match="resume: 'begun' was trained on cpu in fp32, but here it would continue on cpu in bf16; use the same device and",
@@ -206,7 +205,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_changed_data_are_refused_and_the_first_image_is_named(samples, begun, case):
+def test_resume_error_names_the_first_changed_image(samples, begun, case):
     change, position, how = CHANGES[case]
     before = (begun / "last.pt").read_bytes()
     name = f"{'valid' if case == 'label' else 'train'}/{samples.names[position]}"
@@ -219,7 +218,7 @@ def test_changed_data_are_refused_and_the_first_image_is_named(samples, begun, c
     assert (begun / "last.pt").read_bytes() == before
 
 
-def test_new_data_are_refused(samples, monkeypatch, often):
+def test_resume_with_a_new_image_is_rejected(samples, monkeypatch, often):
     interrupt(samples[1:], "grown", monkeypatch, 4)
     with pytest.raises(
         ValueError,
@@ -228,8 +227,8 @@ def test_new_data_are_refused(samples, monkeypatch, often):
         train("grown", samples, resume=True)
 
 
-def test_an_image_that_moved_to_the_other_split_is_refused(samples, begun):
-    """As when the list of the images that validate is edited: the images are the same, the splits are not."""
+def test_resume_is_rejected_if_an_image_changes_split(samples, begun):
+    """Editing the list of validation images changes the splits but not the images."""
     with pytest.raises(
         ValueError, match=f"2 images, the first is 'train/{samples.names[12]}', which is missing now"
     ):
@@ -237,7 +236,7 @@ def test_an_image_that_moved_to_the_other_split_is_refused(samples, begun):
 
 
 @pytest.mark.parametrize("damage", ["cut", "older layout"])
-def test_unusable_last_checkpoint(samples, monkeypatch, often, damage):
+def test_resume_error_names_an_unusable_checkpoint(samples, monkeypatch, often, damage):
     interrupt(samples, "unusable", monkeypatch, 4)
     path = runs_folder() / "unusable" / "last.pt"
     if damage == "cut":
@@ -254,7 +253,7 @@ def test_unusable_last_checkpoint(samples, monkeypatch, often, damage):
 
 
 def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(samples, whole, monkeypatch, often):
-    """No file may become as large as last.pt from the second epoch on: torch meets a real error of the system."""
+    """From the second epoch on, no file may become as large as last.pt, so torch gets a real system error."""
     run, real = runs_folder() / "full", checkpoints.save_checkpoint
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     saves = iter(range(1, 99))
@@ -277,7 +276,7 @@ def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(samples, whole, m
     assert train("full", samples, resume=True) == whole[0]
 
 
-def test_a_disk_that_fills_up_while_the_best_weights_are_written(samples, whole, monkeypatch, often):
+def test_run_resumes_after_disk_fills_up_while_saving_best_weights(samples, whole, monkeypatch, often):
     sync, syncs = os.fsync, iter(range(1, 99))
 
     def fail(file):

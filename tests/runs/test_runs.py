@@ -37,12 +37,12 @@ from lib.runs.scoring import write_evaluation
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """An empty folder of runs."""
+    """An empty runs folder."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     return tmp_path
 
 
-def test_runs_folder_follows_the_environment(monkeypatch, tmp_path):
+def test_environment_variable_sets_the_runs_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     assert runs_folder() == tmp_path
     monkeypatch.setenv("RUNS_DIR", "~/runs")
@@ -51,7 +51,7 @@ def test_runs_folder_follows_the_environment(monkeypatch, tmp_path):
     assert runs_folder() == Path(__file__).parents[2] / "runs"
 
 
-def test_older_runs_of_the_name_are_kept(runs):
+def test_older_runs_with_the_same_name_are_kept(runs):
     for seed in range(3):
         with open_run({"run_name": "trial", "seed": seed, "resume": False}) as run:
             assert run == runs / "trial"
@@ -67,7 +67,7 @@ def test_older_runs_of_the_name_are_kept(runs):
 
 
 @pytest.mark.parametrize("computed", [False, True])
-def test_a_run_that_fails_before_anything_was_computed_leaves_the_older_one_in_place(runs, computed):
+def test_failed_run_replaces_the_previous_one_only_after_a_checkpoint(runs, computed):
     def fail(seed):
         with open_run({"run_name": "trial", "seed": seed}) as run:
             if computed:
@@ -82,7 +82,7 @@ def test_a_run_that_fails_before_anything_was_computed_leaves_the_older_one_in_p
     assert len(list((runs / "older").iterdir())) == computed
 
 
-def test_a_run_records_its_code_and_its_processor(runs, tmp_path_factory, monkeypatch):
+def test_run_records_commit_and_processor(runs, tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("repository")
     monkeypatch.setattr("lib.runs.ROOT", root)
 
@@ -131,7 +131,7 @@ def test_a_run_records_its_code_and_its_processor(runs, tmp_path_factory, monkey
         "a|b",
     ],
 )
-def test_names_that_are_no_folder(runs, name):
+def test_invalid_run_names_are_rejected(runs, name):
     with (
         pytest.raises(ValueError, match="run_name: found .* expected a plain folder name such as 'exp061'"),
         open_run({"run_name": name}),
@@ -143,13 +143,13 @@ def test_names_that_are_no_folder(runs, name):
 @pytest.mark.parametrize(
     "name", ["exp061", "exp061-seed 2", "a.b", "größer", "older2", "n=3", "first", "theirs"]
 )
-def test_names_that_are_one(runs, name):
+def test_valid_run_names_are_accepted(runs, name):
     with open_run({"run_name": name}) as run:
         assert run.name == name
     assert run_state(run) == RunState(0, 0, False, ())
 
 
-def test_one_process_has_a_run(runs):
+def test_only_one_process_can_open_a_run(runs):
     code = "import sys; sys.path.insert(0, sys.argv[1]); from lib.runs import open_run\nwith open_run({'run_name': 'taken'}): pass"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
     with open_run({"run_name": "taken", "seed": 7}) as run:
@@ -160,15 +160,15 @@ def test_one_process_has_a_run(runs):
         )
         assert '"seed": 7' in (run / "parameters.json").read_text()
     assert not (runs / "older").exists()
-    with open_run({"run_name": "taken"}):  # it was let go, also
+    with open_run({"run_name": "taken"}):  # released at the end of the block
         pass
     with pytest.raises(KeyboardInterrupt), open_run({"run_name": "taken"}):
         raise KeyboardInterrupt
-    with open_run({"run_name": "taken"}):  # after an error
+    with open_run({"run_name": "taken"}):  # and after an error
         pass
 
 
-def test_a_run_is_waited_for(tmp_path):
+def test_hold_run_fails_if_the_run_is_locked(tmp_path):
     lock = FileLock(tmp_path / ".taken.lock")
     with (
         lock,
@@ -178,13 +178,13 @@ def test_a_run_is_waited_for(tmp_path):
         pytest.fail("held")
     with hold_run(tmp_path / "taken"), pytest.raises(RuntimeError), hold_run(tmp_path / "taken"):
         pytest.fail("held twice")
-    with lock.acquire(timeout=0):  # and it was let go
+    with lock.acquire(timeout=0):  # released at the end of the block
         pass
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
-    """As network disks answer: a number without a path."""
+def test_error_names_a_disk_without_locks(runs, monkeypatch, code):
+    """Network disks raise an error number without a path."""
 
     def flock(descriptor, operation):
         raise OSError(code, os.strerror(code))
@@ -198,7 +198,7 @@ def test_a_disk_without_locks_is_named(runs, monkeypatch, code):
     )
 
 
-def test_a_folder_of_runs_below_a_file_is_named(monkeypatch, tmp_path):
+def test_error_names_a_runs_folder_below_a_file(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
     with pytest.raises(
@@ -220,12 +220,12 @@ STARTED = {
 @pytest.fixture
 def begun(runs):
     with open_run(STARTED | {"resume": False}) as run:
-        (run / "last.pt").touch()  # something was computed
+        (run / "last.pt").touch()  # some progress was saved
         return run
 
 
 @pytest.mark.parametrize("changed", [{}, {"resume": True}, {"num_workers": 2, "save_figures": True}])
-def test_a_run_is_resumed_with_its_own_parameters(begun, changed):
+def test_resume_keeps_the_original_parameters(begun, changed):
     before = (begun / "parameters.json").read_bytes()
     with open_run(STARTED | changed, resume=True) as run:
         assert run == begun
@@ -233,7 +233,7 @@ def test_a_run_is_resumed_with_its_own_parameters(begun, changed):
     assert not (begun.parent / "older").exists()
 
 
-def test_a_run_is_resumed_by_other_code_on_another_machine(begun):
+def test_resume_keeps_the_recorded_commit_and_processor(begun):
     saved = read_parameters(begun)
     elsewhere = saved | {
         "commit": "abc",
@@ -242,7 +242,7 @@ def test_a_run_is_resumed_by_other_code_on_another_machine(begun):
     }
     write_json(elsewhere, begun / "parameters.json")
     with open_run(STARTED, resume=True) as run:
-        assert read_parameters(run) == elsewhere  # what it was started with
+        assert read_parameters(run) == elsewhere  # as recorded at the start
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,13 @@ def test_a_run_is_resumed_by_other_code_on_another_machine(begun):
         ),
     ],
 )
-def test_other_parameters_are_refused_and_named(begun, changed, message):
+def test_resume_with_other_parameters_is_rejected(begun, changed, message):
     with pytest.raises(ValueError) as error, open_run(STARTED | changed, resume=True):
         pytest.fail("opened")
     assert str(error.value) == message
 
 
-def test_nothing_to_resume(begun):
+def test_missing_or_incomplete_run_cannot_be_resumed(begun):
     with (
         pytest.raises(ValueError) as error,
         open_run(STARTED | {"run_name": "two"}, resume=True),
@@ -307,8 +307,8 @@ def test_nothing_to_resume(begun):
         ({"image_width": 64}, "image_width: is 64 now, but the samples were loaded with 32; run"),
     ],
 )
-def test_samples_of_other_parameters_are_refused(begun, edited, message, resume):
-    """A data parameter was edited, and the cell that loads the data did not run again."""
+def test_samples_loaded_with_other_parameters_are_rejected(begun, edited, message, resume):
+    """A data parameter was edited, but the cell that loads the data was not run again."""
     of_data = {
         "data": "synthetic",
         "validation": "random",
@@ -332,14 +332,14 @@ def test_samples_of_other_parameters_are_refused(begun, edited, message, resume)
     assert not (begun.parent / "older").exists()
 
 
-def test_samples_made_by_hand_fit_any_parameters(runs, scenes):
+def test_samples_made_by_hand_are_accepted_with_any_parameters(runs, scenes):
     with open_run(
         STARTED | {"data": "elsewhere", "limit": 3}, samples=[replace(scenes, loaded_with=None)]
     ) as run:
         assert run.exists()
 
 
-def test_what_there_is_of_a_run(trained, tmp_path):
+def test_run_state_counts_epochs_and_lists_evaluated_splits(trained, tmp_path):
     assert run_state(tmp_path / "nowhere") == RunState(0, 0, False, ())
     run = trained("a", evaluated=False, epochs=5)
     assert run_state(run) == RunState(5, 3, False, ())
@@ -355,7 +355,7 @@ def test_what_there_is_of_a_run(trained, tmp_path):
     assert run_state(run).describe() == "starts from the beginning"
 
 
-def test_report(tmp_path):
+def test_report_contains_configuration_scores_and_progression(tmp_path):
     rows = history(12)
     write_history(tmp_path, rows)
     (tmp_path / "parameters.json").write_text('{"encoder": "resnet18"}')
@@ -372,7 +372,7 @@ def test_report(tmp_path):
         2:
     ]
     assert [row[0] for row in progression] == ["1", "5", "**7**", "10", "12"]
-    strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    strict = json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail)  # NaN isn't JSON
     assert (strict["class_iou"]["floor"], strict["class_iou"]["window"]) == (1, None)
     assert "Best classes: ceiling (1.00)" in summarise(tmp_path)
     assert "bed (0.75)" in summarise(tmp_path).split("Worst classes")[1]
@@ -389,7 +389,7 @@ def test_report(tmp_path):
         ([0.1], "(chance level 0.0"),
     ],
 )
-def test_the_report_says_whether_the_score_still_rose(tmp_path, miou, said):
+def test_summary_reports_the_final_change_in_miou(tmp_path, miou, said):
     rows = [row | {"valid_miou": score} for row, score in zip(history(len(miou)), miou, strict=True)]
     write_history(tmp_path, rows)
     (tmp_path / "parameters.json").write_text("{}")
@@ -398,7 +398,7 @@ def test_the_report_says_whether_the_score_still_rose(tmp_path, miou, said):
 
 
 def table_rows(report):
-    """The cells of every row of every table."""
+    """Return the cells of every row of every table."""
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in report.splitlines()
@@ -424,7 +424,7 @@ def test_report_without_validation(tmp_path):
     assert pd.read_csv(tmp_path / "history.csv").valid_miou.isna().all()
 
 
-def test_find_run(trained, tmp_path):
+def test_find_run_by_name_by_path_or_latest(trained, tmp_path):
     with pytest.raises(
         ValueError, match=r"run: found 'latest', trained runs in .*: none. Make one with `papermill train"
     ):
@@ -436,11 +436,11 @@ def test_find_run(trained, tmp_path):
         ValueError, match=r"run: found 'third', trained runs in .*: first, second. Make one with"
     ):
         find_run("third")
-    trained("second")  # the one before lies in older/ now and is no run to be found
+    trained("second")  # the previous run is now in older/, which is not searched
     assert find_run("latest") == second
 
 
-def test_evaluation_completes_the_report(trained):
+def test_evaluation_is_written_to_report_scores_and_counts(trained):
     run = trained("a", scene=("u", "v"))
     report = (run / "report.md").read_text()
     assert "## Evaluation on split test" in report
@@ -465,7 +465,7 @@ def test_evaluation_completes_the_report(trained):
     assert saved.classes == NYUV2_13
 
 
-def test_a_split_without_labels_is_evaluated_without_scores(trained):
+def test_unlabelled_split_is_evaluated_without_scores(trained):
     run = trained("a", evaluated=False)
     facts = {"data": "nyu", "images": 2, "labelled": False, "tta": "flip", "working_size": [2, 3]}
     write_evaluation(run, "test", facts, {})
@@ -477,13 +477,13 @@ def test_a_split_without_labels_is_evaluated_without_scores(trained):
     assert not (run / "evaluation" / "test.npz").exists()
 
 
-def test_counts_carry_their_classes(trained):
+def test_saved_counts_include_the_class_names(trained):
     run = trained("a", matrices=np.ones((2, 3, 3), np.int64), classes=("x", "y", "z"))
     assert read_counts(run / "evaluation" / "test.npz").classes == ("x", "y", "z")
     assert "| z " in (run / "report.md").read_text()
 
 
-def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
+def test_new_best_epoch_deletes_the_previous_evaluation(trained):
     run = trained("a")
     write_scores(run, history(2)[1], evaluation(counts()))
     assert run_state(run).evaluated == ()
@@ -491,7 +491,7 @@ def test_a_new_best_epoch_drops_the_evaluation_of_the_last(trained):
 
 
 @pytest.mark.parametrize(("checkpoint", "said"), [("best", "is the best"), ("last", "is the last")])
-def test_summary_says_which_epoch_is_kept(trained, checkpoint, said):
+def test_summary_states_which_epoch_is_kept(trained, checkpoint, said):
     run = trained("a", checkpoint=checkpoint)
     assert summarise(run).startswith(
         f"Epoch 3 of 3 {said}: validation **mIoU 0.958** (chance level 0.043) over 12 of 13 classes (window has no pixel), "

@@ -36,14 +36,14 @@ DATA = {"data": "synthetic", "validation": "auto", "limit": 80, "classes": None,
 
 @pytest.fixture(scope="module")
 def trained_run():
-    """The folder of a run of two epochs."""
+    """The folder of a run trained for two epochs."""
     train("scored", small_samples(), epochs=2, learning_rate=0.01, **DATA)
     return runs_folder() / "scored"
 
 
 @pytest.fixture
 def run(trained_run, monkeypatch, tmp_path):
-    """A copy of it that a test may score, in a folder of runs of its own."""
+    """A copy of `trained_run` that a test may score, in its own runs folder."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     copy = shutil.copytree(trained_run, tmp_path / "runs" / "scored")
     shutil.rmtree(copy / "evaluation", ignore_errors=True)
@@ -52,14 +52,14 @@ def run(trained_run, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def scored(trained_run):
-    """It, scored on its validation images; and what `score_run` returned."""
+    """`trained_run`, scored on its validation images, and the result of `score_run`."""
     return trained_run, score_run(
         trained_run, "valid", iterate_split(read_parameters(trained_run), "valid"), "flip", "cpu"
     )
 
 
 def on_folder(run, root):
-    """Say that the run was trained on a folder."""
+    """Change the parameters as if the run had been trained on a folder."""
     write_json(
         read_parameters(run) | {"data": str(root), "limit": None, "validation": "random"},
         run / "parameters.json",
@@ -67,12 +67,12 @@ def on_folder(run, root):
 
 
 def open_external(data, predictions, **changes):
-    """The run folder of external predictions."""
+    """Return the run folder of external predictions."""
     named = {"run_name": "external", "recipe": "external", "seed": 0, "predictions": str(predictions)}
     return find_scored("latest", str(predictions), DATA | named | {"data": str(data)} | changes)
 
 
-def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
+def test_saved_counts_masks_and_scores_match_evaluate(scored):
     run, facts = scored
     valid = load_samples("synthetic", "valid", limit=80)
     expected = evaluate(load_model(run / "best.pt"), valid)
@@ -104,7 +104,7 @@ def test_counts_masks_and_scores_are_those_of_the_predictions(scored):
     assert facts["scenes"] == len(set(valid.scene))
 
 
-def test_strata_of_a_run_add_up_to_its_counts(scored):
+def test_strata_add_up_to_the_counts_of_the_run(scored):
     run, _ = scored
     counted = read_counts(run / "evaluation" / "valid.npz")
     by_scene = [counted.counts[counted.scene == scene].sum(0) for scene in np.unique(counted.scene)]
@@ -112,11 +112,11 @@ def test_strata_of_a_run_add_up_to_its_counts(scored):
     assert set(strata) == {DEPTH, DISTANCE, REGION}
     for counts in strata.values():
         np.testing.assert_array_equal(counts.sum(1), by_scene)
-        assert (counts.sum((0, 2, 3)) > 0).sum() > 2  # pixels lie in several bins
+        assert (counts.sum((0, 2, 3)) > 0).sum() > 2  # pixels fall into several bins
 
 
-def test_the_json_is_json(scored):
-    """NaN is not: it becomes null."""
+def test_evaluation_file_is_strictly_valid_json(scored):
+    """NaN is not valid JSON, so it becomes null."""
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -131,7 +131,7 @@ def test_the_json_is_json(scored):
     assert sum(supports) == pytest.approx(1)
 
 
-def test_the_report_and_the_state_know_of_it(scored):
+def test_evaluation_appears_in_report_and_run_state(scored):
     run, facts = scored
     report = (run / "report.md").read_text()
     assert "## Training progression" in report
@@ -147,7 +147,7 @@ def test_the_report_and_the_state_know_of_it(scored):
     assert (read.name, read.data, read.validation, len(read.history)) == ("scored", "synthetic", "blocks", 2)
 
 
-def test_a_class_that_the_split_lacks_is_null_and_so_is_an_interval_over_too_few_scenes(run):
+def test_absent_classes_and_missing_intervals_are_null(run):
     write_json(read_parameters(run) | {"limit": 20}, run / "parameters.json")
     facts = score_run(run, "valid", iterate_split(read_parameters(run), "valid"), "flip", "cpu")
     saved = json.loads((run / "evaluation" / "valid.json").read_text())
@@ -160,7 +160,7 @@ def test_a_class_that_the_split_lacks_is_null_and_so_is_an_interval_over_too_few
     assert "(no interval: too few scenes, 2)" in (run / "report.md").read_text()
 
 
-def test_a_run_says_which_images_a_split_holds(run):
+def test_iterate_split_selects_images_by_run_parameters(run):
     def names(split, **parameters):
         write_json(read_parameters(run) | parameters, run / "parameters.json")
         return list(iterate_split(read_parameters(run), split).names)
@@ -169,10 +169,10 @@ def test_a_run_says_which_images_a_split_holds(run):
         for split in ("train", "valid"):
             expected = iterate_samples("synthetic", split, **{"limit": 80} | choice)
             assert names(split, **choice) == list(expected.names)
-    assert len(names("test", limit=20)) == 100  # limit is about the images to train and validate on
+    assert len(names("test", limit=20)) == 100  # limit applies only to training and validation images
 
 
-def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, tmp_path, scenes):
+def test_scoring_another_dataset_with_its_own_classes(run, tmp_path, scenes):
     model = build_model(encoder=ENCODER, classes=("a", "b", "c"), size=(24, 32))
     save_model(model, run / "best.pt")
     three = scenes.map(
@@ -199,7 +199,7 @@ def test_a_folder_says_its_own_classes_and_another_data_set_may_be_scored(run, t
     assert counts.scene is None or len(counts.scene) == 6
 
 
-def test_where_labels_are_held_back_predictions_are_handed_in(run, folder):
+def test_submission_is_written_if_labels_are_held_back(run, folder):
     on_folder(run, folder)
     facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     test = load_samples(folder, "test")
@@ -229,7 +229,7 @@ def two_sizes(root, scenes, labels):
     return [scenes[:3], small]
 
 
-def test_images_of_two_sizes(run, tmp_path, scenes):
+def test_images_of_two_sizes_are_scored_at_their_own_size(run, tmp_path, scenes):
     pieces = two_sizes(tmp_path / "data", scenes, True)
     on_folder(run, tmp_path / "data")
     facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
@@ -244,7 +244,7 @@ def test_images_of_two_sizes(run, tmp_path, scenes):
     assert facts["images"] == 5
 
 
-def test_unlabelled_images_of_two_sizes_are_no_array(run, tmp_path, scenes):
+def test_submission_is_not_written_for_images_of_two_sizes(run, tmp_path, scenes):
     two_sizes(tmp_path / "data", scenes, False)
     on_folder(run, tmp_path / "data")
     score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
@@ -252,7 +252,7 @@ def test_unlabelled_images_of_two_sizes_are_no_array(run, tmp_path, scenes):
     assert not (run / "evaluation" / "submission.npy").exists()
 
 
-def test_a_split_without_images(run):
+def test_split_without_images_is_rejected(run):
     write_json(read_parameters(run) | {"validation": "none"}, run / "parameters.json")
     with pytest.raises(
         ValueError,
@@ -261,7 +261,7 @@ def test_a_split_without_images(run):
         score_run(run, "valid", iterate_split(read_parameters(run), "valid"), "flip", "cpu")
 
 
-def test_a_run_that_is_scored_again_is_not_scored_until_it_is_done(run, monkeypatch):
+def test_failed_rescoring_leaves_the_run_unscored(run, monkeypatch):
     pieces = iterate_split(read_parameters(run), "valid")
     score_run(run, "valid", pieces, "flip", "cpu")
     assert run_state(run).evaluated == ("valid",)
@@ -273,7 +273,7 @@ def test_a_run_that_is_scored_again_is_not_scored_until_it_is_done(run, monkeypa
         read_scored(run, "valid")
 
 
-def test_external_masks_have_the_scores_of_the_run_that_made_them(scored, run):
+def test_external_masks_get_the_scores_of_the_run_that_made_them(scored, run):
     made, facts = scored
     folder = open_external("synthetic", made / "evaluation" / "valid")
     assert folder == runs_folder() / "external"
@@ -298,7 +298,7 @@ def test_external_masks_have_the_scores_of_the_run_that_made_them(scored, run):
     np.testing.assert_array_equal(copied, read_masks(masks_folder(made, "valid"), read.names))
 
 
-def test_external_masks_where_labels_are_held_back(run, folder):
+def test_external_masks_become_a_submission_if_labels_are_held_back(run, folder):
     on_folder(run, folder)
     score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")
     external = open_external(folder, masks_folder(run, "test"), validation="random", limit=None)
@@ -309,7 +309,7 @@ def test_external_masks_where_labels_are_held_back(run, folder):
     assert "their labels are held back" in (external / "report.md").read_text()
 
 
-def test_predictions_that_are_not_there(tmp_path):
+def test_missing_predictions_or_data_are_rejected(tmp_path):
     with pytest.raises(
         ValueError, match=r"predictions: found '/nowhere', which is no folder; expected a folder of PNG"
     ):
@@ -322,7 +322,7 @@ def test_predictions_that_are_not_there(tmp_path):
 
 @pytest.fixture
 def masks(tmp_path, folder):
-    """Good masks for the training split of a folder: a function that reads them, and their folder."""
+    """Valid masks for the training split: a function that reads them, their folder and the samples."""
     samples = load_samples(folder, "train", "none")
     (tmp_path / "masks").mkdir()
     for name, label in zip(samples.names, samples.label, strict=True):
@@ -339,7 +339,7 @@ def masks(tmp_path, folder):
 
 
 @pytest.mark.parametrize("change", ["none", "16 bits", "palette"])
-def test_good_masks_are_read_as_they_are_meant(masks, change):
+def test_masks_with_8_or_16_bits_or_a_palette_are_read(masks, change):
     read, folder, samples = masks
     for path in folder.iterdir() if change != "none" else []:
         mask = np.asarray(Image.open(path))
@@ -366,7 +366,7 @@ def test_good_masks_are_read_as_they_are_meant(masks, change):
     ],
     ids=["missing", "smaller", "turned", "colour", "1 bit", "unlabelled", "no class"],
 )  # fmt: skip
-def test_masks_that_cannot_be_meant_are_refused_by_name(masks, change, problem):
+def test_error_names_a_missing_or_invalid_mask(masks, change, problem):
     read, folder, samples = masks
     path = folder / f"{samples.names[7]}.png"
     mask = np.asarray(Image.open(path))
@@ -378,7 +378,7 @@ def test_masks_that_cannot_be_meant_are_refused_by_name(masks, change, problem):
     assert str(error.value).startswith(f"{path}: {problem}")
 
 
-def test_a_damaged_mask_is_refused_by_name(masks):
+def test_error_names_a_damaged_mask(masks):
     read, folder, samples = masks
     path = folder / f"{samples.names[7]}.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -398,7 +398,7 @@ def test_one_image_is_scored_without_an_interval(run, tmp_path, scenes):
 
 @pytest.fixture
 def without_depth(tmp_path, monkeypatch):
-    """A run on a folder without depth, whose images lie in subfolders, one for each room; scored on what validates."""
+    """A run trained on data without depth, with one subfolder per room; its samples and parameters."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     scenes, root = small_samples(), tmp_path / "data"
     write_folder(root, replace(scenes, names=np.char.add(np.char.add(scenes.scene, "/"), scenes.names)))
@@ -416,7 +416,7 @@ def without_depth(tmp_path, monkeypatch):
     return run, splits, parameters
 
 
-def test_data_without_depth_train_and_are_scored(without_depth):
+def test_training_and_scoring_work_without_depth(without_depth):
     run, (train, valid), _ = without_depth
     assert valid.depth is None
     assert valid.loaded_with["chosen_validation"] == "scenes"
@@ -441,7 +441,7 @@ def test_data_without_depth_train_and_are_scored(without_depth):
 
 
 @pytest.mark.parametrize("change", [{"inputs": "rgbd"}, {"depth_weight": 0.1}])
-def test_nothing_else_trains_without_depth(without_depth, change):
+def test_depth_options_are_rejected_if_data_have_no_depth(without_depth, change):
     _, splits, parameters = without_depth
     parameters = parameters | {"run_name": "deep"} | change
     with pytest.raises(ValueError, match="but these data have no depth; use inputs rgb and depth_weight 0"):
@@ -457,8 +457,8 @@ def shift_masks(folder, by):
 LABELS_FROM_1 = f"classes: {list(NYUV2_13)}\nfirst_label: 1\n"
 
 
-def test_masks_with_label_values_are_read_as_it_is_said(tmp_path, folder, scenes, masks, capsys):
-    """Where classes begin with 1: every value is looked at before any is taken."""
+def test_mask_values_labels_reads_masks_with_label_values(tmp_path, folder, scenes, masks, capsys):
+    """Label values start at 1. The values of all masks are checked before any mask is read."""
     read, place, samples = masks
     for path in (folder / "train" / "label").iterdir():
         label = np.asarray(Image.open(path))
@@ -466,7 +466,7 @@ def test_masks_with_label_values_are_read_as_it_is_said(tmp_path, folder, scenes
     (folder / "dataset.yaml").write_text(LABELS_FROM_1)
     expected = np.where(samples.label == 255, 0, samples.label)
     np.testing.assert_array_equal(np.concatenate([batch.labels for batch in read()]), expected)
-    shift_masks(place, 1)  # now they hold 1..13, as the labels do
+    shift_masks(place, 1)  # now they contain 1..13, like the labels
     with pytest.raises(
         DataError, match=r"the value 13, .*; all masks fit mask_values labels: pass `-p mask_values labels`"
     ):
@@ -477,9 +477,7 @@ def test_masks_with_label_values_are_read_as_it_is_said(tmp_path, folder, scenes
 
 
 @pytest.mark.parametrize(("mask_values", "other", "by"), [("indices", "labels", 0), ("labels", "indices", 0)])
-def test_which_reading_was_taken_is_said_where_both_are_possible(
-    folder, masks, capsys, mask_values, other, by
-):
+def test_ambiguous_mask_values_print_the_chosen_interpretation(folder, masks, capsys, mask_values, other, by):
     read, place, samples = masks
     for path in (folder / "train" / "label").iterdir():
         label = np.asarray(Image.open(path))
@@ -494,14 +492,14 @@ def test_which_reading_was_taken_is_said_where_both_are_possible(
     assert said in capsys.readouterr().out
 
 
-def test_other_files_beside_the_masks_are_left_alone(masks):
+def test_other_files_next_to_the_masks_are_ignored(masks):
     read, place, samples = masks
     (place / f"{samples.names[0]}.txt").write_text("not a mask")
     (place / "notes.txt").write_text("neither")
     assert sum(len(batch.samples) for batch in read()) == 12
 
 
-def test_names_of_masks_may_be_decomposed(masks):
+def test_mask_names_may_use_decomposed_unicode(masks):
     read, place, _ = masks
     for path in (place.parent / "train").rglob("*.png"):
         path.rename(path.with_name(unicodedata.normalize("NFC", f"é{path.name}")))
@@ -511,7 +509,7 @@ def test_names_of_masks_may_be_decomposed(masks):
 
 
 def own_run(run, root, **loaded):
-    """A run that recorded the images of a folder as its own."""
+    """Return a run that recorded its training and validation images, and these samples."""
     parameters = read_parameters(run) | {"data": str(root), "limit": None, "validation": "random"} | loaded
     chosen = {name: parameters[name] for name in ("validation", "limit")}
     splits = [load_samples(root, split, size=(24, 32), **chosen) for split in ("train", "valid")]
@@ -523,11 +521,11 @@ def own_run(run, root, **loaded):
     return folder, *splits
 
 
-def test_images_that_were_added_after_training_change_no_split(run, folder, scenes, capsys):
+def test_images_added_after_training_do_not_change_the_splits(run, folder, scenes, capsys):
     own, train, valid = own_run(run, folder)
     write_folder(folder, replace(scenes[:5], names=np.array([f"00000{at}a" for at in range(5)])))
     drawn = iterate_split(read_parameters(own), "valid")
-    assert set(drawn.names) & set(train.names)  # drawn anew, it would hold images that were trained on
+    assert set(drawn.names) & set(train.names)  # a new draw would contain training images
     for split, samples in (("train", train), ("valid", valid)):
         found = iterate_split(read_parameters(own), split, run=own)
         assert list(found.names) == list(samples.names)
@@ -541,7 +539,7 @@ def test_images_that_were_added_after_training_change_no_split(run, folder, scen
     assert set(read_counts(own / "evaluation" / "valid.npz").names) == set(valid.names)
 
 
-def test_images_that_are_gone_are_named(run, folder, scenes):
+def test_error_names_missing_images_of_a_split(run, folder, scenes):
     own, _, valid = own_run(run, folder)
     for kind in ("image", "depth", "label"):
         (folder / "train" / kind / f"{valid.names[0]}.png").unlink()
@@ -553,7 +551,7 @@ def test_images_that_are_gone_are_named(run, folder, scenes):
     assert len(iterate_split(read_parameters(own), "train", run=own)) == 9
 
 
-def test_other_data_have_other_images(run, folder, scenes, tmp_path, capsys):
+def test_other_and_copied_data_are_split_without_a_message(run, folder, scenes, tmp_path, capsys):
     own, *_ = own_run(run, folder)
     write_folder(tmp_path / "other", scenes)
     copied = shutil.copytree(folder, tmp_path / "copies" / folder.name)
@@ -564,7 +562,7 @@ def test_other_data_have_other_images(run, folder, scenes, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_evaluating_other_data_leaves_nothing_of_the_earlier(run, folder, scenes, tmp_path):
+def test_evaluating_other_data_deletes_the_earlier_evaluation(run, folder, scenes, tmp_path):
     on_folder(run, folder)
     score_run(run, "test", iterate_split(read_parameters(run), "test"), "none", "cpu")
     assert (run / "evaluation" / "submission.npy").exists()
@@ -577,8 +575,8 @@ def test_evaluating_other_data_leaves_nothing_of_the_earlier(run, folder, scenes
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["test", "test.json", "test.npz"]
 
 
-def test_labels_that_are_255_everywhere_are_held_back(run, folder, scenes):
-    """As those of Cityscapes' test images: predicted, with a submission."""
+def test_labels_that_are_all_255_count_as_held_back(run, folder, scenes):
+    """As for the test images of Cityscapes, a submission is written."""
     write_folder(folder, replace(scenes[:3], label=np.full_like(scenes.label[:3], 255)), "test")
     on_folder(run, folder)
     facts = score_run(run, "test", iterate_split(read_parameters(run), "test"), "none", "cpu")
@@ -597,7 +595,7 @@ def test_labels_that_are_255_everywhere_are_held_back(run, folder, scenes):
 
 
 @pytest.mark.parametrize("name", ["a" * 201, "ü" * 101])
-def test_names_of_runs_that_no_disk_takes_are_refused(name):
+def test_overlong_run_names_are_rejected(name):
     with pytest.raises(
         ValueError, match="run_name: found .* expected a plain folder name such as 'exp061' of at most 200"
     ):
@@ -606,7 +604,7 @@ def test_names_of_runs_that_no_disk_takes_are_refused(name):
         assert folder.is_dir()
 
 
-def test_a_run_of_an_older_version_is_refused():
-    """Its `split` would be left out, and other images validate."""
+def test_run_of_an_older_version_is_rejected():
+    """Ignoring its old parameter `split` would select other validation images."""
     with pytest.raises(ValueError, match="run 'mine' was trained before parameters were renamed"):
         iterate_split({"run_name": "mine", "data": "synthetic", "split": "random", "fold": 4}, "valid")

@@ -204,33 +204,36 @@ def test_masks_are_not_shifted_relative_to_rgb(monkeypatch, augment):
         assert abs(np.mean(offsets)) < 0.15  # source pixels; with INTER_NEAREST, crops would have 0.35
 
 
-def test_flip_and_geometry_are_drawn_independently(scenes):
-    names = []
-    training = TrainingSet(scenes, "exp061", seed=0)
-    real = training.augmentation
+def applied_transforms(samples, augment, epochs):
+    """The transforms, by name with their parameters, that the first image of each epoch undergoes."""
+    training = TrainingSet(samples, augment, seed=0)
+    real, applied = training.augmentation, []
 
     class Recorder:
         transforms = real.transforms
 
         def __call__(self, **arrays):
             result = real(**arrays)
-            names.append(tuple(name for name, _ in result["applied_transforms"]))
+            applied.append(dict(result["applied_transforms"]))
             return result
 
     training.augmentation = Recorder()
-    for epoch in range(400):
+    for epoch in range(epochs):
         training[epoch, 0]
+    return applied
+
+
+def test_flip_and_geometry_are_drawn_independently(scenes):
+    names = [tuple(transforms) for transforms in applied_transforms(scenes, "exp061", 400)]
     combinations = [(), ("HorizontalFlip",), ("Affine",), ("HorizontalFlip", "Affine")]
     assert all(60 < names.count(combination) < 140 for combination in combinations)
 
 
 def test_crop_size_is_independent_of_flip(scenes):
-    training, areas = TrainingSet(scenes, "crops", seed=0), {True: [], False: []}
-    for epoch in range(300):
-        training[epoch, 0]
-        geometry = dict(training.augmentation(image=scenes.image[0])["applied_transforms"])
-        left, top, right, bottom = geometry["RandomResizedCrop"]["crop_coords"]
-        areas["HorizontalFlip" in geometry].append((right - left) * (bottom - top) / (96 * 128))
+    areas = {True: [], False: []}
+    for transforms in applied_transforms(scenes, "crops", 300):
+        left, top, right, bottom = transforms["RandomResizedCrop"]["crop_coords"]
+        areas["HorizontalFlip" in transforms].append((right - left) * (bottom - top) / (96 * 128))
     assert np.mean(areas[True]) == pytest.approx(np.mean(areas[False]), abs=0.06)
 
 

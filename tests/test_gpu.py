@@ -75,8 +75,11 @@ def test_training_step_never_waits_for_the_gpu(samples, device, precision):
 
 
 def test_loss_gradient_and_counts_match_the_cpu(samples, device):
-    """In fp32, with TF32 turned off: by default, GPUs use TF32 in convolutions."""
-    found = {}
+    """In fp32, with TF32 turned off: by default, GPUs use TF32 in convolutions.
+
+    On a CPU, the two networks and their results must be the same.
+    """
+    results = []
     with torch.backends.cudnn.flags(allow_tf32=False):
         for where in (torch.device("cpu"), device):
             model = move_model(
@@ -89,8 +92,8 @@ def test_loss_gradient_and_counts_match_the_cpu(samples, device):
                 weights.grad.cpu().flatten() for weights in model.parameters() if weights.grad is not None
             ]
             counted = count_predictions(predict(model, samples[:8], 4))
-            found[where] = torch.stack(terms).detach().cpu(), torch.cat(gradients), counted.counts
-    (terms, gradient, counts), (others, other, their_counts) = found[torch.device("cpu")], found[device]
+            results.append((torch.stack(terms).detach().cpu(), torch.cat(gradients), counted.counts))
+    (terms, gradient, counts), (others, other, their_counts) = results
     torch.testing.assert_close(others, terms, rtol=1e-4, atol=1e-5)
     assert torch.nn.functional.cosine_similarity(other, gradient, dim=0) > 0.9999
     assert np.abs(their_counts - counts).sum() <= 0.002 * counts.sum()
@@ -119,12 +122,13 @@ def test_resumed_run_matches_an_uninterrupted_run(samples, device, monkeypatch):
 
 def test_native_size_evaluation_with_tta_matches_the_cpu(samples, device):
     """Images have twice the working size. The counts on a GPU nearly equal those on the CPU."""
-    native, found = resize_samples(samples[:6], (96, 128)), {}
+    native = resize_samples(samples[:6], (96, 128))
+    results = []
     for where in (torch.device("cpu"), device):
         model = build_network(PARAMETERS, samples.classes, samples.depth_range_m).to(where)
         batches = predict(model, native, 2, "scales", confidence=True)
-        found[where] = count_predictions(batches, thorough=True, keep=True)
-    expected, result = found[torch.device("cpu")], found[device]
+        results.append(count_predictions(batches, thorough=True, keep=True))
+    expected, result = results
     assert (result.predicted != expected.predicted).mean() < 0.01
     np.testing.assert_allclose(result.depth, expected.depth, rtol=0.01)
     assert result.boundary.shape == expected.boundary.shape

@@ -29,14 +29,14 @@ def check_same_classes(
     if tuple(classes) == tuple(others):  # either may be a list
         return
     if len(classes) != len(others):
-        found, other = (f"{len(names)} (the last is {names[-1]!r})" for names in (classes, others))
+        summary, other_summary = (f"{len(names)} (the last is {names[-1]!r})" for names in (classes, others))
     else:
         index = next(
             index for index, pair in enumerate(zip(classes, others, strict=True)) if pair[0] != pair[1]
         )
-        found, other = (f"{names[index]!r} as class {index}" for names in (classes, others))
+        summary, other_summary = (f"{names[index]!r} as class {index}" for names in (classes, others))
     raise ValueError(
-        f"classes: {whose} has {found}, {whose_others} has {other}; use what has the same classes"
+        f"classes: {whose} has {summary}, {whose_others} has {other_summary}; use what has the same classes"
     )
 
 

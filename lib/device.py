@@ -44,7 +44,7 @@ def choose_device(device: str) -> torch.device:
     if device not in available:
         raise ValueError(
             f"device: found {device!r}, torch {torch.__version__} has {', '.join(available)} "
-            f"here{_unused_gpu()}"
+            f"here{_describe_unused_gpu()}"
         )
     if device in ("auto", "cuda"):
         device = usable[0] if usable else "cpu"
@@ -57,7 +57,7 @@ def choose_device(device: str) -> torch.device:
 def _gpus() -> dict[str, str | None]:
     """Try each NVIDIA GPU, and map its name to None if torch can use it, otherwise to the reason why not."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # _unused_gpu reports a driver or a GPU that is too old
+        warnings.simplefilter("ignore")  # _describe_unused_gpu reports a driver or a GPU that is too old
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return {f"cuda:{gpu}": _try_gpu(f"cuda:{gpu}") for gpu in range(count)}
 
@@ -78,15 +78,15 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return "bf16"
     # a CPU without these instructions emulates bf16, which is slower than fp32
-    if device.type == "cpu" and _bf16_instructions():
+    if device.type == "cpu" and _list_bf16_instructions():
         return "bf16"
     return "fp32"
 
 
-def _bf16_instructions() -> list[str]:
+def _list_bf16_instructions() -> list[str]:
     """Return the bf16 instruction sets of the CPU. Torch versions before 2.7 report none."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return [name for name in ("avx512_bf16", "amx_bf16") if known.get(name)]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return [name for name in ("avx512_bf16", "amx_bf16") if capabilities.get(name)]
 
 
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
@@ -104,20 +104,20 @@ def describe_device(device: str, precision: str) -> str:
     if chosen.type == "cuda":
         name = torch.cuda.get_device_name(chosen)
     line = f"{chosen} ({name}), {choose_precision(precision, chosen)}, torch {torch.__version__}"
-    return line + (_unused_gpu() if device == "auto" and chosen.type == "cpu" else "")
+    return line + (_describe_unused_gpu() if device == "auto" and chosen.type == "cpu" else "")
 
 
 def describe_processor() -> str:
     """Return the CPU's name and the vector instructions that torch uses, such as `AMD EPYC (AVX2)`."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        name = named[1] if named else name
-    instructions = [torch.backends.cpu.get_cpu_capability(), *_bf16_instructions()]
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = match[1] if match else name
+    instructions = [torch.backends.cpu.get_cpu_capability(), *_list_bf16_instructions()]
     return f"{name} ({', '.join(instructions)})"
 
 
-def _unused_gpu() -> str:
+def _describe_unused_gpu() -> str:
     """Return a line that explains why an installed GPU is not used, or an empty string."""
     if torch.backends.mps.is_available():
         return "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
@@ -146,10 +146,10 @@ def _has_nvidia_gpu() -> bool:
 
 def describe_memory(device: torch.device) -> str:
     """Return the memory in use: reserved by torch on a GPU, otherwise resident memory of this process."""
-    used = psutil.Process().memory_info().rss
+    used_bytes = psutil.Process().memory_info().rss
     if device.type == "cuda":
-        used = torch.cuda.memory_reserved(device)
-    return f"{used / 2**30:.1f} GiB"
+        used_bytes = torch.cuda.memory_reserved(device)
+    return f"{used_bytes / 2**30:.1f} GiB"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -168,7 +168,7 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
     """
 
     @functools.wraps(generate)
-    def explained(*arguments: object, **options: object) -> Iterator:
+    def wrapper(*arguments: object, **options: object) -> Iterator:
         try:
             yield from generate(*arguments, **options)
             return
@@ -180,4 +180,4 @@ def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., It
         torch.cuda.empty_cache()
         raise MemoryError(message + REMEDY)
 
-    return explained
+    return wrapper

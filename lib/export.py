@@ -20,8 +20,8 @@ from lib.evaluation import predict
 from lib.files import write_atomically
 from lib.model import SegmentationDepthNet
 
-AGREEMENT = 0.999  # minimum share of pixels with the same class from ONNX and `evaluate`
-CHECKED_SIZE = 427, 561  # odd, so that it is no multiple of the working size
+MIN_AGREEMENT = 0.999  # minimum share of pixels with the same class from ONNX and `evaluate`
+SCENE_SIZE = 427, 561  # odd, so that it is no multiple of the working size
 
 
 class CameraNet(nn.Module):
@@ -65,9 +65,11 @@ def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     The values are those of `resize_image`, except for area means that end in .5.
     """
     pixels = image[0].permute(2, 0, 1)
-    height, width = (_scale(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
-    shrinks = (height >= 1) & (width >= 1)
-    resized = torch.where(shrinks, _shrink(pixels.float(), size, height, width), _enlarge(pixels.int(), size))
+    scale_y, scale_x = (_scale(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
+    shrinks = (scale_y >= 1) & (scale_x >= 1)
+    resized = torch.where(
+        shrinks, _shrink(pixels.float(), size, scale_y, scale_x), _enlarge(pixels.int(), size)
+    )
     return resized.permute(1, 2, 0)[None]
 
 
@@ -78,12 +80,12 @@ def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) 
     """
     overlaps = []
     for length, count, scale in zip(pixels.shape[1:], size, scales, strict=True):
-        old, new = torch.arange(length), scale * torch.arange(count)[:, None]
-        overlap = torch.minimum(new + scale, old + 1) - torch.maximum(new, old)
+        in_start, out_start = torch.arange(length), scale * torch.arange(count)[:, None]
+        overlap = torch.minimum(out_start + scale, in_start + 1) - torch.maximum(out_start, in_start)
         overlaps.append(torch.where(overlap > 1e-3, overlap, 0.0).float())  # cv2's threshold
     means = overlaps[0] @ pixels @ overlaps[1].T * (1 / (scales[0] * scales[1])).float()
-    halves = (scales[0] == 2) & (scales[1] == 2)  # when halving, cv2 rounds x.5 up, else to even
-    return torch.where(halves, (means + 0.5).floor(), means.round())
+    is_halving = (scales[0] == 2) & (scales[1] == 2)  # when halving, cv2 rounds x.5 up, else to even
+    return torch.where(is_halving, (means + 0.5).floor(), means.round())
 
 
 def _enlarge(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -127,34 +129,34 @@ def export_onnx(model: SegmentationDepthNet, path: Path | str) -> float:
         ValueError: if this share is below 99.9 %. No file is written.
     """
     model = deepcopy(model).cpu().eval()
-    content = _convert(model)
-    image, depth, _ = render_scene(0, 0, CHECKED_SIZE)
+    onnx_bytes = _convert(model)
+    image, depth, _ = render_scene(0, 0, SCENE_SIZE)
     samples = Samples(np.array(["scene"]), image[None], depth[None], classes=model.config.classes)
-    session = onnxruntime.InferenceSession(content)
+    session = onnxruntime.InferenceSession(onnx_bytes)
     labels, _ = session.run(
-        None, {taken.name: getattr(samples, taken.name) for taken in session.get_inputs()}
+        None, {model_input.name: getattr(samples, model_input.name) for model_input in session.get_inputs()}
     )
-    share = float((labels == next(predict(model, samples)).labels).mean())
-    if share < AGREEMENT:
+    agreement = float((labels == next(predict(model, samples)).labels).mean())
+    if agreement < MIN_AGREEMENT:
         versions = f"onnxruntime {onnxruntime.__version__} and torch {torch.__version__}"
         raise ValueError(
-            f"{path}: not written; {versions} agree on {100 * share:.2f} % of the pixels, "
-            f"expected {100 * AGREEMENT:.1f} %"
+            f"{path}: not written; {versions} agree on {100 * agreement:.2f} % of the pixels, "
+            f"expected {100 * MIN_AGREEMENT:.1f} %"
         )
-    write_atomically(Path(path).expanduser(), lambda file: file.write(content))
-    return share
+    write_atomically(Path(path).expanduser(), lambda file: file.write(onnx_bytes))
+    return agreement
 
 
 def _convert(model: SegmentationDepthNet) -> bytes:
-    any_size = {"image": {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}}
-    any_size["depth"] = dict.fromkeys((1, 2), torch.export.Dim.AUTO)  # inferred: same as the image
-    feeds = {"image": torch.zeros(1, 60, 80, 3, dtype=torch.uint8)}
+    dynamic_dims = {"image": {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}}
+    dynamic_dims["depth"] = dict.fromkeys((1, 2), torch.export.Dim.AUTO)  # inferred: same as the image
+    example_inputs = {"image": torch.zeros(1, 60, 80, 3, dtype=torch.uint8)}
     if model.config.inputs != "rgb":
-        feeds["depth"] = torch.zeros(1, 60, 80, dtype=torch.uint16)
+        example_inputs["depth"] = torch.zeros(1, 60, 80, dtype=torch.uint16)
     program = torch.onnx.export(
-        CameraNet(model).eval(), kwargs=feeds, dynamo=True, verbose=False,
-        input_names=list(feeds), output_names=["labels", "confidence"],
-        dynamic_shapes={name: any_size[name] for name in feeds},
+        CameraNet(model).eval(), kwargs=example_inputs, dynamo=True, verbose=False,
+        input_names=list(example_inputs), output_names=["labels", "confidence"],
+        dynamic_shapes={name: dynamic_dims[name] for name in example_inputs},
     )  # fmt: skip
     program.model.metadata_props["classes"] = json.dumps(model.config.classes)
     return program.model_proto.SerializeToString()

@@ -29,15 +29,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: if the file can't be written, for example on a full disk. An earlier file is kept intact.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    temporary_path = path.with_name(f".{path.name}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
+        with open(temporary_path, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(temporary_path, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        unfinished.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
         raise OSError(
             f"{path}: could not be written ({error}); an earlier file of that name is intact. "
             "Free disk space or check the permissions, then resume the run"
@@ -79,7 +79,7 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
     """
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds)
+        lock = FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds)
     except Timeout:
         raise RuntimeError(
             f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another "
@@ -90,7 +90,7 @@ def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
             f"RUNS_DIR: files in {run.parent} can't be locked ({error.strerror}); set the environment "
             "variable RUNS_DIR to a folder on a local disk"
         ) from error
-    with held:
+    with lock:
         yield
 
 
@@ -106,18 +106,18 @@ def load_checkpoint(path: Path, device: torch.device | str, expected: tuple[str,
         CheckpointError: if the file is missing, damaged or from another program, or lacks an expected key.
     """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises a dozen exception types for damaged or foreign files
         reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
         raise CheckpointError(
             f"{path}: can't be read ({reason}), expected a checkpoint that train.ipynb wrote; it is "
             "truncated or from another program: copy it again, or train again with resume False"
         ) from error
-    found = sorted(map(str, saved)) if isinstance(saved, dict) else [type(saved).__name__]
+    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
     if not set(expected) <= set(found):
         raise CheckpointError(
             f"{path}: found {', '.join(found) or 'nothing'}, expected {', '.join(expected)}; it is from "
             "another version or another program: train again with resume False, or use the version "
             "that wrote it"
         )
-    return saved
+    return checkpoint

@@ -112,10 +112,10 @@ def check_choice(parameter: str, value: object, choices: Iterable) -> None:
     if value in choices:
         return
     hint = ""
-    sibling = {"split": "validation", "validation": "split"}.get(parameter)
-    if sibling and value in OPTIONS[sibling].values:
-        hint = f"; did you mean {sibling}: {value}?"
-    elif sibling and value in _OLDER_VALUES:
+    alternative = {"split": "validation", "validation": "split"}.get(parameter)
+    if alternative and value in OPTIONS[alternative].values:
+        hint = f"; did you mean {alternative}: {value}?"
+    elif alternative and value in _OLDER_VALUES:
         hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")
 
@@ -124,6 +124,6 @@ def explain_unknown(name: str, known: Collection[str]) -> str:
     """Return an error message for an unknown parameter or key, with its new name or the closest match."""
     if OLDER_NAMES.get(name) in known:
         return f"{name}: is called {OLDER_NAMES[name]} now"
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    matches = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {matches[0]}? " if matches else ""
     return f"{name}: no such parameter, {hint}there are: {', '.join(known)}"

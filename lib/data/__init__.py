@@ -75,18 +75,18 @@ def iterate_samples(
     if size is not None and min(size) < 1:
         raise ValueError(f"size: found {size}, expected a height and a width of at least 1 pixel")
     opened = _open_source(source, "test" if split == "test" else "train", classes, limit)
-    chosen = choose_validation(validation, opened, fold)
-    if split == "valid" and chosen == "predefined":
+    chosen_validation = choose_validation(validation, opened, fold)
+    if split == "valid" and chosen_validation == "predefined":
         opened = _open_source(source, split, classes, limit)
     elif split != "test":
-        opened = opened.select(select_split(opened, split, chosen, fold))
+        opened = opened.select(select_split(opened, split, chosen_validation, fold))
     loaded_with = {
         "data": str(source),
         "validation": validation,
         "limit": limit,
         "classes": classes,
         "fold": fold,
-        "chosen_validation": chosen,
+        "chosen_validation": chosen_validation,
         **dict(zip(("image_height", "image_width"), size or (), strict=False)),
     }
     return replace(
@@ -95,7 +95,7 @@ def iterate_samples(
         size=size,
         batch_size=batch_size,
         data=str(source),
-        validation=chosen,
+        validation=chosen_validation,
         loaded_with=loaded_with,
     )
 

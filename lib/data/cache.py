@@ -51,9 +51,9 @@ def map_arrays(
     Raises:
         DataError: if the arrays can't be written.
     """
-    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
-    name = (source.resolve().stem, key["kind"], "x".join(map(str, key["size"])), place)
-    folder = cache_root() / "-".join(name)
+    path_hash = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+    name_parts = (source.resolve().stem, key["kind"], "x".join(map(str, key["size"])), path_hash)
+    folder = cache_root() / "-".join(name_parts)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if _open(folder, key, layout) is None:
@@ -72,8 +72,8 @@ def map_arrays(
 
 def select_rows(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     """Select rows of all arrays. Contiguous rows stay memory-mapped; others are read into memory."""
-    chosen = slice(rows[0], rows[-1] + 1) if len(rows) and (np.diff(rows) == 1).all() else rows
-    return {name: array[chosen] for name, array in arrays.items()}
+    index = slice(rows[0], rows[-1] + 1) if len(rows) and (np.diff(rows) == 1).all() else rows
+    return {name: array[index] for name, array in arrays.items()}
 
 
 def _open(folder: Path, key: dict, layout: Layout) -> dict[str, np.ndarray] | None:
@@ -88,7 +88,7 @@ def _write(folder: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        arrays = {name: _reserve(folder / f"{name}.npy", *layout[name]) for name in layout}
+        arrays = {name: _allocate_memmap(folder / f"{name}.npy", *layout[name]) for name in layout}
         for rows, block in blocks():
             for name, array in block.items():
                 arrays[name][rows] = array
@@ -98,7 +98,7 @@ def _write(folder: Path, key: dict, layout: Layout, blocks: Callable[[], Blocks]
         raise
 
 
-def _reserve(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+def _allocate_memmap(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     """Create a memory-mapped array, and reserve its disk space if the platform supports this.
 
     Otherwise, a full disk would kill the process during a write to the map instead of raising an error.

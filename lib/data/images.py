@@ -39,15 +39,15 @@ def open_images(
             else "takes only RGB; leave depths out, or choose another run"
         )
         raise ValueError(f"depths: found {depths!r}, but this network {expected}")
-    stated = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
-    description = Description(root=Path(images), **stated)
+    overrides = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
+    description = Description(root=Path(images), **overrides)
     files = {name: {"image": path} for name, path in _list_files("image", images).items()}
     data = str(Path(images).expanduser().resolve())
     if depths is not None:
-        partners = _find_partners(list(files), depths)
-        if not stated:
-            _check_unit(depths, list(partners.values()), description)
-        files = {name: paths | {"depth": partners[name]} for name, paths in files.items()}
+        depth_files = _find_depth_files(list(files), depths)
+        if not overrides:
+            _check_unit(depths, list(depth_files.values()), description)
+        files = {name: paths | {"depth": depth_files[name]} for name, paths in files.items()}
         data += f", with depth of {depths} in units of {description.depth_unit_mm:g} mm"
     names = np.array(list(files))
 
@@ -58,32 +58,32 @@ def open_images(
     return Split(names, classes, read, batch_size=1, data=data)
 
 
-def _find_partners(names: list[str], depths: str) -> dict[str, Path]:
+def _find_depth_files(names: list[str], depths: str) -> dict[str, Path]:
     """Return the depth file of each image. If there is one of each, their names may differ."""
-    found = _list_files("depth", depths)
-    if len(names) == len(found) == 1:
-        return dict(zip(names, found.values(), strict=True))
-    missing = [name for name in names if name not in found]
+    files = _list_files("depth", depths)
+    if len(names) == len(files) == 1:
+        return dict(zip(names, files.values(), strict=True))
+    missing = [name for name in names if name not in files]
     if missing:
         raise DataError(
             f"depths: {len(missing)} files missing in {depths}, the first is that of image {missing[0]!r}; "
             f"expected {missing[0]}.png, named like the image"
         )
-    return {name: found[name] for name in names}
+    return {name: files[name] for name in names}
 
 
 def _check_unit(depths: str, paths: list[Path], description: Description) -> None:
-    found, units = guess_units(look_at_depths(paths, description)[:, 0])
-    if found:
-        options = " or ".join(f"{unit} {where_so}" for unit, where_so in units.items())
-        raise DataError(f"depths: {depths} {found}: give depth_unit_mm {options}")
+    problem, units = guess_units(look_at_depths(paths, description)[:, 0])
+    if problem:
+        candidates = " or ".join(f"{unit} {explanation}" for unit, explanation in units.items())
+        raise DataError(f"depths: {depths} {problem}: give depth_unit_mm {candidates}")
 
 
-def _list_files(kind: str, place: str) -> dict[str, Path]:
-    root = Path(place).expanduser()
-    there = sorted(path for path in root.glob("*") if not is_hidden(path.name))
+def _list_files(kind: str, source: str) -> dict[str, Path]:
+    root = Path(source).expanduser()
+    entries = sorted(path for path in root.glob("*") if not is_hidden(path.name))
     files = {}
-    for path in [root] if root.is_file() else there:
+    for path in [root] if root.is_file() else entries:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(f"{path}: images of this kind can't be read; convert them to jpg, or remove them")
         name = compose(path.stem)
@@ -91,6 +91,6 @@ def _list_files(kind: str, place: str) -> dict[str, Path]:
             raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:
         raise ValueError(
-            f"{kind}s: found none in {place!r}, expected a file, or a folder of {', '.join(SUFFIXES[kind])}"
+            f"{kind}s: found none in {source!r}, expected a file, or a folder of {', '.join(SUFFIXES[kind])}"
         )
     return files

@@ -122,20 +122,23 @@ class Split:
 
     def __getitem__(self, positions: np.ndarray) -> list[Samples]:
         """Read the images at these positions, as one `Samples` per series of images of equal size."""
-        known = {name: getattr(self, name) for name in ("classes", "depth_range_m", "loaded_with")}
-        pieces = self.read(np.asarray(positions), self.size)
-        ends = np.cumsum([len(arrays["image"]) for arrays in pieces])
+        metadata = {name: getattr(self, name) for name in ("classes", "depth_range_m", "loaded_with")}
+        batches = self.read(np.asarray(positions), self.size)
+        ends = np.cumsum([len(arrays["image"]) for arrays in batches])
         samples = []
-        for at, arrays in zip(np.split(positions, ends[:-1]), pieces, strict=True):
-            scene = None if self.scene is None else self.scene[at]
-            samples.append(Samples(self.names[at], **arrays, scene=scene, **known))
+        for indices, arrays in zip(np.split(positions, ends[:-1]), batches, strict=True):
+            scene = None if self.scene is None else self.scene[indices]
+            samples.append(Samples(self.names[indices], **arrays, scene=scene, **metadata))
         return samples
 
     def select(self, chosen: np.ndarray) -> "Split":
         """Return a split with only the images at these positions."""
         scene = None if self.scene is None else self.scene[chosen]
         return replace(
-            self, names=self.names[chosen], scene=scene, read=lambda at, size: self.read(chosen[at], size)
+            self,
+            names=self.names[chosen],
+            scene=scene,
+            read=lambda positions, size: self.read(chosen[positions], size),
         )
 
     def load(self) -> Samples:
@@ -151,8 +154,8 @@ class Split:
                 f"is {'x'.join(map(str, others[0].size))}; images of different sizes can't be read at their "
                 "native size into one array: give a size, or read them with iterate_samples"
             )
-        labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
-        if self.split != "test" and len(first) and not labelled:
+        is_labelled = first.label is None or any((label != IGNORE_INDEX).any() for label in first.label)
+        if self.split != "test" and len(first) and not is_labelled:
             raise DataError(
                 f"{self.data}: no pixel is labelled in the {len(first)} images of split {self.split!r} "
                 f"(validation {self.validation}); check the labels, `ignore` in DATA/dataset.yaml and limit"
@@ -176,8 +179,8 @@ def resize_stack(stack: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if stack.shape[1:3] == tuple(size):
         return stack
     resized = np.empty((len(stack), *size, *stack.shape[3:]), stack.dtype)
-    for position, one in enumerate(stack):
-        resized[position] = (resize_image if one.ndim == 3 else resize_nearest)(one, size)
+    for index, array in enumerate(stack):
+        resized[index] = (resize_image if array.ndim == 3 else resize_nearest)(array, size)
     return resized
 
 

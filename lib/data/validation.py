@@ -8,7 +8,7 @@ import numpy as np
 from lib.data.samples import Split
 from lib.options import FOLDS, check_options
 
-IN_ORDER = ("scenes", "blocks", "random")  # methods that `auto` tries, from the source's default onwards
+AUTO_ORDER = ("scenes", "blocks", "random")  # methods that `auto` tries, from the source's default onwards
 RUN = "run_"  # prefix of scene names that were derived from runs of neighbouring ids
 VALIDATION_SEED = 42  # fixed, so that training runs with different seeds stay comparable
 
@@ -34,9 +34,9 @@ def split_names(
         ValueError: if `validation` is not possible for these images, or `fold` is out of range.
     """
     check_options(fold=fold)
-    everything = np.arange(len(names))
+    positions = np.arange(len(names))
     if validation in ("none", "predefined"):
-        return everything, everything[:0]
+        return positions, positions[:0]
     if validation == "random":
         order = np.random.RandomState(VALIDATION_SEED).permutation(len(names))
         valid_count = math.ceil(0.2 * len(names))
@@ -45,16 +45,16 @@ def split_names(
         if scene is None:
             raise ValueError("validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'")
         shuffled = np.random.RandomState(VALIDATION_SEED).permutation(np.unique(scene))
-        validates = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
+        is_valid = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
     elif (runs := number_runs(names)) is not None:
-        validates = runs % FOLDS == fold
+        is_valid = runs % FOLDS == fold
     else:
         raise ValueError(
             "validation: 'blocks' needs file names that are consecutive numbers within a scene, found "
             f"{', '.join(names[:3])}, ...{'' if read_numbers(names) is None else ', most without neighbours'}"
             "; use validation 'random' or 'none'"
         )
-    return everything[~validates], everything[validates]
+    return positions[~is_valid], positions[is_valid]
 
 
 def read_numbers(names: np.ndarray) -> np.ndarray | None:
@@ -77,18 +77,18 @@ def number_runs(names: np.ndarray) -> np.ndarray | None:
         return None
     order = np.argsort(ids)
     gaps = np.diff(ids[order])
-    steps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits share an id
-    usual = steps[counts.argmax()] if len(steps) else 1
-    runs = np.cumsum(np.append(0, gaps > 1.5 * usual))[np.argsort(order)]
-    alone = np.bincount(runs)[runs] == 1
-    return None if alone.mean() > 0.5 else runs
+    unique_gaps, counts = np.unique(gaps[gaps > 0], return_counts=True)  # copies in two splits share an id
+    most_frequent_gap = unique_gaps[counts.argmax()] if len(unique_gaps) else 1
+    runs = np.cumsum(np.append(0, gaps > 1.5 * most_frequent_gap))[np.argsort(order)]
+    is_alone = np.bincount(runs)[runs] == 1
+    return None if is_alone.mean() > 0.5 else runs
 
 
 def choose_validation(validation: str, source: Split, fold: int) -> str:
     """Resolve `auto` to a validation method; return any other method unchanged.
 
     `auto` selects the default method of the source or, if that is not possible for these images, the next one
-    in `IN_ORDER` that is.
+    in `AUTO_ORDER` that is.
 
     Raises:
         ValueError: if `validation` is `predefined` and the data set has no valid split.
@@ -101,10 +101,10 @@ def choose_validation(validation: str, source: Split, fold: int) -> str:
         )
     if validation != "auto" or source.validation == "predefined":
         return validation if validation != "auto" else "predefined"
-    for usual in IN_ORDER[IN_ORDER.index(source.validation) :]:
+    for method in AUTO_ORDER[AUTO_ORDER.index(source.validation) :]:
         with suppress(ValueError):  # not possible for these names or scenes
-            if min(map(len, split_names(source.names, usual, source.scene, fold))):
-                return usual
+            if min(map(len, split_names(source.names, method, source.scene, fold))):
+                return method
     return "random"
 
 

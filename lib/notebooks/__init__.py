@@ -25,10 +25,10 @@ class Markdown(IPython.display.Markdown):
 
 def style(table: "pd.DataFrame") -> "Styler":
     """Return a `Styler` in which HTML in values and labels is escaped, unlike in `DataFrame.style`."""
-    return table.map(_escape_name).rename(index=_escape_name, columns=_escape_name).style
+    return table.map(_escape_value).rename(index=_escape_value, columns=_escape_value).style
 
 
-def _escape_name(value: object) -> object:
+def _escape_value(value: object) -> object:
     return escape_html(value) if isinstance(value, str) else value
 
 

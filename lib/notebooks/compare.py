@@ -22,7 +22,7 @@ from lib.significance import (
 )
 
 A_A_ARM = "baseline_again"  # group in the committed example
-EXPLAINED = (
+EXAMPLE_NOTE = (
     f"This is the committed example (studies/{EXAMPLE.name}). `{A_A_ARM}` is `baseline` with other seeds, an "
     "A/A pair: a significant difference would be a false alarm, which 5 % of such comparisons give. "
     "`tenth_learning_rate` has a tenth of the learning rate, a real effect that the recipe test should find."
@@ -40,8 +40,8 @@ def score_table(recipes: dict[str, list[ScoredRun]]) -> pd.DataFrame:
         for run in members:
             seed = f"seed {run.parameters['seed']}"
             label = seed if len(members) > 1 else f"{run.name}, {seed}"
-            scored = score_interval(run.counts, run.scene)
-            rows.append((name, label, scored.score, *scored.interval, pixel_accuracy(run.counts)))
+            estimate = score_interval(run.counts, run.scene)
+            rows.append((name, label, estimate.score, *estimate.interval, pixel_accuracy(run.counts)))
     return pd.DataFrame(rows, columns=columns).set_index(["recipe", "run"]) if rows else pd.DataFrame()
 
 
@@ -60,13 +60,13 @@ def introduce_runs(
     explained, and your own runs that were scored on other images are listed.
     """
     data = ", ".join(sorted({run.data for run in runs}))
-    found = f"{len(runs)} runs match and were" if where else f"{len(runs)} runs were"
-    lines = [f"{found} scored on split {split} of {data or 'no data'}."]
-    shown = sum(map(len, recipes.values()))
-    if shown < len(runs):
-        lines[0] += f" The five folds of each recipe and seed count as one run: {shown} are shown."
+    intro = f"{len(runs)} runs match and were" if where else f"{len(runs)} runs were"
+    lines = [f"{intro} scored on split {split} of {data or 'no data'}."]
+    shown_count = sum(map(len, recipes.values()))
+    if shown_count < len(runs):
+        lines[0] += f" The five folds of each recipe and seed count as one run: {shown_count} are shown."
     if any(run.group == A_A_ARM for run in runs):
-        lines.append(EXPLAINED)
+        lines.append(EXAMPLE_NOTE)
         absent = {run.name for run in read_own(split, None)} - {run.name for run in runs}
         lines += [
             f"Your run {name} was scored on other images, so it is not shown here." for name in sorted(absent)
@@ -95,24 +95,24 @@ def plot_comparison(
         colours: colours of the recipes by name, see `run_colours`.
     """
     tests = {name: result.recipe_test or result.checkpoint_test for name, result in results.items()}
-    differences = {name: test for name, test in tests.items() if test is not None}
+    available = {name: test for name, test in tests.items() if test is not None}
     baseline, members = next(iter(recipes.items()))
     means = _scores_by_class(members).mean(0)
     order = np.argsort(-np.nan_to_num(means[1:]), kind="stable")
-    thickness = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(differences) - 1, 0)
+    row_height = (0.22 if len(order) < plots.FEW else 0.15) + 0.06 * max(len(available) - 1, 0)
     figure, (left, right) = plots.new_figure(
-        1 + thickness * (1 + len(order)), 1, 2, sharey=True, width_ratios=(1.2, 1)
+        1 + row_height * (1 + len(order)), 1, 2, sharey=True, width_ratios=(1.2, 1)
     )
-    shown = [0, *(order + 1)]
+    columns = [0, *(order + 1)]
     for name, runs in recipes.items():
-        _draw_scores(left, _scores_by_class(runs)[:, shown], colours[name], name)
-    edges = np.linspace(-0.35, 0.35, len(differences) + 1)  # of the recipes' bands within a row
+        _draw_scores(left, _scores_by_class(runs)[:, columns], colours[name], name)
+    edges = np.linspace(-0.35, 0.35, len(available) + 1)  # of the recipes' bands within a row
     offsets = (edges[:-1] + edges[1:]) / 2
-    cut = False
-    for offset, (name, result) in zip(offsets, differences.items(), strict=True):
-        cut |= _draw_differences(right, result, order, offset, colours[name], means[shown])
-        if len(differences) == 1:
-            _write_differences(right, np.append(result.difference, result.class_difference[order]))
+    is_cut = False
+    for offset, (name, test) in zip(offsets, available.items(), strict=True):
+        is_cut |= _draw_differences(right, test, order, offset, colours[name], means[columns])
+        if len(available) == 1:
+            _annotate_differences(right, np.append(test.difference, test.class_difference[order]))
     _mark_unpredicted(right, recipes, order)
     for axes in (left, right):
         axes.axhline(0.5, color="0.85", linewidth=1)
@@ -123,12 +123,12 @@ def plot_comparison(
     )
     right.axvline(0, color=plots.GREY, linewidth=1)
     baseline = baseline if len(baseline) <= 28 else "the first recipe"
-    right.set(title=f"Difference from {baseline}", xlabel=_describe_marks(differences.values(), cut))
+    right.set(title=f"Difference from {baseline}", xlabel=_describe_marks(available.values(), is_cut))
     plots.add_legend(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
-def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
+def _describe_marks(tests: Iterable[SceneComparison], is_cut: bool) -> str:
     """Return the axis label of the right panel, which may show both recipe and checkpoint tests."""
     is_single = [isinstance(test, CheckpointComparison) for test in tests]
     lines = [
@@ -136,7 +136,7 @@ def _describe_marks(tests: Iterable[SceneComparison], cut: bool) -> str:
         (not is_single, "difference in IoU"),
         (not all(is_single), "filled: p < 0.05 by the recipe test"),
         (any(is_single), "one run: checkpoint test, not recipes"),
-        (cut, "triangle: cut at IoU 0 or 1"),
+        (is_cut, "triangle: cut at IoU 0 or 1"),
     ]
     return "\n".join(line for applies, line in lines if applies)
 
@@ -174,28 +174,28 @@ def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> No
 
 
 def _draw_differences(
-    axes: Axes, result: SceneComparison, order: np.ndarray, offset: float, colour: tuple, floor: np.ndarray
+    axes: Axes, test: SceneComparison, order: np.ndarray, offset: float, colour: tuple, baseline: np.ndarray
 ) -> bool:
     """Draw a mark and an interval per row and return whether an interval was cut.
 
-    `floor` is the `(1 + C,)` mIoU and class IoU of the baseline, in the order of the rows.
+    `baseline` is the `(1 + C,)` mIoU and class IoU of the baseline, in the order of the rows.
     """
-    middle = np.append(result.difference, result.class_difference[order])
-    interval = np.column_stack((result.interval, result.class_interval[:, order]))
-    possible = interval.clip(-floor, 1 - floor)
-    significant = np.append(result.p_value, result.class_p_value[order]) < LEVEL
-    if isinstance(result, CheckpointComparison):
+    differences = np.append(test.difference, test.class_difference[order])
+    interval = np.column_stack((test.interval, test.class_interval[:, order]))
+    clipped = interval.clip(-baseline, 1 - baseline)
+    significant = np.append(test.p_value, test.class_p_value[order]) < LEVEL
+    if isinstance(test, CheckpointComparison):
         significant[:] = False  # a filled mark would suggest a difference between recipes
-    rows = np.arange(len(middle)) + offset
-    axes.hlines(rows, *possible, color=colour, linewidth=1.5)
-    is_cut = np.isfinite(possible) & (possible != interval)
-    for end, cut, marker in zip(possible, is_cut, "<>", strict=True):
-        axes.plot(end[cut], rows[cut], marker, color=colour, markersize=5)
-    plots.draw_marks(axes, middle, rows, significant, colour)
+    rows = np.arange(len(differences)) + offset
+    axes.hlines(rows, *clipped, color=colour, linewidth=1.5)
+    is_cut = np.isfinite(clipped) & (clipped != interval)
+    for ends, cut, marker in zip(clipped, is_cut, "<>", strict=True):
+        axes.plot(ends[cut], rows[cut], marker, color=colour, markersize=5)
+    plots.draw_marks(axes, differences, rows, significant, colour)
     return bool(is_cut.any())
 
 
-def _write_differences(axes: Axes, differences: np.ndarray) -> None:
+def _annotate_differences(axes: Axes, differences: np.ndarray) -> None:
     for row in np.flatnonzero(np.isfinite(differences)):
         text = f"{round(differences[row], 3) + 0:+.3f}"
         axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", color=plots.GREY)
@@ -222,13 +222,13 @@ def compare_strata(baseline: list[ScoredRun], members: list[ScoredRun], farthest
             np.stack([run.strata[name] for run in side]).astype(np.int64) for side in (baseline, members)
         ]
         pixels = sides[0][0].sum((0, 2, 3))
-        kept = np.flatnonzero(pixels)
-        for at in kept:
-            first, other = (side[:, :, at] for side in sides)
-            test = compare_recipes(first, other, None).adjusted(len(kept))
-            score = np.mean([mean_iou(run) for run in first])
-            found = (test.difference, *test.interval, test.p_value)
-            rows.append((name, name_bins(name, edges)[at], pixels[at] / pixels.sum(), score, *found))
+        bins = np.flatnonzero(pixels)
+        for index in bins:
+            baseline_counts, other_counts = (side[:, :, index] for side in sides)
+            test = compare_recipes(baseline_counts, other_counts, None).adjusted(len(bins))
+            score = np.mean([mean_iou(run) for run in baseline_counts])
+            numbers = (test.difference, *test.interval, test.p_value)
+            rows.append((name, name_bins(name, edges)[index], pixels[index] / pixels.sum(), score, *numbers))
     columns = ["stratum", "bin", "pixels", "mIoU of the baseline", "difference", "low", "high", "p"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -242,13 +242,13 @@ def plot_strata_differences(table: pd.DataFrame, title: str) -> Figure:
     strata = table.groupby("stratum", sort=False)
     figure, grid = plots.new_figure(3, 1, len(strata), sharey=True, squeeze=False)
     for axes, (name, rows) in zip(grid[0], strata, strict=True):
-        places = np.arange(len(rows))
-        axes.vlines(places, rows.low, rows.high, color=plots.VALID_COLOUR, linewidth=1.5)
+        positions = np.arange(len(rows))
+        axes.vlines(positions, rows.low, rows.high, color=plots.VALID_COLOUR, linewidth=1.5)
         plots.draw_marks(
-            axes, places, rows.difference.to_numpy(), (rows.p < LEVEL).to_numpy(), plots.VALID_COLOUR
+            axes, positions, rows.difference.to_numpy(), (rows.p < LEVEL).to_numpy(), plots.VALID_COLOUR
         )
         axes.axhline(0, color=plots.GREY, linewidth=1)
-        axes.set(title=f"by {name}".replace(" (", "\n("), xticks=places, xticklabels=rows.bin)
+        axes.set(title=f"by {name}".replace(" (", "\n("), xticks=positions, xticklabels=rows.bin)
         axes.grid(axis="y", color="0.92")
     grid[0, 0].set_ylabel("difference in mIoU, 95 % interval")
     plots.add_title(figure, title)

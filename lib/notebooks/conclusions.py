@@ -44,9 +44,9 @@ from lib.significance import (
 
 STUDIES = NOTEBOOKS / "studies"
 NEW_SEEDS = 5  # per recipe, suggested if no recipe test is possible
-MOST_SEEDS = 100  # upper limit in the search for a number of seeds
-CHOSEN_BY_SWEEP = NO_RECIPE - {"fold"}
-SIZE = ("image_height", "image_width")
+MAX_SEEDS = 100  # upper limit in the search for a number of seeds
+SET_BY_SWEEP = NO_RECIPE - {"fold"}
+SIZE_PARAMETERS = ("image_height", "image_width")
 COLUMNS = (
     "recipe",
     "against",
@@ -116,26 +116,26 @@ class Spread:
 
     def say_detectable(self, runs: float, comparisons: int) -> str:
         """Describe the smallest detectable difference and its range, such as `0.017 (0.014 to 0.023)`."""
-        found = [self.plan(runs, which).adjusted(comparisons).detectable for which in range(3)]
-        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*found)
+        detectable = [self.plan(runs, index).adjusted(comparisons).detectable for index in range(3)]
+        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*detectable)
         if not self.variance_per_scene:
             numbers += "; at least, as the difference did not vary detectably over scenes"
         return f"a true difference of {numbers}) would be found with 80 % power"
 
     def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
         """Return the number of seeds per recipe that gives 80 % power; None if it is more than 100."""
-        for runs in range(2, MOST_SEEDS + 1):
+        for runs in range(2, MAX_SEEDS + 1):
             if self.plan(runs, which).adjusted(comparisons).power(difference) >= POWER:
                 return runs
         return None
 
     def say_seeds(self, difference: float, comparisons: int) -> str:
         """Describe the number from `count_seeds`, such as `about 17 seeds of each recipe (9 to 59)`."""
-        found = [self.count_seeds(difference, comparisons, which) for which in range(3)]
-        if found[0] is None:
-            return f"more scenes, because {MOST_SEEDS} seeds are too few"
-        middle, low, high = (f"more than {MOST_SEEDS}" if runs is None else runs for runs in found)
-        return f"about {middle} seeds of each recipe ({low} to {high})"
+        seed_counts = [self.count_seeds(difference, comparisons, index) for index in range(3)]
+        if seed_counts[0] is None:
+            return f"more scenes, because {MAX_SEEDS} seeds are too few"
+        estimate, low, high = (f"more than {MAX_SEEDS}" if runs is None else runs for runs in seed_counts)
+        return f"about {estimate} seeds of each recipe ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class Result:
             return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
-        found = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
+        detectable = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
         # the spread within folds is estimated more precisely than that of a few means over folds
         within = " within each fold" if self.spread.folds > 1 else ""
-        return f"inconclusive: if runs vary as these did{within}, {found}"
+        return f"inconclusive: if runs vary as these did{within}, {detectable}"
 
 
 def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict[str, Result]:
@@ -200,35 +200,35 @@ def run_tests(recipes: dict[str, list[ScoredRun]], paired: bool = False) -> dict
     If `paired`, runs with the same seed form pairs in the recipe test, and runs without a partner are left
     out of it.
     """
-    results = [_test(recipes, name, paired) for name in list(recipes)[1:]]
+    results = [_test_recipe(recipes, name, paired) for name in list(recipes)[1:]]
     for kind in ("recipe_test", "seed_test", "checkpoint_test"):
         tests = [getattr(result, kind) for result in results]
-        tested = sum(test is not None for test in tests)
+        test_count = sum(test is not None for test in tests)
         results = [
-            replace(result, **{kind: test and test.adjusted(tested)})
+            replace(result, **{kind: test and test.adjusted(test_count)})
             for result, test in zip(results, tests, strict=True)
         ]
     return {result.recipe: result for result in results}
 
 
-def _test(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Result:
+def _test_recipe(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -> Result:
     """Perform the tests of a recipe against the first one that the runs allow, without adjustment."""
     against, baseline = next(iter(recipes.items()))
     members = recipes[name]
-    shared = match_seeds(baseline, members)
-    first, other = shared[0] if shared else (baseline[0], members[0])
-    sides = list(map(list, zip(*shared, strict=True))) if paired else [baseline, members]
+    pairs = match_seeds(baseline, members)
+    first, other = pairs[0] if pairs else (baseline[0], members[0])
+    sides = list(map(list, zip(*pairs, strict=True))) if paired else [baseline, members]
     result = Result(name, against, (len(baseline), len(members)), (first, other))
-    tests = {"used_seeds": frozenset(run.parameters["seed"] for run in (*baseline, *members))}
+    fields = {"used_seeds": frozenset(run.parameters["seed"] for run in (*baseline, *members))}
     if min(result.runs) >= 2:
-        tests["seed_test"] = compare_seeds(*([run.score for run in side] for side in (baseline, members)))
+        fields["seed_test"] = compare_seeds(*([run.score for run in side] for side in (baseline, members)))
     if result.scene_count >= MIN_SCENES and not first.is_pooled:
-        tests["checkpoint_test"] = compare_checkpoints(first.counts, other.counts, first.scene)
+        fields["checkpoint_test"] = compare_checkpoints(first.counts, other.counts, first.scene)
     if result.scene_count >= MIN_SCENES and sides and min(map(len, sides)) >= 2:
-        tests["runs"] = tuple(map(len, sides))
-        tests["recipe_test"] = _compare_recipes(*sides, paired)
-        tests["spread"] = measure_spread(dict(zip((against, name), sides, strict=True)), paired)
-    return replace(result, **tests)
+        fields["runs"] = tuple(map(len, sides))
+        fields["recipe_test"] = _compare_recipes(*sides, paired)
+        fields["spread"] = measure_spread(dict(zip((against, name), sides, strict=True)), paired)
+    return replace(result, **fields)
 
 
 def match_seeds(baseline: list[ScoredRun], members: list[ScoredRun]) -> list[tuple[ScoredRun, ScoredRun]]:
@@ -272,8 +272,8 @@ def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) ->
 
 def _fold_scores(runs: list[ScoredRun]) -> np.ndarray:
     """Return the `(F, S)` mIoU of each run on the images of each fold; F is 1 if folds are not pooled."""
-    fold = runs[0].image_fold if runs[0].is_pooled else np.zeros(len(runs[0].names))
-    return np.array([[run.select(fold == each).score for run in runs] for each in np.unique(fold)])
+    folds = runs[0].image_fold if runs[0].is_pooled else np.zeros(len(runs[0].names))
+    return np.array([[run.select(folds == fold).score for run in runs] for fold in np.unique(folds)])
 
 
 def result_table(results: dict[str, Result]) -> pd.DataFrame:
@@ -285,23 +285,24 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
     rows = []
     for result in results.values():
         test = result.recipe_test or UNTESTED
-        found = (test.difference, *test.interval, test.p_value, test.comparisons, result.scene_count)
-        rows.append((result.recipe, result.against, *found, _say_runs(result.runs), result.conclusion))
+        numbers = (test.difference, *test.interval, test.p_value, test.comparisons, result.scene_count)
+        rows.append((result.recipe, result.against, *numbers, _format_runs(result.runs), result.conclusion))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def show_results(table: pd.DataFrame) -> Styler:
     """Format the table from `result_table` for a notebook, with significant conclusions in bold."""
-    limits = {"difference": _say_number, "low": _say_number, "high": _say_number, "p": _say_p}
+    formats = {"difference": _format_number, "low": _format_number, "high": _format_number, "p": _format_p}
     bold = table.p.lt(LEVEL).map({True: "font-weight: bold", False: ""})
     caption = "The recipe test was not possible."
     if table.p.notna().any():
-        adjusted = _say_adjusted(" Interval and p are ", table.comparisons.max())
+        adjustment = _describe_adjustment(" Interval and p are ", table.comparisons.max())
         caption = (
-            f"Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval.{adjusted}"
+            "Recipe test. difference: mIoU of recipe minus against; low, high: its 95 % interval."
+            f"{adjustment}"
         )
     return (
-        table.style.format(limits, na_rep="")
+        table.style.format(formats, na_rep="")
         .hide(axis="index")
         .apply(lambda column: bold, subset=["conclusion"])
         .set_caption(caption)
@@ -317,9 +318,9 @@ def describe_single_runs(results: dict[str, Result]) -> str:
             texts += [
                 f"**{result.conclusion}.** Only checkpoints can be compared:",
                 "",
-                f"- {_say_checkpoints(result)}",
-                *(f"- {text}" for text in _say_seed_pairs(*result.pair)),
-                f"- {_say_sweep(result, NEW_SEEDS)}",
+                f"- {_describe_checkpoints(result)}",
+                *(f"- {text}" for text in _describe_seed_pairs(*result.pair)),
+                f"- {_describe_sweep(result, NEW_SEEDS)}",
                 "",
             ]
     return "\n".join(texts)
@@ -334,14 +335,15 @@ def describe_details(results: dict[str, Result]) -> str:
             texts += [
                 f"**{result.recipe}** against **{result.against}**:",
                 "",
-                f"- {_say_classes(test, result.pair[0].classes)}",
-                f"- Seed test, on these very images: {_say_test(result.seed_test)}. {_say_variance(test)}",
-                *([f"- {_say_checkpoints(result)}"] if result.checkpoint_test else []),
+                f"- {_describe_classes(test, result.pair[0].classes)}",
+                f"- Seed test, on these very images: {_describe_test(result.seed_test)}. "
+                f"{_describe_variance(test)}",
+                *([f"- {_describe_checkpoints(result)}"] if result.checkpoint_test else []),
                 "",
             ]
     if results and not texts:
         texts = ["No recipe test was possible.", ""]
-    return "\n".join(texts + _caveats(results))
+    return "\n".join(texts + _list_caveats(results))
 
 
 def conclude(results: dict[str, Result]) -> str:
@@ -349,18 +351,18 @@ def conclude(results: dict[str, Result]) -> str:
     lines = []
     for result in results.values():
         run = result.pair[0]
-        each = " of each" if result.runs[0] == result.runs[1] else ""
+        of_each = " of each" if result.runs[0] == result.runs[1] else ""
         evidence = (
-            f"{_say_runs(result.runs)} seeds{each}, {result.scene_count} scenes of {Path(run.data).name}, "
-            f"split {run.split}"
+            f"{_format_runs(result.runs)} seeds{of_each}, {result.scene_count} scenes of "
+            f"{Path(run.data).name}, split {run.split}"
         )
         test = result.recipe_test
-        found, _, explained = result.conclusion.partition(": if ")
+        verdict, _, explanation = result.conclusion.partition(": if ")
         lines += [
-            f"- {result.recipe} against {result.against}: **{found}**.",
-            *([f"  - Recipe test, {evidence}: {_say_test(test)}."] if test else []),
-            *([f"  - If {explained}."] if explained else []),
-            f"  - {_say_consequence(result)}",
+            f"- {result.recipe} against {result.against}: **{verdict}**.",
+            *([f"  - Recipe test, {evidence}: {_describe_test(test)}."] if test else []),
+            *([f"  - If {explanation}."] if explanation else []),
+            f"  - {_describe_consequence(result)}",
         ]
     return "\n".join(lines) or "Only one recipe found: there is nothing to compare."
 
@@ -376,15 +378,16 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
         paired: whether runs of both recipes with the same seed form pairs.
     """
     parameters = list(runs.values())
-    seeds = len({each["seed"] for each in parameters})
-    comparisons = len({recipe(each) for each in parameters}) - 1
-    folds = FOLDS if {each["fold"] for each in parameters} >= set(range(FOLDS)) else 1
-    for source, earlier in find_earlier(parameters[0], split).items():
-        spread = _expect_spread(earlier, folds, paired)
+    seeds = len({run["seed"] for run in parameters})
+    comparisons = len({recipe(run) for run in parameters}) - 1
+    folds = FOLDS if {run["fold"] for run in parameters} >= set(range(FOLDS)) else 1
+    for source, earlier_runs in find_earlier(parameters[0], split).items():
+        spread = _rescale_spread(earlier_runs, folds, paired)
         if spread and spread.scenes >= MIN_SCENES and seeds >= 2 and comparisons >= 1:
             return (
-                f"{seeds} seeds of each recipe, {spread.scenes} scenes{_say_adjusted(', ', comparisons)}: if "
-                f"runs vary as those in {source} did, {spread.say_detectable(seeds, comparisons)}."
+                f"{seeds} seeds of each recipe, {spread.scenes} scenes"
+                f"{_describe_adjustment(', ', comparisons)}: if runs vary as those in {source} did, "
+                f"{spread.say_detectable(seeds, comparisons)}."
             )
     return (
         "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
@@ -392,20 +395,20 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     )
 
 
-def _expect_spread(earlier: list[ScoredRun], folds: int, paired: bool) -> Spread | None:
+def _rescale_spread(earlier_runs: list[ScoredRun], folds: int, paired: bool) -> Spread | None:
     """Return the spread of earlier runs, scaled to this number of folds; None if it can't be measured."""
     try:
-        spread = measure_spread(group_recipes(earlier))
+        spread = measure_spread(group_recipes(earlier_runs))
     except ValueError:  # for example a repeated seed, or single runs of several folds
         return None
     if spread is None:
         return None
-    share = folds / spread.folds
+    factor = folds / spread.folds
     return replace(
         spread,
         folds=folds,
-        scenes=round(share * spread.scenes),
-        scene_degrees=share * spread.scene_degrees,
+        scenes=round(factor * spread.scenes),
+        scene_degrees=factor * spread.scene_degrees,
         paired=paired,
     )
 
@@ -415,16 +418,16 @@ def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
     studies = sorted(STUDIES.glob(f"*/{RUNS_FILE}"))
     sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
     sources["earlier runs"] = read_own(split, parameters["data"])
-    wanted = _setting(parameters, split, parameters["data"])
+    key = _data_key(parameters, split, parameters["data"])
     return {
-        source: [run for run in runs if _setting(run.parameters, run.split, run.data) == wanted]
+        source: [run for run in runs if _data_key(run.parameters, run.split, run.data) == key]
         for source, runs in sources.items()
     }
 
 
-def _setting(parameters: dict, split: str, data: str) -> tuple:
+def _data_key(parameters: dict, split: str, data: str) -> tuple:
     """Return the settings that runs must share to predict each other's variation."""
-    return (split, Path(data).name, *(parameters.get(name) for name in SIZE))
+    return (split, Path(data).name, *(parameters.get(name) for name in SIZE_PARAMETERS))
 
 
 def name_run(run: ScoredRun, recipe_name: str) -> str:
@@ -432,25 +435,25 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
     return f"{recipe_name}, {run.name}" if run.is_pooled else f"{recipe_name}, seed {run.parameters['seed']}"
 
 
-def _say_seed_pairs(first: ScoredRun, run: ScoredRun) -> list[str]:
+def _describe_seed_pairs(first: ScoredRun, second: ScoredRun) -> list[str]:
     """Describe how often runs of one recipe differ at least as much as these two; empty without such runs."""
     cells = {}
-    for each in itertools.chain(*find_earlier(run.parameters, run.split).values()):
-        cell = recipe(each.parameters), each.parameters.get("fold")
-        cells.setdefault(cell, {})[each.name] = each  # counted once, even if a study contains it too
-    pairs = [pair for cell in cells.values() for pair in itertools.combinations(cell.values(), 2)]
-    others = [pair for pair in pairs if {each.name for each in pair} != {first.name, run.name}]
+    for run in itertools.chain(*find_earlier(second.parameters, second.split).values()):
+        cell = recipe(run.parameters), run.parameters.get("fold")
+        cells.setdefault(cell, {})[run.name] = run  # counted once, even if a study contains it too
+    pairs = [pair for runs in cells.values() for pair in itertools.combinations(runs.values(), 2)]
+    others = [pair for pair in pairs if {run.name for run in pair} != {first.name, second.name}]
     if not others:
         return []
-    difference = run.score - first.score
+    difference = second.score - first.score
     larger = sum(abs(a.score - b.score) >= abs(difference) for a, b in others)
-    count = sum(len(cell) for cell in cells.values() if len(cell) > 1)
-    size = " x ".join(str(run.parameters[name]) for name in SIZE)
+    run_count = sum(len(runs) for runs in cells.values() if len(runs) > 1)
+    size = " x ".join(str(second.parameters[name]) for name in SIZE_PARAMETERS)
     return [
         f"Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
         f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much as these two "
-        f"({_say_number(difference)} mIoU; {count} runs on {Path(run.data).name}, {size} pixels, split "
-        f"{run.split}). This is no p-value: the pairs share runs, and these recipes may vary more."
+        f"({_format_number(difference)} mIoU; {run_count} runs on {Path(second.data).name}, {size} pixels, "
+        f"split {second.split}). This is no p-value: the pairs share runs, and these recipes may vary more."
     ]
 
 
@@ -460,7 +463,7 @@ def read_defaults() -> dict[str, object]:
     return {name: ast.literal_eval(entry["default"]) for name, entry in declared.items()}
 
 
-def _say_sweep(result: Result, count: int) -> str:
+def _describe_sweep(result: Result, count: int) -> str:
     """Describe a sweep that trains `count` new seeds of both recipes.
 
     If the recipes differ in several parameters, two sweeps are described, because the grid of a single sweep
@@ -472,16 +475,16 @@ def _say_sweep(result: Result, count: int) -> str:
         return "Both runs have the same parameters but the seed: they are one recipe, not two to compare."
     if any("recipe" in parameters for parameters in sides):
         return "To compare the recipes, score predictions of two or more seeds of each with `evaluate.ipynb`."
-    defaults = {name: value for name, value in read_defaults().items() if name not in CHOSEN_BY_SWEEP}
+    defaults = {name: value for name, value in read_defaults().items() if name not in SET_BY_SWEEP}
     sides = [{name: side.get(name, value) for name, value in defaults.items()} for side in sides]
     grid = {name: [side[name] for side in sides] for name in defaults if sides[0][name] != sides[1][name]}
     fixed = {name: value for name, value in sides[0].items() if name not in grid and value != defaults[name]}
     folds = {"fold": list(range(FOLDS))} if first.is_pooled else {}
     sweeps = [{"fixed": fixed, "grid": grid | folds}]
-    after = "It first says what difference these runs can find; its last cell has the conclusion."
+    note = "It first says what difference these runs can find; its last cell has the conclusion."
     if len(grid) > 1:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
-        after = "Then compare the new runs with `compare.ipynb`."
+        note = "Then compare the new runs with `compare.ipynb`."
     used = result.used_seeds
     shared = {"seeds": sorted(set(range(1, count + len(used) + 1)) - used)[:count], "split": first.split}
     texts = [
@@ -492,25 +495,25 @@ def _say_sweep(result: Result, count: int) -> str:
     runs = 2 * count * (FOLDS if first.is_pooled else 1)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
     time = f", about {runs * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
-    return f"To compare the recipes, train {count} new seeds of each, {runs} runs{time}: {commands}. {after}"
+    return f"To compare the recipes, train {count} new seeds of each, {runs} runs{time}: {commands}. {note}"
 
 
-def _say_consequence(result: Result) -> str:
+def _describe_consequence(result: Result) -> str:
     """Describe what follows from the recipe test or, without one, the sweep that would allow it."""
     test = result.recipe_test
     if test is None:
-        return "\n  - ".join([*_say_seed_pairs(*result.pair), _say_sweep(result, NEW_SEEDS)])
+        return "\n  - ".join([*_describe_seed_pairs(*result.pair), _describe_sweep(result, NEW_SEEDS)])
     if test.p_value < LEVEL:
         better = result.recipe if test.difference > 0 else result.against
         return (
-            f"By mIoU, prefer {better}.{_say_confounded(result)} This holds for new seeds and scenes like "
-            "these, with networks trained on the same images; not for other data, image sizes or settings, "
-            "such as more epochs."
+            f"By mIoU, prefer {better}.{_describe_confounding(result)} This holds for new seeds and scenes "
+            "like these, with networks trained on the same images; not for other data, image sizes or "
+            "settings, such as more epochs."
         )
     if result.spread is None:
         return "Every run has the same confusion matrices: check whether one run is listed twice."
-    low, high = map(_say_number, test.interval)
-    scenes = (
+    low, high = map(_format_number, test.interval)
+    caveat = (
         ""
         if test.scene_variance
         else " The difference did not vary detectably over scenes, so this interval may be too narrow for "
@@ -518,11 +521,11 @@ def _say_consequence(result: Result) -> str:
     )
     return (
         f"Inconclusive does not mean equal: true differences from {low} to {high} are compatible with these "
-        f"runs.{scenes}\n  - {_say_more_seeds(result)}"
+        f"runs.{caveat}\n  - {_describe_more_seeds(result)}"
     )
 
 
-def _say_confounded(result: Result) -> str:
+def _describe_confounding(result: Result) -> str:
     """Return a warning if the recipes differ in several parameters, else an empty string.
 
     Parameters that only one recipe has are ignored.
@@ -535,29 +538,29 @@ def _say_confounded(result: Result) -> str:
     return f" The recipes differ in {changes}; the difference may be due to any of these."
 
 
-def _say_more_seeds(result: Result) -> str:
+def _describe_more_seeds(result: Result) -> str:
     """Describe how many seeds would detect half the difference that these runs can detect."""
     test, spread = result.recipe_test, result.spread
-    aim = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
-    count = spread.count_seeds(aim, test.comparisons)
-    sweep = f" {_say_sweep(result, count)}" if count else ""
+    target = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
+    count = spread.count_seeds(target, test.comparisons)
+    sweep = f" {_describe_sweep(result, count)}" if count else ""
     return (
-        f"To find a true difference of {aim:.3f} (half of what these runs can find) with 80 % power takes "
-        f"{spread.say_seeds(aim, test.comparisons)}; ranges are in brackets, because few seeds show only "
+        f"To find a true difference of {target:.3f} (half of what these runs can find) with 80 % power takes "
+        f"{spread.say_seeds(target, test.comparisons)}; ranges are in brackets, because few seeds show only "
         f"roughly how much runs vary.{sweep} Fix the number before the first run: adding seeds until "
         "p < 0.05 can find differences that do not exist."
     )
 
 
-def _say_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
+def _describe_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
     differences = zip(classes, test.class_difference, test.class_p_value, strict=True)
-    significant = [f"{name} {_say_number(difference)}" for name, difference, p in differences if p < LEVEL]
-    tested = np.isfinite(test.class_p_value).sum()
+    significant = [f"{name} {_format_number(difference)}" for name, difference, p in differences if p < LEVEL]
+    test_count = np.isfinite(test.class_p_value).sum()
     listed = f"{', '.join(significant)}; the others are inconclusive" if significant else "none"
-    return f"Significant classes (difference in IoU, Bonferroni-adjusted for {tested}): {listed}."
+    return f"Significant classes (difference in IoU, Bonferroni-adjusted for {test_count}): {listed}."
 
 
-def _say_variance(test: RecipeComparison) -> str:
+def _describe_variance(test: RecipeComparison) -> str:
     if not test.scene_variance:
         return (
             "The recipe test equals it, because the difference did not vary detectably over scenes; it may "
@@ -570,12 +573,12 @@ def _say_variance(test: RecipeComparison) -> str:
     )
 
 
-def _say_checkpoints(result: Result) -> str:
+def _describe_checkpoints(result: Result) -> str:
     test = result.checkpoint_test
     if test is None:
         return f"No checkpoint test: it needs {MIN_SCENES} scenes or more, and runs of one fold."
     against, recipe_run = map(name_run, result.pair, (result.against, result.recipe))
-    differ = (
+    verdict = (
         "these two networks differ on scenes like these. Two seeds of one recipe may, too, so this is no "
         "evidence about the recipes"
         if test.p_value < LEVEL
@@ -583,28 +586,28 @@ def _say_checkpoints(result: Result) -> str:
     )
     return (
         f"Checkpoint test, not about recipes ({recipe_run}, against {against}; {test.scene_count} scenes): "
-        f"{_say_test(test)}: {differ}."
+        f"{_describe_test(test)}: {verdict}."
     )
 
 
-def _say_test(test: Comparison) -> str:
-    low, high = map(_say_number, test.interval)
-    p_value = _say_p(test.p_value)
+def _describe_test(test: Comparison) -> str:
+    low, high = map(_format_number, test.interval)
+    p_value = _format_p(test.p_value)
     p_value = p_value if p_value[0] in "<≥" else f"= {p_value}"
-    adjusted = _say_adjusted("; ", test.comparisons)
-    return f"{_say_number(test.difference)} mIoU (95 % interval {low} to {high}, p {p_value}{adjusted})"
+    adjustment = _describe_adjustment("; ", test.comparisons)
+    return f"{_format_number(test.difference)} mIoU (95 % interval {low} to {high}, p {p_value}{adjustment})"
 
 
-def _say_adjusted(before: str, comparisons: int) -> str:
-    return f"{before}Bonferroni-adjusted for {comparisons} comparisons" if comparisons > 1 else ""
+def _describe_adjustment(prefix: str, comparisons: int) -> str:
+    return f"{prefix}Bonferroni-adjusted for {comparisons} comparisons" if comparisons > 1 else ""
 
 
-def _say_number(value: float) -> str:
+def _format_number(value: float) -> str:
     """Format with sign and three decimals, or with one significant digit below 0.0005."""
     return f"{value + 0.0:+.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:+.1g}"
 
 
-def _say_p(p_value: float) -> str:
+def _format_p(p_value: float) -> str:
     """Format with three decimals, or as an inequality if p is below 0.001 or rounds to 0.05."""
     if p_value < 0.001:
         return "< 0.001"
@@ -613,13 +616,13 @@ def _say_p(p_value: float) -> str:
     return f"{p_value:.3f}"
 
 
-def _say_runs(runs: tuple[int, int]) -> str:
+def _format_runs(runs: tuple[int, int]) -> str:
     return str(runs[0]) if runs[0] == runs[1] else f"{runs[1]} and {runs[0]}"
 
 
-def _caveats(results: dict[str, Result]) -> list[str]:
+def _list_caveats(results: dict[str, Result]) -> list[str]:
     runs = [run for result in results.values() for run in result.pair]
-    few_seeds = [each for each in results.values() if each.recipe_test and min(each.runs) == 2]
+    few_seeds = [result for result in results.values() if result.recipe_test and min(result.runs) == 2]
     caveats = [
         (
             any(run.scene is None for run in runs),

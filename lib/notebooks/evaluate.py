@@ -25,9 +25,9 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
 
     `scores` is the return value of `score_run`. Without labels, only the folder is given.
     """
-    saved = f"Predictions of {scores['images']} images are in `{run.name}/evaluation/{split}`."
+    location = f"Predictions of {scores['images']} images are in `{run.name}/evaluation/{split}`."
     if not scores["labelled"]:
-        return saved
+        return location
     iou = pd.DataFrame(scores["classes"], dtype=float).T.IoU
     best, worst = iou.idxmax(), iou.idxmin()
     return (
@@ -35,7 +35,7 @@ def summarise_evaluation(run: Path, split: str, scores: dict) -> str:
         f"**{scores['plain']['miou']:.3f}** {describe_classes(iou)} "
         f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}) and a pixel accuracy of "
         f"{scores['plain']['pixel_accuracy']:.3f}. Best class: {best} (IoU {iou[best]:.2f}); worst: {worst} "
-        f"({iou[worst]:.2f}). {_compare_with_validation(run) if split == 'test' else ''}{saved}"
+        f"({iou[worst]:.2f}). {_compare_with_validation(run) if split == 'test' else ''}{location}"
     )
 
 
@@ -44,5 +44,5 @@ def _compare_with_validation(run: Path) -> str:
     score = read_scores(run)["valid_miou"] if (run / "scores.json").exists() else None
     if score is None:
         return ""
-    chosen = " (which also selected the epoch)" if read_parameters(run)["checkpoint"] == "best" else ""
-    return f"In training, validation mIoU was {score:.3f}: on other images{chosen}, at the training size. "
+    selection = " (which also selected the epoch)" if read_parameters(run)["checkpoint"] == "best" else ""
+    return f"In training, validation mIoU was {score:.3f}: on other images{selection}, at the training size. "

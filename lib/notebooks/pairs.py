@@ -34,8 +34,8 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
     baseline, *others = recipes
     other = compare_with or others[-1]
     check_choice("compare_with", other, others)
-    shared = match_seeds(recipes[baseline], recipes[other])
-    first, second = shared[0] if shared else (recipes[baseline][0], recipes[other][0])
+    pairs = match_seeds(recipes[baseline], recipes[other])
+    first, second = pairs[0] if pairs else (recipes[baseline][0], recipes[other][0])
     return {name_run(first, baseline): first, name_run(second, other): second}
 
 
@@ -54,15 +54,15 @@ def plot_pair(pair: dict[str, ScoredRun]) -> Figure:
     figure, axes = plots.new_figure(4.6, width=5)
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1)
     axes.plot(first, second, "o", color=plots.GREY, alpha=0.5, markersize=4)
-    a_words, b_words = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
-    limit = (0, min(1, 0.05 + np.nanmax((first, second))))
+    a_label, b_label = (f"{plots.shorten(name, 40)}, mIoU of an image" for name in pair)
+    limits = (0, min(1, 0.05 + np.nanmax((first, second))))
     axes.set(
         title=f"B higher on {(second > first).sum()} of {np.isfinite(first).sum()} images, lower on "
         f"{(second < first).sum()}\n(no test: images of a scene are alike)",
-        xlabel=f"A: {a_words}",
-        ylabel=f"B: {b_words}",
-        xlim=limit,
-        ylim=limit,
+        xlabel=f"A: {a_label}",
+        ylabel=f"B: {b_label}",
+        xlim=limits,
+        ylim=limits,
         aspect="equal",
     )
     return figure
@@ -75,19 +75,19 @@ def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> 
     missing, a message is returned instead. For `interactive` see `browse`.
     """
     first = next(iter(pair.values()))
-    kept = [list(run.masks) for run in pair.values() if run.masks is not None]
-    there = np.flatnonzero(np.all([np.isin(first.names, names) for names in [first.names, *kept]], axis=0))
-    names = first.names[there].tolist()
+    saved = [list(run.masks) for run in pair.values() if run.masks is not None]
+    common = np.flatnonzero(np.all([np.isin(first.names, names) for names in [first.names, *saved]], axis=0))
+    names = first.names[common].tolist()
     try:
         for run in pair.values():
             run.read_masks(names)
-        every = iterate_split(first.parameters, first.split, first.data, run=first.folder)
-        split = select_names(every, names)
+        all_images = iterate_split(first.parameters, first.split, first.data, run=first.folder)
+        split = select_names(all_images, names)
     except FileNotFoundError as error:
         return Markdown(f"No images: the predictions of these runs were not kept (`{error.filename}`).")
     except ValueError as error:
         return Markdown(f"No images: {error}.")
-    counts = {name: run.counts[there] for name, run in pair.items()}
+    counts = {name: run.counts[common] for name, run in pair.items()}
     looks = {name: saved_look(run.read_masks) for name, run in pair.items()}
     return browse_results(split, counts, looks, interactive=interactive)
 
@@ -98,7 +98,7 @@ def select_names(split: Split, names: Sequence[str]) -> Split:
     Raises:
         ValueError: if the split lacks one of the images.
     """
-    position = {name: at for at, name in enumerate(split.names.tolist())}
+    position = {name: index for index, name in enumerate(split.names.tolist())}
     missing = [name for name in names if name not in position]
     if missing:
         raise ValueError(f"{split.data} has no {missing[0]}")

@@ -23,22 +23,22 @@ def check_parameters() -> dict[str, object]:
             not allow it. The message lists all problems.
     """
     namespace = getattr(get_ipython(), "user_ns", {})
-    annotate = namespace.get("__annotate__") or (lambda form: {})  # Python 3.14 or later
+    annotate = namespace.get("__annotate__") or (lambda _format: {})  # Python 3.14 or later
     declared = namespace["__annotations__"] if "__annotations__" in namespace else annotate(1)
     # `In` lists the executed cells, including the one that papermill injected; under nbval it is empty
     injected = ["", *(source for source in namespace.get("In", []) if source.startswith("# Parameters\n"))]
-    given = [line.targets[0].id for line in ast.parse(injected[-1]).body if isinstance(line, ast.Assign)]
-    problems = [explain_unknown(name, declared) for name in given if name not in declared]
+    assigned = [node.targets[0].id for node in ast.parse(injected[-1]).body if isinstance(node, ast.Assign)]
+    problems = [explain_unknown(name, declared) for name in assigned if name not in declared]
     problems += [
-        _mistyped(name, namespace[name], kind) or _refused(name, namespace[name])
-        for name, kind in declared.items()
+        _type_error(name, namespace[name], annotation) or _value_error(name, namespace[name])
+        for name, annotation in declared.items()
     ]
     if any(problems):
         raise ValueError("\n".join(problem for problem in problems if problem))
     return {name: namespace[name] for name in declared}
 
 
-def _refused(name: str, value: object) -> str | None:
+def _value_error(name: str, value: object) -> str | None:
     try:
         check_options(**{name: value})
     except ValueError as error:
@@ -46,16 +46,16 @@ def _refused(name: str, value: object) -> str | None:
     return None
 
 
-def _mistyped(name: str, value: object, declared: type) -> str | None:
-    kinds = typing.get_args(declared) or (declared,)
-    if type(value) in kinds or (type(value) is int and float in kinds):
+def _type_error(name: str, value: object, annotation: type) -> str | None:
+    types = typing.get_args(annotation) or (annotation,)
+    if type(value) in types or (type(value) is int and float in types):
         return None
-    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    expected = " or ".join("None" if cls is type(None) else cls.__name__ for cls in types)
     hint = ""
-    if isinstance(value, str) and float in kinds:
+    if isinstance(value, str) and float in types:
         hint = "; in YAML write 0.0001, because 1e-4 is read as text"
-    elif isinstance(value, str) and (bool in kinds or type(None) in kinds):
+    elif isinstance(value, str) and (bool in types or type(None) in types):
         hint = "; papermill knows True, False and None with a capital only"
-    elif str in kinds and value is not None:
+    elif str in types and value is not None:
         hint = f"; papermill's -p reads 001 as a number, -r as text: `-r {name} 001`"
     return f"{name}: found {value!r}, expected {expected}{hint}"

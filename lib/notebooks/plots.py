@@ -61,13 +61,13 @@ VALID_COLOUR = "#0072b2"
 WRONG_COLOUR = "#cc0000"
 BAR_COLOUR = "#c8c8c8"  # bars that are labelled by name
 GREY = "#666666"
-WIDTH = 8  # inches; fits a notebook
-TILE = 200  # minimum width in pixels of an image in a figure
-WIDE_TILE = 256  # minimum width if there are at most three images per row
+FIGURE_WIDTH = 8  # inches; fits a notebook
+TILE_WIDTH = 200  # minimum width in pixels of an image in a figure
+WIDE_TILE_WIDTH = 256  # minimum width if there are at most three images per row
 DPI = 100  # of image figures, which are laid out in whole pixels
-GAP = 8  # pixels between images
-STEP = 17  # between the 16 levels per channel of a saved figure, which include all class colours
-LINE = 20  # height in pixels of a line of text
+TILE_GAP = 8  # pixels between images
+LEVEL_STEP = 17  # between the 16 levels per channel of a saved figure, which include all class colours
+LINE_HEIGHT = 20  # height in pixels of a line of text
 WRONG = "wrong pixels"
 CHANGED = "B fixes (blue), breaks (red)"
 TERMS = {  # loss terms and their labels in figures
@@ -105,16 +105,16 @@ def class_colours(classes: Sequence[str]) -> dict[str, str]:
 def _colour_table(classes: tuple[str, ...]) -> np.ndarray:
     """Return the class colours `(C + 1, 3)` uint8; the last row is for unlabelled pixels."""
     colours = class_colours(classes)
-    shares = [*(to_rgb(colours[name]) for name in classes), (0, 0, 0)]
-    return np.round(np.multiply(shares, 255)).astype(np.uint8)
+    rgb = [*(to_rgb(colours[name]) for name in classes), (0, 0, 0)]
+    return np.round(np.multiply(rgb, 255)).astype(np.uint8)
 
 
 def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Convert class indices `(H, W)` to colours `(H, W, 3)` uint8, with unlabelled pixels hatched."""
     coloured = np.take(_colour_table(tuple(classes)), label, axis=0, mode="clip")
-    row, column = np.nonzero(label == IGNORE_INDEX)
-    stripe = max(1, label.shape[1] // 60)
-    coloured[row, column] = np.take(HATCH, (row + column) // stripe % 2)[:, None]
+    rows, columns = np.nonzero(label == IGNORE_INDEX)
+    stripe_width = max(1, label.shape[1] // 60)
+    coloured[rows, columns] = np.take(HATCH, (rows + columns) // stripe_width % 2)[:, None]
     return coloured
 
 
@@ -134,18 +134,18 @@ def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.nd
 def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Draw a black line, surrounded by a white one, around the chosen pixels `(H, W)` of an image."""
     outlined = picture.copy()
-    reach = max(1, round(chosen.shape[1] / 320))
+    thickness = max(1, round(chosen.shape[1] / 320))
     inside = chosen.astype(np.uint8)
-    for colour, width in ((255, 2 * reach), (0, reach)):
-        outlined[cv2.dilate(inside, np.ones((3, 3), np.uint8), iterations=width) > inside] = colour
+    for colour, radius in ((255, 2 * thickness), (0, thickness)):
+        outlined[cv2.dilate(inside, np.ones((3, 3), np.uint8), iterations=radius) > inside] = colour
     return outlined
 
 
 def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray:
     """Overlay colours on the dimmed RGB image; `chosen` maps each colour to a `(H, W)` bool mask."""
     coloured = fade(image, DIMMED)
-    for colour, where in chosen.items():
-        coloured[where] = np.round(np.multiply(to_rgb(colour), 255))
+    for colour, mask in chosen.items():
+        coloured[mask] = np.round(np.multiply(to_rgb(colour), 255))
     return coloured
 
 
@@ -223,14 +223,14 @@ def add_title(figure: Figure, title: str) -> None:
 
 
 def new_figure(
-    height: float, *grid: int, width: float = WIDTH, **options: object
+    height: float, *grid: int, width: float = FIGURE_WIDTH, **options: object
 ) -> tuple[Figure, Axes | np.ndarray]:
     """Create a figure (size in inches) and its axes; `grid` and `options` are passed to `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(*grid, **options)
 
 
-def fit_tile(picture: np.ndarray, least: int = WIDE_TILE) -> np.ndarray:
+def fit_tile(picture: np.ndarray, least: int = WIDE_TILE_WIDTH) -> np.ndarray:
     """Scale an array `(H, W, ...)` by an integer factor to at least this width, without interpolation."""
     step = max(1, picture.shape[1] // least)
     zoom = -(-least // picture.shape[1])
@@ -254,30 +254,37 @@ def plot_grid(
         shades: colour scale, shown as a colour bar; None for no colour bar.
         shades_label: label of the colour bar.
     """
-    least = TILE if len(rows[0]) > 3 else WIDE_TILE
-    tiles = [{title: fit_tile(tile, least) for title, tile in row.items()} for row in rows]
-    width = max(sum(tile.shape[1] + GAP for tile in row.values()) - GAP for row in tiles)
+    min_width = TILE_WIDTH if len(rows[0]) > 3 else WIDE_TILE_WIDTH
+    tiles = [{title: fit_tile(tile, min_width) for title, tile in row.items()} for row in rows]
+    width = max(sum(tile.shape[1] + TILE_GAP for tile in row.values()) - TILE_GAP for row in tiles)
     legend_lines, columns = _legend_lines(legend, width / DPI)
-    below = GAP + LINE * (legend_lines + 2 * (shades is not None))
-    row_heights = [max(map(len, row.values())) + GAP + LINE * bool(captions) for row in tiles]
-    height = below + LINE + sum(row_heights)
+    footer_height = TILE_GAP + LINE_HEIGHT * (legend_lines + 2 * (shades is not None))
+    row_heights = [max(map(len, row.values())) + TILE_GAP + LINE_HEIGHT * bool(captions) for row in tiles]
+    height = footer_height + LINE_HEIGHT + sum(row_heights)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    top = height - LINE
+    top = height - LINE_HEIGHT
     for row, row_height, caption in itertools.zip_longest(tiles, row_heights, captions, fillvalue=""):
         left = 0
         for title, tile in row.items():
-            high, wide = tile.shape[:2]
-            axes = figure.add_axes((left / width, (top - high) / height, wide / width, high / height))
+            tile_height, tile_width = tile.shape[:2]
+            axes = figure.add_axes(
+                (left / width, (top - tile_height) / height, tile_width / width, tile_height / height)
+            )
             axes.imshow(tile, aspect="auto")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color="0.8", linewidth=0.5)
-            axes.set_title(shorten(title, wide // 8) if row is tiles[0] else "", pad=4)
-            left += wide + GAP
+            axes.set_title(shorten(title, tile_width // 8) if row is tiles[0] else "", pad=4)
+            left += tile_width + TILE_GAP
         top -= row_height
-        figure.text(0, (top + GAP) / height, shorten(caption, width // 7), fontsize="small")
+        figure.text(0, (top + TILE_GAP) / height, shorten(caption, width // 7), fontsize="small")
     if shades is not None:
         bar = figure.add_axes(
-            (LINE / width, LINE * (legend_lines + 1) / height, 240 / width, 0.5 * LINE / height)
+            (
+                LINE_HEIGHT / width,
+                LINE_HEIGHT * (legend_lines + 1) / height,
+                240 / width,
+                0.5 * LINE_HEIGHT / height,
+            )
         )
         figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
         bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
@@ -304,10 +311,10 @@ def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: fl
         least: minimum size of a region, as a share of the image.
     """
     box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
-    for index, _, inside in large_regions(label, least, connectivity=8):
-        rimmed = np.pad(inside.astype(np.uint8), 1)  # regions end at the image border
-        room = cv2.distanceTransform(rimmed, cv2.DIST_L2, 5)
-        row, column = np.unravel_index(room.argmax(), room.shape)
+    for index, _, mask in large_regions(label, least, connectivity=8):
+        padded = np.pad(mask.astype(np.uint8), 1)  # regions end at the image border
+        distance = cv2.distanceTransform(padded, cv2.DIST_L2, 5)
+        row, column = np.unravel_index(distance.argmax(), distance.shape)
         side = ("left", "center", "right")[np.digitize(column / label.shape[1], (0.12, 0.88))]
         axes.text(
             column - 1, row - 1, shorten(classes[index], 14), ha=side, va="center", fontsize=8, bbox=box
@@ -329,17 +336,17 @@ def large_regions(
         mask of each region.
     """
     for index in set(np.unique(label).tolist()) - {IGNORE_INDEX}:
-        same = (label == index).astype(np.uint8)
-        _, region, stats, _ = cv2.connectedComponentsWithStats(same, connectivity=connectivity)
-        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
-            left, top, width, height = stats[number, :4].tolist()
-            yield index, (left, top, left + width, top + height), region == number
+        class_mask = (label == index).astype(np.uint8)
+        _, components, stats, _ = cv2.connectedComponentsWithStats(class_mask, connectivity=connectivity)
+        for component in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= least * label.size):
+            left, top, width, height = stats[component, :4].tolist()
+            yield index, (left, top, left + width, top + height), components == component
 
 
 def draw_marks(axes: Axes, x: np.ndarray, y: np.ndarray, filled: np.ndarray, colour: str | tuple) -> None:
     """Draw marks at the `(N,)` points x, y, with a white centre where `filled` is False."""
-    for chosen, face in ((filled, colour), (~filled, "white")):
-        axes.plot(x[chosen], y[chosen], "o", color=colour, markerfacecolor=face)
+    for mask, face_colour in ((filled, colour), (~filled, "white")):
+        axes.plot(x[mask], y[mask], "o", color=colour, markerfacecolor=face_colour)
 
 
 def rows_height(count: int) -> float:
@@ -362,19 +369,19 @@ def plot_matrix(shares: pd.DataFrame, title: str) -> Figure:
     """
     import seaborn  # imported here because it takes a second or two, which training should not wait for
 
-    few = len(shares) <= FEW
-    numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if few else None
-    across, down = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
+    is_small = len(shares) <= FEW
+    numbers = (100 * shares).map(lambda share: f"{share:.0f}" if share >= 0.5 else "") if is_small else None
+    column_names, row_names = ([shorten(name) for name in names] for names in (shares.columns, shares.index))
     figure, axes = new_figure(rows_height(len(shares)) + 1.5)
     seaborn.heatmap(
-        shares, vmin=0, vmax=1, cmap="Greys", ax=axes, xticklabels=across, yticklabels=down,
+        shares, vmin=0, vmax=1, cmap="Greys", ax=axes, xticklabels=column_names, yticklabels=row_names,
         annot=numbers, fmt="", annot_kws={"fontsize": "small"},
-        cbar=not few, cbar_kws={"shrink": 0.4, "fraction": 0.03},
+        cbar=not is_small, cbar_kws={"shrink": 0.4, "fraction": 0.03},
     )  # fmt: skip
     axes.tick_params(
-        axis="x", length=0, labelsize="medium" if few else "xx-small", rotation=40 if few else 90
+        axis="x", length=0, labelsize="medium" if is_small else "xx-small", rotation=40 if is_small else 90
     )
-    axes.tick_params(axis="y", length=0, labelsize="medium" if few else "x-small", rotation=0)
+    axes.tick_params(axis="y", length=0, labelsize="medium" if is_small else "x-small", rotation=0)
     add_title(figure, title)
     return figure
 
@@ -388,28 +395,28 @@ def plot_history(history: pd.DataFrame, epochs: int, terms: dict[str, float]) ->
         epochs: total number of epochs, which sets the range of the x-axis.
         terms: weight of each loss term by its name in `TERMS`; terms of weight 0 are left out.
     """
-    used = {name: TERMS[name] for name, weight in terms.items() if weight}
-    weighted = [f"{terms[name]:g} ({word})" if terms[name] != 1 else word for name, word in used.items()]
-    titles = {"loss": f"Loss: {' + '.join(weighted)}", **used}
-    figure = Figure(figsize=(WIDTH, 5), layout="constrained")
+    labels = {name: TERMS[name] for name, weight in terms.items() if weight}
+    weighted = [f"{terms[name]:g} ({label})" if terms[name] != 1 else label for name, label in labels.items()]
+    titles = {"loss": f"Loss: {' + '.join(weighted)}", **labels}
+    figure = Figure(figsize=(FIGURE_WIDTH, 5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-    loss, score = above.subplots(1, 2)
-    small = below.subplots(1, len(used), squeeze=False)[0]
-    for axes, (name, title) in zip([loss, *small], titles.items(), strict=True):
+    loss_axes, score_axes = above.subplots(1, 2)
+    term_axes = below.subplots(1, len(labels), squeeze=False)[0]
+    for axes, (name, title) in zip([loss_axes, *term_axes], titles.items(), strict=True):
         axes.plot(history.epoch, history[f"train_{name}"], color=TRAIN_COLOUR, marker=".", label="training")
         axes.plot(history.epoch, history[f"valid_{name}"], color=VALID_COLOUR, marker=".", label="validation")
         axes.set_title(title, fontsize="medium" if len(title) < 45 else "small")
-    score.plot(history.epoch, history.valid_pixel_acc, ".--", color=VALID_COLOUR)
-    score.plot(history.epoch, history.valid_miou, ".-", color=VALID_COLOUR)
-    score.set(title="No validation images", ylim=(0, 1))
-    score.set_ylabel("mIoU (solid), accuracy (dashed)", fontsize="small")
+    score_axes.plot(history.epoch, history.valid_pixel_acc, ".--", color=VALID_COLOUR)
+    score_axes.plot(history.epoch, history.valid_miou, ".-", color=VALID_COLOUR)
+    score_axes.set(title="No validation images", ylim=(0, 1))
+    score_axes.set_ylabel("mIoU (solid), accuracy (dashed)", fontsize="small")
     if history.valid_miou.notna().any():
         best = history.loc[history.valid_miou.idxmax()]
-        score.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
-    for axes in (loss, score, *small):
+        score_axes.set_title(f"Best validation mIoU: {best.valid_miou:.3f} at epoch {best.epoch:.0f}")
+    for axes in (loss_axes, score_axes, *term_axes):
         axes.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    add_legend(figure, loss.lines[:2])
+    add_legend(figure, loss_axes.lines[:2])
     return figure
 
 
@@ -442,8 +449,8 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
             label="chance level",
         )
     for row, value in enumerate(table.IoU):
-        words = "none seen" if np.isnan(value) else f"{value:.2f}"
-        axes.text(1.03, row, words, va="center", color=GREY, fontsize="small")
+        text = "none seen" if np.isnan(value) else f"{value:.2f}"
+        axes.text(1.03, row, text, va="center", color=GREY, fontsize="small")
     label_rows(axes, names)
     axes.set(xlabel="IoU", xlim=(0, 1))
     add_title(figure, title)
@@ -454,13 +461,13 @@ def plot_class_iou(table: pd.DataFrame, title: str, mean: float | None) -> Figur
 def _draw_intervals(axes: Axes, low: pd.Series, high: pd.Series) -> None:
     """Draw the interval of each row, with an arrowhead at an end that is cut at 0 or 1."""
     rows = np.arange(len(low))
-    known = "95 % interval" if low.notna().any() else None
-    axes.hlines(rows, low, high, color="black", linewidth=1.2, label=known)
+    label = "95 % interval" if low.notna().any() else None
+    axes.hlines(rows, low, high, color="black", linewidth=1.2, label=label)
     for marker, ends, limit in (("<", low, 0), (">", high, 1)):
-        cut = rows[ends == limit]
-        if len(cut):
+        cut_rows = rows[ends == limit]
+        if len(cut_rows):
             axes.plot(
-                np.full(len(cut), limit), cut, marker, label=f"interval cut at {limit}",
+                np.full(len(cut_rows), limit), cut_rows, marker, label=f"interval cut at {limit}",
                 color="black", clip_on=False, markersize=5, linestyle="none",
             )  # fmt: skip
 
@@ -500,8 +507,8 @@ def small_png(figure: Figure) -> bytes:
     Class colours stay exact, but the antialiased edges of text do not. The figure is saved with its margins.
     IPython would crop them and thereby shift images by fractions of a pixel.
     """
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    pixels = cv2.imdecode(np.frombuffer(drawn.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
-    rounded = np.round(pixels / STEP).astype(np.uint8) * STEP
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pixels = cv2.imdecode(np.frombuffer(buffer.getbuffer(), np.uint8), cv2.IMREAD_COLOR)
+    rounded = np.round(pixels / LEVEL_STEP).astype(np.uint8) * LEVEL_STEP
     return cv2.imencode(".png", rounded, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()

@@ -14,20 +14,21 @@ SUFFIXES = {
     "depth": (".png", ".tif", ".tiff", ".npy"),
     "label": (".png", ".tif", ".tiff", ".bmp"),
 }
-TURNED = range(5, 9)  # EXIF orientations that swap height and width
+TRANSPOSED_ORIENTATIONS = range(5, 9)  # EXIF orientations that swap height and width
 EXPECTED_LABEL = (
     "one channel of 8 or 16 bits with class values; if colours mean classes, list them under `colours` in "
     "dataset.yaml"
 )
 EXPECTED_DEPTH = "one channel of depth of 16 bits; export it again from the source"
-INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow modes
+INTEGER_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow modes
 
 
 def upright_size(path: Path) -> tuple[int, int]:
     """Return the height and width of the upright image, read from the file header."""
-    with _decoding(path), Image.open(path) as picture:
-        turned = picture.format != "TIFF" and picture.getexif().get(0x0112) in TURNED  # Pillow rotates TIFF
-        return picture.size if turned else picture.size[::-1]
+    with _decoding(path), Image.open(path) as image:
+        # Pillow rotates TIFF
+        is_transposed = image.format != "TIFF" and image.getexif().get(0x0112) in TRANSPOSED_ORIENTATIONS
+        return image.size if is_transposed else image.size[::-1]
 
 
 def decode_image(path: Path) -> np.ndarray:
@@ -37,17 +38,15 @@ def decode_image(path: Path) -> np.ndarray:
         DataError: if the file has more than 8 bits per channel, several images or transparent pixels, or
             can't be read.
     """
-    picture, stored = _open(path)
-    if picture.mode[0] in "IF" or ";16" in stored:  # Pillow reduces 16-bit RGB to 8 bits
-        raise _refused(path, f"{picture.mode} of 16 bits or more", "8 bits a channel; convert the file")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
-            raise _refused(
-                path, "transparent pixels", "an opaque image; put it on a background of your choice"
-            )
+    image, tile_info = _open(path)
+    if image.mode[0] in "IF" or ";16" in tile_info:  # Pillow reduces 16-bit RGB to 8 bits
+        raise _error(path, f"{image.mode} of 16 bits or more", "8 bits a channel; convert the file")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise _error(path, "transparent pixels", "an opaque image; put it on a background of your choice")
     with _decoding(path):
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(image.convert("RGB"))
 
 
 def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
@@ -61,7 +60,7 @@ def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
     """
     if in_colours:
         return decode_image(path).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    return _decode_values(path, ("L", "P", *INTEGERS), EXPECTED_LABEL)
+    return _decode_values(path, ("L", "P", *INTEGER_MODES), EXPECTED_LABEL)
 
 
 def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
@@ -76,23 +75,21 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         with _decoding(path):
             depth = np.load(path)
     else:
-        depth = _decode_values(path, ("L", "F", *INTEGERS), EXPECTED_DEPTH)
+        depth = _decode_values(path, ("L", "F", *INTEGER_MODES), EXPECTED_DEPTH)
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
-        raise _refused(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
+        raise _error(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
     if depth.dtype.itemsize == 1 and not takes_bytes:
-        raise _refused(
+        raise _error(
             path,
             "8 bits",
             "16 bits: 8-bit depth has lost its scale. Set depth_unit_mm if you know it, or export it again",
         )
     if (depth < 0).any():
-        raise _refused(
-            path, f"the value {np.nanmin(depth):g}", "no negative depth; mark missing depth with 0"
-        )
+        raise _error(path, f"the value {np.nanmin(depth):g}", "no negative depth; mark missing depth with 0")
     if bits == "plain":
         return depth
     if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
-        raise _refused(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
+        raise _error(path, str(depth.dtype), "16-bit PNG, as depth_bits sun says")
     return depth >> 3 | depth << 13
 
 
@@ -101,25 +98,25 @@ def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0
 
     Values in `missing`, NaN and infinity become 0.
     """
-    there = np.isfinite(depth) & ~np.isin(depth, missing)
+    valid = np.isfinite(depth) & ~np.isin(depth, missing)
     depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # float16 overflows above 65504
-    return np.where(there, depth_mm, 0).clip(0, 65535).astype(np.uint16)
+    return np.where(valid, depth_mm, 0).clip(0, 65535).astype(np.uint16)
 
 
 def _decode_values(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
-    picture, stored = _open(path)
-    values = np.asarray(picture)
-    if picture.mode == "1" or "L;" in stored:  # Pillow rescales 2 and 4 bits to 0..255
-        raise _refused(
+    image, tile_info = _open(path)
+    values = np.asarray(image)
+    if image.mode == "1" or "L;" in tile_info:  # Pillow rescales 2 and 4 bits to 0..255
+        raise _error(
             path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys"
         )
-    if picture.mode == "P":
-        palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    if image.mode == "P":
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
         is_grey = (palette == palette[:, :1]).all()  # as written by image optimisers
         if is_grey and values.max(initial=0) < len(palette):
             return palette[:, 0][values]
-    if picture.mode not in modes:
-        raise _refused(path, f"mode {picture.mode} of Pillow", expected)
+    if image.mode not in modes:
+        raise _error(path, f"mode {image.mode} of Pillow", expected)
     return values
 
 
@@ -129,14 +126,14 @@ def _open(path: Path) -> tuple[Image.Image, str]:
     Pillow is used because OpenCV returns the readable half of a truncated JPEG.
     """
     # open the file first: given a path, Pillow maps single-channel TIFFs and then rotates them wrongly
-    with _decoding(path), open(path, "rb") as file, Image.open(file) as picture:
-        stored = str(getattr(picture, "tile", ""))
-        count = getattr(picture, "n_frames", 1)
-        if count > 1 and picture.format != "MPO":  # from phones: an image and its preview
+    with _decoding(path), open(path, "rb") as file, Image.open(file) as image:
+        tile_info = str(getattr(image, "tile", ""))
+        count = getattr(image, "n_frames", 1)
+        if count > 1 and image.format != "MPO":  # from phones: an image and its preview
             raise ValueError(f"it contains {count} images, expected one")
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        return picture, stored
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image, tile_info
 
 
 @contextmanager
@@ -151,5 +148,5 @@ def _decoding(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: can't be decoded ({reason}); {remedy}") from error
 
 
-def _refused(path: Path, found: str, expected: str) -> DataError:
+def _error(path: Path, found: str, expected: str) -> DataError:
     return DataError(f"{path}: found {found}, expected {expected}")

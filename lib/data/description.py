@@ -14,16 +14,16 @@ from lib.data.samples import DEPTH_RANGE_M, DataError
 from lib.options import OLDER_NAMES, explain_unknown
 
 FILE = "dataset.yaml"
-NEARLY = re.compile(
+SIMILAR_NAME = re.compile(
     r"(dataset|data)\.ya?ml(\.txt)?", re.IGNORECASE
 )  # file names that are easily confused with FILE
-MOST_VALUES = 2**16  # 16-bit labels
-MOST_SHOWN = 300  # maximum number of values in an error message
-FARTHEST_M = 65.535  # largest depth in uint16 millimetres
-NO_CLASS = ("ignore", "background")  # names in `colours` that need not be classes
+MAX_LABEL_VALUES = 2**16  # 16-bit labels
+MAX_LISTED = 300  # maximum number of values in an error message
+MAX_DEPTH_M = 65.535  # largest depth in uint16 millimetres
+NON_CLASS_NAMES = ("ignore", "background")  # names in `colours` that need not be classes
 
 Text = Annotated[str, Field(min_length=1)]
-Value = Annotated[int, Field(ge=0, lt=MOST_VALUES)]
+Value = Annotated[int, Field(ge=0, lt=MAX_LABEL_VALUES)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 ClassCount = Field(min_length=2, max_length=MOST_CLASSES)
@@ -60,7 +60,7 @@ class Description(BaseModel):
     depth_bits: Literal["plain", "sun"] = Field("plain", description="plain, or sun")
     depth_range_m: Annotated[list[Number], Field(min_length=2, max_length=2)] = Field(
         list(DEPTH_RANGE_M),
-        description=f"[nearest, farthest] in metres, above 0 and up to {FARTHEST_M}, such as [0.71, 10]",
+        description=f"[nearest, farthest] in metres, above 0 and up to {MAX_DEPTH_M}, such as [0.71, 10]",
     )
     folders: dict[Literal["image", "depth", "label"], Text | None] = Field(
         {"image": "image", "depth": "depth", "label": "label"},
@@ -75,17 +75,17 @@ class Description(BaseModel):
     @field_validator("depth_range_m")
     @classmethod
     def _check_range(cls, value: list[float]) -> list[float]:
-        if not 0 < value[0] < value[1] <= FARTHEST_M:
+        if not 0 < value[0] < value[1] <= MAX_DEPTH_M:
             raise ValueError
         return value
 
     @field_validator("folders", "splits")
     @classmethod
     def _drop_none(cls, value: dict[str, str | None]) -> dict[str, str]:
-        there = {name: text for name, text in value.items() if text is not None}
-        if not there or not ("image" in there or set(there) <= {"train", "valid", "test"}):
+        present = {name: text for name, text in value.items() if text is not None}
+        if not present or not ("image" in present or set(present) <= {"train", "valid", "test"}):
             raise ValueError
-        return there
+        return present
 
     @property
     def stated(self) -> set[str]:
@@ -107,15 +107,15 @@ class Description(BaseModel):
     def _by_colour(self) -> dict[int, str]:
         colours = {name: pack_colours(colour) for name, colour in self.colours.items()}
         names = self.classes if "classes" in self.stated else [name for name in colours if name != "ignore"]
-        wrong = [f"no colour of class {name!r}" for name in names if name not in colours]
-        wrong += [f"a colour of {name!r}" for name in colours if name not in (*names, *NO_CLASS)]
+        problems = [f"no colour of class {name!r}" for name in names if name not in colours]
+        problems += [f"a colour of {name!r}" for name in colours if name not in (*names, *NON_CLASS_NAMES)]
         if len(set(colours.values())) < len(colours):
-            wrong.append("two names of one colour")
+            problems.append("two names of one colour")
         if not 2 <= len(names) <= MOST_CLASSES:
-            wrong.append(f"{len(names)} classes")
-        if wrong:
+            problems.append(f"{len(names)} classes")
+        if problems:
             raise DataError(
-                f"{self.root / FILE}: colours has {wrong[0]}, expected 2 to {MOST_CLASSES} classes, each "
+                f"{self.root / FILE}: colours has {problems[0]}, expected 2 to {MOST_CLASSES} classes, each "
                 "with its own colour; use the name ignore for a colour that means unlabelled"
             )
         return {colours[name]: name for name in names}
@@ -143,7 +143,7 @@ class Description(BaseModel):
         The last entry is for all values outside the table.
         """
         index_of_others = IGNORE_INDEX if self.ignore == "others" else -1
-        table = np.full(1 + (2**24 if self.colours else MOST_VALUES), index_of_others, np.int16)
+        table = np.full(1 + (2**24 if self.colours else MAX_LABEL_VALUES), index_of_others, np.int16)
         table[self.unlabelled] = IGNORE_INDEX
         table[list(self.by_value)] = range(len(self.by_value))
         return table
@@ -155,8 +155,8 @@ class Description(BaseModel):
             DataError: if a value is neither a class nor unlabelled.
         """
         label = label.astype(np.int64)
-        others = len(self.table) - 1
-        indices = self.table[np.where((label >= 0) & (label < others), label, others)]
+        last_index = len(self.table) - 1
+        indices = self.table[np.where((label >= 0) & (label < last_index), label, last_index)]
         if (indices < 0).any():
             values, counts = np.unique(label[indices < 0], return_counts=True)
             self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
@@ -170,28 +170,28 @@ class Description(BaseModel):
             shares: fraction of pixels of each value or packed colour.
             file_count: number of files that the fractions refer to.
         """
-        yaml, values = self.root / FILE, list(self.by_value)
-        unknown = sorted(shares)[:MOST_SHOWN]
+        yaml_path, values = self.root / FILE, list(self.by_value)
+        unknown = sorted(shares)[:MAX_LISTED]
         found = [list(value.to_bytes(3)) if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
         expected = (
             f"{min(values)}..{max(values)}{gaps} and {', '.join(map(str, self.unlabelled)) or 'nothing'} "
             "= unlabelled"
         )
-        hint = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml}"
+        hint = f"list other classes under `classes`, and unlabelled values under `ignore`, in {yaml_path}"
         if self.colours:
             expected = "those of `colours`"
-            hint = f"list them under `colours` in {yaml}, as classes or as `ignore`"
+            hint = f"list them under `colours` in {yaml_path}, as classes or as `ignore`"
         elif not {"first_label", "ignore"} & self.stated and unknown == [max(values) + 1]:
-            hint = f"if 0 means unlabelled, write `first_label: 1` into {yaml}"
+            hint = f"if 0 means unlabelled, write `first_label: 1` into {yaml_path}"
         if len(shares) > 1:
             hint += "; `ignore: others` treats all values without a class as unlabelled"
         listed = ", ".join(
-            f"{value}: {100 * shares[at]:.2f} %" for at, value in zip(unknown, found, strict=True)
+            f"{value}: {100 * shares[key]:.2f} %" for key, value in zip(unknown, found, strict=True)
         )
         raise DataError(
             f"{path}: label values {found}, expected {expected}; {hint}. Shares of the pixels in "
-            f"{file_count} files: {listed}{' ...' if len(shares) > MOST_SHOWN else ''}"
+            f"{file_count} files: {listed}{' ...' if len(shares) > MAX_LISTED else ''}"
         )
 
 
@@ -212,7 +212,7 @@ def read_description(root: Path) -> Description:
     """
     path = root / FILE
     if not path.exists():
-        _refuse_nearly(root)
+        _reject_similar_names(root)
         return Description(root=root)
     try:
         content = yaml.safe_load(path.read_bytes())  # bytes, so that yaml detects the encoding
@@ -232,19 +232,19 @@ def read_description(root: Path) -> Description:
         key = error.errors()[0]["loc"][0]
         expected = Description.model_fields[key].description
         raise DataError(f"{path}: {key} is {content[key]!r}, expected {expected}") from error
-    _check_names(path, description)
+    _check_classes(path, description)
     return description
 
 
-def _refuse_nearly(root: Path) -> None:
+def _reject_similar_names(root: Path) -> None:
     """Raise a DataError for a file with a name similar to `dataset.yaml`.
 
     Ignoring it would give the labels NYUv2's class names.
     """
-    nearly = [place for place in (*root.glob("*"), *root.glob("*/*.y*ml*")) if NEARLY.fullmatch(place.name)]
-    if nearly:
+    paths = [path for path in (*root.glob("*"), *root.glob("*/*.y*ml*")) if SIMILAR_NAME.fullmatch(path.name)]
+    if paths:
         raise DataError(
-            f"{min(nearly)}: is not read under this name, expected {root / FILE}; rename or move it there "
+            f"{min(paths)}: is not read under this name, expected {root / FILE}; rename or move it there "
             f"with the keys of lib/data/README.md. If it belongs to another tool, remove it or write an "
             f"empty {FILE}"
         )
@@ -262,7 +262,7 @@ def _read_label_map(path: Path) -> dict[str, list[int]]:
         ) from error
 
 
-def _check_names(path: Path, description: Description) -> None:
+def _check_classes(path: Path, description: Description) -> None:
     classes = description.classes
     names = list(classes.values() if isinstance(classes, dict) else classes)
     for key in ("colours", "first_label"):
@@ -271,15 +271,18 @@ def _check_names(path: Path, description: Description) -> None:
                 f"{path}: {key} is {getattr(description, key)!r}, expected none if classes maps values to "
                 "names"
             )
-    if description.first_label + len(classes) > MOST_VALUES:
+    if description.first_label + len(classes) > MAX_LABEL_VALUES:
         raise DataError(
-            f"{path}: first_label is {description.first_label}, expected label values up to {MOST_VALUES - 1}"
+            f"{path}: first_label is {description.first_label}, expected label values up to "
+            f"{MAX_LABEL_VALUES - 1}"
         )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{path}: classes names {', '.join(twice)} twice; every class needs its own name")
-    both = sorted(description.by_value.keys() & set(description.unlabelled))
-    if both:
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
-            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {both[0]} is "
-            f"{description.by_value[both[0]]!r}"
+            f"{path}: classes names {', '.join(duplicates)} twice; every class needs its own name"
+        )
+    conflicts = sorted(description.by_value.keys() & set(description.unlabelled))
+    if conflicts:
+        raise DataError(
+            f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {conflicts[0]} is "
+            f"{description.by_value[conflicts[0]]!r}"
         )

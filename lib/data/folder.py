@@ -25,7 +25,7 @@ LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, o
 CHANNELS = {"image": (np.uint8, (3,)), "depth": (np.uint16, ()), "label": (np.uint8, ())}
 CACHED_FROM = 128  # minimum number of images to cache; fewer are read in about a second
 CACHE_VERSION = 2
-BLOCK = 64  # images in memory at a time while the cache is written
+BLOCK_SIZE = 64  # images in memory at a time while the cache is written
 COCO = """. {path} may hold COCO annotations, not masks. To make masks in DATA/label (0 = unlabelled), run:
 from pycocotools.coco import COCO; import numpy as np; from PIL import Image
 coco = COCO("{path}")
@@ -52,7 +52,7 @@ def open_folder(root: Path, split: str) -> Split:
     description = read_description(root)
     files = find_files(description, split)
     names = np.array(list(files))
-    scene, usual = _choose_scenes(description, split, names)
+    scene, default_validation = _choose_scenes(description, split, names)
     check = cache(partial(check_files, description, split, list(files.values())))  # runs only once
 
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
@@ -68,7 +68,7 @@ def open_folder(root: Path, split: str) -> Split:
         read,
         scene,
         tuple(description.depth_range_m),
-        validation="predefined" if "valid" in description.splits else usual,
+        validation="predefined" if "valid" in description.splits else default_validation,
         label_values=None if description.colours else tuple(description.by_value),
     )
 
@@ -77,9 +77,10 @@ def _choose_scenes(description: Description, split: str, names: np.ndarray) -> t
     """Return the `(N,)` scene of each image (None if unknown) and the default `validation` method."""
     if description.scene is not None or "{scene}" in description.folders["image"]:
         return _name_scenes(description, names), "scenes"
-    other = {"train": "valid", "valid": "train"}.get(split)
-    beside = _find_images(description, other) if other in description.splits else {}
-    runs = number_runs(np.array([*names.tolist(), *beside]))  # a run of ids may continue in the other split
+    other_split = {"train": "valid", "valid": "train"}.get(split)
+    other_images = _find_images(description, other_split) if other_split in description.splits else {}
+    # a run of ids may continue in the other split
+    runs = number_runs(np.array([*names.tolist(), *other_images]))
     if runs is None:
         return None, "random"
     return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
@@ -97,23 +98,23 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
     """
     images = _find_images(description, split)
     partners = {kind: _match(description, split, kind) for kind in description.folders if kind != "image"}
-    found = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
-    if split == "test" and not found.get("label", {}).keys() & images.keys():
-        found.pop("label", None)  # labels are held back
+    by_kind = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
+    if split == "test" and not by_kind.get("label", {}).keys() & images.keys():
+        by_kind.pop("label", None)  # labels are held back
     names = images.keys()
     if not (description.root / description.splits[split]).is_file():  # only a list may leave files unused
-        names = names | set().union(*found.values())
-    for kind, paths in found.items():
+        names = names | set().union(*by_kind.values())
+    for kind, paths in by_kind.items():
         missing = sorted(name for name in names if name not in paths)
         if missing:
             raise DataError(
-                f"{_base(description, split) / description.folders[kind]}: {len(missing)} of {len(names)} "
-                f"files missing, the first is {missing[0]!r}; every image needs its {', '.join(found)} file "
-                "under the same name"
+                f"{_split_root(description, split) / description.folders[kind]}: {len(missing)} of "
+                f"{len(names)} files missing, the first is {missing[0]!r}; every image needs its "
+                f"{', '.join(by_kind)} file under the same name"
             )
     if split != "train" and "train" in description.splits:
-        _check_apart(description, split, images)
-    return {name: {kind: paths[name] for kind, paths in found.items()} for name in sorted(names)}
+        _check_train_overlap(description, split, images)
+    return {name: {kind: paths[name] for kind, paths in by_kind.items()} for name in sorted(names)}
 
 
 def _find_images(description: Description, split: str) -> dict[str, Path]:
@@ -124,37 +125,38 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
             f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in "
             f"{root / FILE}"
         )
-    found = _match(description, split, "image")
+    images = _match(description, split, "image")
     is_list = (root / description.splits[split]).is_file()
-    return {name: found[name] for name in _listed(description, split, found)} if is_list else found
+    return {name: images[name] for name in _read_list(description, split, images)} if is_list else images
 
 
-def _check_apart(description: Description, split: str, images: dict[str, Path]) -> None:
+def _check_train_overlap(description: Description, split: str, images: dict[str, Path]) -> None:
     """Raise a DataError if an image is also in the training split, even under another path or as a link."""
     try:
-        trained = {_identify(path) for path in _find_images(description, "train").values()}
+        train_files = {_identify(path) for path in _find_images(description, "train").values()}
     except DataError:  # reported when the training split is opened
         return
-    shared = [name for name, path in images.items() if _identify(path) in trained]
+    shared = [name for name, path in images.items() if _identify(path) in train_files]
     if shared:
-        place, other = (description.root / description.splits[name] for name in (split, "train"))
+        split_path, train_path = (description.root / description.splits[name] for name in (split, "train"))
         raise DataError(
-            f"{place}: shares {len(shared)} images with {other}, the first is {shared[0]!r}; training "
-            f"images can't validate or test: give split {split!r} other images, or leave it out of `splits`"
+            f"{split_path}: shares {len(shared)} images with {train_path}, the first is {shared[0]!r}; "
+            f"training images can't validate or test: give split {split!r} other images, or leave it out of "
+            "`splits`"
         )
 
 
 def _identify(path: Path) -> tuple[int, int]:
     """Return device and inode, which are the same for all symbolic and hard links to a file."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
-def _base(description: Description, split: str) -> Path:
+def _split_root(description: Description, split: str) -> Path:
     """Return the parent of `folders`: the split's folder, or DATA for lists or if `folders` has `{split}`."""
-    place = description.root / description.splits[split]
-    says_where = any("{split}" in value for value in description.folders.values())
-    return description.root if says_where or place.is_file() else place
+    split_path = description.root / description.splits[split]
+    has_split_placeholder = any("{split}" in value for value in description.folders.values())
+    return description.root if has_split_placeholder or split_path.is_file() else split_path
 
 
 def _match(description: Description, split: str, kind: str) -> dict[str, Path] | None:
@@ -162,32 +164,32 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
 
     Return None if the kind is optional and its folder is missing.
     """
-    base = _base(description, split)
+    split_root = _split_root(description, split)
     value = description.folders[kind].replace("{split}", description.splits[split])
     pattern = os.path.normpath(value if "{name}" in value else f"{value}/{{name}}")
-    top = base / os.path.dirname(pattern.partition("{")[0])
+    top = split_root / os.path.dirname(pattern.partition("{")[0])
     if not top.is_dir():
         if (kind, split) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
             return None
         error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
         raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
-    whole = pattern.lower().endswith(SUFFIXES[kind])
-    wanted = _compile(pattern, "" if whole else r"\.[^./]+")
+    has_suffix = pattern.lower().endswith(SUFFIXES[kind])
+    regex = _compile(pattern, "" if has_suffix else r"\.[^./]+")
     paths = {}
-    others = Counter()
+    skipped = Counter()
     for path in walk_files(top):
-        match = wanted.fullmatch(Path(os.path.relpath(path, base)).as_posix())
+        match = regex.fullmatch(Path(os.path.relpath(path, split_root)).as_posix())
         if match is None:  # a file of another kind in the same folder
             continue
         if path.suffix.lower() not in SUFFIXES[kind]:
-            others[path.suffix] += 1
+            skipped[path.suffix] += 1
             continue
         name = compose("/".join(match.groups()))
         if paths.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
-    if not paths and (others or kind == "image"):
-        found = "".join(f"{count} {suffix} files, " for suffix, count in others.items()) or "nothing, "
-        expected = os.path.basename(pattern) if whole else ", ".join(SUFFIXES[kind])
+    if not paths and (skipped or kind == "image"):
+        found = "".join(f"{count} {suffix} files, " for suffix, count in skipped.items()) or "nothing, "
+        expected = os.path.basename(pattern) if has_suffix else ", ".join(SUFFIXES[kind])
         raise DataError(f"{top}: found {found}expected files of: {expected}{_explain_json(description)}")
     return paths
 
@@ -195,9 +197,9 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
 def _compile(pattern: str, suffix: str) -> re.Pattern:
     """Compile a value of `folders` to a regular expression with groups `name` and, if present, `scene`."""
     expression = re.escape(pattern)
-    for group, what in (("scene", "[^/]+"), ("name", ".+")):
+    for group, subpattern in (("scene", "[^/]+"), ("name", ".+")):
         placeholder = re.escape(f"{{{group}}}")
-        expression = expression.replace(placeholder, f"(?P<{group}>{what})", 1).replace(
+        expression = expression.replace(placeholder, f"(?P<{group}>{subpattern})", 1).replace(
             placeholder, f"(?P={group})"
         )
     return re.compile(expression + suffix)
@@ -205,8 +207,8 @@ def _compile(pattern: str, suffix: str) -> re.Pattern:
 
 def _explain_json(description: Description) -> str:
     """Explain how to convert COCO annotations to masks if the data set has a `.json` file."""
-    found = next(iter(sorted((*description.root.glob("*.json"), *description.root.glob("*/*.json")))), None)
-    return COCO.format(path=found) if found else ""
+    path = next(iter(sorted((*description.root.glob("*.json"), *description.root.glob("*/*.json")))), None)
+    return COCO.format(path=path) if path else ""
 
 
 def walk_files(top: Path) -> Iterator[Path]:
@@ -235,34 +237,34 @@ def compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _listed(description: Description, split: str, images: dict[str, Path]) -> list[str]:
+def _read_list(description: Description, split: str, images: dict[str, Path]) -> list[str]:
     """Return the sorted image names in a split's list.
 
     Each line is a name or the path of one of the image's files, relative to DATA. The extension is optional.
     """
-    place = description.root / description.splits[split]
+    list_path = description.root / description.splits[split]
     known = {}
     for kind in description.folders:
         paths = images if kind == "image" else _match(description, split, kind) or {}
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
-            spelt = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
-            known |= dict.fromkeys(map(compose, spelt), name)
+            spellings = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
+            known |= dict.fromkeys(map(compose, spellings), name)
     known |= {name: name for name in images}
-    stripped = (line.strip() for line in place.read_text("utf-8-sig").splitlines())
+    stripped = (line.strip() for line in list_path.read_text("utf-8-sig").splitlines())
     lines = [compose(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
-        count = f"{len(unknown)} of {len(lines)} lines name no image"
-        what = f"{count}, the first is {unknown[0]!r}" if unknown else "is empty"
+        summary = f"{len(unknown)} of {len(lines)} lines name no image"
+        problem = f"{summary}, the first is {unknown[0]!r}" if unknown else "is empty"
         raise DataError(
-            f"{place}: {what}; expected a name a line, such as {next(iter(images), None)!r}, of images in "
-            f"{description.root / description.folders['image']}"
+            f"{list_path}: {problem}; expected a name a line, such as {next(iter(images), None)!r}, of "
+            f"images in {description.root / description.folders['image']}"
         )
     names = [known[line] for line in lines]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{place}: names {twice[0]!r} twice; list every image once")
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise DataError(f"{list_path}: names {duplicates[0]!r} twice; list every image once")
     return sorted(names)
 
 
@@ -278,24 +280,24 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
-        scenes = dict(zip(map(compose, table["name"]), table["scene"], strict=True))
-        found = [scenes.get(name) for name in names.tolist()]
+        scene_by_name = dict(zip(map(compose, table["name"]), table["scene"], strict=True))
+        scenes = [scene_by_name.get(name) for name in names.tolist()]
     else:
         try:
-            wanted = re.compile(text)
+            regex = re.compile(text)
         except re.error as error:
             raise DataError(f"{file}: scene is {text!r}, expected a regular expression ({error})") from error
-        if wanted.groups != 1:
+        if regex.groups != 1:
             raise DataError(
-                f"{file}: scene is {text!r} with {wanted.groups} groups, expected one, such as '^([^/]+)/'"
+                f"{file}: scene is {text!r} with {regex.groups} groups, expected one, such as '^([^/]+)/'"
             )
-        found = [match and match[1] for match in map(wanted.search, names.tolist())]
-    if None in found:
+        scenes = [match and match[1] for match in map(regex.search, names.tolist())]
+    if None in scenes:
         raise DataError(
-            f"{file}: {found.count(None)} of {len(names)} images have no scene, the first is "
-            f"{str(names[found.index(None)])!r}; every image needs one"
+            f"{file}: {scenes.count(None)} of {len(names)} images have no scene, the first is "
+            f"{str(names[scenes.index(None)])!r}; every image needs one"
         )
-    return np.array(found, str)
+    return np.array(scenes, str)
 
 
 def _map_files(
@@ -306,14 +308,14 @@ def _map_files(
     Its files are checked only when the cache is written.
     """
     root = description.root  # relative or absolute: both give the same cache
-    text = root / FILE
+    yaml_path = root / FILE
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {
         "version": CACHE_VERSION,
         "kind": split,
         "size": list(size),
         "files": [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states],
-        "description": text.read_bytes().hex() if text.exists() else None,
+        "description": yaml_path.read_bytes().hex() if yaml_path.exists() else None,
     }
     layout = {
         kind: (dtype, (len(files), *size, *axes))
@@ -333,29 +335,29 @@ def _read_files(
 ) -> list[dict[str, np.ndarray]]:
     """Read arrays in file order, resized to `size` (height, width).
 
-    If `size` is None, return one dict for each stretch of images with the same native size.
+    If `size` is None, return one dict for each group of successive images with the same native size.
     """
     if not files:
         return [
             {kind: np.empty((0, *(size or (0, 0)), *axes), dtype) for kind, (dtype, axes) in CHANNELS.items()}
         ]
-    pieces = []
-    for _, stretch in groupby(files, lambda paths: size or upright_size(paths["image"])):
-        blocks = [arrays for _, arrays in _read_blocks(list(stretch), size, description)]
-        pieces.append({kind: np.concatenate([arrays[kind] for arrays in blocks]) for kind in blocks[0]})
-    return pieces
+    groups = []
+    for _, group in groupby(files, lambda paths: size or upright_size(paths["image"])):
+        blocks = [arrays for _, arrays in _read_blocks(list(group), size, description)]
+        groups.append({kind: np.concatenate([arrays[kind] for arrays in blocks]) for kind in blocks[0]})
+    return groups
 
 
 def _read_blocks(files: list[Files], size: tuple[int, int] | None, description: Description) -> Blocks:
-    """Yield the positions and arrays of up to `BLOCK` files at a time, decoded in parallel."""
+    """Yield the positions and arrays of up to `BLOCK_SIZE` files at a time, decoded in parallel."""
     read = partial(read_sample, size=size, description=description)
-    bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK)
+    bar = progress_bar(f"reading {description.root}", len(files), disable=len(files) < BLOCK_SIZE)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for start in range(0, len(files), BLOCK):
-            block = list(pool.map(read, files[start : start + BLOCK]))
+        for start in range(0, len(files), BLOCK_SIZE):
+            block = list(pool.map(read, files[start : start + BLOCK_SIZE]))
             yield (
                 start + np.arange(len(block)),
-                {kind: np.stack([one[kind] for one in block]) for kind in block[0]},
+                {kind: np.stack([arrays[kind] for arrays in block]) for kind in block[0]},
             )
             bar.update(len(block))
 
@@ -373,7 +375,7 @@ def read_sample(
         arrays["label"] = description.to_indices(path, label)
     for kind, array in arrays.items():
         if array.shape[:2] != arrays["image"].shape[:2]:
-            found, expected = ("x".join(map(str, stack.shape[:2])) for stack in (array, arrays["image"]))
+            found, expected = ("x".join(map(str, pixels.shape[:2])) for pixels in (array, arrays["image"]))
             raise DataError(
                 f"{paths[kind]}: {found}, but its image {paths['image'].name} is {expected}; image, depth "
                 "and label must have the same size"

@@ -27,7 +27,7 @@ CACHED = {
     "label": (np.uint8, ()),
     "measured": (np.bool_, ()),
 }
-BLOCK = 16  # frames in memory at a time: 80 MB at 480x640
+BLOCK_SIZE = 16  # frames in memory at a time: 80 MB at 480x640
 CACHE_VERSION = 4
 CLASS_SETS = {"nyuv2_13": ("class13", NYUV2_13), "nyuv2_40": ("class40", NYUV2_40)}
 
@@ -77,7 +77,7 @@ def _read_frames(
             name: (dtype, (count, *key["size"], *channels)) for name, (dtype, channels) in CACHED.items()
         }
         arrays = map_arrays(path, key, layout, lambda: _read_blocks(file, tuple(key["size"]), class_set))
-    return select_rows(arrays, _rows(count)[ids])
+    return select_rows(arrays, _cache_rows(count)[ids])
 
 
 def _official_ids(count: int, split: str) -> np.ndarray:
@@ -85,7 +85,7 @@ def _official_ids(count: int, split: str) -> np.ndarray:
     return pd.read_csv(TABLES / "nyuv2_split.csv").query("id < @count and split == @split").id.to_numpy()
 
 
-def _rows(count: int) -> np.ndarray:
+def _cache_rows(count: int) -> np.ndarray:
     """Return the cache row of each frame: first the official training split, then the test split."""
     return np.argsort(np.append(_official_ids(count, "train"), _official_ids(count, "test")))
 
@@ -111,14 +111,14 @@ def _check_layout(path: Path, file: h5py.File) -> None:
             f"{path}: found {', '.join(sorted(file)) or 'nothing'}, {', '.join(missing)} missing; expected "
             "the labelled data set, nyu_depth_v2_labeled.mat"
         )
-    count, *frame = file["labels"].shape
+    count, *frame_shape = file["labels"].shape
     if file["scenes"].size != count:
         raise DataError(
             f"{path}: has scenes for {file['scenes'].size} images, expected {count}, one for each label; use "
             "the file as published"
         )
     for name, dtype in ARRAYS.items():
-        shape = (count, 3, *frame) if name == "images" else (count, *frame)
+        shape = (count, 3, *frame_shape) if name == "images" else (count, *frame_shape)
         if file[name].dtype != dtype or file[name].shape != shape or not 0 < count <= 1449:
             raise DataError(
                 f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected {dtype} {shape} of at "
@@ -127,19 +127,19 @@ def _check_layout(path: Path, file: h5py.File) -> None:
 
 
 def _read_blocks(file: h5py.File, size: tuple[int, int], class_set: str) -> Blocks:
-    """Yield the cache rows and resized arrays of all frames, `BLOCK` frames at a time."""
-    rows = _rows(len(file["labels"]))
+    """Yield the cache rows and resized arrays of all frames, `BLOCK_SIZE` frames at a time."""
+    rows = _cache_rows(len(file["labels"]))
     with progress_bar(f"reading {file.filename}", len(rows)) as bar:
-        for start in range(0, len(rows), BLOCK):
+        for start in range(0, len(rows), BLOCK_SIZE):
             block = _read_block(file, start, class_set)
-            at = rows[start : start + BLOCK]
-            yield at, {name: resize_stack(stack, size) for name, stack in block.items()}
-            bar.update(len(at))
+            block_rows = rows[start : start + BLOCK_SIZE]
+            yield block_rows, {name: resize_stack(stack, size) for name, stack in block.items()}
+            bar.update(len(block_rows))
 
 
 def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.ndarray]:
-    """Read up to `BLOCK` frames from `start` and convert them to the layout and units of `Samples`."""
-    images, depths, raw_depths, labels = (file[name][start : start + BLOCK] for name in ARRAYS)
+    """Read up to `BLOCK_SIZE` frames from `start` and convert them to the layout and units of `Samples`."""
+    images, depths, raw_depths, labels = (file[name][start : start + BLOCK_SIZE] for name in ARRAYS)
     if labels.max() > 894:
         raise DataError(
             f"{file.filename}: label {labels.max()} in frames {start} on, expected raw ids 0..894"
@@ -160,5 +160,5 @@ def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.nda
 
 def _class_table(class_set: str) -> np.ndarray:
     """Return the `(895,)` uint8 class index of each raw id, 255 = unlabelled."""
-    index = pd.read_csv(TABLES / "nyuv2_classes.csv")[CLASS_SETS[class_set][0]].to_numpy()
-    return np.where(index == 0, IGNORE_INDEX, index - 1).astype(np.uint8)
+    class_ids = pd.read_csv(TABLES / "nyuv2_classes.csv")[CLASS_SETS[class_set][0]].to_numpy()
+    return np.where(class_ids == 0, IGNORE_INDEX, class_ids - 1).astype(np.uint8)

@@ -19,11 +19,11 @@ from lib.data.samples import Split, resize_stack
 
 TRAIN_COUNT, TEST_COUNT, VIEWS_PER_ROOM = 400, 100, 2
 NATIVE_SIZE = (96, 128)
-VIEW = np.dtype(
+VIEW_DTYPE = np.dtype(
     [("image", "u1", (*NATIVE_SIZE, 3)), ("depth", "u2", NATIVE_SIZE), ("label", "u1", NATIVE_SIZE)]
 )
-FOCAL = 518.9 / 640  # NYUv2's Kinect: focal length over image width
-DISPARITY = 43.5  # focal length (pixels) times baseline (metres) of the Kinect
+FOCAL_RATIO = 518.9 / 640  # NYUv2's Kinect: focal length over image width
+FOCAL_BASELINE = 43.5  # focal length (pixels) times baseline (metres) of the Kinect
 
 WOOD = [(122, 84, 52), (152, 108, 68), (92, 62, 42), (186, 146, 104), (70, 46, 34)]
 PALE = [(226, 221, 206), (206, 205, 200), (192, 182, 162), (232, 228, 232), (172, 186, 190)]
@@ -57,8 +57,8 @@ def open_synthetic(split: str, seed: int = 0) -> Split:
     def read(positions: np.ndarray, size: tuple[int, int] | None) -> list[dict[str, np.ndarray]]:
         render = partial(render_scene, seed, size=NATIVE_SIZE)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            views = np.array(list(pool.map(render, ids[positions].tolist())), VIEW)
-        return [{kind: resize_stack(views[kind], size or NATIVE_SIZE) for kind in VIEW.names}]
+            views = np.array(list(pool.map(render, ids[positions].tolist())), VIEW_DTYPE)
+        return [{kind: resize_stack(views[kind], size or NATIVE_SIZE) for kind in VIEW_DTYPE.names}]
 
     return Split(names, NYUV2_13, read, np.char.mod("room_%04d", rooms), validation="blocks")
 
@@ -74,8 +74,8 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarr
     room = rng.uniform((2.8, 2.3, 3.0), (4.8, 2.8, 5.4))
     boxes = _pack(_walls(rng, room) + _furniture(rng, room))
     rng = np.random.default_rng((seed, 1, index))
-    origin, rays = _camera(rng, room, boxes, size)
-    hit = _cast(origin, rays, boxes)
+    origin, rays = _choose_view(rng, room, boxes, size)
+    hit = _cast_rays(origin, rays, boxes)
     image = _expose(rng, _shade(rng, origin, rays, boxes, room, hit).reshape(*size, 3))
     label = boxes["label"][hit["box"]].reshape(size)
     depth = _measure(rng, hit["depth"].reshape(size), label, hit["cosine"].reshape(size))
@@ -91,20 +91,20 @@ def _legs(name, width, depth, height, radius, colour) -> list:
     return [(name, (x, height / 2, z), (radius, height / 2, radius), colour, "plain") for x, z in corners]
 
 
-def _clutter(rng, width, depth, height, most) -> list:
-    """Return up to `most` objects and books on a surface."""
+def _clutter(rng, width, depth, height, max_count) -> list:
+    """Return up to `max_count` objects and books on a surface."""
     parts = []
-    for _ in range(rng.integers(most + 1)):
+    for _ in range(rng.integers(max_count + 1)):
         (x, z), half = (
             rng.uniform(-0.4, 0.4, 2) * (width, depth),
             rng.uniform((0.06, 0.07, 0.06), (0.28, 0.32, 0.2)),
         )
-        look = ("objects", _pick(rng, ("plain", "fabric", "patches")))
+        class_and_texture = ("objects", _pick(rng, ("plain", "fabric", "patches")))
         if rng.random() < 0.08:
-            look = ("books", "spines")
+            class_and_texture = ("books", "spines")
             half = half * (0.6, 0.3, 1)
         colour = _pick(rng, VIVID + PALE + DARK + WOOD + MUTED)
-        parts.append((look[0], (x, height + half[1], z), half, colour, look[1]))
+        parts.append((class_and_texture[0], (x, height + half[1], z), half, colour, class_and_texture[1]))
     return parts
 
 
@@ -176,8 +176,8 @@ def _shelf(rng):
     parts += [("furniture", (x * width, height / 2, 0), (0.03, height / 2, 0.16), *wood) for x in (-0.5, 0.5)]
     for level in np.arange(0.05, height, 0.4):
         parts.append(("furniture", (0, level, 0), (width / 2, 0.02, 0.16), *wood))
-        reach, colour = rng.uniform(0.1, 0.4) * width, _pick(rng, VIVID + PALE + WOOD + DARK)
-        books = ("books", (reach - width / 2, level + 0.14, 0.02), (reach, 0.12, 0.1), colour, "spines")
+        extent, colour = rng.uniform(0.1, 0.4) * width, _pick(rng, VIVID + PALE + WOOD + DARK)
+        books = ("books", (extent - width / 2, level + 0.14, 0.02), (extent, 0.12, 0.1), colour, "spines")
         parts += [books] if rng.random() < 0.3 else _clutter(rng, width * 0.8, 0.2, level + 0.02, 4)
     return parts, (width, 0.34)
 
@@ -187,7 +187,7 @@ def _pile(rng):
 
 
 # types of room: furniture along the walls, furniture in the middle
-ROOMS = [
+ROOM_TYPES = [
     ([_bed, _cupboard, _shelf, _cupboard, _table, _pile, _pile], [_chair, _pile, _pile]),
     ([_bed, _sofa, _cupboard, _shelf, _bed, _cupboard, _pile], [_table, _chair, _pile, _pile]),
     ([_sofa, _cupboard, _shelf, _sofa, _cupboard, _pile], [_table, _chair, _pile, _pile]),
@@ -196,7 +196,7 @@ ROOMS = [
 ]
 
 
-def _hung(rng, span, room_height) -> list:
+def _wall_items(rng, span, room_height) -> list:
     """Return the window and pictures on a wall, in the wall's frame: x along the wall, z into the room."""
     parts, blocked = [], (0.0, -1.0)
     if rng.random() < 0.5:
@@ -217,7 +217,7 @@ def _hung(rng, span, room_height) -> list:
     return parts
 
 
-def _side(room, side: int) -> tuple[float, np.ndarray, float]:
+def _wall_pose(room, side: int) -> tuple[float, np.ndarray, float]:
     """Return the yaw, the midpoint (x, z) and the length of one of the four walls."""
     yaw = side * np.pi / 2
     return yaw, -room[[0, 2]] / 2 * (np.sin(yaw), np.cos(yaw)), room[2 * (side % 2)]
@@ -233,9 +233,9 @@ def _walls(rng, room) -> list:
         (("ceiling", (0, height + 0.1, 0), (width, 0.1, depth), _pick(rng, PALE), "plain"), 0.0, (0, 0)),
     ]
     for side in range(4):
-        yaw, foot, span = _side(room, side)
-        plain = ("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall)
-        parts += [(part, yaw, foot) for part in (plain, *_hung(rng, span, height))]
+        yaw, position, span = _wall_pose(room, side)
+        wall_box = ("wall", (0, height / 2, -0.1), (span, height, 0.1), *wall)
+        parts += [(part, yaw, position) for part in (wall_box, *_wall_items(rng, span, height))]
     return parts
 
 
@@ -244,32 +244,32 @@ def _furniture(rng, room) -> list:
 
     A piece is omitted if eight random positions are all occupied.
     """
-    by_wall, free = _pick(rng, ROOMS)
+    wall_builders, free_builders = _pick(rng, ROOM_TYPES)
     placed, parts = [], []
-    for build in by_wall + free:
+    for build in wall_builders + free_builders:
         piece, footprint = build(rng)
         for _ in range(8):
-            if build in by_wall:
-                yaw, foot, span = _side(room, rng.integers(4))
-                along = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0)
-                clear = 1 - (footprint[1] / 2 + 0.05) / np.abs(foot).max()
-                foot = foot * clear + along * np.array((np.cos(yaw), -np.sin(yaw)))
+            if build in wall_builders:
+                yaw, position, span = _wall_pose(room, rng.integers(4))
+                offset = rng.uniform(-0.5, 0.5) * max(span - footprint[0], 0)
+                scale = 1 - (footprint[1] / 2 + 0.05) / np.abs(position).max()
+                position = position * scale + offset * np.array((np.cos(yaw), -np.sin(yaw)))
             else:
-                yaw, foot = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
+                yaw, position = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35, 2) * room[[0, 2]]
             extent = np.abs(((np.cos(yaw), np.sin(yaw)), (-np.sin(yaw), np.cos(yaw)))) @ footprint / 2
-            if all((np.abs(foot - other) > extent + size).any() for other, size in placed):
-                placed.append((foot, extent))
-                parts += [(part, yaw, foot) for part in piece]
+            if all((np.abs(position - other) > extent + size).any() for other, size in placed):
+                placed.append((position, extent))
+                parts += [(part, yaw, position) for part in piece]
                 break
     return parts
 
 
 def _pack(parts: list) -> dict[str, np.ndarray]:
-    """Convert K tuples (part, yaw, foot) to arrays: `centre` and `half` `(K, 3)`, `colour` in 0..1."""
+    """Convert K tuples (part, yaw, position) to arrays: `centre` and `half` `(K, 3)`, `colour` in 0..1."""
     names, centres, halves, colours, textures = zip(*(part for part, _, _ in parts), strict=True)
-    yaw, foot = np.array([yaw for _, yaw, _ in parts]), np.array([foot for _, _, foot in parts])
-    centre = _turn(np.array(centres, float), -yaw)
-    centre[:, [0, 2]] += foot
+    yaw, position = np.array([yaw for _, yaw, _ in parts]), np.array([position for _, _, position in parts])
+    centre = _rotate(np.array(centres, float), -yaw)
+    centre[:, [0, 2]] += position
     return {
         "label": np.array([NYUV2_13.index(name) for name in names], np.uint8),
         "centre": centre,
@@ -280,7 +280,7 @@ def _pack(parts: list) -> dict[str, np.ndarray]:
     }
 
 
-def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
+def _rotate(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
     """Rotate `(..., 3)` vectors from the world frame to box frames with `(...)` yaw (back with `-yaw`)."""
     x, y, z = np.moveaxis(vectors, -1, 0)
     return np.stack(
@@ -288,7 +288,7 @@ def _turn(vectors: np.ndarray, yaw: np.ndarray) -> np.ndarray:
     )
 
 
-def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
+def _choose_view(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
     """Choose a standing person's view across the room.
 
     Returns:
@@ -296,23 +296,23 @@ def _camera(rng, room, boxes, size) -> tuple[np.ndarray, np.ndarray]:
     """
     for _ in range(50):
         origin = rng.uniform((-0.46, 0, -0.46), (0.46, 0, 0.46)) * room + (0, rng.uniform(1.2, 1.7), 0)
-        ahead = rng.uniform((-0.3, 0, -0.3), (0.3, 0, 0.3)) * room - origin
-        clear = np.abs(_turn(origin - boxes["centre"], boxes["yaw"])) > boxes["half"] + 0.3
-        if np.hypot(ahead[0], ahead[2]) > 0.4 * min(room[0], room[2]) and clear.any(1).all():
+        direction = rng.uniform((-0.3, 0, -0.3), (0.3, 0, 0.3)) * room - origin
+        clear = np.abs(_rotate(origin - boxes["centre"], boxes["yaw"])) > boxes["half"] + 0.3
+        if np.hypot(direction[0], direction[2]) > 0.4 * min(room[0], room[2]) and clear.any(1).all():
             break
     angles = rng.normal((0.23, 0), (0.1, 0.03))
-    turn = Rotation.from_euler("zxy", (-angles[1], angles[0], np.arctan2(ahead[0], ahead[2])))
+    rotation = Rotation.from_euler("zxy", (-angles[1], angles[0], np.arctan2(direction[0], direction[2])))
     row, column = np.mgrid[: size[0], : size[1]] + 0.5
-    view = np.stack((column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL * size[1])), -1)
-    return origin, turn.apply(view.reshape(-1, 3) / (FOCAL * size[1]))
+    pixels = np.stack((column - size[1] / 2, size[0] / 2 - row, np.full(size, FOCAL_RATIO * size[1])), -1)
+    return origin, rotation.apply(pixels.reshape(-1, 3) / (FOCAL_RATIO * size[1]))
 
 
-def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
+def _cast_rays(origin, rays, boxes) -> dict[str, np.ndarray]:
     """Find the first hit of each ray by the slab test.
 
     `point` and the face (`axis`, `side`) are in the box's frame. `cosine` is that of the angle of incidence.
     """
-    start, half = _turn(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
+    start, half = _rotate(origin - boxes["centre"], boxes["yaw"]), boxes["half"]
     near = (-start - half).T[..., None].astype(np.float32)
     far = (-start + half).T[..., None].astype(np.float32)
     cos, sin = (
@@ -322,23 +322,23 @@ def _cast(origin, rays, boxes) -> dict[str, np.ndarray]:
     x, y, z = rays.T.astype(np.float32)
     box = np.empty(len(rays), int)
     for chunk in np.array_split(np.arange(len(rays)), max(1, len(rays) // 512)):  # chunks fit in the cache
-        turned = cos * x[chunk] - sin * z[chunk], y[None, chunk], sin * x[chunk] + cos * z[chunk]
-        inverse = 1 / (np.stack(np.broadcast_arrays(*turned)) + np.float32(1e-9))
+        rotated = cos * x[chunk] - sin * z[chunk], y[None, chunk], sin * x[chunk] + cos * z[chunk]
+        inverse = 1 / (np.stack(np.broadcast_arrays(*rotated)) + np.float32(1e-9))
         first, second = near * inverse, far * inverse
         enter = np.minimum(first, second).max(0, initial=np.float32(0.02))
         leave = np.maximum(first, second).min(0)
         box[chunk] = np.where(enter < leave, enter, np.float32(np.inf)).argmin(0)
-    direction = _turn(rays, boxes["yaw"][box]) + 1e-9
+    direction = _rotate(rays, boxes["yaw"][box]) + 1e-9
     slabs = (-start[box] - np.sign(direction) * half[box]) / direction
     axis, depth = slabs.argmax(1, keepdims=True), slabs.max(1)
-    face = np.take_along_axis(direction, axis, 1)[:, 0]
+    normal_component = np.take_along_axis(direction, axis, 1)[:, 0]
     return {
         "box": box,
         "depth": depth,
         "point": start[box] + depth[:, None] * direction,
         "axis": axis,
-        "side": -np.sign(face),
-        "cosine": np.abs(face) / np.linalg.norm(rays, axis=1),
+        "side": -np.sign(normal_component),
+        "cosine": np.abs(normal_component) / np.linalg.norm(rays, axis=1),
     }
 
 
@@ -354,24 +354,24 @@ def _hash(*keys: np.ndarray) -> np.ndarray:
 def _shade(rng, origin, rays, boxes, room, hit) -> np.ndarray:
     """Return `(P, 3)` surface colours under a lamp near the ceiling, darker in the corners of the room."""
     box, axis = hit["box"], hit["axis"]
-    across, up, bright, hue, joint = boxes["texture"][box].T
+    across, up, brightness, hue, joint = boxes["texture"][box].T
     u = np.take_along_axis(hit["point"], np.where(axis == 0, 2, 0), 1)[:, 0] * across
     v = np.take_along_axis(hit["point"], np.where(axis == 1, 2, 1), 1)[:, 0] * up
     cell = np.floor(u), np.floor(v), box
-    colour = boxes["colour"][box] * (1 + bright * (_hash(*cell) - 0.5))[:, None]
+    colour = boxes["colour"][box] * (1 + brightness * (_hash(*cell) - 0.5))[:, None]
     colour = colour + hue[:, None] * (np.stack([_hash(*cell, channel) for channel in range(3)], 1) - 0.5)
     edge = np.minimum(np.minimum(u - cell[0], cell[0] + 1 - u), np.minimum(v - cell[1], cell[1] + 1 - v))
     colour = np.where((edge < joint)[:, None], colour * 0.5, colour)
 
     point = origin + hit["depth"][:, None] * rays
-    toward = (0, room[1] - 0.3, 0) + rng.uniform(-0.25, 0.25, 3) * room * (1, 0, 1) - point
-    distance = np.linalg.norm(toward, axis=1)
-    facing = np.take_along_axis(_turn(toward, boxes["yaw"][box]), axis, 1)[:, 0] * hit["side"] / distance
+    to_lamp = (0, room[1] - 0.3, 0) + rng.uniform(-0.25, 0.25, 3) * room * (1, 0, 1) - point
+    distance = np.linalg.norm(to_lamp, axis=1)
+    facing = np.take_along_axis(_rotate(to_lamp, boxes["yaw"][box]), axis, 1)[:, 0] * hit["side"] / distance
     ambient = rng.uniform(0.35, 0.6)
     light = ambient + (1.1 - ambient) * np.clip(facing, 0, None) * 4 / (2 + distance**2 / 3)
-    from_corner = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
-    glows = boxes["label"][box] == NYUV2_13.index("window")
-    light = np.where(glows, 1.0, light * (0.72 + 0.28 * np.clip(from_corner / 0.5, 0, 1)))
+    corner_distance = np.sort(np.minimum(room / 2 - np.abs(point - (0, room[1] / 2, 0)), 0.5), 1)[:, 1]
+    is_window = boxes["label"][box] == NYUV2_13.index("window")
+    light = np.where(is_window, 1.0, light * (0.72 + 0.28 * np.clip(corner_distance / 0.5, 0, 1)))
     return np.clip(colour, 0.01, 1.2) * light[:, None]
 
 
@@ -387,21 +387,23 @@ def _expose(rng, colour) -> np.ndarray:
 
 def _measure(rng, depth, label, cosine) -> np.ndarray:
     """Simulate Kinect depth in mm, 0 = missing, with noise and quantisation of the disparity."""
-    disparity = np.round(8 * (DISPARITY / depth + rng.normal(0, 0.06, depth.shape))) / 8
-    right = np.pad(depth, ((0, 0), (0, 2)), "edge")
-    shadow = depth - np.minimum(right[:, 1:-1], right[:, 2:]) > 0.35  # shadow of the projector
+    disparity = np.round(8 * (FOCAL_BASELINE / depth + rng.normal(0, 0.06, depth.shape))) / 8
+    padded = np.pad(depth, ((0, 0), (0, 2)), "edge")
+    shadow = depth - np.minimum(padded[:, 1:-1], padded[:, 2:]) > 0.35  # shadow of the projector
     glass = np.isin(label, [NYUV2_13.index("window"), NYUV2_13.index("tv")]) & (rng.random() < 0.5)
-    lost = (
+    missing = (
         shadow | (cosine < 0.1) | glass & (rng.random(depth.shape) < 0.8) | (rng.random(depth.shape) < 0.004)
     )
-    return np.where(lost, 0, np.rint(1000 * (DISPARITY / disparity.clip(1)).clip(0.4, 10))).astype(np.uint16)
+    return np.where(missing, 0, np.rint(1000 * (FOCAL_BASELINE / disparity.clip(1)).clip(0.4, 10))).astype(
+        np.uint16
+    )
 
 
 def _annotate(rng, label, box) -> np.ndarray:
     """Imitate manual labels: the image border, slivers along boundaries and some objects are unlabelled."""
     edge = (box != np.roll(box, 1, 0)) | (box != np.roll(box, 1, 1))
-    sloppy = rng.random((8, 8))[np.ix_(*(np.arange(count) * 8 // count for count in label.shape))] < 0.6
+    imprecise = rng.random((8, 8))[np.ix_(*(np.arange(count) * 8 // count for count in label.shape))] < 0.6
     skipped = (rng.random(box.max() + 1) < 0.1)[box] & (label == NYUV2_13.index("objects"))
-    annotated = np.where((edge & sloppy) | skipped, IGNORE_INDEX, label).astype(np.uint8)
-    rim = max(1, round(0.03 * len(label)))
-    return np.pad(annotated[rim:-rim, rim:-rim], rim, constant_values=IGNORE_INDEX)
+    annotated = np.where((edge & imprecise) | skipped, IGNORE_INDEX, label).astype(np.uint8)
+    border = max(1, round(0.03 * len(label)))
+    return np.pad(annotated[border:-border, border:-border], border, constant_values=IGNORE_INDEX)

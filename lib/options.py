@@ -5,7 +5,7 @@ The notebooks check their parameters against it before they import torch.
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
@@ -23,65 +23,60 @@ OLDER_NAMES = {  # remove after the first tagged release
 _OLDER_VALUES = {"given": "predefined", "official": "none"}  # older values of validation
 
 
-class Choice(NamedTuple):
-    """A parameter with a fixed set of values."""
-
-    values: tuple
-
-
 class Range(NamedTuple):
-    """A number in the range [least, below), or in (least, below) if `open` is true."""
+    """A number in the range [minimum, below), or in (minimum, below) if `excludes_minimum`."""
 
     kind: type
-    least: float
+    minimum: float
     below: float = math.inf
-    open: bool = False
+    excludes_minimum: bool = False
 
     def __contains__(self, value: object) -> bool:
         allowed = (int, float) if self.kind is float else (int,)
         if type(value) not in allowed:
             return False
-        return self.least <= value < self.below and not (self.open and value == self.least)
+        return self.minimum <= value < self.below and not (self.excludes_minimum and value == self.minimum)
 
     def __str__(self) -> str:
         number = "a number" if self.kind is float else "a whole number"
         if self.below < math.inf:
-            return f"{number} {'above' if self.open else 'from'} {self.least} and below {self.below}"
-        return f"{number} of {self.least} or more"
+            start = "above" if self.excludes_minimum else "from"
+            return f"{number} {start} {self.minimum} and below {self.below}"
+        return f"{number} of {self.minimum} or more"
 
 
-OPTIONS: dict[str, Choice | Range] = {
+OPTIONS: dict[str, tuple | Range] = {
     # data
-    "split": Choice(SPLITS),
-    "validation": Choice(("auto", "predefined", "scenes", "blocks", "random", "none")),
-    "fold": Choice(tuple(range(FOLDS))),
+    "split": SPLITS,
+    "validation": ("auto", "predefined", "scenes", "blocks", "random", "none"),
+    "fold": tuple(range(FOLDS)),
     "limit": Range(int, 1),
     "image_height": Range(int, 1),
     "image_width": Range(int, 1),
-    "augment": Choice(("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour")),
+    "augment": ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour"),
     # network
-    "inputs": Choice(("rgb", "depth", "rgbd", "rgbd_xy")),
-    "depth_encoding": Choice(("inverse", "linear", "log")),
-    "rgb_normalisation": Choice(("weights", "exp061")),
+    "inputs": ("rgb", "depth", "rgbd", "rgbd_xy"),
+    "depth_encoding": ("inverse", "linear", "log"),
+    "rgb_normalisation": ("weights", "exp061"),
     # loss
     "soft_iou_weight": Range(float, 0),
-    "soft_iou_pooling": Choice(("batch", "image", "exp061")),
-    "class_weights": Choice(("none", "median")),
+    "soft_iou_pooling": ("batch", "image", "exp061"),
+    "class_weights": ("none", "median"),
     "lovasz_weight": Range(float, 0),
     "depth_weight": Range(float, 0),
     # optimisation
     "epochs": Range(int, 1),
     "batch_size": Range(int, 1),
-    "learning_rate": Range(float, 0, 1, open=True),
+    "learning_rate": Range(float, 0, 1, excludes_minimum=True),
     "weight_decay": Range(float, 0),
-    "schedule": Choice(("one_cycle", "cosine")),
+    "schedule": ("one_cycle", "cosine"),
     "encoder_lr_scale": Range(float, 0),
-    "checkpoint": Choice(("best", "last")),
+    "checkpoint": ("best", "last"),
     "seed": Range(int, 0),
     # run
     "num_workers": Range(int, 0),
-    "precision": Choice(("auto", "fp32", "bf16")),
-    "tta": Choice(("none", "flip", "scales")),
+    "precision": ("auto", "fp32", "bf16"),
+    "tta": ("none", "flip", "scales"),
 }
 
 
@@ -97,13 +92,13 @@ def check_options(**values: object) -> None:
         option = OPTIONS.get(name)
         if option is None or (value is None and name == "limit"):
             continue
-        if isinstance(option, Choice):
-            check_choice(name, value, option.values)
+        if not isinstance(option, Range):
+            check_choice(name, value, option)
         elif value not in option:
             raise ValueError(f"{name}: found {value!r}, expected {option}")
 
 
-def check_choice(parameter: str, value: object, choices: Iterable) -> None:
+def check_choice(parameter: str, value: object, choices: Collection) -> None:
     """Raise a ValueError if a value is not one of the choices.
 
     The message lists the choices. If the value belongs to another parameter or has been renamed, the message
@@ -113,9 +108,9 @@ def check_choice(parameter: str, value: object, choices: Iterable) -> None:
         return
     hint = ""
     alternative = {"split": "validation", "validation": "split"}.get(parameter)
-    if alternative and value in OPTIONS[alternative].values:
+    if alternative and value in OPTIONS[alternative]:
         hint = f"; did you mean {alternative}: {value}?"
-    elif alternative and value in _OLDER_VALUES:
+    elif alternative and str(value) in _OLDER_VALUES:
         hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.data import load_samples
-from lib.options import OLDER_NAMES, OPTIONS, Choice, check_choice, check_options, explain_unknown
+from lib.options import OLDER_NAMES, OPTIONS, Range, check_choice, check_options, explain_unknown
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -34,6 +34,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
         ("validation", "test", "scenes, blocks, random, none; did you mean split: test?"),
         ("validation", "official", "it is called validation: none now"),
         ("split", "given", "it is called validation: predefined now"),
+        ("split", ["valid"], "split: found ['valid'], expected one of train, valid, test"),
     ],
 )
 def test_invalid_option_values_are_refused(name, value, message):
@@ -47,8 +48,8 @@ def test_valid_values_and_unlisted_names_are_accepted():
         epochs=1, learning_rate=0.5, weight_decay=0, soft_iou_weight=1.5, limit=None, run_name="", fold=4
     )
     for name, option in OPTIONS.items():
-        if isinstance(option, Choice):
-            for value in option.values:
+        if not isinstance(option, Range):
+            for value in option:
                 check_options(**{name: value})
 
 

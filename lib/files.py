@@ -37,11 +37,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary_path, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        temporary_path.unlink(missing_ok=True)
         raise OSError(
             f"{path}: could not be written ({error}); an earlier file of that name is intact. "
             "Free disk space or check the permissions, then resume the run"
         ) from error
+    finally:
+        temporary_path.unlink(missing_ok=True)  # it exists only after an error or an interruption
 
 
 def write_text(text: str, path: Path) -> None:

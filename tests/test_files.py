@@ -37,6 +37,17 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path, error):
     assert path.read_bytes() == b"later"
 
 
+def test_interrupted_write_leaves_no_temporary_file(tmp_path):
+    def interrupt(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "last.pt").write_bytes(b"earlier")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "last.pt", interrupt)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.pt", b"earlier")]
+
+
 def test_readers_never_see_a_partial_file(tmp_path):
     path = tmp_path / "history.csv"
     write_text("one", path)

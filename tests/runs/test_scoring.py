@@ -551,15 +551,19 @@ def test_error_names_missing_images_of_a_split(run, folder, scenes):
     assert len(iterate_split(read_parameters(own), "train", run=own)) == 9
 
 
-def test_other_and_copied_data_are_split_without_a_message(run, folder, scenes, tmp_path, capsys):
-    own, *_ = own_run(run, folder)
-    write_folder(tmp_path / "other", scenes)
-    copied = shutil.copytree(folder, tmp_path / "copies" / folder.name)
-    assert len(iterate_split(read_parameters(own), "valid", str(tmp_path / "other"), run=own)) == 3
-    assert list(iterate_split(read_parameters(own), "valid", str(copied), run=own).names) == list(
-        iterate_split(read_parameters(own), "valid", run=own).names
-    )
+def test_recorded_images_are_used_only_for_data_of_the_same_name(run, folder, scenes, tmp_path, capsys):
+    """A copy of the data keeps its name, and so its recorded images; other data are split anew."""
+    own, _, valid = own_run(run, folder)
+    write_folder(tmp_path / "other", replace(scenes[:10], names=np.array([f"{at:03d}" for at in range(10)])))
+    found = iterate_split(read_parameters(own), "valid", str(tmp_path / "other"), run=own)
+    assert len(found) == 2
+    assert not set(found.names) & set(valid.names)
     assert capsys.readouterr().out == ""
+    copied = shutil.copytree(folder, tmp_path / "copies" / folder.name)
+    write_folder(copied, replace(scenes[:5], names=np.array([f"00000{at}a" for at in range(5)])))
+    found = iterate_split(read_parameters(own), "valid", str(copied), run=own)
+    assert list(found.names) == list(valid.names)
+    assert f"5 images of {copied} were added" in capsys.readouterr().out
 
 
 def test_evaluating_other_data_deletes_the_earlier_evaluation(run, folder, scenes, tmp_path):

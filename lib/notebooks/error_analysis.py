@@ -70,23 +70,23 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     """
     count = len(model.config.classes)
     edges = strata_edges(model.config.depth_range_m[1])
-    strata = {name: np.zeros((len(between) + 1, count, count), np.int64) for name, between in edges.items()}
+    strata = {name: np.zeros((len(bounds) + 1, count, count), np.int64) for name, bounds in edges.items()}
     calibration = np.zeros((CONFIDENCE_BINS, 3))
-    by_image = []
+    results = []
     for batch in watched("predicting", len(samples), predict(model, samples, batch_size, confidence=True)):
         if batch.samples.label is None:
             raise ValueError(
                 "split: these images have no labels, so errors can't be counted; use another split"
             )
         confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
-        sure = batch.confidence.mean((1, 2))
-        by_image.append((batch.samples.names, confusion, sure, _depth_errors(batch)))
+        mean_confidence = batch.confidence.mean((1, 2))
+        results.append((batch.samples.names, confusion, mean_confidence, _depth_errors(batch)))
         _count_pixels(batch, strata, calibration, edges)
-    if not by_image:
+    if not results:
         raise ValueError(
             "split: found no image; with validation none there are no validation images, use another split"
         )
-    names, confusion, confidence, depth_error = map(np.concatenate, zip(*by_image, strict=True))
+    names, confusion, confidence, depth_error = map(np.concatenate, zip(*results, strict=True))
     return ErrorCounts(
         model.config.classes, names, confusion, strata, calibration, confidence, depth_error, edges
     )
@@ -101,9 +101,9 @@ def _count_pixels(batch: Predicted, strata: dict, calibration: np.ndarray, edges
         for name, counts in strata_counts(predicted, label, depth, count, edges).items():
             strata[name] += counts
         labelled = label != IGNORE_INDEX
-        sure = confidence[labelled]
-        bins = np.minimum((sure * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-        for column, weights in enumerate((None, sure, (label == predicted)[labelled])):
+        labelled_confidence = confidence[labelled]
+        bins = np.minimum((labelled_confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        for column, weights in enumerate((None, labelled_confidence, (label == predicted)[labelled])):
             calibration[:, column] += np.bincount(bins, weights, CONFIDENCE_BINS)
 
 
@@ -120,7 +120,7 @@ def _depth_errors(batch: Predicted) -> np.ndarray:
 def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
     """Tabulate the most costly confusions, each with the code that shows its images in the browser."""
     table = rank_confusions(errors.confusion, errors.classes).head(count)
-    table["open"] = [f'browser.choose("{words}")' for words in table.index]
+    table["open"] = [f'browser.choose("{confusion}")' for confusion in table.index]
     formats = {"cost": "{:.4f}", "pixels": "{:,}", "share": lambda share: percent(share, 1)}
     return table.style.format(formats).set_properties(subset=["open"], **{"font-family": "monospace"})
 
@@ -136,7 +136,7 @@ def score_strata(counts: np.ndarray) -> pd.DataFrame:
         {
             "pixels": total / max(total.sum(), 1),
             "pixel accuracy": np.trace(counts, axis1=1, axis2=2) / total,
-            "mIoU": [metrics.mean_iou(one) if one.any() else np.nan for one in counts],
+            "mIoU": [metrics.mean_iou(matrix) if matrix.any() else np.nan for matrix in counts],
         }
     )
 
@@ -147,24 +147,25 @@ def calibration_error(calibration: np.ndarray) -> float:
     The ECE is the absolute gap between confidence and accuracy, averaged over bins with their pixel counts as
     weights (Guo et al., "On calibration of modern neural networks", ICML 2017).
     """
-    pixels, confidence, right = calibration.T
-    return float(np.abs(confidence - right).sum() / pixels.sum()) if pixels.any() else np.nan
+    pixels, confidence, correct = calibration.T
+    return float(np.abs(confidence - correct).sum() / pixels.sum()) if pixels.any() else np.nan
 
 
 def describe_errors(errors: ErrorCounts, run: str, split: str) -> str:
     """Summarise the errors in Markdown and suggest what to try against the most costly confusion."""
     pooled, accuracy = errors.confusion.sum(0), metrics.image_accuracy(errors.confusion)
     recall = metrics.class_accuracy(pooled)
-    least = np.nanargmin(recall)
-    near = errors.strata[DISTANCE][0]
-    wrong_near = (near.sum() - np.trace(near)) / max(pooled.sum() - np.trace(pooled), 1)
+    worst_class = np.nanargmin(recall)
+    near_boundary = errors.strata[DISTANCE][0]
+    error_share = (near_boundary.sum() - np.trace(near_boundary)) / max(pooled.sum() - np.trace(pooled), 1)
     lines = [
         f"On {len(errors.names)} {SPLITS_IN_WORDS[split]} images **{run}** has an mIoU of "
         f"**{metrics.mean_iou(pooled):.3f}** and a pixel accuracy of "
         f"{percent(metrics.pixel_accuracy(pooled), 1)}. The lowest recall is that of "
-        f"{errors.classes[least]}: {percent(recall[least])}.",
-        f"{percent(near.sum() / pooled.sum())} of all pixels but {percent(wrong_near)} of the errors lie "
-        f"within 1 % of the image width of a boundary. The network is {_describe_gap(errors.calibration)}.",
+        f"{errors.classes[worst_class]}: {percent(recall[worst_class])}.",
+        f"{percent(near_boundary.sum() / pooled.sum())} of all pixels but {percent(error_share)} of the "
+        "errors lie within 1 % of the image width of a boundary. The network is "
+        f"{_describe_calibration(errors.calibration)}.",
         f"The worst image is {errors.names[np.nanargmin(accuracy)]}: {percent(np.nanmin(accuracy))} of its "
         "pixels are correct.",
     ]
@@ -183,12 +184,14 @@ def suggest_experiment(errors: ErrorCounts) -> list[str]:
     worst = ranked.iloc[0]
     truth, predicted = map(errors.classes.index, worst.name.split(CONFUSED))
     support = errors.confusion.sum((0, 2))
-    near, small = (errors.strata[name][:2, truth, predicted].sum() for name in (DISTANCE, REGION))
+    near_boundary, in_small_regions = (
+        errors.strata[name][:2, truth, predicted].sum() for name in (DISTANCE, REGION)
+    )
     causes = {
         "mostly within 2 % of the image width of a boundary: try a higher resolution (`image_height`, "
-        "`image_width`)": (near > worst.pixels / 2),
+        "`image_width`)": (near_boundary > worst.pixels / 2),
         "mostly in regions below 1 % of the image: try a higher resolution, or `-p augment zooms`": (
-            small > worst.pixels / 2
+            in_small_regions > worst.pixels / 2
         ),
         f"and {errors.classes[truth]} is rare: try `-p class_weights median`, or label more images with it": (
             support[truth] < np.median(support[support > 0])
@@ -198,22 +201,22 @@ def suggest_experiment(errors: ErrorCounts) -> list[str]:
         ),
         "in large regions of a common class: try more `epochs`, or pretrained `encoder_weights`": True,
     }
-    why = next(words for words, applies in causes.items() if applies)
-    return [f"The most costly confusion is **{worst.name}** ({worst.cost:.3f} of mIoU), {why}."]
+    cause = next(text for text, applies in causes.items() if applies)
+    return [f"The most costly confusion is **{worst.name}** ({worst.cost:.3f} of mIoU), {cause}."]
 
 
-def _describe_gap(calibration: np.ndarray) -> str:
-    pixels, confidence, right = calibration.sum(0)
-    gap = 100 * (confidence - right) / pixels
-    over = "over" if gap > 0 else "under"
-    return f"{over}confident by {abs(gap):.1f} points (ECE {calibration_error(calibration):.3f})"
+def _describe_calibration(calibration: np.ndarray) -> str:
+    pixels, confidence, correct = calibration.sum(0)
+    gap = 100 * (confidence - correct) / pixels
+    prefix = "over" if gap > 0 else "under"
+    return f"{prefix}confident by {abs(gap):.1f} points (ECE {calibration_error(calibration):.3f})"
 
 
 def plot_confusion(errors: ErrorCounts) -> Figure:
     """Draw the confusion matrix, normalised over each ground-truth class (row)."""
-    images = (errors.confusion.sum(2) > 0).sum(0)
-    truth = [f"{name} ({count})" for name, count in zip(errors.classes, images, strict=True)]
-    rows = pd.Index(truth, name="ground truth (images)")
+    image_counts = (errors.confusion.sum(2) > 0).sum(0)
+    row_labels = [f"{name} ({count})" for name, count in zip(errors.classes, image_counts, strict=True)]
+    rows = pd.Index(row_labels, name="ground truth (images)")
     table = pd.DataFrame(errors.confusion.sum(0), rows, pd.Index(errors.classes, name="prediction"))
     shares = table.div(table.sum(axis=1), axis=0)
     return plots.plot_matrix(shares, "What each class was predicted as, in % of its pixels")
@@ -239,16 +242,16 @@ def plot_strata(errors: ErrorCounts) -> Figure:
 @plots.styled
 def plot_calibration(errors: ErrorCounts) -> Figure:
     """Draw a reliability diagram and the share of pixels in each confidence bin."""
-    pixels, confidence, right = errors.calibration[errors.calibration[:, 0] > 0].T
+    pixels, confidence, correct = errors.calibration[errors.calibration[:, 0] > 0].T
     edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
     figure, axes = plots.new_figure(3.6, width=5)
     axes.stairs(
         errors.calibration[:, 0] / pixels.sum(), edges, fill=True, color="0.9", label="share of the pixels"
     )
     axes.plot([0, 1], [0, 1], ":", color=plots.GREY, linewidth=1, label="perfectly calibrated")
-    axes.plot(confidence / pixels, right / pixels, ".-", color=plots.VALID_COLOUR, label="this network")
+    axes.plot(confidence / pixels, correct / pixels, ".-", color=plots.VALID_COLOUR, label="this network")
     axes.set(
-        title=f"The network is {_describe_gap(errors.calibration)}",
+        title=f"The network is {_describe_calibration(errors.calibration)}",
         xlabel="confidence",
         ylabel="accuracy",
         xlim=(0, 1),

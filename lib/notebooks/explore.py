@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # imports torch, which takes seconds
     from lib.batches import RawBatch
 
 DEPTH_STEPS = 100  # histogram bins from 0 to the far end of the depth range
-NEARBY = 0.025  # share of the image width; bridges the unlabelled slivers between adjacent regions
+ADJACENCY_DISTANCE = 0.025  # share of the image width; bridges unlabelled slivers between adjacent regions
 CHANCE = 1e-4  # share of unrelated image pairs that are counted as near-duplicates
-COMPARED = 1000  # evenly spaced images, at most, whose unrelated pairs set the near-duplicate limit
-ROWS = 256  # rows of the similarity matrix held in memory at once
+MAX_REFERENCE_IMAGES = 1000  # evenly spaced images whose unrelated pairs set the near-duplicate limit
+CHUNK_ROWS = 256  # rows of the similarity matrix held in memory at once
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,29 @@ def count_data(samples: Samples) -> DataCounts:
     """
     count = len(samples.classes)
     pixels = np.zeros((len(samples), count + 1), np.int64)
-    depths = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
+    depth = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
     step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
     adjacency = np.zeros((count, count), np.int64)
     with progress_bar("counting", len(samples)) as bar:
         for index in range(len(samples)):
-            one = samples[index : index + 1]
-            label = np.minimum(one.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes class C
-            step = 1 + np.minimum(one.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
+            sample = samples[index : index + 1]
+            label = np.minimum(sample.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes class C
+            bins = 1 + np.minimum(sample.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
             pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
-            depths += _joint_counts(label, step * one.measured_depth[0], depths.shape)
+            depth += _joint_histogram(label, bins * sample.measured_depth[0], depth.shape)
             adjacency += _count_adjacency(label, count)
             bar.update()
-    return DataCounts(samples.classes, pixels, depths, adjacency, samples.depth_range_m)
+    return DataCounts(samples.classes, pixels, depth, adjacency, samples.depth_range_m)
 
 
-def _joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _joint_histogram(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.bincount((first * shape[1] + second).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def _count_adjacency(label: np.ndarray, count: int) -> np.ndarray:
-    reach = max(1, round(NEARBY * label.shape[1]))
-    nearby = ((label[:, :-reach], label[:, reach:]), (label[:-reach], label[reach:]))
-    counts = sum(_joint_counts(*pair, (count + 1, count + 1)) for pair in nearby)[:count, :count]
+    offset = max(1, round(ADJACENCY_DISTANCE * label.shape[1]))
+    pairs = ((label[:, :-offset], label[:, offset:]), (label[:-offset], label[offset:]))
+    counts = sum(_joint_histogram(*pair, (count + 1, count + 1)) for pair in pairs)[:count, :count]
     return (counts + counts.T) * ~np.eye(count, dtype=bool)
 
 
@@ -112,8 +112,8 @@ def class_shares(counts: DataCounts) -> pd.DataFrame:
 
 def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: np.ndarray) -> np.ndarray:
     """Return the quantiles of measured depth at `shares`, in metres, from a row of `DataCounts.depth`."""
-    measured = np.cumsum(np.append(0, histogram[1:]))
-    return np.interp(np.multiply(shares, measured[-1]), measured, steps_m)
+    cumulative = np.cumsum(np.append(0, histogram[1:]))
+    return np.interp(np.multiply(shares, cumulative[-1]), cumulative, steps_m)
 
 
 @dataclass(frozen=True)
@@ -154,36 +154,36 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
     Returns:
         The leakage by `validation` method, without methods that leave one of the two splits empty.
     """
-    chosen = {}
+    splits = {}
     for validation in ("random", "blocks", "scenes"):
         with suppress(ValueError):  # not possible with these names or scenes
-            chosen[validation] = split_names(samples.names, validation, samples.scene)
-    images = [samples]
+            splits[validation] = split_names(samples.names, validation, samples.scene)
+    subsets = [samples]
     if valid is not None and valid.validation == "predefined":
-        images.append(valid.load())
-        chosen["predefined"] = np.split(np.arange(len(samples) + len(valid)), [len(samples)])
-    signatures = np.stack([_colour_signature(image) for each in images for image in each.image])
-    checksums = [hashlib.sha256(image.tobytes()).hexdigest() for each in images for image in each.image]
-    known = all(each.scene is not None for each in images)
-    scene = np.concatenate([each.scene for each in images]) if known else None
+        subsets.append(valid.load())
+        splits["predefined"] = np.split(np.arange(len(samples) + len(valid)), [len(samples)])
+    signatures = np.stack([_colour_signature(image) for subset in subsets for image in subset.image])
+    checksums = [hashlib.sha256(image.tobytes()).hexdigest() for subset in subsets for image in subset.image]
+    has_scenes = all(subset.scene is not None for subset in subsets)
+    scene = np.concatenate([subset.scene for subset in subsets]) if has_scenes else None
     limit = _near_duplicate_limit(signatures[: len(samples)])
     return {
-        validation: _compare(signatures, np.array(checksums), scene, *sides, limit)
-        for validation, sides in chosen.items()
-        if all(map(len, sides))
+        validation: _measure_leakage(signatures, np.array(checksums), scene, *positions, limit)
+        for validation, positions in splits.items()
+        if all(map(len, positions))
     }
 
 
 def _near_duplicate_limit(signatures: np.ndarray) -> float:
     """Return the similarity that 1 in 10,000 unrelated pairs exceeds; 1 if there are no such pairs."""
-    order = np.arange(len(signatures))
-    some = order[:: max(1, -(-len(order) // COMPARED))]
-    unrelated = np.abs(some[:, None] - order) > len(order) // 4
-    alike = (signatures[some] @ signatures.T)[unrelated]
-    return np.quantile(alike, 1 - CHANCE) if alike.size else 1.0
+    positions = np.arange(len(signatures))
+    references = positions[:: max(1, -(-len(positions) // MAX_REFERENCE_IMAGES))]
+    unrelated = np.abs(references[:, None] - positions) > len(positions) // 4
+    similarity = (signatures[references] @ signatures.T)[unrelated]
+    return np.quantile(similarity, 1 - CHANCE) if similarity.size else 1.0
 
 
-def _compare(
+def _measure_leakage(
     signatures: np.ndarray,
     checksums: np.ndarray,
     scene: np.ndarray | None,
@@ -194,13 +194,13 @@ def _compare(
     """Compare the validation images with the training images, both given as positions."""
     match = np.empty(len(valid), int)
     near_duplicates = 0
-    for start in range(0, len(valid), ROWS):
-        rows = valid[start : start + ROWS]
-        alike = signatures[rows] @ signatures[train].T
-        near_duplicates += int((alike.max(1) > limit).sum())
+    for start in range(0, len(valid), CHUNK_ROWS):
+        chunk = valid[start : start + CHUNK_ROWS]
+        similarity = signatures[chunk] @ signatures[train].T
+        near_duplicates += int((similarity.max(1) > limit).sum())
         if scene is not None:
-            alike += 2 * (scene[rows][:, None] == scene[train])
-        match[start : start + ROWS] = train[alike.argmax(1)]
+            similarity += 2 * (scene[chunk][:, None] == scene[train])
+        match[start : start + CHUNK_ROWS] = train[similarity.argmax(1)]
     same_scene = None if scene is None else np.isin(scene[valid], scene[train])
     copies = int(np.isin(checksums[valid], checksums[train]).sum())
     return Leakage(len(train), valid, match, same_scene, near_duplicates, copies)
@@ -215,24 +215,24 @@ def _colour_signature(image: np.ndarray) -> np.ndarray:
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """Summarise the labelled images, their split and any warnings in Markdown."""
-    shared = _describe_scenes(train.scene, valid.scene)
+    scene_sharing = _describe_scenes(train.scene, valid.scene)
     summary = (
         f"**{len(counts.pixels)} images, {len(counts.classes)} classes, {_describe_depth(counts)}, "
         f"{plots.percent(counts.unlabelled, 1)} unlabelled; validation ({len(valid)} images, by "
-        f"{valid.validation}) {shared}.**"
+        f"{valid.validation}) {scene_sharing}.**"
     )
-    return "\n- ".join([summary, *_warn(counts, train.scene)])
+    return "\n- ".join([summary, *_find_warnings(counts, train.scene)])
 
 
 def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
     """Recommend a `validation` and list the rarest classes of `class_shares`, in Markdown."""
     rare = shares.pixels[shares.pixels > 0][-3:]
-    named = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
+    rare_classes = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
     return (
         f"- Validate by **{valid.validation}**, the choice of `validation auto` for these images; it "
         f"{_describe_scenes(train.scene, valid.scene)}.\n"
-        f"- The rarest classes are **{named}** of the labelled pixels. They will be hard to learn, but mIoU "
-        f"weights each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}). "
+        f"- The rarest classes are **{rare_classes}** of the labelled pixels. They will be hard to learn, "
+        f"but mIoU weights each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}). "
         "`class_weights median` does the same in the loss."
     )
 
@@ -254,19 +254,19 @@ def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
     if train is None or valid is None:
         return "may share scenes with training, because the scenes are unknown"
     by_ids = train[0].startswith(RUN)
-    words = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
-    shared = np.isin(valid, train).sum()
+    nouns = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
+    shared_count = np.isin(valid, train).sum()
     return (
-        f"shares {words[1]} with training in {shared} of them"
-        if shared
-        else f"shares no {words[0]} with training"
+        f"shares {nouns[1]} with training in {shared_count} of them"
+        if shared_count
+        else f"shares no {nouns[0]} with training"
     )
 
 
-def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
+def _find_warnings(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     """Return warnings from sanity checks of the data."""
     absent = np.array(counts.classes)[~counts.pixels[:, :-1].any(0)]
-    declare = (
+    hint = (
         " If one of them has a label value that is read as unlabelled, such as 255, declare it under "
         "`classes` and `ignore`."
         if counts.unlabelled
@@ -278,7 +278,7 @@ def _warn(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     near, far = counts.depth_range_m
     outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = [
-        (len(absent) > 0, f"These classes are in no image: {', '.join(absent)}.{declare}"),
+        (len(absent) > 0, f"These classes are in no image: {', '.join(absent)}.{hint}"),
         (
             sizes.sum() >= 20 and sizes.max() >= 0.9 * sizes.sum(),
             f"One scene has {plots.percent(sizes.max() / sizes.sum())} of the images, so nothing can be "
@@ -324,9 +324,9 @@ def plot_depth(counts: DataCounts) -> Figure:
 
     Whiskers span the middle 90 % of a class. The title gives this range for all pixels.
     """
-    ends = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
+    quantiles = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
     boxes = {
-        name: dict(zip(ends, depth_quantiles(row, (*ends.values(),), counts.steps_m), strict=True))
+        name: dict(zip(quantiles, depth_quantiles(row, (*quantiles.values(),), counts.steps_m), strict=True))
         for name, row in zip(counts.classes, counts.depth, strict=False)
         if row[1:].any()
     }
@@ -376,16 +376,16 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
 
     Pairs from the same scene come first, then the most similar pairs. At most `count` pairs are drawn.
     """
-    sides = [
-        np.stack([_colour_signature(image) for image in samples.image[side]])
-        for side in (leak.valid, leak.match)
+    signatures = [
+        np.stack([_colour_signature(image) for image in samples.image[positions]])
+        for positions in (leak.valid, leak.match)
     ]
-    shared = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
-    order = np.argsort(-2 * shared - (sides[0] * sides[1]).sum(1), kind="stable")[:count]
+    same_scene = np.zeros(len(leak.valid), bool) if leak.same_scene is None else leak.same_scene
+    order = np.argsort(-2 * same_scene - (signatures[0] * signatures[1]).sum(1), kind="stable")[:count]
     pairs = []
     captions = []
-    for valid, train, same in zip(leak.valid[order], leak.match[order], shared[order], strict=True):
+    for valid, train, is_same in zip(leak.valid[order], leak.match[order], same_scene[order], strict=True):
         pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
-        relation = ": same room, other view" if same else ""
+        relation = ": same room, other view" if is_same else ""
         captions.append(f"{samples.names[valid]} and {samples.names[train]}{relation}")
     return plots.plot_grid(pairs, captions)

@@ -18,7 +18,7 @@ from lib.runs import read_images, read_parameters, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split, watched
 
-LEAST_SHARE = 0.005  # share of the image; smaller regions are mostly boundary
+MIN_REGION_SHARE = 0.005  # share of the image; smaller regions are mostly boundary
 
 
 def find_folds(run: Path) -> list[Path]:
@@ -31,9 +31,9 @@ def find_folds(run: Path) -> list[Path]:
     parameters = read_parameters(run)
     folds = {}
     for path in sorted(runs_folder().glob("*/best.pt")):
-        other = read_parameters(path.parent)
-        if (recipe(other), other["seed"]) == (recipe(parameters), parameters["seed"]):
-            folds[other["fold"]] = path.parent
+        candidate = read_parameters(path.parent)
+        if (recipe(candidate), candidate["seed"]) == (recipe(parameters), parameters["seed"]):
+            folds[candidate["fold"]] = path.parent
     validation = read_images(run).get("validation", parameters["validation"])  # what `auto` chose
     has_folds = len(folds) == FOLDS and validation not in ("random", "predefined", "none")
     return [folds[fold] for fold in range(FOLDS)] if has_folds else [run]
@@ -61,8 +61,8 @@ def check_labels(
         for model, split in zip(models, splits, strict=True)
         for batch in predict(model, split, batch_size, confidence=True)
     )
-    images = sum(map(len, splits))
-    return rank_regions(watched("checking labels", images, predictions), splits[0].classes)
+    image_count = sum(map(len, splits))
+    return rank_regions(watched("checking labels", image_count, predictions), splits[0].classes)
 
 
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:
@@ -91,20 +91,20 @@ def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> 
         for name, label, predicted, confidence in zip(
             batch.samples.names, batch.samples.label, batch.labels, batch.confidence, strict=True
         ):
-            for index, box, inside in plots.large_regions(label, LEAST_SHARE, connectivity=4):
+            for index, box, inside in plots.large_regions(label, MIN_REGION_SHARE, connectivity=4):
                 rows.append((name, *box, index, inside.mean()))
                 votes.append(np.bincount(predicted[inside], confidence[inside], len(classes)) / inside.sum())
     table = pd.DataFrame(rows, columns=["image", "left", "top", "right", "bottom", "labelled", "share"])
     votes = np.array(votes).reshape(-1, len(classes))
-    usual = pd.DataFrame(votes * table[["share"]].to_numpy(float)).groupby(table.labelled).transform("sum")
-    usual = usual.div(usual.sum(axis=1), axis=0).to_numpy()
+    expected = pd.DataFrame(votes * table[["share"]].to_numpy(float)).groupby(table.labelled).transform("sum")
+    expected = expected.div(expected.sum(axis=1), axis=0).to_numpy()
     labelled = table.labelled.to_numpy(int)
     predicted = votes.argmax(1)
     confidence = votes.max(1)
-    surprise = -np.log((usual[np.arange(len(table)), predicted] + 1e-3) / (1 + 1e-3))
-    words = {"labelled": np.array(classes)[labelled], "predicted": np.array(classes)[predicted]}
+    surprise = -np.log((expected[np.arange(len(table)), predicted] + 1e-3) / (1 + 1e-3))
+    names = {"labelled": np.array(classes)[labelled], "predicted": np.array(classes)[predicted]}
     order = np.argsort(-confidence * surprise * table.share**0.3, kind="stable")
-    ranked = table.assign(**words, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
+    ranked = table.assign(**names, confidence=confidence).iloc[order[(labelled != predicted)[order]]]
     return ranked.drop(columns="share").reset_index(drop=True)
 
 

@@ -21,10 +21,10 @@ from lib.notebooks import plots
 from lib.progress import progress_bar
 
 CONFIDENCE = "confidence"  # PNG text entry of a mask: mean confidence of its image
-PIXELS = "pixels"  # PNG text entry of a mask: checksum of its image and depth
+CHECKSUM = "pixels"  # PNG text entry of a mask: checksum of its image and depth
 MILLISECONDS = "milliseconds"  # in `table.attrs`: mean time per newly predicted image, NaN without any
-CONFIDENT = ("", CONFIDENCE)  # table column; can't clash with a class, because classes are under `share`
-SEEN_FILE = "predict.json"  # in a mask folder: its network, images and classes
+CONFIDENCE_COLUMN = ("", CONFIDENCE)  # can't clash with a class, because classes are under `share`
+MANIFEST_FILE = "predict.json"  # in a mask folder: its network, images and classes
 
 
 def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | None = None) -> pd.DataFrame:
@@ -38,8 +38,8 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
             pixels are reused.
 
     Returns:
-        One row per image name: the mean confidence in column `CONFIDENT`, the share of each class in column
-        `("share", class)`. `attrs[MILLISECONDS]` is the mean time per newly predicted image.
+        One row per image name: the mean confidence in column `CONFIDENCE_COLUMN`, the share of each class in
+        column `("share", class)`. `attrs[MILLISECONDS]` is the mean time per newly predicted image.
 
     Raises:
         ValueError: the folder has masks of another network or other images, or files from elsewhere.
@@ -47,44 +47,47 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
     folder = None if save_to is None else Path(save_to).expanduser()
     if folder is not None:
         _check_masks(folder, model, pieces)
-    rows, took = {}, []
+    rows, elapsed_ms = {}, []
     classes = model.config.classes
     with progress_bar("predicting", len(pieces)) as bar:
         for image in pieces:
             start = time.perf_counter()
             path = None if folder is None else folder / f"{image.names[0]}.png"
-            found = _read_mask(path, image) if path is not None and path.exists() else None
-            mask, sure = found or _predict_mask(path, model, image)
-            if not found:
-                took.append(1000 * (time.perf_counter() - start))
-            rows[image.names[0]] = [sure, *(np.bincount(mask.ravel(), minlength=len(classes)) / mask.size)]
+            saved = _read_mask(path, image) if path is not None and path.exists() else None
+            mask, confidence = saved or _predict_mask(path, model, image)
+            if not saved:
+                elapsed_ms.append(1000 * (time.perf_counter() - start))
+            rows[image.names[0]] = [
+                confidence,
+                *(np.bincount(mask.ravel(), minlength=len(classes)) / mask.size),
+            ]
             bar.update()
-    columns = pd.MultiIndex.from_tuples([CONFIDENT, *(("share", name) for name in classes)])
+    columns = pd.MultiIndex.from_tuples([CONFIDENCE_COLUMN, *(("share", name) for name in classes)])
     table = pd.DataFrame.from_dict(rows, "index", columns=columns)
-    table.attrs[MILLISECONDS] = np.mean(took) if took else np.nan
+    table.attrs[MILLISECONDS] = np.mean(elapsed_ms) if elapsed_ms else np.nan
     return table
 
 
 def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
     """Check that the masks in a folder belong to this network, data and classes.
 
-    A missing folder is created. In an empty folder, `SEEN_FILE` is written to record the three.
+    A missing folder is created. In an empty folder, `MANIFEST_FILE` is written to record the three.
 
     Raises:
-        ValueError: the folder has no `SEEN_FILE` and is not empty, or the file records something else.
+        ValueError: the folder has no `MANIFEST_FILE` and is not empty, or the file records something else.
     """
     digest = hashlib.sha256(repr(model.config).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    made_of = {"network": digest.hexdigest(), "pictures": pieces.data, "classes": list(model.config.classes)}
+    manifest = {"network": digest.hexdigest(), "pictures": pieces.data, "classes": list(model.config.classes)}
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        write_json(made_of, folder / SEEN_FILE)
-    found = read_json(folder / SEEN_FILE) if (folder / SEEN_FILE).exists() else {}
-    for what, value in made_of.items():
-        if found.get(what) != value:
+        write_json(manifest, folder / MANIFEST_FILE)
+    recorded = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else {}
+    for key, value in manifest.items():
+        if recorded.get(key) != value:
             raise ValueError(
-                f"save_to: {folder} has {what} {found.get(what)}, not {value}; give another folder"
+                f"save_to: {folder} has {key} {recorded.get(key)}, not {value}; give another folder"
             )
 
 
@@ -100,19 +103,19 @@ def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
                 f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or "
                 "give another folder"
             )
-        same = mask.text.get(PIXELS) == _checksum(image)
-        return (np.asarray(mask), float(mask.text[CONFIDENCE])) if same else None
+        is_same = mask.text.get(CHECKSUM) == _checksum(image)
+        return (np.asarray(mask), float(mask.text[CONFIDENCE])) if is_same else None
 
 
 def _predict_mask(path: Path | None, model: SegmentationDepthNet, image: Samples) -> tuple[np.ndarray, float]:
     (batch,) = predict(model, image, confidence=True)
-    mask, sure = batch.labels[0], float(batch.confidence.mean())
+    mask, confidence = batch.labels[0], float(batch.confidence.mean())
     if path is not None:
         text = PngInfo()
-        text.add_text(CONFIDENCE, str(sure))
-        text.add_text(PIXELS, _checksum(image))
+        text.add_text(CONFIDENCE, str(confidence))
+        text.add_text(CHECKSUM, _checksum(image))
         write_atomically(path, lambda file: Image.fromarray(mask).save(file, "PNG", pnginfo=text))
-    return mask, sure
+    return mask, confidence
 
 
 def _checksum(image: Samples) -> str:
@@ -142,19 +145,19 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
 def describe_images(table: pd.DataFrame, save_to: str | None) -> str:
     """Summarise the table of `predict_images` in Markdown, with the prediction time and the mask folder."""
     shares = table["share"].mean().sort_values(ascending=False)
-    named = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
+    common = ", ".join(f"{name} ({plots.percent(share)})" for name, share in shares[shares > 0][:3].items())
     never = ", ".join(shares.index[shares == 0]) or "none"
-    sure = table[CONFIDENT]
+    confidence = table[CONFIDENCE_COLUMN]
     speed = (
         "" if np.isnan(table.attrs[MILLISECONDS]) else f" An image took {table.attrs[MILLISECONDS]:.0f} ms."
     )
-    where = (
+    location = (
         f"The masks are in `{save_to}`."
         if save_to
         else "No masks were written; `-p save_to FOLDER` writes them."
     )
     return (
-        f"On {len(table)} images the network predicts mostly **{named}**; classes never predicted: {never}. "
-        f"Its mean confidence is **{sure.mean():.2f}**, lowest in `{sure.idxmin()}` "
-        f"({sure.min():.2f}).{speed} {where}"
+        f"On {len(table)} images the network predicts mostly **{common}**; classes never predicted: {never}. "
+        f"Its mean confidence is **{confidence.mean():.2f}**, lowest in `{confidence.idxmin()}` "
+        f"({confidence.min():.2f}).{speed} {location}"
     )

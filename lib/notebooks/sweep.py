@@ -37,7 +37,7 @@ from lib.runs.results import (
 from lib.runs.scoring import check_labelled, iterate_split, score_run
 
 WAIT_SECONDS = 60  # to wait for the run lock of a process that was just killed
-STARTS = 3  # attempts to start Ray
+START_ATTEMPTS = 3  # attempts to start Ray
 
 
 def plan_runs(
@@ -64,29 +64,29 @@ def plan_runs(
     """
     if not seeds or not all(isinstance(values, list) and values for values in (seeds, *grid.values())):
         raise ValueError(f"grid, seeds: found {grid} and {seeds}, expected non-empty lists")
-    base = _read_defaults(experiment, (*fixed, *grid)) | fixed
+    base = _read_experiment(experiment, (*fixed, *grid)) | fixed
     runs = {}
     # the seed varies slowest, so that all combinations can be compared early
     for seed, *values in itertools.product(seeds, *grid.values()):
         varied = dict(zip(grid, values, strict=True))
         if (base | varied)["soft_iou_weight"] == 0:  # without this loss, the pooling has no effect
             varied["soft_iou_pooling"] = base["soft_iou_pooling"]
-        parameters = _with_whole_paths(base | varied | {"seed": seed})
-        name = _name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters)
-        there = runs.setdefault(name, parameters | {"run_name": name})
-        if there["data"] != parameters["data"]:
+        parameters = _with_absolute_paths(base | varied | {"seed": seed})
+        name = _run_name(experiment or "sweep", {name: parameters[name] for name in grid}, parameters)
+        existing = runs.setdefault(name, parameters | {"run_name": name})
+        if existing["data"] != parameters["data"]:
             raise ValueError(
-                f"data: found {there['data']} and {parameters['data']}, which give runs the same name; "
+                f"data: found {existing['data']} and {parameters['data']}, which give runs the same name; "
                 "rename one folder"
             )
     return runs
 
 
-def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, object]:
+def _read_experiment(experiment: str | None, names: Iterable[str]) -> dict[str, object]:
     """Return the default parameters of `train.ipynb`, overridden by the experiment.
 
     Raises:
-        ValueError: an unknown experiment or parameter, or a name in `given` that a sweep can't set.
+        ValueError: an unknown experiment or parameter, or one of `names` that a sweep can't set.
     """
     defaults = read_defaults()
     content = {}
@@ -95,16 +95,16 @@ def _read_defaults(experiment: str | None, given: Iterable[str]) -> dict[str, ob
         check_choice("experiment", experiment, sorted(files))
         content = yaml.safe_load(files[experiment].read_text())
     known = [name for name in defaults if name not in ("run_name", "seed", "resume")]
-    wrong = [f"fixed, grid: {explain_unknown(name, known)}" for name in given if name not in known]
-    wrong += [
+    errors = [f"fixed, grid: {explain_unknown(name, known)}" for name in names if name not in known]
+    errors += [
         f"experiment {experiment}: {explain_unknown(name, known)}" for name in content if name not in defaults
     ]
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    if errors:
+        raise ValueError("\n".join(errors))
     return defaults | content
 
 
-def _with_whole_paths(parameters: dict) -> dict:
+def _with_absolute_paths(parameters: dict) -> dict:
     """Make paths absolute, because workers have another working directory."""
     paths = [name for name in WEIGHTS if is_file(parameters[name])]
     if parameters["data"] != "synthetic":
@@ -112,13 +112,13 @@ def _with_whole_paths(parameters: dict) -> dict:
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
 
 
-def _name(prefix: str, varied: dict, parameters: dict) -> str:
+def _run_name(prefix: str, varied: dict, parameters: dict) -> str:
     digest = hashlib.sha256(json.dumps(identity(parameters)).encode()).hexdigest()[:6]
-    words = {name: Path(str(value)).name if name in PLACES else str(value) for name, value in varied.items()}
-    shown = "".join(f"-{name}={word.replace('/', '_')}" for name, word in words.items())
-    end = f"-seed={parameters['seed']}-{digest}"
-    start = os.fsencode(prefix + shown)[: LONGEST_NAME - len(os.fsencode(end))].decode(errors="ignore")
-    return start + end
+    texts = {name: Path(str(value)).name if name in PLACES else str(value) for name, value in varied.items()}
+    pairs = "".join(f"-{name}={text.replace('/', '_')}" for name, text in texts.items())
+    suffix = f"-seed={parameters['seed']}-{digest}"
+    stem = os.fsencode(prefix + pairs)[: LONGEST_NAME - len(os.fsencode(suffix))].decode(errors="ignore")
+    return stem + suffix
 
 
 def execute_run(parameters: dict, split: str) -> None:
@@ -140,8 +140,8 @@ def execute_run(parameters: dict, split: str) -> None:
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     if split not in run_state(run).evaluated:
-        pieces = iterate_split(read_parameters(run), split, parameters["data"], run=run)
-        score_run(run, split, pieces, "none", parameters["device"])
+        images = iterate_split(read_parameters(run), split, parameters["data"], run=run)
+        score_run(run, split, images, "none", parameters["device"])
 
 
 def executed_notebook(run_name: str) -> Path:
@@ -171,8 +171,8 @@ class Finished:
         The folder is read again each time, because another sweep may also write to it.
         """
         has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
-        kept = read_results(self.folder) if has_results else []
-        known = {identity(run.parameters): run for run in kept if run.split == self.split}
+        stored = read_results(self.folder) if has_results else []
+        known = {identity(run.parameters): run for run in stored if run.split == self.split}
         own = [
             read_scored(folder, self.split)
             for folder in scored_folders(self.split)
@@ -182,7 +182,7 @@ class Finished:
         self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
         new = [run for run in self.runs.values() if identity(run.parameters) not in known]
         if self.folder is not None and new:
-            write_results(self.folder, [*kept, *new])
+            write_results(self.folder, [*stored, *new])
 
 
 def _find_results(results: str) -> Path:
@@ -249,17 +249,17 @@ def sweep(
 
 @contextmanager
 def _connected(cluster: str) -> Iterator[None]:
-    address = {"address": cluster}
+    init_options = {"address": cluster}
     if cluster == "local":
         # results are written to disk, so Ray needs little shared memory
-        address |= {"include_dashboard": False, "object_store_memory": 100_000_000}
+        init_options |= {"include_dashboard": False, "object_store_memory": 100_000_000}
         # Ray creates sockets there, and socket paths are limited to 107 characters
         if os.name == "posix" and len(tempfile.gettempdir()) > 40:
-            address["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+            init_options["_temp_dir"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
         if ":" in cluster:  # otherwise Ray would retry for two minutes
             socket.create_connection(cluster.rsplit(":", 1), timeout=10).close()
-        _start_ray(address)
+        _start_ray(init_options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cluster: found {cluster!r}, but no Ray cluster answers there ({error}); expected local, or the "
@@ -271,18 +271,19 @@ def _connected(cluster: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_ray(address: dict) -> None:
+def _start_ray(init_options: dict) -> None:
     """Call `ray.init`, and retry if a busy machine exceeds Ray's startup timeout of 30 seconds."""
-    for _ in range(STARTS):
+    for _ in range(START_ATTEMPTS):
         try:
-            return ray.init(**address, logging_level="error", log_to_driver=False)
+            return ray.init(**init_options, logging_level="error", log_to_driver=False)
         except Exception as error:
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"cluster: Ray did not start within 30 seconds, {STARTS} times, because this machine is too busy; "
-        "wait until its other jobs end, or start Ray first with `ray start --head` and pass `-p cluster auto`"
+        f"cluster: Ray did not start within 30 seconds, {START_ATTEMPTS} times, because this machine is too "
+        "busy; wait until its other jobs end, or start Ray first with `ray start --head` and pass "
+        "`-p cluster auto`"
     )
 
 
@@ -292,10 +293,10 @@ def _most(resource: str) -> float:
 
 
 def _check_share(cpus: int, gpus: float) -> None:
-    for name, asked, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
-        if not 0 <= asked <= _most(resource) or (resource == "CPU" and asked < 1):
+    for name, requested, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
+        if not 0 <= requested <= _most(resource) or (resource == "CPU" and requested < 1):
             raise ValueError(
-                f"{name}: found {asked}, expected at most {_most(resource):g} (the largest machine)"
+                f"{name}: found {requested}, expected at most {_most(resource):g} (the largest machine)"
             )
 
 
@@ -304,10 +305,10 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
 
     They set the number of threads, hide all GPUs from CPU runs and limit the memory of runs that share a GPU.
     """
-    share = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    gpu_variables = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     if 0 < gpus < 1:
-        share = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{gpus}"}
-    return {"OMP_NUM_THREADS": str(max(1, threads))} | share
+        gpu_variables = {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{gpus}"}
+    return {"OMP_NUM_THREADS": str(max(1, threads))} | gpu_variables
 
 
 def _remote_task():
@@ -356,24 +357,24 @@ def progress_table(
     """Tabulate the state, finished epochs, best validation mIoU, minutes left and error of each run."""
     rows = {}
     for name, parameters in runs.items():
-        history = finished[name].history if name in finished else _read_begun(name)
+        history = finished[name].history if name in finished else _read_partial_history(name)
         state = "running" if executed_notebook(name).exists() else "waiting"
         if name in finished:
             state = "done"
         elif errors.get(name):
             state = "failed"
-        left = 0 if state == "done" else parameters["epochs"] - len(history)
+        epochs_left = 0 if state == "done" else parameters["epochs"] - len(history)
         rows[name] = {
             "state": state,
             "epochs": f"{len(history)} of {parameters['epochs']}",
             "valid_miou": history.valid_miou.max(),
-            "minutes_left": left * history.seconds.mean() / 60 if left else 0,
+            "minutes_left": epochs_left * history.seconds.mean() / 60 if epochs_left else 0,
             "error": errors.get(name) or "",
         }
     return pd.DataFrame(list(rows.values()), list(rows))
 
 
-def _read_begun(name: str) -> pd.DataFrame:
+def _read_partial_history(name: str) -> pd.DataFrame:
     """Read the history of an unfinished run; it is empty until the first epoch ends."""
     if not (runs_folder() / name / "history.csv").exists():
         return pd.DataFrame(columns=["valid_miou", "seconds"], dtype=float)

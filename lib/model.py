@@ -26,9 +26,9 @@ from lib.options import check_choice, check_options
 
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # by smp name
-PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # prefixes in weights files
+NAME_PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # prefixes in weights files
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # DPT's decoder also takes prefix tokens
-OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # as in Exp061
+ARCHITECTURE_OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # Exp061's
 
 
 class Prediction(NamedTuple):
@@ -104,13 +104,13 @@ class SegmentationDepthNet(nn.Module):
             encoder_weights=None,
             in_channels=len(config.channels),
             classes=len(config.classes),
-            **OPTIONS.get(config.architecture, {}),
+            **ARCHITECTURE_OPTIONS.get(config.architecture, {}),
         )
         self.depth_head = None
         if config.depth_head:
-            last, upsampled, _ = self.net.segmentation_head
-            upsampling = int(getattr(upsampled, "scale_factor", 1))
-            self.depth_head = SegmentationHead(last.in_channels, 1, kernel_size=3, upsampling=upsampling)
+            conv, upsample, _ = self.net.segmentation_head
+            upsampling = int(getattr(upsample, "scale_factor", 1))
+            self.depth_head = SegmentationHead(conv.in_channels, 1, kernel_size=3, upsampling=upsampling)
 
     def forward(self, inputs: torch.Tensor) -> Prediction:
         """Map `(N, C, H, W)` inputs to a `Prediction` of the same height and width."""
@@ -163,11 +163,11 @@ def build_model(
 def check_network(architecture: str, encoder: str) -> None:
     """Raise a ValueError if the architecture or the encoder does not exist."""
     check_choice("architecture", architecture, ARCHITECTURES)
-    is_of_timm = encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-"))
-    if encoder not in encoders and not is_of_timm:
+    is_timm_encoder = encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-"))
+    if encoder not in encoders and not is_timm_encoder:
         known = [*encoders, *(f"tu-{name}" for name in timm.list_models())]
-        close = difflib.get_close_matches(encoder, known, 3)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+        matches = difflib.get_close_matches(encoder, known, 3)
+        hint = f"did you mean {', '.join(matches)}? " if matches else ""
         raise ValueError(
             f"encoder: found {encoder!r}, {hint}there are: {', '.join(encoders)}, "
             "and tu-NAME for any model NAME of timm"
@@ -215,40 +215,47 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
             raise ValueError(
                 f"init_from: that run has {name} {found}, but this network has {wanted}; make them equal"
             )
-    own = model.state_dict()
-    given = trained.state_dict()
-    first = next(name for name, tensor in own.items() if name.startswith("net.encoder.") and tensor.ndim == 4)
+    target = model.state_dict()
+    source = trained.state_dict()
+    first_layer = next(
+        name for name, tensor in target.items() if name.startswith("net.encoder.") and tensor.ndim == 4
+    )
     common = set(model.config.channels) & set(trained.config.channels)
     if common:
-        given[first] = _match_channels(
-            own[first], given[first], model.config.channels, trained.config.channels
+        source[first_layer] = _match_channels(
+            target[first_layer], source[first_layer], model.config.channels, trained.config.channels
         )
     else:
-        given[first] = own[first]
-        model.started_anew["first layer"] = own[first].numel()
+        source[first_layer] = target[first_layer]
+        model.started_anew["first layer"] = target[first_layer].numel()
     if trained.config.classes != model.config.classes:
-        given = {
-            name: tensor for name, tensor in given.items() if not name.startswith("net.segmentation_head.")
+        source = {
+            name: tensor for name, tensor in source.items() if not name.startswith("net.segmentation_head.")
         }
-    copied = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
-    new = [name for name in own if name not in copied]
-    if broken := [name for name in new if "_head." not in name]:
-        raise ValueError(f"init_from: {', '.join(broken[:3])} of that run don't fit this network")
-    model.load_state_dict(own | copied)
+    copied = {
+        name: source[name] for name in target if name in source and source[name].shape == target[name].shape
+    }
+    uncopied = [name for name in target if name not in copied]
+    if mismatched := [name for name in uncopied if "_head." not in name]:
+        raise ValueError(f"init_from: {', '.join(mismatched[:3])} of that run don't fit this network")
+    model.load_state_dict(target | copied)
     model.config = replace(model.config, rgb_mean=trained.config.rgb_mean, rgb_std=trained.config.rgb_std)
-    for name in new:
-        part = name.removeprefix("net.").split(".")[0].replace("_", " ")
-        model.started_anew[part] = model.started_anew.get(part, 0) + own[name].numel()
+    for name in uncopied:
+        module_name = name.removeprefix("net.").split(".")[0].replace("_", " ")
+        model.started_anew[module_name] = model.started_anew.get(module_name, 0) + target[name].numel()
 
 
 def _match_channels(
-    own: torch.Tensor, given: torch.Tensor, channels: tuple[str, ...], trained: tuple[str, ...]
+    target: torch.Tensor,
+    source: torch.Tensor,
+    target_channels: tuple[str, ...],
+    source_channels: tuple[str, ...],
 ) -> torch.Tensor:
     """Return first-layer filters `(F, C, h, w)`: copied for common channels, zero for the others."""
-    filters = torch.zeros_like(own)
-    for position, channel in enumerate(channels):
-        if channel in trained:
-            filters[:, position] = given[:, trained.index(channel)]
+    filters = torch.zeros_like(target)
+    for position, channel in enumerate(target_channels):
+        if channel in source_channels:
+            filters[:, position] = source[:, source_channels.index(channel)]
     return filters
 
 
@@ -306,7 +313,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
         return tuple(config.mean), tuple(config.std)
     if is_file(encoder_weights):
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    with _explain_fetching(encoder_weights, encoder):
+    with _explain_download_errors(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
     highest = config["input_range"][1]  # 1, or 255 for weights trained on values in 0..255
     return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
@@ -332,7 +339,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
     """
     if is_file(encoder_weights):
         path = Path(encoder_weights).expanduser()
-        _fill(encoder, _read_weights(path), path)
+        _load_into_encoder(encoder, _read_weights(path), path)
         return
     known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
@@ -340,18 +347,18 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
             f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the "
             "path of a .pth or .safetensors file"
         )
-    channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
+    in_channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
     with (
-        _explain_fetching(encoder_weights, name),
+        _explain_download_errors(encoder_weights, name),
         warnings.catch_warnings(action="error", category=UserWarning),
     ):
         weights = True if name.startswith("tu-") else encoder_weights
-        fetched = get_encoder(name, channels, weights=weights)
-    encoder.load_state_dict(fetched.state_dict())
+        pretrained = get_encoder(name, in_channels, weights=weights)
+    encoder.load_state_dict(pretrained.state_dict())
 
 
 @contextmanager
-def _explain_fetching(encoder_weights: str, name: str) -> Iterator[None]:
+def _explain_download_errors(encoder_weights: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # hub, network and cache raise many exception types
@@ -375,36 +382,38 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _fill(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Load a file's weights into the encoder; all except `num_batches_tracked` must exist and fit."""
-    own = encoder.state_dict()
-    by_name = {
-        _bare_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
+    target = encoder.state_dict()
+    tensors = {
+        _normalise_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
     }
-    found = {name: by_name[_bare_name(name)] for name in own if _bare_name(name) in by_name}
-    first = next(name for name, tensor in own.items() if tensor.ndim == 4)
-    if first in found and found[first].shape[1] == 3:
-        found[first] = adapt_input_conv(own[first].shape[1], found[first])
+    matched = {name: tensors[_normalise_name(name)] for name in target if _normalise_name(name) in tensors}
+    first_layer = next(name for name, tensor in target.items() if tensor.ndim == 4)
+    if first_layer in matched and matched[first_layer].shape[1] == 3:
+        matched[first_layer] = adapt_input_conv(target[first_layer].shape[1], matched[first_layer])
     problems = {
-        "missing": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
+        "missing": [
+            name for name in target if name not in matched and not name.endswith("num_batches_tracked")
+        ],
         "of another shape": [
-            f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-            for name, tensor in found.items()
-            if tensor.shape != own[name].shape
+            f"{name} {tuple(tensor.shape)} instead of {tuple(target[name].shape)}"
+            for name, tensor in matched.items()
+            if tensor.shape != target[name].shape
         ],
     }
-    listed = [
-        f"{len(names)} {what}, such as {', '.join(names[:3])}" for what, names in problems.items() if names
+    messages = [
+        f"{len(names)} {kind}, such as {', '.join(names[:3])}" for kind, names in problems.items() if names
     ]
-    if listed:
+    if messages:
         raise CheckpointError(
-            f"encoder_weights: {path} does not fill the {len(own)} tensors of the encoder: "
-            f"{'; '.join(listed)}; expected the weights of exactly this encoder, with names as in timm "
+            f"encoder_weights: {path} does not fill the {len(target)} tensors of the encoder: "
+            f"{'; '.join(messages)}; expected the weights of exactly this encoder, with names as in timm "
             "or segmentation-models-pytorch"
         )
-    encoder.load_state_dict(own | found)
+    encoder.load_state_dict(target | matched)
 
 
-def _bare_name(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """Remove prefixes and replace dots: timm's feature extractors write `stem_0` instead of `stem.0`."""
-    return PREFIX.sub("", name).replace(".", "_")
+    return NAME_PREFIX.sub("", name).replace(".", "_")

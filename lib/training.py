@@ -140,7 +140,7 @@ class Optimisation:
     def build_optimizer(self, model: SegmentationDepthNet) -> torch.optim.AdamW:
         """Build AdamW with two parameter groups: the encoder first, then everything else."""
         others = [
-            weights for name, weights in model.named_parameters() if not name.startswith("net.encoder.")
+            parameter for name, parameter in model.named_parameters() if not name.startswith("net.encoder.")
         ]
         groups = [
             {"params": model.net.encoder.parameters(), "lr": self.encoder_lr_scale * self.learning_rate},
@@ -225,33 +225,35 @@ def fit(
     if run_state(run).trained:
         yield from read_history(run).to_dict("records")
         return
-    place = choose_device(device)
-    precision = choose_precision(precision, place)
+    torch_device = choose_device(device)
+    precision = choose_precision(precision, torch_device)
     train = loader.dataset.samples
-    loader.pin_memory = place.type == "cuda"  # pinning initialises CUDA, even for a run on the CPU
-    model = move_model(build(), place)
+    loader.pin_memory = torch_device.type == "cuda"  # pinning initialises CUDA, even for a run on the CPU
+    model = move_model(build(), torch_device)
     for samples in (train, valid):
         check_depth(model.config, samples, trains=True)
     optimizer = optimisation.build_optimizer(model)
     scheduler = optimisation.build_schedule(optimizer, len(loader))
-    state = Checkpoint(run, {"model": model, "optimizer": optimizer, "scheduler": scheduler}, place)
-    state.restore(fingerprint(f"{place.type} in {precision}", train, valid))
+    state = Checkpoint(run, {"model": model, "optimizer": optimizer, "scheduler": scheduler}, torch_device)
+    state.restore(fingerprint(f"{torch_device.type} in {precision}", train, valid))
     yield from list(state.history)
 
     def step(raw: RawBatch) -> torch.Tensor:
-        terms = training_step(model, encode_batch(raw, model.config, place), objective, optimizer, precision)
+        terms = training_step(
+            model, encode_batch(raw, model.config, torch_device), objective, optimizer, precision
+        )
         if optimisation.schedule == "one_cycle":
             scheduler.step()
         return terms
 
-    batches = optimisation.epochs * len(loader)
-    with progress_bar("training", batches, len(state.history) * len(loader) + len(state.losses)) as bar:
+    total_steps = optimisation.epochs * len(loader)
+    with progress_bar("training", total_steps, len(state.history) * len(loader) + len(state.losses)) as bar:
         for epoch in range(len(state.history) + 1, optimisation.epochs + 1):
-            started = time.perf_counter()
+            start = time.perf_counter()
             bar.set_description(f"epoch {epoch} of {optimisation.epochs}")
             row = state.begin_epoch(epoch, scheduler.get_last_lr()[-1])
             loader.batch_sampler.start(epoch, skip=len(state.losses))  # `losses`: one per finished batch
-            row |= _columns("train", train_epoch(model, step, loader, state, bar))
+            row |= _loss_columns("train", train_epoch(model, step, loader, state, bar))
             if optimisation.schedule == "cosine":
                 scheduler.step()
             scored = None
@@ -259,7 +261,7 @@ def fit(
                 bar.set_description(f"epoch {epoch} of {optimisation.epochs}, validating")
                 batch_size = loader.batch_sampler.batch_size
                 scored = evaluate(model, valid, batch_size, precision=precision, loss=objective)
-            row |= describe_validation(scored) | {"seconds": time.perf_counter() - started}
+            row |= describe_validation(scored) | {"seconds": time.perf_counter() - start}
             if optimisation.keeps(row, state.history):
                 state.keep(model, row, scored)
             state.end_epoch(row)
@@ -300,14 +302,14 @@ def train_epoch(
         FloatingPointError: if a loss or a weight is not finite.
     """
     model.train()
-    words = bar.desc.removesuffix(": ")
+    description = bar.desc.removesuffix(": ")
     names = loader.dataset.samples.names
     # image positions of the batches of this call; earlier losses were checked before they were saved
     positions: list[torch.Tensor] = []
     for raw in loader:
         state.losses.append(step(raw))
         positions.append(raw.position)
-        bar.set_description(f"{words}, batch {len(state.losses)} of {len(loader)}", refresh=False)
+        bar.set_description(f"{description}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
         if (len(positions) - 1) % FINITE_STEPS == 0:  # also after the first step, to show memory use
             _check_finite(model, state.losses, positions, names)
@@ -327,13 +329,15 @@ def _check_finite(
     if not positions:
         return
     losses = losses[-len(positions) :]
-    wrong = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist()
-    finite = torch.stack([weights.isfinite().all() for weights in model.parameters()]).all()
-    if wrong or not finite:
-        batch = wrong[0] if wrong else -1
-        found = f"training loss: found {losses[batch][0].item()}" if wrong else "weights: found nan or inf"
+    nonfinite = (~torch.stack(losses)[:, 0].isfinite()).nonzero().flatten().tolist()
+    has_finite_weights = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
+    if nonfinite or not has_finite_weights:
+        batch = nonfinite[0] if nonfinite else -1
+        problem = (
+            f"training loss: found {losses[batch][0].item()}" if nonfinite else "weights: found nan or inf"
+        )
         raise FloatingPointError(
-            f"{found}, expected a number, for the batch of the images "
+            f"{problem}, expected a number, for the batch of the images "
             f"{', '.join(names[positions[batch].numpy()])}. last.pt and best.pt, where they exist, are from "
             "before it. Check these images; if they are fine, lower learning_rate or use precision fp32"
         )
@@ -342,17 +346,17 @@ def _check_finite(
 def describe_validation(scored: Evaluation | None) -> dict[str, float]:
     """Return the validation columns of a history row; they are NaN without validation images."""
     if scored is None:
-        return _columns("valid", [math.nan] * len(Losses._fields)) | {
+        return _loss_columns("valid", [math.nan] * len(Losses._fields)) | {
             "valid_miou": math.nan,
             "valid_pixel_acc": math.nan,
         }
-    return _columns("valid", scored.losses) | {
+    return _loss_columns("valid", scored.losses) | {
         "valid_miou": mean_iou(scored.counts),
         "valid_pixel_acc": pixel_accuracy(scored.counts),
     }
 
 
-def _columns(prefix: str, terms: list[float]) -> dict[str, float]:
+def _loss_columns(prefix: str, terms: list[float]) -> dict[str, float]:
     """Return loss columns of a history row: the total, such as `train_loss`, and each unweighted term."""
     names = [f"{prefix}_{'loss' if name == 'total' else name}" for name in Losses._fields]
     return dict(zip(names, terms, strict=True))

@@ -73,32 +73,32 @@ def open_run(
             f"{LONGEST_NAME} bytes"
         )
     run = runs_folder() / run_name
-    saved = {name: value for name, value in parameters.items() if name != "resume"}
-    saved |= weights_digests(parameters)
-    for name, value in itertools.chain(*((loaded.loaded_with or {}).items() for loaded in samples)):
-        if saved.get(name, value) != value:
+    run_parameters = {name: value for name, value in parameters.items() if name != "resume"}
+    run_parameters |= weights_digests(parameters)
+    for name, value in itertools.chain(*((split.loaded_with or {}).items() for split in samples)):
+        if run_parameters.get(name, value) != value:
             raise ValueError(
-                f"{name}: is {saved[name]!r} now, but the samples were loaded with {value!r}; run the cell "
-                "that loads the data again, and then this one"
+                f"{name}: is {run_parameters[name]!r} now, but the samples were loaded with {value!r}; run "
+                "the cell that loads the data again, and then this one"
             )
     if resume:
-        _check_resumable(run, saved)
+        _check_resumable(run, run_parameters)
     with hold_run(run):
-        older = None if resume else _set_aside(run)
+        archived = None if resume else _archive_run(run)
         run.mkdir(exist_ok=True)
-        if not _is_begun(run):
-            write_json(saved | _record(), run / "parameters.json")
+        if not _has_progress(run):
+            write_json(run_parameters | _collect_metadata(), run / "parameters.json")
             _write_images(run, samples)
         try:
             yield run
         except BaseException:
-            if older is not None and not _is_begun(run):
+            if archived is not None and not _has_progress(run):
                 shutil.rmtree(run)
-                older.rename(run)
+                archived.rename(run)
             raise
 
 
-def _is_begun(run: Path) -> bool:
+def _has_progress(run: Path) -> bool:
     """Whether any training progress has been saved."""
     return run_state(run).trained or (run / "last.pt").exists()
 
@@ -106,9 +106,9 @@ def _is_begun(run: Path) -> bool:
 def _write_images(run: Path, samples: Sequence[Samples]) -> None:
     """Save the names of the training and validation images, in case the data set changes later."""
     if len(samples) == 2 and samples[0].loaded_with is not None:
-        train, valid = (one.names.tolist() for one in samples)
-        chosen = {"validation": samples[0].loaded_with["chosen_validation"], "train": train, "valid": valid}
-        write_json(chosen, run / "images.json")
+        train, valid = (split.names.tolist() for split in samples)
+        images = {"validation": samples[0].loaded_with["chosen_validation"], "train": train, "valid": valid}
+        write_json(images, run / "images.json")
 
 
 def read_images(run: Path) -> dict:
@@ -116,14 +116,14 @@ def read_images(run: Path) -> dict:
     return read_json(run / "images.json") if (run / "images.json").exists() else {}
 
 
-def _record() -> dict[str, object]:
+def _collect_metadata() -> dict[str, object]:
     """Return the commit, whether the working tree was unchanged, and the processor; None if unknown."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
-    recorded = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
+    metadata = {"commit": None, "tree_unchanged": None, "processor": describe_processor()}
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        recorded |= {"commit": commit.removesuffix("-dirty"), "tree_unchanged": not commit.endswith("-dirty")}
-    return recorded
+        metadata |= {"commit": commit.removesuffix("-dirty"), "tree_unchanged": not commit.endswith("-dirty")}
+    return metadata
 
 
 def weights_digests(parameters: dict) -> dict[str, str]:
@@ -136,17 +136,17 @@ def weights_digests(parameters: dict) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest is not None}
 
 
-def _set_aside(run: Path) -> Path | None:
+def _archive_run(run: Path) -> Path | None:
     """Move an existing run to `older/` and return its new path, or None if there is no run.
 
     The new name contains the time of the folder's last change.
     """
     if not run.exists():
         return None
-    finished = datetime.datetime.fromtimestamp(run.stat().st_mtime)
-    older = run.parent / "older" / f"{run.name}.{finished:%Y-%m-%dT%H-%M-%S.%f}"
-    older.parent.mkdir(exist_ok=True)
-    return run.rename(older)
+    modified = datetime.datetime.fromtimestamp(run.stat().st_mtime)
+    archived = run.parent / "older" / f"{run.name}.{modified:%Y-%m-%dT%H-%M-%S.%f}"
+    archived.parent.mkdir(exist_ok=True)
+    return run.rename(archived)
 
 
 def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
@@ -156,24 +156,24 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
             "False"
         )
     saved = read_parameters(run)
-    same_file = [  # their paths may differ
+    unchanged_weights = [  # their paths may differ
         name for name in WEIGHTS if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
     ]
-    differing = [
+    changed = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *RECORDED, *same_file)
+        if name not in (*MAY_CHANGE, *RECORDED, *unchanged_weights)
         and name not in ("device", "precision")  # `Checkpoint.restore` checks what `auto` selected
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
-    if differing:
+    if changed:
         hint = ""
         if saved.get("epochs") != parameters.get("epochs"):
             hint = (
                 "; epochs can't change, because the learning rates of all epochs were scheduled at the start"
             )
         raise ValueError(
-            f"resume: {run.name!r} was started with {', '.join(differing)}; resume it with its own "
+            f"resume: {run.name!r} was started with {', '.join(changed)}; resume it with its own "
             f"parameters, or start another run_name with resume False{hint}"
         )
 

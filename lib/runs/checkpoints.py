@@ -38,9 +38,9 @@ class Checkpoint:
         self.history: list[dict] = []
         self.row: dict = {}
         self.losses: list[torch.Tensor] = []
-        self._made_of: dict = {}
-        self._kept: tuple[nn.Module, dict, Evaluation | None] | None = None
-        self._saved = time.monotonic()
+        self._fingerprint: dict = {}
+        self._pending: tuple[nn.Module, dict, Evaluation | None] | None = None
+        self._last_save = time.monotonic()
 
     def restore(self, made_of: dict) -> None:
         """Load the state from `last.pt`, if that file exists.
@@ -52,15 +52,15 @@ class Checkpoint:
             ValueError: if the device, precision or data have changed since the run was started.
             CheckpointError: if the file can't be read.
         """
-        self._made_of = made_of
+        self._fingerprint = made_of
         path = self.run / "last.pt"
         if not path.exists():
             return
         saved = load_checkpoint(path, "cpu", (*self.stateful, "rng", "progress"))
         progress = saved["progress"]
-        _check_made_of(self.run.name, progress, made_of)
-        for name, owner in self.stateful.items():
-            owner.load_state_dict(saved[name])
+        _check_fingerprint(self.run.name, progress, made_of)
+        for name, component in self.stateful.items():
+            component.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng"][1], self.device)
@@ -81,11 +81,11 @@ class Checkpoint:
 
     def keep(self, model: nn.Module, row: dict, scored: Evaluation | None) -> None:
         """Copy this epoch's network and scores for the next `save`."""
-        self._kept = copy.deepcopy(model).cpu(), row, scored
+        self._pending = copy.deepcopy(model).cpu(), row, scored
 
     def is_due(self) -> bool:
         """Whether more than `CHECKPOINT_SECONDS` have passed since the last `save`."""
-        return time.monotonic() - self._saved > CHECKPOINT_SECONDS
+        return time.monotonic() - self._last_save > CHECKPOINT_SECONDS
 
     def save(self) -> None:
         """Save the state to disk.
@@ -93,20 +93,20 @@ class Checkpoint:
         Raises:
             OSError: if a file can't be written; earlier files are intact.
         """
-        if self._kept is not None:
-            model, row, scored = self._kept
+        if self._pending is not None:
+            model, row, scored = self._pending
             save_model(model, self.run / "best.pt")
             write_scores(self.run, row, scored)
-            self._kept = None
+            self._pending = None
         if self.history:
             write_history(self.run, self.history)
         rng = [torch.get_rng_state()]
         if self.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state(self.device))
-        progress = {"history": self.history, "row": self.row, "losses": self.losses} | self._made_of
-        state = {name: owner.state_dict() for name, owner in self.stateful.items()}
+        progress = {"history": self.history, "row": self.row, "losses": self.losses} | self._fingerprint
+        state = {name: component.state_dict() for name, component in self.stateful.items()}
         save_checkpoint(state | {"rng": rng, "progress": progress}, self.run / "last.pt")
-        self._saved = time.monotonic()
+        self._last_save = time.monotonic()
 
     def finish(self) -> None:
         """Delete `last.pt`, because a finished run is not resumed."""
@@ -120,27 +120,28 @@ def fingerprint(computed: str, train: Samples, valid: Samples) -> dict[str, obje
 
 def _checksums(samples: Samples, split: str) -> dict[str, int]:
     """Return the CRC-32 of each sample's arrays (RGB, depth, label, measured), keyed by `split/name`."""
-    kinds = (samples.image, samples.depth, samples.label, samples.measured)
-    by_image = zip(*(array for array in kinds if array is not None), strict=True)
+    fields = (samples.image, samples.depth, samples.label, samples.measured)
+    by_image = zip(*(array for array in fields if array is not None), strict=True)
     sums = (zlib.crc32(b"".join(array.tobytes() for array in arrays)) for arrays in by_image)
     return {f"{split}/{name}": checksum for name, checksum in zip(samples.names.tolist(), sums, strict=True)}
 
 
-def _check_made_of(run_name: str, saved: dict, made_of: dict) -> None:
-    if saved["computed"] != made_of["computed"]:
+def _check_fingerprint(run_name: str, saved: dict, current: dict) -> None:
+    if saved["computed"] != current["computed"]:
         raise ValueError(
             f"resume: {run_name!r} was trained on {saved['computed']}, but here it would continue on "
-            f"{made_of['computed']}; use the same device and precision as before, on a machine that has "
+            f"{current['computed']}; use the same device and precision as before, on a machine that has "
             "them, or start another run_name with resume False"
         )
-    old, new = saved["data"], made_of["data"]
+    old, new = saved["data"], current["data"]
     changed = {name for name, _ in old.items() ^ new.items()}
     if changed:
         name = min(changed)
-        how = "is new"
+        change = "is new"
         if name in old:
-            how = "is not the same" if name in new else "is missing now"
+            change = "is not the same" if name in new else "is missing now"
         raise ValueError(
             f"resume: the data of {run_name!r} changed since it was started: {len(changed)} images, the "
-            f"first is {name!r}, which {how}; restore the data, or start another run_name with resume False"
+            f"first is {name!r}, which {change}; restore the data, or start another run_name with "
+            "resume False"
         )

@@ -9,7 +9,7 @@ from lib.classes import escape_html
 from lib.files import read_json, write_text
 from lib.runs import read_history, read_parameters, read_scores
 
-RISING = 0.01  # train for longer if mIoU rose by more in the last quarter of the epochs
+MIN_RISE = 0.01  # train for longer if mIoU rose by more in the last quarter of the epochs
 REPORTED_EPOCHS = 5  # the report shows epochs 1, 5, 10, ..., the best and the last
 
 
@@ -47,26 +47,26 @@ def summarise(run: Path) -> str:
     if "class_iou" not in scores:
         return f"Trained for {epochs} epochs; there are no validation images, so the last epoch is kept."
     ranked = pd.Series(scores["class_iou"], dtype=float).dropna().sort_values(ascending=False, kind="stable")
-    few = max(1, min(3, len(ranked) // 2))
-    named = [f"{name} ({value:.2f})" for name, value in ranked.items()]
+    shown_count = max(1, min(3, len(ranked) // 2))
+    entries = [f"{name} ({value:.2f})" for name, value in ranked.items()]
     kept = "the last" if read_parameters(run).get("checkpoint") == "last" else "the best"
     return (
         f"Epoch {scores['best_epoch']} of {epochs} is {kept}: validation **mIoU {scores['valid_miou']:.3f}** "
         f"(chance level {scores['chance_miou']:.3f}) "
         f"{describe_classes(pd.Series(scores['class_iou'], dtype=float))}, and pixel accuracy "
-        f"{scores['valid_pixel_acc']:.3f}. {_describe_rise(history.valid_miou)}Best classes: "
-        f"{', '.join(named[:few])}. Worst classes: {', '.join(named[-few:])}."
+        f"{scores['valid_pixel_acc']:.3f}. {_describe_trend(history.valid_miou)}Best classes: "
+        f"{', '.join(entries[:shown_count])}. Worst classes: {', '.join(entries[-shown_count:])}."
     )
 
 
-def _describe_rise(miou: pd.Series) -> str:
+def _describe_trend(miou: pd.Series) -> str:
     """Describe the change in mIoU over the last quarter of the epochs and whether to train for longer."""
-    last = -(-len(miou) // 4)
-    if last == len(miou):
+    window = -(-len(miou) // 4)
+    if window == len(miou):
         return ""
-    rise = miou.iloc[-1] - miou.iloc[-1 - last]
-    advice = ": train for more epochs before you judge the recipe" if rise > RISING else ""
-    span = f"last {last} epochs" if last > 1 else "last epoch"
+    rise = miou.iloc[-1] - miou.iloc[-1 - window]
+    advice = ": train for more epochs before you judge the recipe" if rise > MIN_RISE else ""
+    span = f"last {window} epochs" if window > 1 else "last epoch"
     return f"In the {span} the mIoU changed by {rise:+.3f}{advice}. "
 
 
@@ -96,10 +96,10 @@ def _progression(history: pd.DataFrame, best_epoch: int) -> str:
     return _table(history.assign(epoch=epochs).loc[shown, columns].set_index("epoch"), ".4f")
 
 
-def _table(scores: pd.DataFrame, form: str) -> str:
+def _table(scores: pd.DataFrame, float_format: str) -> str:
     """Format a Markdown table; missing scores, such as classes not in the ground truth, become dashes."""
     cells = scores.map(_escape_cell).rename(index=_escape_cell, columns=_escape_cell)
-    return cells.astype(object).where(cells.notna(), None).to_markdown(floatfmt=form, missingval="-")
+    return cells.astype(object).where(cells.notna(), None).to_markdown(floatfmt=float_format, missingval="-")
 
 
 def _escape_cell(value: object) -> object:
@@ -113,15 +113,15 @@ def _evaluation_section(split: str, scores: dict) -> str:
         f"## Evaluation on split {split}\n\n{scores['images']} images of {scores['data']}, at their own size"
     )
     if not scores["labelled"]:
-        how = f" with tta {scores['tta']}" if "tta" in scores else ""
-        return f"{text}, predicted{how}; their labels are held back."
+        suffix = f" with tta {scores['tta']}" if "tta" in scores else ""
+        return f"{text}, predicted{suffix}; their labels are held back."
     overall = pd.DataFrame({name: scores[name] for name in ("plain", "augmented") if name in scores})
     by_class = pd.DataFrame(scores["classes"]).T
-    digits = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
+    float_formats = ["", *(".0f" if name == "images" else ".3f" for name in by_class)]
     return (
         f"{text}: mIoU {scores['plain']['miou']:.4f} over {scores['plain']['averaged_classes']} classes "
         f"({describe_interval(*scores['intervals']['plain'], scores['scenes'])}).\n\n"
-        f"{_table(overall.drop('averaged_classes'), '.4f')}\n\n{_table(by_class, digits)}"
+        f"{_table(overall.drop('averaged_classes'), '.4f')}\n\n{_table(by_class, float_formats)}"
     )
 
 
@@ -130,7 +130,7 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
 
     If `scenes` is None, scenes are unknown and images are treated as independent.
     """
-    over = (
+    units = (
         "images treated as independent, because their scenes are unknown"
         if scenes is None
         else f"{scenes} scenes"
@@ -143,4 +143,4 @@ def describe_interval(low: float | None, high: float | None, scenes: int | None)
                 "name,scene"
             )
         return f"no interval: too few {'images' if scenes is None else f'scenes, {scenes}'}"
-    return f"95 % interval {low:.3f} to {high:.3f} over {over}"
+    return f"95 % interval {low:.3f} to {high:.3f} over {units}"

@@ -9,7 +9,7 @@ Three tests answer different questions:
 New scenes are scenes of the same kind. Images of one scene are correlated, so the sampling unit is the scene.
 IoU is computed from counts pooled over all images. The mIoU averages the classes in the ground truth, which
 are the same on both sides. Differences are b minus a. With fewer than 6 scenes, the checkpoint and recipe
-tests give no result: p-values and intervals are NaN, unless the runs of a recipe test do not vary at all.
+tests give no result: p-values and intervals are NaN.
 """
 
 from dataclasses import dataclass, replace
@@ -410,7 +410,7 @@ def _satterthwaite(
 ) -> tuple[Array, Array]:
     """Return standard errors `(K,)` and Satterthwaite degrees of freedom `(K,)` from variance components.
 
-    The degrees of freedom are NaN if nothing varies.
+    The degrees of freedom are NaN if nothing varies. Both are NaN with fewer than 6 scenes.
 
     Args:
         seed_variances: `(sides, K)` variance due to seeds of each side's mean; one side if paired.
@@ -420,9 +420,8 @@ def _satterthwaite(
     """
     total = seed_variances.sum(0) + scene_variances
     denominator = (seed_variances**2 / (runs - 1)).sum(0) + scene_variances**2 / scene_degrees
-    return np.sqrt(total), np.divide(
-        total**2, denominator, where=denominator != 0, out=np.full_like(total, np.nan)
-    )
+    error = np.where(np.isnan(scene_degrees), np.nan, np.sqrt(total))
+    return error, np.divide(total**2, denominator, where=denominator != 0, out=np.full_like(total, np.nan))
 
 
 def _interval(

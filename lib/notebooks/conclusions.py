@@ -250,7 +250,8 @@ def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) ->
     If `paired`, there are two recipes, and their runs form pairs in the given order.
 
     Returns:
-        The spread; None if fewer than two recipes have two runs, or if nothing varies.
+        The spread; None if fewer than two recipes have two runs, there are fewer than 6 scenes, or nothing
+        varies.
     """
     sides = [runs for runs in recipes.values() if len(runs) > 1]
     tests = [_compare_recipes(*pair, paired) for pair in itertools.combinations(sides, 2)]

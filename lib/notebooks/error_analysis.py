@@ -1,5 +1,6 @@
 """Error analysis: count the errors of a run in one pass of the model and plot the counts."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -120,7 +121,9 @@ def _depth_errors(batch: Predicted) -> np.ndarray:
 def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
     """Tabulate the most costly confusions, each with the code that shows its images in the browser."""
     table = rank_confusions(errors.confusion, errors.classes).head(count)
-    table["open"] = [f'browser.choose("{confusion}")' for confusion in table.index]
+    table["open"] = [
+        f"browser.choose({json.dumps(confusion, ensure_ascii=False)})" for confusion in table.index
+    ]
     formats = {"cost": "{:.4f}", "pixels": "{:,}", "share": lambda share: percent(share, 1)}
     return table.style.format(formats).set_properties(subset=["open"], **{"font-family": "monospace"})
 

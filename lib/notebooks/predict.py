@@ -97,7 +97,7 @@ def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
     Raises:
         ValueError: `predict_images` did not write the mask.
     """
-    with Image.open(path) as mask:
+    with Image.open(path, formats=["PNG"]) as mask:
         if CONFIDENCE not in mask.text:
             raise ValueError(
                 f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or "

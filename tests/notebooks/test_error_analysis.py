@@ -1,3 +1,4 @@
+import ast
 from dataclasses import replace
 
 import numpy as np
@@ -193,9 +194,12 @@ def test_advice_depends_on_the_most_costly_confusion(where, words):
 
 
 def test_confusion_table_includes_the_code_that_opens_each_row():
-    shown = show_confusions(made_up(), 3)
+    errors = made_up()
+    names = ('12" screen', *errors.classes[1:])  # a quotation mark in a class name
+    shown = show_confusions(replace(errors, classes=names), 3)
     assert len(shown.data) == 3
-    assert shown.data.open.iloc[0] == f'browser.choose("{shown.data.index[0]}")'
+    called = [ast.parse(code).body[0].value.args[0].value for code in shown.data.open]
+    assert called == shown.data.index.tolist()
     assert " %" in shown.to_html()
 
 

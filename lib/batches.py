@@ -19,7 +19,7 @@ from lib.model import ModelConfig
 from lib.options import check_options
 
 SHARED_MEMORY = Path("/dev/shm")
-PATIENCE_SECONDS = 300  # timeout for a batch from a worker
+WORKER_TIMEOUT_SECONDS = 300  # timeout for a batch from a worker
 
 
 class RawBatch(NamedTuple):
@@ -176,7 +176,7 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         )
 
 
-def _zoom(applied_transforms: list[tuple[str, dict]]) -> float:
+def zoom_factor(applied_transforms: list[tuple[str, dict]]) -> float:
     """Return the factor by which the applied transforms enlarge the image."""
     for name, parameters in applied_transforms:
         if name == "Affine":
@@ -231,7 +231,7 @@ class TrainingSet(Dataset):
                 transform.set_random_seed(seed)
             arrays = self.augmentation(**arrays)
             # objects enlarged by a zoom look nearer
-            arrays["depth"] = cv2.multiply(arrays["depth"], 1 / _zoom(arrays["applied_transforms"]))
+            arrays["depth"] = cv2.multiply(arrays["depth"], 1 / zoom_factor(arrays["applied_transforms"]))
         depth = arrays["depth"]
         measured = arrays["measured"].view(bool) if "measured" in arrays else depth > 0
         return arrays["image"], depth, arrays["mask"] - np.uint8(1), measured, np.int64(position)
@@ -310,7 +310,7 @@ def training_loader(
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
         collate_fn=stack_items,
         num_workers=num_workers,
-        timeout=PATIENCE_SECONDS if num_workers else 0,
+        timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         persistent_workers=num_workers > 0,
         multiprocessing_context="fork" if use_fork else None,  # forked workers share the arrays
         worker_init_fn=_init_worker,

@@ -1,7 +1,7 @@
 """Class sets: class names in index order. The class set is a property of the data."""
 
 IGNORE_INDEX = 255
-MOST_CLASSES = IGNORE_INDEX  # labels are uint8, and 255 is the ignore index
+MAX_CLASSES = IGNORE_INDEX  # labels are uint8, and 255 is the ignore index
 
 NYUV2_13 = (
     "bed", "books", "ceiling", "chair", "floor", "furniture", "objects",

@@ -35,7 +35,7 @@ def choose_device(device: str) -> torch.device:
     Raises:
         ValueError: if the device is not available.
     """
-    usable = [] if device == "cpu" else [gpu for gpu, problem in _gpus().items() if problem is None]
+    usable = [] if device == "cpu" else [gpu for gpu, problem in _probe_gpus().items() if problem is None]
     available = ["auto", *usable, "cpu"]
     if usable:
         available.insert(1, "cuda")
@@ -54,7 +54,7 @@ def choose_device(device: str) -> torch.device:
 
 
 @functools.cache
-def _gpus() -> dict[str, str | None]:
+def _probe_gpus() -> dict[str, str | None]:
     """Try each NVIDIA GPU, and map its name to None if torch can use it, otherwise to the reason why not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # _describe_unused_gpu reports a driver or a GPU that is too old
@@ -121,7 +121,7 @@ def _describe_unused_gpu() -> str:
     """Return a line that explains why an installed GPU is not used, or an empty string."""
     if torch.backends.mps.is_available():
         return "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
-    unusable = [(gpu, problem) for gpu, problem in _gpus().items() if problem]
+    unusable = [(gpu, problem) for gpu, problem in _probe_gpus().items() if problem]
     if unusable:
         gpu, problem = unusable[0]
         reason = (

@@ -29,7 +29,7 @@ VIEWS = {
 }
 MAX_SCORES_BYTES = 2**28  # class scores per chunk at native size; averaging views takes four times as much
 MAX_STRATA_CLASSES = 60  # with more classes, confusion matrices by scene and stratum would fill the memory
-BATCH_PIXELS = 2**24  # maximum per batch: one image of 12 megapixels, or 54 of 480x640
+MAX_BATCH_PIXELS = 2**24  # maximum per batch: one image of 12 megapixels, or 54 of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
 
@@ -147,7 +147,7 @@ def predict(
         check_same_classes(model.config.classes, chunk.classes, "the network", "the data")
         step = batch_size
         if loss is None:  # losses are averaged over batches of exactly `batch_size`
-            step = max(1, min(batch_size, BATCH_PIXELS // math.prod(chunk.size)))
+            step = max(1, min(batch_size, MAX_BATCH_PIXELS // math.prod(chunk.size)))
         for start in range(0, len(chunk), step):
             batch = chunk[start : start + step]
             check_depth(model.config, batch)

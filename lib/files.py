@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def hold_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
+def lock_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
     """Lock a run for this process until the block ends.
 
     The lock of a process that was just killed may persist for a moment; `wait_seconds` allows for this.

@@ -91,13 +91,13 @@ class SegmentationDepthNet(nn.Module):
     for Semantic Image Segmentation", ECCV 2018) from segmentation-models-pytorch. The depth head is a 3x3
     convolution on the output of the decoder, upsampled like the segmentation head.
 
-    `started_anew` maps each layer or head that `init_from` could not copy to its number of parameters.
+    `reinitialised` maps each layer or head that `init_from` could not copy to its number of parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.started_anew: dict[str, int] = {}
+        self.reinitialised: dict[str, int] = {}
         self.net = smp.create_model(
             config.architecture,
             config.encoder,
@@ -204,7 +204,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     In the first layer, filters of channels that both networks have are copied. Filters of new channels are
     set to zero, so that they have no effect at first. If the networks have no channel in common, the first
     layer keeps its initial weights. So do the segmentation head if the classes differ, and the depth head if
-    the trained network has none. `model.started_anew` lists the parts that keep their initial weights.
+    the trained network has none. `model.reinitialised` lists the parts that keep their initial weights.
 
     Raises:
         ValueError: if encoder or architecture differ, or other weights don't match.
@@ -227,7 +227,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
         )
     else:
         source[first_layer] = target[first_layer]
-        model.started_anew["first layer"] = target[first_layer].numel()
+        model.reinitialised["first layer"] = target[first_layer].numel()
     if trained.config.classes != model.config.classes:
         source = {
             name: tensor for name, tensor in source.items() if not name.startswith("net.segmentation_head.")
@@ -242,7 +242,7 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     model.config = replace(model.config, rgb_mean=trained.config.rgb_mean, rgb_std=trained.config.rgb_std)
     for name in uncopied:
         module_name = name.removeprefix("net.").split(".")[0].replace("_", " ")
-        model.started_anew[module_name] = model.started_anew.get(module_name, 0) + target[name].numel()
+        model.reinitialised[module_name] = model.reinitialised.get(module_name, 0) + target[name].numel()
 
 
 def _match_channels(
@@ -285,14 +285,14 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Segmenta
     return model.to(device).eval()
 
 
-def is_file(weights: str | None) -> bool:
+def is_weights_file(weights: str | None) -> bool:
     """Whether weights are given as a file path, not as a name."""
     return weights is not None and Path(weights).suffix in (".pth", ".pt", ".bin", ".safetensors")
 
 
 def weights_digest(weights: str | Path | None) -> str | None:
     """Return the SHA-256 of a weights file, whatever its path, or None for a name or a missing file."""
-    if not is_file(weights) or not Path(weights).expanduser().exists():
+    if not is_weights_file(weights) or not Path(weights).expanduser().exists():
         return None
     return hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest()
 
@@ -308,10 +308,10 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
     """
     name = encoder.removeprefix("tu-").removeprefix("timm-")
     name = TIMM_NAMES.get(name, name)
-    if encoder.startswith("tu-") or (is_file(encoder_weights) and timm.is_model(name)):
+    if encoder.startswith("tu-") or (is_weights_file(encoder_weights) and timm.is_model(name)):
         config = get_pretrained_cfg(name)
         return tuple(config.mean), tuple(config.std)
-    if is_file(encoder_weights):
+    if is_weights_file(encoder_weights):
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     with _explain_download_errors(encoder_weights, encoder):
         config = get_preprocessing_params(encoder, encoder_weights)
@@ -337,7 +337,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
         RuntimeError: if the weights can't be downloaded.
         CheckpointError: if the file is missing or damaged, or does not match the whole encoder.
     """
-    if is_file(encoder_weights):
+    if is_weights_file(encoder_weights):
         path = Path(encoder_weights).expanduser()
         _load_into_encoder(encoder, _read_weights(path), path)
         return

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
 FOLDS = 5
-OLDER_NAMES = {  # remove after the first tagged release
+RENAMED_PARAMETERS = {  # remove after the first tagged release
     "part": "split",
     "parts": "splits",
     "split": "validation",
@@ -20,7 +20,7 @@ OLDER_NAMES = {  # remove after the first tagged release
     "other": "compare_with",
     "where": "cluster",
 }
-_OLDER_VALUES = {"given": "predefined", "official": "none"}  # older values of validation
+_RENAMED_VALUES = {"given": "predefined", "official": "none"}  # older values of validation
 
 
 class Range(NamedTuple):
@@ -110,15 +110,15 @@ def check_choice(parameter: str, value: object, choices: Collection) -> None:
     alternative = {"split": "validation", "validation": "split"}.get(parameter)
     if alternative and value in OPTIONS[alternative]:
         hint = f"; did you mean {alternative}: {value}?"
-    elif alternative and str(value) in _OLDER_VALUES:
-        hint = f"; it is called validation: {_OLDER_VALUES[value]} now"
+    elif alternative and str(value) in _RENAMED_VALUES:
+        hint = f"; it is called validation: {_RENAMED_VALUES[value]} now"
     raise ValueError(f"{parameter}: found {value!r}, expected one of {', '.join(map(str, choices))}{hint}")
 
 
 def explain_unknown(name: str, known: Collection[str]) -> str:
     """Return an error message for an unknown parameter or key, with its new name or the closest match."""
-    if OLDER_NAMES.get(name) in known:
-        return f"{name}: is called {OLDER_NAMES[name]} now"
+    if RENAMED_PARAMETERS.get(name) in known:
+        return f"{name}: is called {RENAMED_PARAMETERS[name]} now"
     matches = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {matches[0]}? " if matches else ""
     return f"{name}: no such parameter, {hint}there are: {', '.join(known)}"

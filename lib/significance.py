@@ -25,8 +25,8 @@ POWER = 0.8
 # has a type I error of 7 to 13 %.
 MIN_SCENES = 6
 MAX_EXACT_SCENES = 14  # up to this number, all 2^G permutations are enumerated
-SWAPS = 9_999  # random permutations with more scenes
-ROUNDING = 1e-12  # scores that differ by less count as equal
+RANDOM_PERMUTATIONS = 9_999  # random permutations with more scenes
+TOLERANCE = 1e-12  # scores that differ by less count as equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Sensitivity:
         It is about 0 if nothing varies, infinite with less than one degree of freedom, and NaN if there are
         fewer than 6 scenes.
         """
-        if not self.standard_error > ROUNDING:  # nothing varies, or NaN
+        if not self.standard_error > TOLERANCE:  # nothing varies, or NaN
             return self.standard_error
         if not self.degrees_of_freedom >= 1:  # scenes differ too much in size to detect anything
             return np.nan if np.isnan(self.degrees_of_freedom) else np.inf
@@ -58,7 +58,7 @@ class Sensitivity:
 
         It is NaN if nothing varies, or with fewer than 6 scenes.
         """
-        if not self.standard_error > ROUNDING:
+        if not self.standard_error > TOLERANCE:
             return np.nan
         noncentrality = abs(difference) / self.standard_error
         critical_value = stats.t.ppf(1 - LEVEL / 2 / (self.comparisons or 1), self.degrees_of_freedom)
@@ -428,16 +428,16 @@ def _interval(
     estimate: Array | float, error: Array | float, degrees: Array | float, comparisons: int = 1
 ) -> Array:
     """Return 95 % t intervals `(2, ...)`, Bonferroni-adjusted for the number of comparisons."""
-    margin = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < ROUNDING, 1, degrees)) * error
+    margin = stats.t.ppf(1 - LEVEL / 2 / comparisons, np.where(error < TOLERANCE, 1, degrees)) * error
     return np.stack((estimate - margin, estimate + margin))
 
 
 def _p_values(difference: Array, error: Array, degrees: Array) -> Array:
     """Return two-sided p-values `(K,)` of t tests; if nothing varies, 1 for no difference, else NaN."""
-    constant = error < ROUNDING
+    constant = error < TOLERANCE
     degrees = np.where(constant, 1, degrees)
     p_values = 2 * stats.t.sf(np.abs(difference) / np.where(constant, 1, error), degrees)
-    p_values[constant] = np.where(np.abs(difference[constant]) < ROUNDING, 1, np.nan)
+    p_values[constant] = np.where(np.abs(difference[constant]) < TOLERANCE, 1, np.nan)
     return p_values
 
 
@@ -452,10 +452,10 @@ def _permutation_test(totals_a: Array, totals_b: Array, observed: Array, seed: i
     if exact:
         permutations = np.indices((2,) * scenes).reshape(scenes, -1).T  # one per row; 1 swaps a scene
     else:
-        permutations = np.random.default_rng(seed).integers(0, 2, (SWAPS, scenes))
+        permutations = np.random.default_rng(seed).integers(0, 2, (RANDOM_PERMUTATIONS, scenes))
     shift = np.tensordot(permutations.astype(float), totals_b - totals_a, 1)
     permuted = _scores(totals_b.sum(0) - shift) - _scores(totals_a.sum(0) + shift)
-    extreme = (np.abs(permuted) >= np.abs(observed) - ROUNDING).sum(0)
+    extreme = (np.abs(permuted) >= np.abs(observed) - TOLERANCE).sum(0)
     return extreme / len(permutations) if exact else (1 + extreme) / (1 + len(permutations))
 
 
@@ -518,7 +518,7 @@ def _check_runs(name: str, runs_a: int, runs_b: int, paired: bool = False) -> No
 
 
 def _check_varies(name: str, difference: float, error: float) -> None:
-    if error < ROUNDING <= abs(difference):
+    if error < TOLERANCE <= abs(difference):
         raise ValueError(
             f"{name}: found a difference of {difference:.4g} between runs that do not vary, expected runs of "
             "different seeds; check whether one run was given twice"

@@ -33,7 +33,7 @@ from lib.runs import find_weights, read_history, run_state
 from lib.runs.checkpoints import Checkpoint, fingerprint
 from lib.runs.report import write_report
 
-FINITE_STEPS = 20  # steps between checks for non-finite losses; each check synchronises with the GPU
+FINITE_CHECK_INTERVAL = 20  # steps between checks for non-finite losses; each check synchronises with the GPU
 
 
 class Losses(NamedTuple):
@@ -311,7 +311,7 @@ def train_epoch(
         positions.append(raw.position)
         bar.set_description(f"{description}, batch {len(state.losses)} of {len(loader)}", refresh=False)
         bar.update()
-        if (len(positions) - 1) % FINITE_STEPS == 0:  # also after the first step, to show memory use
+        if (len(positions) - 1) % FINITE_CHECK_INTERVAL == 0:  # also after the first step, to show memory use
             _check_finite(model, state.losses, positions, names)
             loss = state.losses[-1][0].item()
             bar.set_postfix_str(f"loss {loss:.3f}, {describe_memory(state.device)}", refresh=False)

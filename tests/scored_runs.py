@@ -8,7 +8,7 @@ from conftest import history
 
 from lib.evaluation import Evaluation
 from lib.files import write_json
-from lib.runs import RECORDED, write_counts, write_history
+from lib.runs import METADATA, write_counts, write_history
 from lib.runs.results import ScoredRun
 
 CLASSES = ("floor", "wall", "chair")
@@ -58,7 +58,7 @@ def scored_run(
     A run has `DEFAULTS` updated by `parameters`; external predictions have only the parameters in `external`.
     `parameters` may include the group and what a run records (commit, tree_unchanged, processor).
     """
-    facts = {fact: parameters.pop(fact, None) for fact in ("group", *RECORDED)}
+    facts = {fact: parameters.pop(fact, None) for fact in ("group", *METADATA)}
     parameters = {"run_name": name} | (DEFAULTS | parameters if external is None else external)
     counts = some_counts() if counts is None else counts
     names = names_of(len(counts)) if names is None else names
@@ -83,7 +83,7 @@ def scored_folder(home: Path, name: str, counts: np.ndarray | None = None, **opt
     """Write the folder of a `scored_run`, without weights and predictions, and return its path."""
     run, folder = scored_run(name, counts, **options), home / name
     (folder / "evaluation").mkdir(parents=True)
-    write_json(run.parameters | {fact: getattr(run, fact) for fact in RECORDED}, folder / "parameters.json")
+    write_json(run.parameters | {fact: getattr(run, fact) for fact in METADATA}, folder / "parameters.json")
     if run.history is not None:
         write_history(folder, run.history.to_dict("records"))
     path = folder / "evaluation" / f"{run.split}.npz"

@@ -88,7 +88,7 @@ def kill_at(write: int, moment: str) -> None:
 
 if __name__ == "__main__":
     samples = small_samples()
-    checkpoints.CHECKPOINT_SECONDS = -1
+    checkpoints.SAVE_INTERVAL_SECONDS = -1
     for name, write, moment in zip(*(iter(sys.argv[1:]),) * 3, strict=True):
         if os.fork() == 0:  # each run is killed in its own process; all share the imports
             kill_at(int(write), moment)

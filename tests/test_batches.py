@@ -183,7 +183,7 @@ def test_zoom_divides_depth_by_its_factor(augment):
 @pytest.mark.parametrize("augment", ["exp061", "crops", "zooms"])
 def test_masks_are_not_shifted_relative_to_rgb(monkeypatch, augment):
     """RGB and depth contain the same ramps to the right and down, which must agree after any transform."""
-    monkeypatch.setattr("lib.batches._zoom", lambda applied: 1.0)  # don't rescale depth
+    monkeypatch.setattr("lib.batches.zoom_factor", lambda applied: 1.0)  # don't rescale depth
     down, right = np.mgrid[:192, :256].astype(np.uint8)
     image, unlabelled = np.stack((right, down, down), -1)[None], np.zeros((1, 192, 256), np.uint8)
     for channel, ramp in ((0, right), (1, down)):
@@ -343,7 +343,7 @@ def test_too_little_shared_memory_is_refused(scenes, monkeypatch):
 
 
 def test_worker_timeout_error_suggests_num_workers_0(scenes, monkeypatch):
-    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(batches, "WORKER_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, key: time.sleep(3))
     with pytest.raises(RuntimeError) as error:
         next(iter(training_loader(scenes, "none", 4, 1, seed=0)))

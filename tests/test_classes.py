@@ -1,11 +1,11 @@
 import pytest
 
-from lib.classes import MOST_CLASSES, NYUV2_13, NYUV2_40, check_same_classes
+from lib.classes import MAX_CLASSES, NYUV2_13, NYUV2_40, check_same_classes
 
 
 def test_nyuv2_class_sets_have_13_and_40_unique_names():
     for classes, count in ((NYUV2_13, 13), (NYUV2_40, 40)):
-        assert len(set(classes)) == len(classes) == count <= MOST_CLASSES
+        assert len(set(classes)) == len(classes) == count <= MAX_CLASSES
     assert NYUV2_13[1] == "books"
     assert NYUV2_13[9] == "table"
 

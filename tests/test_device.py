@@ -40,14 +40,14 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             lib_device, "_try_gpu", lambda gpu: NO_KERNELS if capability(gpu) == (7, 0) else None
         )
-        lib_device._gpus.cache_clear()
+        lib_device._probe_gpus.cache_clear()
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(lib_device, "_has_nvidia_gpu", lambda: False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         return current
 
     yield make
-    lib_device._gpus.cache_clear()
+    lib_device._probe_gpus.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_results_do_not_depend_on_batch_size(model, scenes, tta):
 
 
 def test_huge_images_do_not_shrink_later_batches(model, scenes, monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH_PIXELS", 4 * 96 * 128)
+    monkeypatch.setattr(evaluation, "MAX_BATCH_PIXELS", 4 * 96 * 128)
     huge = resize_samples(scenes[:2], (192, 256))
     batches = predict(model, [huge, scenes[2:9]], batch_size=8)
     assert [len(batch.samples) for batch in batches] == [1, 1, 4, 3]

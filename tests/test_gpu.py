@@ -109,7 +109,7 @@ def test_resumed_run_matches_an_uninterrupted_run(samples, device, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "SAVE_INTERVAL_SECONDS", -1)
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
         with pytest.raises(KeyboardInterrupt):

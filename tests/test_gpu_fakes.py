@@ -88,7 +88,7 @@ def test_training_step_has_no_operation_that_waits_for_a_gpu(monkeypatch, option
     """Covers encoding, forward, loss, backward, update, schedule. Only the Lovász loss waits, within smp."""
     real, watches = training.train_epoch, []
 
-    def watched(model, step, *others):
+    def with_progress(model, step, *others):
         def watched_step(raw):
             with Watch("cpu") as watch:
                 watches.append(watch)
@@ -96,9 +96,9 @@ def test_training_step_has_no_operation_that_waits_for_a_gpu(monkeypatch, option
 
         return real(model, watched_step, *others)
 
-    monkeypatch.setattr(training, "train_epoch", watched)
+    monkeypatch.setattr(training, "train_epoch", with_progress)
     monkeypatch.setattr(losses, "_check_labels", lambda *arguments: None)  # reads labels on a CPU only
-    train("watched", small_samples()[:10], held_out=2, epochs=1, **options)
+    train("with_progress", small_samples()[:10], held_out=2, epochs=1, **options)
     assert len(watches) == 2
     assert min(watch.calls for watch in watches) > 500
 

@@ -82,7 +82,7 @@ def trained(tmp_path):
 
 def test_init_from_copies_all_weights_of_an_equal_network(trained):
     old, new = load_model(trained), network(seed=2, inputs="rgbd", init_from=trained)
-    assert new.started_anew == {}
+    assert new.reinitialised == {}
     assert new.config == old.config
     for name, tensor in old.state_dict().items():
         torch.testing.assert_close(new.state_dict()[name], tensor, atol=0, rtol=0)
@@ -92,12 +92,12 @@ def test_other_classes_and_a_new_depth_head_start_anew(tmp_path):
     save_model(network(seed=1, depth_head=False), tmp_path / "best.pt")
     old = load_model(tmp_path / "best.pt")
     new = network(seed=2, classes=("a", "b", "c", "d"), init_from=tmp_path / "best.pt")
-    assert new.started_anew == {"segmentation head": 4 * 256 + 4, "depth head": 9 * 256 + 1}
+    assert new.reinitialised == {"segmentation head": 4 * 256 + 4, "depth head": 9 * 256 + 1}
     same = [name for name in old.state_dict() if "_head" not in name]
     for name in same:
         torch.testing.assert_close(new.state_dict()[name], old.state_dict()[name], atol=0, rtol=0)
     renamed = network(seed=2, classes=("a", "b", "d"), depth_head=False, init_from=tmp_path / "best.pt")
-    assert list(renamed.started_anew) == ["segmentation head"]  # same number of classes, but other names
+    assert list(renamed.reinitialised) == ["segmentation head"]  # same number of classes, but other names
 
 
 def test_filters_of_common_channels_are_copied_and_others_are_zero(trained):
@@ -130,7 +130,7 @@ def test_without_a_common_channel_the_first_layer_starts_anew(tmp_path):
     fresh = network(seed=2, inputs="depth")
     first, expected = (next(p for p in m.net.encoder.parameters() if p.ndim == 4) for m in (new, fresh))
     torch.testing.assert_close(first, expected, atol=0, rtol=0)
-    assert new.started_anew == {"first layer": first.numel()}
+    assert new.reinitialised == {"first layer": first.numel()}
 
 
 def test_init_from_refuses_incompatible_options(trained):

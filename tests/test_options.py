@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.data import load_samples
-from lib.options import OLDER_NAMES, OPTIONS, Range, check_choice, check_options, explain_unknown
+from lib.options import OPTIONS, RENAMED_PARAMETERS, Range, check_choice, check_options, explain_unknown
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -89,7 +89,7 @@ def test_parameters_are_checked_without_torch():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(("older", "newer"), OLDER_NAMES.items())
+@pytest.mark.parametrize(("older", "newer"), RENAMED_PARAMETERS.items())
 def test_older_name_is_explained_if_its_new_name_is_known(older, newer):
     assert explain_unknown(older, ["epochs", newer]) == f"{older}: is called {newer} now"
     assert explain_unknown(older, ["epochs"]).startswith(f"{older}: no such parameter, ")

@@ -12,10 +12,10 @@ from lib.data.images import open_images
 from lib.files import CheckpointError
 from lib.model import build_model, load_model, save_model, weights_digest
 from lib.notebooks.predict import predict_images
-from lib.notebooks.sweep import Finished, plan_runs
+from lib.notebooks.sweep import FinishedRuns, plan_runs
 from lib.runs import find_run
 from lib.runs.results import read_runs
-from lib.runs.scoring import find_scored, iterate_split, score_run
+from lib.runs.scoring import find_or_create_run, iterate_split, score_run
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_home_is_expanded_in_predictions_and_results(home, scenes):
     for path, label in zip(sorted((home / "train" / "label").iterdir()), scenes.label, strict=False):
         Image.fromarray(np.where(label == 255, 0, label)).save(path)
     (home / "dataset.yaml").write_text("first_label: 0")  # otherwise 0 between all other classes is an error
-    run = find_scored("latest", parameters["predictions"], parameters)
+    run = find_or_create_run("latest", parameters["predictions"], parameters)
     assert score_run(run, "train", iterate_split(parameters, "train"))["plain"]["pixel_accuracy"] == 1
     assert [scored.name for scored in read_runs("~/runs/external", "train")] == ["external"]
     assert [scored.name for scored in read_runs("all", "train", "~")] == ["external"]
-    assert Finished({}, "train", "~/results").folder == home / "results"
+    assert FinishedRuns({}, "train", "~/results").folder == home / "results"

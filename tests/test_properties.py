@@ -18,7 +18,7 @@ from PIL import Image
 from lib.classes import NYUV2_13
 from lib.data import iterate_samples, load_samples
 from lib.data.samples import DataError
-from lib.data.validation import FOLDS, number_runs, split_names
+from lib.data.validation import FOLDS, group_neighbouring_ids, split_names
 from lib.files import read_json, write_json
 from lib.notebooks.parameters import check_parameters
 from lib.training import check_options
@@ -175,15 +175,15 @@ def test_dataset_yaml_accepts_only_valid_class_lists(small_folder, classes, key)
 def test_folds_partition_images_without_splitting_runs(ids, step, order):
     """Runs of ids depend neither on a common step nor on the order."""
     names = [str(number) for number in sorted(ids)]
-    runs = number_runs(np.array(names))
-    stepped = number_runs(np.array([str(step * number) for number in sorted(ids)]))
+    runs = group_neighbouring_ids(np.array(names))
+    stepped = group_neighbouring_ids(np.array([str(step * number) for number in sorted(ids)]))
     if runs is None:
         assert stepped is None
         return
     np.testing.assert_array_equal(runs, stepped)
     assert (np.diff(runs) >= 0).all()
     positions = order.sample(range(len(names)), len(names))
-    np.testing.assert_array_equal(number_runs(np.array(names)[positions]), runs[positions])
+    np.testing.assert_array_equal(group_neighbouring_ids(np.array(names)[positions]), runs[positions])
     valid = [split_names(np.array(names), "blocks", fold=fold)[1] for fold in range(FOLDS)]
     assert sorted(np.concatenate(valid)) == list(range(len(names)))
     for fold in valid:

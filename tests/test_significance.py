@@ -513,7 +513,9 @@ def test_recipe_and_seed_tests_refuse_invalid_input(recipes, scene):
 @pytest.mark.parametrize("correlation", [0, 0.3, 0.6])
 def test_checkpoint_test_is_near_nominal_coverage_and_error_rate(scene, correlation, monkeypatch):
     """In 400 draws, 95 % intervals cover at least 90 % and the test rejects a true null in at most 9 %."""
-    monkeypatch.setattr(significance, "SWAPS", 999)  # still a test at level 0.05, but ten times as fast
+    monkeypatch.setattr(
+        significance, "RANDOM_PERMUTATIONS", 999
+    )  # still a test at level 0.05, but ten times as fast
     rng, true = np.random.default_rng([SEED, int(10 * correlation)]), true_difference(0.02)
     covered = rejected = 0
     for draw in range(DRAWS):

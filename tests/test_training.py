@@ -295,7 +295,7 @@ def test_nan_loss_raises_an_error_with_the_batch_images(samples, monkeypatch):
 
 def test_non_finite_weights_are_never_saved(samples, usual, monkeypatch):
     """The loss of an epoch's last step is finite, but its gradient is not."""
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "SAVE_INTERVAL_SECONDS", -1)
     real, steps = training.training_step, []
 
     def step(model, *arguments):
@@ -347,7 +347,7 @@ def test_run_can_be_resumed_after_out_of_memory(samples, usual, monkeypatch):
             )
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "SAVE_INTERVAL_SECONDS", -1)
     with monkeypatch.context() as patch:
         patch.setattr(training, "training_step", step)
         with pytest.raises(MemoryError) as error:
@@ -402,7 +402,7 @@ def test_fingerprint_detects_a_change_in_any_array(samples):
 def test_progress_bar_shows_batch_loss_memory_and_validation(samples, monkeypatch):
     said, postfixes = [], []
 
-    def watched(*arguments):
+    def with_progress(*arguments):
         bar = tqdm(total=arguments[1], file=io.StringIO())
         describe = bar.set_description
         monkeypatch.setattr(
@@ -410,10 +410,10 @@ def test_progress_bar_shows_batch_loss_memory_and_validation(samples, monkeypatc
         )
         return bar
 
-    monkeypatch.setattr(training, "progress_bar", watched)
-    monkeypatch.setattr(training, "FINITE_STEPS", 2)
+    monkeypatch.setattr(training, "progress_bar", with_progress)
+    monkeypatch.setattr(training, "FINITE_CHECK_INTERVAL", 2)
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, **_: postfixes.append((bar.n, text)))
-    (row,) = train("watched", samples, epochs=1)
+    (row,) = train("with_progress", samples, epochs=1)
     batches = [f"epoch 1 of 1, batch {batch} of 3" for batch in (1, 2, 3)]
     assert said == ["epoch 1 of 1", *batches, "epoch 1 of 1, validating", "epoch 1 of 1"]
     assert [step for step, _ in postfixes] == [1, 3]

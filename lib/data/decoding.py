@@ -63,13 +63,13 @@ def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
     return _decode_values(path, ("L", "P", *INTEGER_MODES), EXPECTED_LABEL)
 
 
-def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> np.ndarray:
+def decode_depth(path: Path, bits: str = "plain", allow_8_bit: bool = True) -> np.ndarray:
     """Decode a depth file to its `(H, W)` values, which may be floats in `.npy` and TIFF files.
 
     Args:
         path: the depth file.
         bits: `plain`, or `sun` to undo the bit rotation of SUN RGB-D.
-        takes_bytes: whether to accept 8-bit depth, which is useful only if its unit is known.
+        allow_8_bit: whether to accept 8-bit depth, which is useful only if its unit is known.
     """
     if path.suffix.lower() == ".npy":
         with _decoding(path):
@@ -78,7 +78,7 @@ def decode_depth(path: Path, bits: str = "plain", takes_bytes: bool = True) -> n
         depth = _decode_values(path, ("L", "F", *INTEGER_MODES), EXPECTED_DEPTH)
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise _error(path, f"{depth.dtype} of shape {depth.shape}", "numbers of shape (height, width)")
-    if depth.dtype.itemsize == 1 and not takes_bytes:
+    if depth.dtype.itemsize == 1 and not allow_8_bit:
         raise _error(
             path,
             "8 bits",

@@ -9,14 +9,14 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lib.classes import IGNORE_INDEX, MOST_CLASSES, NYUV2_13
+from lib.classes import IGNORE_INDEX, MAX_CLASSES, NYUV2_13
 from lib.data.samples import DEPTH_RANGE_M, DataError
-from lib.options import OLDER_NAMES, explain_unknown
+from lib.options import RENAMED_PARAMETERS, explain_unknown
 
-FILE = "dataset.yaml"
+DESCRIPTION_FILE = "dataset.yaml"
 SIMILAR_NAME = re.compile(
     r"(dataset|data)\.ya?ml(\.txt)?", re.IGNORECASE
-)  # file names that are easily confused with FILE
+)  # file names that are easily confused with DESCRIPTION_FILE
 MAX_LABEL_VALUES = 2**16  # 16-bit labels
 MAX_LISTED = 300  # maximum number of values in an error message
 MAX_DEPTH_M = 65.535  # largest depth in uint16 millimetres
@@ -26,7 +26,7 @@ Text = Annotated[str, Field(min_length=1)]
 Value = Annotated[int, Field(ge=0, lt=MAX_LABEL_VALUES)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-ClassCount = Field(min_length=2, max_length=MOST_CLASSES)
+ClassCount = Field(min_length=2, max_length=MAX_CLASSES)
 
 
 class Description(BaseModel):
@@ -37,7 +37,7 @@ class Description(BaseModel):
     root: Path
     classes: Annotated[list[Text], ClassCount] | Annotated[dict[Value, Text], ClassCount] = Field(
         list(NYUV2_13),
-        description=f"a list of 2 to {MOST_CLASSES} names in the order of their indices, such as "
+        description=f"a list of 2 to {MAX_CLASSES} names in the order of their indices, such as "
         "[bed, books, ceiling], or {value: name} where label values have gaps; quote names that YAML reads "
         "otherwise, such as 'no'",
     )
@@ -111,12 +111,12 @@ class Description(BaseModel):
         problems += [f"a colour of {name!r}" for name in colours if name not in (*names, *NON_CLASS_NAMES)]
         if len(set(colours.values())) < len(colours):
             problems.append("two names of one colour")
-        if not 2 <= len(names) <= MOST_CLASSES:
+        if not 2 <= len(names) <= MAX_CLASSES:
             problems.append(f"{len(names)} classes")
         if problems:
             raise DataError(
-                f"{self.root / FILE}: colours has {problems[0]}, expected 2 to {MOST_CLASSES} classes, each "
-                "with its own colour; use the name ignore for a colour that means unlabelled"
+                f"{self.root / DESCRIPTION_FILE}: colours has {problems[0]}, expected 2 to {MAX_CLASSES} "
+                "classes, each with its own colour; use the name ignore for a colour that means unlabelled"
             )
         return {colours[name]: name for name in names}
 
@@ -159,10 +159,10 @@ class Description(BaseModel):
         indices = self.table[np.where((label >= 0) & (label < last_index), label, last_index)]
         if (indices < 0).any():
             values, counts = np.unique(label[indices < 0], return_counts=True)
-            self.refuse_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
+            self.reject_values(path, dict(zip(values.tolist(), counts / label.size, strict=True)))
         return indices.astype(np.uint8)
 
-    def refuse_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
+    def reject_values(self, path: Path, shares: dict[int, float], file_count: int = 1) -> None:
         """Raise a DataError for label values that are neither a class nor unlabelled.
 
         Args:
@@ -170,7 +170,7 @@ class Description(BaseModel):
             shares: fraction of pixels of each value or packed colour.
             file_count: number of files that the fractions refer to.
         """
-        yaml_path, values = self.root / FILE, list(self.by_value)
+        yaml_path, values = self.root / DESCRIPTION_FILE, list(self.by_value)
         unknown = sorted(shares)[:MAX_LISTED]
         found = [list(value.to_bytes(3)) if self.colours else value for value in unknown]
         gaps = "" if len(values) == max(values) - min(values) + 1 else " with gaps"
@@ -210,7 +210,7 @@ def read_description(root: Path) -> Description:
         DataError: if the file is not a YAML mapping or has an unknown key or an invalid value, or if there
             is only a file with a similar name.
     """
-    path = root / FILE
+    path = root / DESCRIPTION_FILE
     if not path.exists():
         _reject_similar_names(root)
         return Description(root=root)
@@ -221,7 +221,7 @@ def read_description(root: Path) -> Description:
     content = {} if content is None else content  # empty, or only comments
     unknown = [key for key in content if key not in KEYS] if isinstance(content, dict) else [repr(content)]
     if unknown:
-        if OLDER_NAMES.get(unknown[0]) in KEYS:
+        if RENAMED_PARAMETERS.get(unknown[0]) in KEYS:
             raise DataError(f"{path}: {explain_unknown(unknown[0], KEYS)}")
         raise DataError(f"{path}: found {', '.join(map(str, unknown))}, expected keys of: {', '.join(KEYS)}")
     if isinstance(content.get("colours"), str):
@@ -244,9 +244,9 @@ def _reject_similar_names(root: Path) -> None:
     paths = [path for path in (*root.glob("*"), *root.glob("*/*.y*ml*")) if SIMILAR_NAME.fullmatch(path.name)]
     if paths:
         raise DataError(
-            f"{min(paths)}: is not read under this name, expected {root / FILE}; rename or move it there "
-            f"with the keys of lib/data/README.md. If it belongs to another tool, remove it or write an "
-            f"empty {FILE}"
+            f"{min(paths)}: is not read under this name, expected {root / DESCRIPTION_FILE}; rename or move "
+            "it there with the keys of lib/data/README.md. If it belongs to another tool, remove it or write "
+            f"an empty {DESCRIPTION_FILE}"
         )
 
 

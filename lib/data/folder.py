@@ -15,10 +15,10 @@ import pandas as pd
 
 from lib.data.cache import Blocks, map_arrays, select_rows
 from lib.data.decoding import SUFFIXES, decode_depth, decode_image, decode_label, depth_to_mm, upright_size
-from lib.data.description import FILE, Description, read_description
+from lib.data.description import DESCRIPTION_FILE, Description, read_description
 from lib.data.samples import DataError, MissingSplit, Split, resize_image, resize_nearest
 from lib.data.sanity import check_files
-from lib.data.validation import RUN, number_runs
+from lib.data.validation import RUN_PREFIX, group_neighbouring_ids
 from lib.progress import progress_bar
 
 LAYOUT = "expected DATA/train/{image,depth,label} and DATA/test/{image,depth}, or what DATA/dataset.yaml says"
@@ -80,10 +80,10 @@ def _choose_scenes(description: Description, split: str, names: np.ndarray) -> t
     other_split = {"train": "valid", "valid": "train"}.get(split)
     other_images = _find_images(description, other_split) if other_split in description.splits else {}
     # a run of ids may continue in the other split
-    runs = number_runs(np.array([*names.tolist(), *other_images]))
+    runs = group_neighbouring_ids(np.array([*names.tolist(), *other_images]))
     if runs is None:
         return None, "random"
-    return np.array([f"{RUN}{run:04d}" for run in runs[: len(names)]]), "blocks"
+    return np.array([f"{RUN_PREFIX}{run:04d}" for run in runs[: len(names)]]), "blocks"
 
 
 def find_files(description: Description, split: str) -> dict[str, Files]:
@@ -123,7 +123,7 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
     if split not in description.splits:
         raise MissingSplit(
             f"{root}: has no split {split!r}, expected one of: {', '.join(description.splits)}; name it in "
-            f"{root / FILE}"
+            f"{root / DESCRIPTION_FILE}"
         )
     images = _match(description, split, "image")
     is_list = (root / description.splits[split]).is_file()
@@ -184,7 +184,7 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
         if path.suffix.lower() not in SUFFIXES[kind]:
             skipped[path.suffix] += 1
             continue
-        name = compose("/".join(match.groups()))
+        name = normalise_name("/".join(match.groups()))
         if paths.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {paths[name].name}; keep one")
     if not paths and (skipped or kind == "image"):
@@ -232,7 +232,7 @@ def is_hidden(name: str) -> bool:
     return name[0] in ".@$" or name in ("__MACOSX", "lost+found", "System Volume Information")
 
 
-def compose(name: str) -> str:
+def normalise_name(name: str) -> str:
     """Normalise a name to Unicode NFC, because macOS may decompose it."""
     return unicodedata.normalize("NFC", name)
 
@@ -249,10 +249,10 @@ def _read_list(description: Description, split: str, images: dict[str, Path]) ->
         for name, path in paths.items():
             relative = Path(os.path.relpath(path, description.root))
             spellings = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
-            known |= dict.fromkeys(map(compose, spellings), name)
+            known |= dict.fromkeys(map(normalise_name, spellings), name)
     known |= {name: name for name in images}
     stripped = (line.strip() for line in list_path.read_text("utf-8-sig").splitlines())
-    lines = [compose(os.path.normpath(line)) for line in stripped if line]
+    lines = [normalise_name(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
         summary = f"{len(unknown)} of {len(lines)} lines name no image"
@@ -270,7 +270,7 @@ def _read_list(description: Description, split: str, images: dict[str, Path]) ->
 
 def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     """Return the `(N,)` scene of each image, looked up in a table or extracted from its name."""
-    file = description.root / FILE
+    file = description.root / DESCRIPTION_FILE
     text = description.scene or "^([^/]+)/"
     if text.lower().endswith(".csv"):
         file = description.root / text
@@ -280,7 +280,7 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
-        scene_by_name = dict(zip(map(compose, table["name"]), table["scene"], strict=True))
+        scene_by_name = dict(zip(map(normalise_name, table["name"]), table["scene"], strict=True))
         scenes = [scene_by_name.get(name) for name in names.tolist()]
     else:
         try:
@@ -308,7 +308,7 @@ def _map_files(
     Its files are checked only when the cache is written.
     """
     root = description.root  # relative or absolute: both give the same cache
-    yaml_path = root / FILE
+    yaml_path = root / DESCRIPTION_FILE
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {
         "version": CACHE_VERSION,
@@ -368,7 +368,7 @@ def read_sample(
     """Read the arrays of one image by kind, at `size` (height, width) or at native size if None."""
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
-        depth = decode_depth(path, description.depth_bits, takes_bytes="depth_unit_mm" in description.stated)
+        depth = decode_depth(path, description.depth_bits, allow_8_bit="depth_unit_mm" in description.stated)
         arrays["depth"] = depth_to_mm(depth, description.depth_unit_mm, description.depth_missing)
     if path := paths.get("label"):
         label = decode_label(path, bool(description.colours))

@@ -7,9 +7,9 @@ import numpy as np
 
 from lib.data.decoding import SUFFIXES
 from lib.data.description import Description
-from lib.data.folder import compose, is_hidden, read_sample
+from lib.data.folder import is_hidden, normalise_name, read_sample
 from lib.data.samples import DataError, Split
-from lib.data.sanity import guess_units, look_at_depths
+from lib.data.sanity import guess_units, read_depth_stats
 from lib.data.synthetic import open_synthetic
 
 
@@ -73,7 +73,7 @@ def _find_depth_files(names: list[str], depths: str) -> dict[str, Path]:
 
 
 def _check_unit(depths: str, paths: list[Path], description: Description) -> None:
-    problem, units = guess_units(look_at_depths(paths, description)[:, 0])
+    problem, units = guess_units(read_depth_stats(paths, description)[:, 0])
     if problem:
         candidates = " or ".join(f"{unit} {explanation}" for unit, explanation in units.items())
         raise DataError(f"depths: {depths} {problem}: give depth_unit_mm {candidates}")
@@ -86,7 +86,7 @@ def _list_files(kind: str, source: str) -> dict[str, Path]:
     for path in [root] if root.is_file() else entries:
         if path.suffix.lower() in (".heic", ".heif"):
             raise DataError(f"{path}: images of this kind can't be read; convert them to jpg, or remove them")
-        name = compose(path.stem)
+        name = normalise_name(path.stem)
         if path.suffix.lower() in SUFFIXES[kind] and files.setdefault(name, path) != path:
             raise DataError(f"{path}: a second file named {name!r} beside {files[name].name}; keep one")
     if not files:

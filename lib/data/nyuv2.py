@@ -152,13 +152,13 @@ def _read_block(file: h5py.File, start: int, class_set: str) -> dict[str, np.nda
     arrays = {
         "image": images,
         "depth": np.rint(1000 * depths).clip(0, 65535).astype(np.uint16),
-        "label": _class_table(class_set)[labels],
+        "label": class_table(class_set)[labels],
         "measured": raw_depths > 0,
     }
     return {name: np.ascontiguousarray(np.moveaxis(array.T, -1, 0)) for name, array in arrays.items()}
 
 
-def _class_table(class_set: str) -> np.ndarray:
+def class_table(class_set: str) -> np.ndarray:
     """Return the `(895,)` uint8 class index of each raw id, 255 = unlabelled."""
     class_ids = pd.read_csv(TABLES / "nyuv2_classes.csv")[CLASS_SETS[class_set][0]].to_numpy()
     return np.where(class_ids == 0, IGNORE_INDEX, class_ids - 1).astype(np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lib.classes import IGNORE_INDEX
 from lib.data.decoding import decode_depth, decode_label
-from lib.data.description import FILE, Description
+from lib.data.description import DESCRIPTION_FILE, Description
 from lib.data.samples import DataError, choose_evenly
 
 SAMPLE_SIZE = 50  # number of files checked per split, evenly spaced
@@ -31,20 +31,20 @@ BACKGROUND_NAMES = ("background", "other", "unlabelled", "unlabeled", "unknown",
 MIN_ZERO_BORDER_SHARE = 0.75
 
 
-class LabelLook(NamedTuple):
+class LabelStats(NamedTuple):
     """Statistics of a label file.
 
     Attributes:
         path: the label file.
         values: number of pixels of each value.
         borders: number of horizontally adjacent pixel pairs with different values.
-        along_zero: number of these pairs in which one value is 0.
+        zero_borders: number of these pairs in which one value is 0.
     """
 
     path: Path
     values: Counter[int]
     borders: int
-    along_zero: int
+    zero_borders: int
 
 
 def check_files(description: Description, split: str, files: list[dict[str, Path]]) -> None:
@@ -57,7 +57,7 @@ def check_files(description: Description, split: str, files: list[dict[str, Path
     depth_paths = [paths["depth"] for paths in files if "depth" in paths]
     label_paths = [paths["label"] for paths in files if "label" in paths]
     if depth_paths:
-        _check_depth(description, split, look_at_depths(depth_paths, description))
+        _check_depth(description, split, read_depth_stats(depth_paths, description))
     if label_paths:
         read_stats = partial(_read_label_stats, description=description)
         stats = _map_paths(read_stats, _choose_sample(label_paths))
@@ -77,7 +77,7 @@ def _map_paths(function: Callable[[Path], tuple], paths: list[Path]) -> list:
         return list(pool.map(function, paths))
 
 
-def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
+def read_depth_stats(paths: list[Path], description: Description) -> np.ndarray:
     """Return the median depth and the share of the value 65535 in up to 50 evenly spaced files.
 
     Returns:
@@ -96,7 +96,7 @@ def look_at_depths(paths: list[Path], description: Description) -> np.ndarray:
 
 
 def _check_depth(description: Description, split: str, stats: np.ndarray) -> None:
-    yaml_path = description.root / FILE
+    yaml_path = description.root / DESCRIPTION_FILE
     subject = f"{description.root}: the depth of split {split!r}"
     if np.isnan(stats[:, 0]).all():
         raise DataError(
@@ -136,50 +136,50 @@ def guess_units(medians: np.ndarray) -> tuple[str, dict[float, str]]:
     return problem, units | {1: "if these are mm"}
 
 
-def _read_label_stats(path: Path, description: Description) -> LabelLook:
+def _read_label_stats(path: Path, description: Description) -> LabelStats:
     label = decode_label(path, bool(description.colours))
     values, counts = np.unique(label, return_counts=True)
     is_border = label[:, 1:] != label[:, :-1]
-    along_zero = is_border & (np.minimum(label[:, 1:], label[:, :-1]) == 0)
+    zero_borders = is_border & (np.minimum(label[:, 1:], label[:, :-1]) == 0)
     pixels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return LabelLook(path, Counter(pixels), is_border.sum(), along_zero.sum())
+    return LabelStats(path, Counter(pixels), is_border.sum(), zero_borders.sum())
 
 
-def _check_values(description: Description, stats: list[LabelLook]) -> None:
+def _check_values(description: Description, stats: list[LabelStats]) -> None:
     """Raise one DataError for all values that are neither a class nor unlabelled."""
     pixels = sum((label.values for label in stats), Counter())
     known = {*description.by_value, *description.unlabelled}
     unknown = {value: count / pixels.total() for value, count in pixels.items() if value not in known}
     if unknown and description.ignore != "others":
         path = next(label.path for label in stats if label.values.keys() & unknown.keys())
-        description.refuse_values(path, unknown, len(stats))
+        description.reject_values(path, unknown, len(stats))
 
 
-def _find_binary(description: Description, stats: list[LabelLook]) -> set[int]:
+def _find_binary(description: Description, stats: list[LabelStats]) -> set[int]:
     """Return `{value}` if only one class and 255 occur, as in binary masks, else an empty set."""
     values = set().union(*(label.values for label in stats))
     class_values = values & description.by_value.keys()
     return class_values if IGNORE_INDEX in values and len(class_values) == 1 else set()
 
 
-def _check_binary(description: Description, split: str, stats: list[LabelLook]) -> None:
+def _check_binary(description: Description, split: str, stats: list[LabelStats]) -> None:
     for value in _find_binary(description, stats):
         raise DataError(
             f"{description.root}: the labels of split {split!r} contain only {value} "
             f"({description.by_value[value]}) and 255, which means unlabelled by default. If these are "
             f"binary masks, write `classes: {{{value}: background, 255: object}}` and `ignore: []` into "
-            f"{description.root / FILE}; if 255 means unlabelled, write `ignore: [255]`"
+            f"{description.root / DESCRIPTION_FILE}; if 255 means unlabelled, write `ignore: [255]`"
         )
 
 
-def _check_shift(description: Description, split: str, stats: list[LabelLook]) -> None:
+def _check_shift(description: Description, split: str, stats: list[LabelStats]) -> None:
     """Raise a DataError if 0 seems to mean unlabelled.
 
     This is assumed if 255 never occurs, and 0 either never occurs or separates the other values in nearly
     every image. It is not assumed if class 0 has a name such as `background`.
     """
     zero_share = np.mean([0 in label.values for label in stats])
-    zero_separates = sum(label.along_zero - MIN_ZERO_BORDER_SHARE * label.borders for label in stats) > 0
+    zero_separates = sum(label.zero_borders - MIN_ZERO_BORDER_SHARE * label.borders for label in stats) > 0
     is_shifted = (zero_share > 0.9 and zero_separates) or zero_share == 0
     has_255 = any(IGNORE_INDEX in label.values for label in stats)
     names = description.by_value
@@ -189,5 +189,5 @@ def _check_shift(description: Description, split: str, stats: list[LabelLook]) -
     raise DataError(
         f"{description.root}: in the labels of split {split!r} {found}, and 255 never occurs, as if 0 "
         "meant unlabelled and classes began with 1. If so, write `first_label: 1` into "
-        f"{description.root / FILE}; if 0 is {names[0]!r}, write `first_label: 0`"
+        f"{description.root / DESCRIPTION_FILE}; if 0 is {names[0]!r}, write `first_label: 0`"
     )

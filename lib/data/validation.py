@@ -9,7 +9,7 @@ from lib.data.samples import Split
 from lib.options import FOLDS, check_options
 
 AUTO_ORDER = ("scenes", "blocks", "random")  # methods that `auto` tries, from the source's default onwards
-RUN = "run_"  # prefix of scene names that were derived from runs of neighbouring ids
+RUN_PREFIX = "run_"  # prefix of scene names that were derived from runs of neighbouring ids
 VALIDATION_SEED = 42  # fixed, so that training runs with different seeds stay comparable
 
 
@@ -46,7 +46,7 @@ def split_names(
             raise ValueError("validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'")
         shuffled = np.random.RandomState(VALIDATION_SEED).permutation(np.unique(scene))
         is_valid = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
-    elif (runs := number_runs(names)) is not None:
+    elif (runs := group_neighbouring_ids(names)) is not None:
         is_valid = runs % FOLDS == fold
     else:
         raise ValueError(
@@ -64,7 +64,7 @@ def read_numbers(names: np.ndarray) -> np.ndarray | None:
     )
 
 
-def number_runs(names: np.ndarray) -> np.ndarray | None:
+def group_neighbouring_ids(names: np.ndarray) -> np.ndarray | None:
     """Group images into runs of neighbouring ids, and return the `(N,)` run index of each image.
 
     On NYUv2, these runs are nearly the scenes. Consecutive ids are neighbours if their gap is at most 1.5

@@ -29,10 +29,10 @@ ALL = "all images"
 CONFUSED = " confused with "
 JPEG_PANELS = ("RGB", plots.DEPTH)  # no class colours here; JPEG would alter them
 DIFFERENCE_PANELS = {
-    1: (plots.WRONG, plots.colour_errors),
-    2: (plots.CHANGED, plots.colour_changes),
+    1: (plots.ERRORS_TITLE, plots.colour_errors),
+    2: (plots.CHANGES_TITLE, plots.colour_changes),
 }  # number of runs: (panel title, colouring function)
-Look = Callable[[Samples], "Predicted"]
+Predictor = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
 
@@ -45,14 +45,14 @@ class View(NamedTuple):
             uint16 depth in millimetres.
         classes: names of the classes.
         shown: titles of the initially visible panels.
-        shades: colour scale of the depth panel; None without one.
+        depth_scale: colour scale of the depth panel; None without one.
     """
 
     panels: dict[str, np.ndarray]
     values: dict[str, np.ndarray]
     classes: tuple[str, ...]
     shown: tuple[str, ...]
-    shades: ScalarMappable | None
+    depth_scale: ScalarMappable | None
 
     def encode(self) -> dict[str, object]:
         """Encode the view for browse.js: RGB and depth as JPEG, other panels as PNG, values as raw bytes."""
@@ -102,7 +102,7 @@ class Browser(ipywidgets.VBox):
         self.choices = choices
         self.orders = orders
         self.draw = draw
-        self.coming: dict[tuple[int, str], Future] = {}
+        self.pending: dict[tuple[int, str], Future] = {}
         self.thread = ThreadPoolExecutor(1)
         self.panels = Panels(layout={"width": "100%"})
         self.picture = ipywidgets.Image(layout={"align_self": "flex-start", "max_width": "100%"})
@@ -151,11 +151,11 @@ class Browser(ipywidgets.VBox):
         """Show the current image and draw the next one in the background."""
         position = self.slider.value
         keys = [(image, self.only.value) for image in self.images[position - 1 : position + 1]]
-        self.coming = {key: self.coming.get(key) or self.thread.submit(self._draw, *key) for key in keys}
+        self.pending = {key: self.pending.get(key) or self.thread.submit(self._draw, *key) for key in keys}
         name = self.names[self.images[position - 1]]
         caption = f"{name} · {position} of {len(self.images)} · {self.only.value}, by {self.order.value}"
         self.message.value = caption
-        view, self.panels.image = self.coming[keys[0]].result()
+        view, self.panels.image = self.pending[keys[0]].result()
         if self.picture.layout.display != "none":
             self.picture.value = plots.small_png(plot_views([view], [caption]))
 
@@ -203,9 +203,9 @@ def browse(
 
 
 def browse_samples(
-    samples: Samples, shades: ScalarMappable | None = None, interactive: bool | None = None
+    samples: Samples, depth_scale: ScalarMappable | None = None, interactive: bool | None = None
 ) -> Browser | Figure:
-    """Browse labelled samples, with a depth panel if `shades` is given."""
+    """Browse labelled samples, with a depth panel if `depth_scale` is given."""
     pixels = np.array(
         [np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1) for label in samples.labels_or_ignored]
     )
@@ -221,7 +221,7 @@ def browse_samples(
         samples.names,
         choices,
         orders,
-        lambda index, only: view_sample(samples[[index]], {}, shades, only),
+        lambda index, only: view_sample(samples[[index]], {}, depth_scale, only),
         interactive,
     )
 
@@ -229,7 +229,7 @@ def browse_samples(
 def browse_results(
     split: Split,
     counts: dict[str, np.ndarray],
-    looks: dict[str, Look],
+    predictors: dict[str, Predictor],
     keys: dict[str, np.ndarray] | None = None,
     interactive: bool | None = None,
 ) -> Browser | Figure:
@@ -241,13 +241,13 @@ def browse_results(
     Args:
         split: the N images.
         counts: `(N, C, C)` confusion matrices of the images, by run name.
-        looks: functions that predict `Samples`, by run name; the confidence may be None.
+        predictors: functions that predict `Samples`, by run name; the confidence may be None.
         keys: additional `(N,)` sort keys by menu entry, smallest first.
         interactive: see `browse`.
     """
     cells = _choose_cells(sum(counts.values()), split.classes)
     choices = {entry: (sum(counts.values()) * cell).any((1, 2)) for entry, cell in cells.items()}
-    shades = plots.depth_shades(split[choose_evenly(len(split), 8)])
+    depth_scale = plots.choose_depth_scale(split[choose_evenly(len(split), 8)])
     correct = np.eye(len(split.classes), dtype=bool)
 
     def score(matrices: np.ndarray, only: str) -> np.ndarray:
@@ -259,7 +259,9 @@ def browse_results(
 
     def draw(index: int, only: str) -> View:
         (sample,) = split[np.array([index])]
-        return view_sample(sample, {name: look(sample) for name, look in looks.items()}, shades, only)
+        return view_sample(
+            sample, {name: look(sample) for name, look in predictors.items()}, depth_scale, only
+        )
 
     a, *others = counts.values()
     orders = {"wrong pixels": lambda only: -(a * (cells[only] & ~correct)).sum((1, 2))}
@@ -321,7 +323,7 @@ def rank_confusions(counts: np.ndarray, classes: tuple[str, ...]) -> pd.DataFram
 
 
 def view_sample(
-    sample: Samples, predicted: dict[str, "Predicted"], shades: ScalarMappable | None, only: str = ALL
+    sample: Samples, predicted: dict[str, "Predicted"], depth_scale: ScalarMappable | None, only: str = ALL
 ) -> View:
     """Return the view of one image with the predictions of up to two runs.
 
@@ -347,8 +349,8 @@ def view_sample(
         panels[title] = colour_difference(image, *masks.values())
     shown = tuple(panels)[-3:]
     panels["RGB"] = image
-    if shades is not None:
-        panels[plots.DEPTH] = plots.colour_depth(sample.depth_or_missing[0], shades)
+    if depth_scale is not None:
+        panels[plots.DEPTH] = plots.colour_depth(sample.depth_or_missing[0], depth_scale)
     if only != ALL:
         panels = {title: plots.outline(panel, selected) for title, panel in panels.items()}
     confidence = {
@@ -359,7 +361,7 @@ def view_sample(
         masks | confidence | {"depth": sample.depth_or_missing[0]},
         classes,
         shown if runs else tuple(panels),
-        shades,
+        depth_scale,
     )
 
 
@@ -375,12 +377,14 @@ def plot_views(views: Sequence[View], captions: Sequence[str] = ()) -> Figure:
     rows = [{title: view.panels[title] for title in dict.fromkeys(("RGB", *view.shown))} for view in views]
     labels = [value for view in views for value in view.values.values() if value.dtype == np.uint8]
     legend = plots.class_patches(views[0].classes, labels)
-    return plots.plot_grid(rows, captions, legend, views[0].shades if plots.DEPTH in views[0].shown else None)
+    return plots.plot_grid(
+        rows, captions, legend, views[0].depth_scale if plots.DEPTH in views[0].shown else None
+    )
 
 
-def plot_samples(samples: Samples, shades: ScalarMappable | None) -> Figure:
-    """Draw one row per sample: RGB, labels and, if `shades` is given, depth."""
-    views = [view_sample(samples[[index]], {}, shades) for index in range(len(samples))]
+def plot_samples(samples: Samples, depth_scale: ScalarMappable | None) -> Figure:
+    """Draw one row per sample: RGB, labels and, if `depth_scale` is given, depth."""
+    views = [view_sample(samples[[index]], {}, depth_scale) for index in range(len(samples))]
     return plot_views(views, samples.names.tolist())
 
 

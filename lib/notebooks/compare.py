@@ -12,7 +12,7 @@ from lib.metrics import iou, mean_iou, pixel_accuracy, strata_edges
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
 from lib.notebooks.error_analysis import name_bins
-from lib.runs.results import EXAMPLE, ScoredRun, read_own, settings_that_differ
+from lib.runs.results import EXAMPLE, ScoredRun, differing_settings, read_own_runs
 from lib.significance import (
     LEVEL,
     CheckpointComparison,
@@ -67,11 +67,11 @@ def introduce_runs(
         lines[0] += f" The five folds of each recipe and seed count as one run: {shown_count} are shown."
     if any(run.group == A_A_ARM for run in runs):
         lines.append(EXAMPLE_NOTE)
-        absent = {run.name for run in read_own(split, None)} - {run.name for run in runs}
+        absent = {run.name for run in read_own_runs(split, None)} - {run.name for run in runs}
         lines += [
             f"Your run {name} was scored on other images, so it is not shown here." for name in sorted(absent)
         ]
-    settings = settings_that_differ(recipes).items()
+    settings = differing_settings(recipes).items()
     differing = [f"- {name}: {values}" for name, values in settings if values and values != name]
     if differing:
         lines.append("\n".join(differing))

@@ -15,12 +15,12 @@ from pandas.io.formats.style import Styler
 from lib.data.validation import FOLDS
 from lib.notebooks.plots import percent
 from lib.runs.results import (
-    NO_RECIPE,
+    NON_RECIPE_PARAMETERS,
     NOTEBOOKS,
     RUNS_FILE,
     ScoredRun,
     group_recipes,
-    read_own,
+    read_own_runs,
     read_results,
     recipe,
 )
@@ -28,7 +28,7 @@ from lib.significance import (
     LEVEL,
     MIN_SCENES,
     POWER,
-    ROUNDING,
+    TOLERANCE,
     CheckpointComparison,
     Comparison,
     Plan,
@@ -45,7 +45,7 @@ from lib.significance import (
 STUDIES = NOTEBOOKS / "studies"
 NEW_SEEDS = 5  # per recipe, suggested if no recipe test is possible
 MAX_SEEDS = 100  # upper limit in the search for a number of seeds
-SET_BY_SWEEP = NO_RECIPE - {"fold"}
+SET_BY_SWEEP = NON_RECIPE_PARAMETERS - {"fold"}
 SIZE_PARAMETERS = ("image_height", "image_width")
 COLUMNS = (
     "recipe",
@@ -99,22 +99,22 @@ class Spread:
     folds: int
     paired: bool = False
 
-    def plan(self, runs: float, which: int = 0) -> Plan:
+    def plan(self, runs: float, bound: int = 0) -> Plan:
         """Plan the recipe test for this number of runs per recipe on the same number of scenes.
 
-        `which` is the index into `run_sd`: 0 is the estimate, 1 and 2 are the ends of its interval.
+        `bound` is the index into `run_sd`: 0 is the estimate, 1 and 2 are the ends of its interval.
         """
         return plan(
             runs,
             self.folds,
             self.scenes,
-            self.run_sd[which],
+            self.run_sd[bound],
             self.variance_per_scene,
             self.paired,
             self.scene_degrees,
         )
 
-    def say_detectable(self, runs: float, comparisons: int) -> str:
+    def describe_detectable(self, runs: float, comparisons: int) -> str:
         """Describe the smallest detectable difference and its range, such as `0.017 (0.014 to 0.023)`."""
         detectable = [self.plan(runs, index).adjusted(comparisons).detectable for index in range(3)]
         numbers = "{:.3f} ({:.3f} to {:.3f}".format(*detectable)
@@ -122,16 +122,16 @@ class Spread:
             numbers += "; at least, as the difference did not vary detectably over scenes"
         return f"a true difference of {numbers}) would be found with 80 % power"
 
-    def count_seeds(self, difference: float, comparisons: int, which: int = 0) -> int | None:
+    def required_seeds(self, difference: float, comparisons: int, bound: int = 0) -> int | None:
         """Return the number of seeds per recipe that gives 80 % power; None if it is more than 100."""
         for runs in range(2, MAX_SEEDS + 1):
-            if self.plan(runs, which).adjusted(comparisons).power(difference) >= POWER:
+            if self.plan(runs, bound).adjusted(comparisons).power(difference) >= POWER:
                 return runs
         return None
 
-    def say_seeds(self, difference: float, comparisons: int) -> str:
-        """Describe the number from `count_seeds`, such as `about 17 seeds of each recipe (9 to 59)`."""
-        seed_counts = [self.count_seeds(difference, comparisons, index) for index in range(3)]
+    def describe_seeds(self, difference: float, comparisons: int) -> str:
+        """Describe the number from `required_seeds`, such as `about 17 seeds of each recipe (9 to 59)`."""
+        seed_counts = [self.required_seeds(difference, comparisons, index) for index in range(3)]
         if seed_counts[0] is None:
             return f"more scenes, because {MAX_SEEDS} seeds are too few"
         estimate, low, high = (f"more than {MAX_SEEDS}" if runs is None else runs for runs in seed_counts)
@@ -188,7 +188,7 @@ class Result:
             return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
-        detectable = self.spread.say_detectable(harmonic_mean(self.runs), test.comparisons)
+        detectable = self.spread.describe_detectable(harmonic_mean(self.runs), test.comparisons)
         # the spread within folds is estimated more precisely than that of a few means over folds
         within = " within each fold" if self.spread.folds > 1 else ""
         return f"inconclusive: if runs vary as these did{within}, {detectable}"
@@ -255,7 +255,7 @@ def measure_spread(recipes: dict[str, list[ScoredRun]], paired: bool = False) ->
     """
     sides = [runs for runs in recipes.values() if len(runs) > 1]
     tests = [_compare_recipes(*pair, paired) for pair in itertools.combinations(sides, 2)]
-    if not tests or not max(test.standard_error for test in tests) > ROUNDING:
+    if not tests or not max(test.standard_error for test in tests) > TOLERANCE:
         return None
     scores = [_fold_scores(runs) for runs in sides]
     if paired:
@@ -388,7 +388,7 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
             return (
                 f"{seeds} seeds of each recipe, {spread.scenes} scenes"
                 f"{_describe_adjustment(', ', comparisons)}: if runs vary as those in {source} did, "
-                f"{spread.say_detectable(seeds, comparisons)}."
+                f"{spread.describe_detectable(seeds, comparisons)}."
             )
     return (
         "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
@@ -418,7 +418,7 @@ def find_earlier(parameters: dict, split: str) -> dict[str, list[ScoredRun]]:
     """Find scored runs on the same split, data and image size, by source: studies, then your own runs."""
     studies = sorted(STUDIES.glob(f"*/{RUNS_FILE}"))
     sources = {f"studies/{path.parent.name}": read_results(path.parent) for path in studies}
-    sources["earlier runs"] = read_own(split, parameters["data"])
+    sources["earlier runs"] = read_own_runs(split, parameters["data"])
     key = _data_key(parameters, split, parameters["data"])
     return {
         source: [run for run in runs if _data_key(run.parameters, run.split, run.data) == key]
@@ -543,12 +543,12 @@ def _describe_more_seeds(result: Result) -> str:
     """Describe how many seeds would detect half the difference that these runs can detect."""
     test, spread = result.recipe_test, result.spread
     target = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
-    count = spread.count_seeds(target, test.comparisons)
+    count = spread.required_seeds(target, test.comparisons)
     sweep = f" {_describe_sweep(result, count)}" if count else ""
     return (
         f"To find a true difference of {target:.3f} (half of what these runs can find) with 80 % power takes "
-        f"{spread.say_seeds(target, test.comparisons)}; ranges are in brackets, because few seeds show only "
-        f"roughly how much runs vary.{sweep} Fix the number before the first run: adding seeds until "
+        f"{spread.describe_seeds(target, test.comparisons)}; ranges are in brackets, because few seeds show "
+        f"only roughly how much runs vary.{sweep} Fix the number before the first run: adding seeds until "
         "p < 0.05 can find differences that do not exist."
     )
 

@@ -19,7 +19,7 @@ from lib.metrics import DEPTH, DISTANCE, REGION, strata_counts, strata_edges
 from lib.notebooks import plots
 from lib.notebooks.browse import CONFUSED, rank_confusions
 from lib.notebooks.plots import percent
-from lib.runs.scoring import watched
+from lib.runs.scoring import with_progress
 
 CONFIDENCE_BINS = 15
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
@@ -74,7 +74,9 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
     strata = {name: np.zeros((len(bounds) + 1, count, count), np.int64) for name, bounds in edges.items()}
     calibration = np.zeros((CONFIDENCE_BINS, 3))
     results = []
-    for batch in watched("predicting", len(samples), predict(model, samples, batch_size, confidence=True)):
+    for batch in with_progress(
+        "predicting", len(samples), predict(model, samples, batch_size, confidence=True)
+    ):
         if batch.samples.label is None:
             raise ValueError(
                 "split: these images have no labels, so errors can't be counted; use another split"

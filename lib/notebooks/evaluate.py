@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 
 from lib.evaluation import Predicted
-from lib.notebooks.browse import Look
+from lib.notebooks.browse import Predictor
 from lib.runs import read_parameters, read_scores
 from lib.runs.report import describe_classes, describe_interval
 
 
-def saved_look(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Look:
+def saved_predictor(read: Callable[[Sequence[str]], list[np.ndarray]]) -> Predictor:
     """Return a function for `browse_results` that loads saved masks instead of running a network.
 
     `read` returns the `(H, W)` masks of the given image names. The predictions have no confidence.

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from lib.data import MissingSplit, Samples, Split, iterate_samples
-from lib.data.validation import RUN, split_names
+from lib.data.validation import RUN_PREFIX, split_names
 from lib.notebooks import plots
 from lib.notebooks.browse import plot_samples
 from lib.progress import progress_bar
@@ -20,9 +20,9 @@ from lib.progress import progress_bar
 if TYPE_CHECKING:  # imports torch, which takes seconds
     from lib.batches import RawBatch
 
-DEPTH_STEPS = 100  # histogram bins from 0 to the far end of the depth range
+DEPTH_BINS = 100  # histogram bins from 0 to the far end of the depth range
 ADJACENCY_DISTANCE = 0.025  # share of the image width; bridges unlabelled slivers between adjacent regions
-CHANCE = 1e-4  # share of unrelated image pairs that are counted as near-duplicates
+FALSE_POSITIVE_RATE = 1e-4  # share of unrelated image pairs that are counted as near-duplicates
 MAX_REFERENCE_IMAGES = 1000  # evenly spaced images whose unrelated pairs set the near-duplicate limit
 CHUNK_ROWS = 256  # rows of the similarity matrix held in memory at once
 
@@ -35,7 +35,7 @@ class DataCounts:
         classes: names of the C classes.
         pixels: `(N, C + 1)` pixels of each class in each image; the last column counts unlabelled pixels.
         depth: `(C + 1, 101)` pixels by class and depth bin; the last row counts unlabelled pixels. Bin 0 is
-            missing depth, the others lie between `steps_m`, and the last one includes all larger depths.
+            missing depth, the others lie between `depth_edges_m`, and the last one includes larger depths.
         adjacency: `(C, C)` symmetric counts of nearby pixel pairs of two different classes.
         depth_range_m: depth range of the data, see `Samples`.
     """
@@ -47,9 +47,9 @@ class DataCounts:
     depth_range_m: tuple[float, float]
 
     @property
-    def steps_m(self) -> np.ndarray:
+    def depth_edges_m(self) -> np.ndarray:
         """`(101,)` edges of the depth bins, in metres."""
-        return np.linspace(0, self.depth_range_m[1], DEPTH_STEPS + 1)
+        return np.linspace(0, self.depth_range_m[1], DEPTH_BINS + 1)
 
     @property
     def unlabelled(self) -> float:
@@ -69,14 +69,14 @@ def count_data(samples: Samples) -> DataCounts:
     """
     count = len(samples.classes)
     pixels = np.zeros((len(samples), count + 1), np.int64)
-    depth = np.zeros((count + 1, DEPTH_STEPS + 1), np.int64)
-    step_mm = 1000 * samples.depth_range_m[1] / DEPTH_STEPS
+    depth = np.zeros((count + 1, DEPTH_BINS + 1), np.int64)
+    step_mm = 1000 * samples.depth_range_m[1] / DEPTH_BINS
     adjacency = np.zeros((count, count), np.int64)
     with progress_bar("counting", len(samples)) as bar:
         for index in range(len(samples)):
             sample = samples[index : index + 1]
             label = np.minimum(sample.labels_or_ignored[0], count).astype(np.int64)  # 255 becomes class C
-            bins = 1 + np.minimum(sample.depth_or_missing[0] // step_mm, DEPTH_STEPS - 1).astype(np.int64)
+            bins = 1 + np.minimum(sample.depth_or_missing[0] // step_mm, DEPTH_BINS - 1).astype(np.int64)
             pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
             depth += _joint_histogram(label, bins * sample.measured_depth[0], depth.shape)
             adjacency += _count_adjacency(label, count)
@@ -110,10 +110,12 @@ def class_shares(counts: DataCounts) -> pd.DataFrame:
     return pd.DataFrame(shares, index=list(counts.classes)).sort_values("pixels", ascending=False)
 
 
-def depth_quantiles(histogram: np.ndarray, shares: tuple[float, ...], steps_m: np.ndarray) -> np.ndarray:
+def depth_quantiles(
+    histogram: np.ndarray, shares: tuple[float, ...], depth_edges_m: np.ndarray
+) -> np.ndarray:
     """Return the quantiles of measured depth at `shares`, in metres, from a row of `DataCounts.depth`."""
     cumulative = np.cumsum(np.append(0, histogram[1:]))
-    return np.interp(np.multiply(shares, cumulative[-1]), cumulative, steps_m)
+    return np.interp(np.multiply(shares, cumulative[-1]), cumulative, depth_edges_m)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _near_duplicate_limit(signatures: np.ndarray) -> float:
     references = positions[:: max(1, -(-len(positions) // MAX_REFERENCE_IMAGES))]
     unrelated = np.abs(references[:, None] - positions) > len(positions) // 4
     similarity = (signatures[references] @ signatures.T)[unrelated]
-    return np.quantile(similarity, 1 - CHANCE) if similarity.size else 1.0
+    return np.quantile(similarity, 1 - FALSE_POSITIVE_RATE) if similarity.size else 1.0
 
 
 def _measure_leakage(
@@ -241,19 +243,19 @@ def _describe_depth(counts: DataCounts) -> str:
     if not counts.has_depth:
         return "no depth"
     depth = counts.depth.sum(0)
-    (median,) = depth_quantiles(depth, (0.5,), counts.steps_m)
-    over = "over " if median > counts.steps_m[-2] else ""
+    (median,) = depth_quantiles(depth, (0.5,), counts.depth_edges_m)
+    over = "over " if median > counts.depth_edges_m[-2] else ""
     return f"median depth {over}{median:.1f} m, depth missing in {plots.percent(depth[0] / depth.sum(), 1)}"
 
 
 def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
     """Describe how many validation images share a scene with training images.
 
-    Scene names that start with `RUN` are derived from image ids.
+    Scene names that start with `RUN_PREFIX` are derived from image ids.
     """
     if train is None or valid is None:
         return "may share scenes with training, because the scenes are unknown"
-    by_ids = train[0].startswith(RUN)
+    by_ids = train[0].startswith(RUN_PREFIX)
     nouns = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
     shared_count = np.isin(valid, train).sum()
     return (
@@ -276,7 +278,7 @@ def _find_warnings(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     sizes = np.ones(1) if scene is None else np.unique(scene, return_counts=True)[1]
     depth = counts.depth.sum(0)
     near, far = counts.depth_range_m
-    outside = (depth[1:][counts.steps_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
+    outside = (depth[1:][counts.depth_edges_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
     warnings = [
         (len(absent) > 0, f"These classes are in no image: {', '.join(absent)}.{hint}"),
         (
@@ -312,10 +314,10 @@ def count_test_images(data: str, limit: int | None, classes: str | None) -> int 
         return None
 
 
-def plot_batch(samples: Samples, batch: "RawBatch", shades: ScalarMappable | None) -> Figure:
+def plot_batch(samples: Samples, batch: "RawBatch", depth_scale: ScalarMappable | None) -> Figure:
     """Draw the images of a training batch, including augmentation."""
     image, depth, label, _, position = (tensor.numpy() for tensor in batch)
-    return plot_samples(replace(samples[position], image=image, depth=depth, label=label), shades)
+    return plot_samples(replace(samples[position], image=image, depth=depth, label=label), depth_scale)
 
 
 @plots.styled
@@ -326,7 +328,9 @@ def plot_depth(counts: DataCounts) -> Figure:
     """
     quantiles = {"whislo": 0.05, "q1": 0.25, "med": 0.5, "q3": 0.75, "whishi": 0.95}
     boxes = {
-        name: dict(zip(quantiles, depth_quantiles(row, (*quantiles.values(),), counts.steps_m), strict=True))
+        name: dict(
+            zip(quantiles, depth_quantiles(row, (*quantiles.values(),), counts.depth_edges_m), strict=True)
+        )
         for name, row in zip(counts.classes, counts.depth, strict=False)
         if row[1:].any()
     }
@@ -339,7 +343,7 @@ def plot_depth(counts: DataCounts) -> Figure:
         boxprops={"facecolor": plots.BAR_COLOUR, "linewidth": 0}, whiskerprops={"color": plots.GREY},
     )  # fmt: skip
     plots.label_rows(axes, names)
-    near, far, farthest = depth_quantiles(counts.depth.sum(0), (0.05, 0.95, 0.999), counts.steps_m)
+    near, far, farthest = depth_quantiles(counts.depth.sum(0), (0.05, 0.95, 0.999), counts.depth_edges_m)
     axes.set(
         title=f"All pixels: nine in ten from {near:.1f} to {far:.1f} m",
         xlabel=f"{plots.DEPTH}: half of a class in the box, nine in ten on the line",
@@ -364,7 +368,9 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
             "sharing a scene": "unknown" if leak.same_scene is None else leak.same_scene.sum(),
             "exact copies": leak.copies,
             "near-duplicates": leak.near_duplicates,
-            "expected by chance": round(len(leak.valid) * (1 - (1 - CHANCE) ** leak.train_count), 1),
+            "expected by chance": round(
+                len(leak.valid) * (1 - (1 - FALSE_POSITIVE_RATE) ** leak.train_count), 1
+            ),
         }
         for validation, leak in leakage.items()
     }

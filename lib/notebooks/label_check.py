@@ -16,7 +16,7 @@ from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
 from lib.runs import read_images, read_parameters, runs_folder
 from lib.runs.results import recipe
-from lib.runs.scoring import iterate_split, watched
+from lib.runs.scoring import iterate_split, with_progress
 
 MIN_REGION_SHARE = 0.005  # share of the image; smaller regions are mostly boundary
 
@@ -62,7 +62,7 @@ def check_labels(
         for batch in predict(model, split, batch_size, confidence=True)
     )
     image_count = sum(map(len, splits))
-    return rank_regions(watched("checking labels", image_count, predictions), splits[0].classes)
+    return rank_regions(with_progress("checking labels", image_count, predictions), splits[0].classes)
 
 
 def rank_regions(predictions: Iterable[Predicted], classes: tuple[str, ...]) -> pd.DataFrame:

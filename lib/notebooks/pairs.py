@@ -10,7 +10,7 @@ from lib.metrics import mean_iou
 from lib.notebooks import Markdown, plots
 from lib.notebooks.browse import Browser, browse_results
 from lib.notebooks.conclusions import match_seeds, name_run
-from lib.notebooks.evaluate import saved_look
+from lib.notebooks.evaluate import saved_predictor
 from lib.options import check_choice
 from lib.runs.results import ScoredRun
 from lib.runs.scoring import iterate_split
@@ -88,8 +88,8 @@ def browse_pair(pair: dict[str, ScoredRun], interactive: bool | None = None) -> 
     except ValueError as error:
         return Markdown(f"No images: {error}.")
     counts = {name: run.counts[common] for name, run in pair.items()}
-    looks = {name: saved_look(run.read_masks) for name, run in pair.items()}
-    return browse_results(split, counts, looks, interactive=interactive)
+    predictors = {name: saved_predictor(run.read_masks) for name, run in pair.items()}
+    return browse_results(split, counts, predictors, interactive=interactive)
 
 
 def select_names(split: Split, names: Sequence[str]) -> Split:

@@ -68,8 +68,8 @@ DPI = 100  # of image figures, which are laid out in whole pixels
 TILE_GAP = 8  # pixels between images
 LEVEL_STEP = 17  # between the 16 levels per channel of a saved figure, which include all class colours
 LINE_HEIGHT = 20  # height in pixels of a line of text
-WRONG = "wrong pixels"
-CHANGED = "B fixes (blue), breaks (red)"
+ERRORS_TITLE = "wrong pixels"
+CHANGES_TITLE = "B fixes (blue), breaks (red)"
 TERMS = {  # loss terms and their labels in figures
     "cross_entropy": "cross-entropy", "soft_iou": "1 - soft IoU", "lovasz": "Lovász-softmax",
     "depth_l1": "depth L1",
@@ -120,7 +120,7 @@ def colour_labels(label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
 def colour_errors(image: np.ndarray, label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Draw the wrong pixels in one colour over the dimmed RGB image."""
-    return colour_where(image, {WRONG_COLOUR: (label != IGNORE_INDEX) & (label != predicted)})
+    return overlay_masks(image, {WRONG_COLOUR: (label != IGNORE_INDEX) & (label != predicted)})
 
 
 def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def colour_changes(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.nd
     labelled = label != IGNORE_INDEX
     fixed = labelled & (label == b) & (label != a)
     broken = labelled & (label == a) & (label != b)
-    return colour_where(image, {VALID_COLOUR: fixed, WRONG_COLOUR: broken})
+    return overlay_masks(image, {VALID_COLOUR: fixed, WRONG_COLOUR: broken})
 
 
 def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def outline(picture: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return outlined
 
 
-def colour_where(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray:
+def overlay_masks(image: np.ndarray, chosen: dict[str, np.ndarray]) -> np.ndarray:
     """Overlay colours on the dimmed RGB image; `chosen` maps each colour to a `(H, W)` bool mask."""
     coloured = fade(image, DIMMED)
     for colour, mask in chosen.items():
@@ -159,7 +159,7 @@ def fade(image: np.ndarray, darkest: int = FADED) -> np.ndarray:
     return np.repeat(levels[grey][..., None], 3, axis=-1)
 
 
-def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
+def choose_depth_scale(pieces: Iterable[Samples]) -> ScalarMappable | None:
     """Return a colour scale of depth in metres; None without depth.
 
     It spans percentiles 0.5 to 99.5 of the depth in up to 50 samples per piece.
@@ -172,9 +172,9 @@ def depth_shades(pieces: Iterable[Samples]) -> ScalarMappable | None:
     return ScalarMappable(Normalize(*np.percentile(depth[depth > 0], (0.5, 99.5)) / 1000), "viridis_r")
 
 
-def colour_depth(depth: np.ndarray, shades: ScalarMappable) -> np.ndarray:
+def colour_depth(depth: np.ndarray, depth_scale: ScalarMappable) -> np.ndarray:
     """Convert depth `(H, W)` in millimetres to colours `(H, W, 3)` uint8; missing depth is white."""
-    table = shades.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
+    table = depth_scale.to_rgba(np.arange(2**16) / 1000, bytes=True)[:, :3]
     table[0] = 255
     return np.take(table, depth, axis=0)
 
@@ -242,8 +242,8 @@ def plot_grid(
     rows: Sequence[dict[str, np.ndarray]],
     captions: Sequence[str] = (),
     legend: Sequence[Patch] = (),
-    shades: ScalarMappable | None = None,
-    shades_label: str = DEPTH,
+    colour_scale: ScalarMappable | None = None,
+    colour_scale_label: str = DEPTH,
 ) -> Figure:
     """Draw a grid of images, whose sizes may differ, in whole pixels so that class colours stay exact.
 
@@ -251,14 +251,14 @@ def plot_grid(
         rows: one dict per row of `(H, W, 3)` uint8 images by title, with the same titles in all rows.
         captions: text below each row.
         legend: legend patches, see `class_patches`.
-        shades: colour scale, shown as a colour bar; None for no colour bar.
-        shades_label: label of the colour bar.
+        colour_scale: colour scale, shown as a colour bar; None for no colour bar.
+        colour_scale_label: label of the colour bar.
     """
     min_width = TILE_WIDTH if len(rows[0]) > 3 else WIDE_TILE_WIDTH
     tiles = [{title: fit_tile(tile, min_width) for title, tile in row.items()} for row in rows]
     width = max(sum(tile.shape[1] + TILE_GAP for tile in row.values()) - TILE_GAP for row in tiles)
     legend_lines, columns = _legend_lines(legend, width / DPI)
-    footer_height = TILE_GAP + LINE_HEIGHT * (legend_lines + 2 * (shades is not None))
+    footer_height = TILE_GAP + LINE_HEIGHT * (legend_lines + 2 * (colour_scale is not None))
     row_heights = [max(map(len, row.values())) + TILE_GAP + LINE_HEIGHT * bool(captions) for row in tiles]
     height = footer_height + LINE_HEIGHT + sum(row_heights)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -277,7 +277,7 @@ def plot_grid(
             left += tile_width + TILE_GAP
         top -= row_height
         figure.text(0, (top + TILE_GAP) / height, shorten(caption, width // 7), fontsize="small")
-    if shades is not None:
+    if colour_scale is not None:
         bar = figure.add_axes(
             (
                 LINE_HEIGHT / width,
@@ -286,8 +286,8 @@ def plot_grid(
                 0.5 * LINE_HEIGHT / height,
             )
         )
-        figure.colorbar(shades, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
-        bar.text(1.05, 0.5, shades_label, transform=bar.transAxes, va="center", fontsize="small")
+        figure.colorbar(colour_scale, cax=bar, orientation="horizontal").ax.tick_params(labelsize="small")
+        bar.text(1.05, 0.5, colour_scale_label, transform=bar.transAxes, va="center", fontsize="small")
     if legend:
         figure.legend(handles=legend, loc="lower left", ncols=columns, fontsize="small", borderaxespad=0)
     return figure
@@ -301,7 +301,7 @@ def _legend_lines(handles: Sequence, inches: float) -> tuple[int, int]:
 
 
 @styled
-def write_names(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
+def label_regions(axes: Axes, label: np.ndarray, classes: Sequence[str], least: float = 0.02) -> None:
     """Write the class name at the innermost point of each connected region.
 
     Args:

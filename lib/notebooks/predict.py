@@ -126,19 +126,19 @@ def plot_images(predicted: Sequence[Predicted]) -> Figure:
     """Draw one row per image: RGB, the prediction with class names, and the confidence."""
     classes = predicted[0].samples.classes
     masks = [batch.labels[0] for batch in predicted]
-    shades = ScalarMappable(Normalize(0, 1), "gray")
+    colour_scale = ScalarMappable(Normalize(0, 1), "gray")
     rows = [
         {
             "RGB": batch.samples.image[0],
             "prediction": plots.colour_labels(batch.labels[0], classes),
-            CONFIDENCE: shades.to_rgba(batch.confidence[0], bytes=True)[..., :3],
+            CONFIDENCE: colour_scale.to_rgba(batch.confidence[0], bytes=True)[..., :3],
         }
         for batch in predicted
     ]
     captions = [batch.samples.names[0] for batch in predicted]
-    figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), shades, CONFIDENCE)
+    figure = plots.plot_grid(rows, captions, plots.class_patches(classes, masks), colour_scale, CONFIDENCE)
     for axes, mask in zip(figure.axes[1::3], masks, strict=False):
-        plots.write_names(axes, plots.fit_tile(mask), classes)
+        plots.label_regions(axes, plots.fit_tile(mask), classes)
     return figure
 
 

@@ -19,11 +19,19 @@ import papermill
 import ray
 import yaml
 
-from lib.files import ROOT, hold_run
-from lib.model import is_file
+from lib.files import ROOT, lock_run
+from lib.model import is_weights_file
 from lib.notebooks.conclusions import read_defaults
 from lib.options import check_choice, check_options, explain_unknown
-from lib.runs import LONGEST_NAME, PLACES, WEIGHTS, read_history, read_parameters, run_state, runs_folder
+from lib.runs import (
+    MAX_NAME_BYTES,
+    PATH_PARAMETERS,
+    WEIGHTS_PARAMETERS,
+    read_history,
+    read_parameters,
+    run_state,
+    runs_folder,
+)
 from lib.runs.results import (
     NOTEBOOKS,
     RUNS_FILE,
@@ -36,7 +44,7 @@ from lib.runs.results import (
 )
 from lib.runs.scoring import check_labelled, iterate_split, score_run
 
-WAIT_SECONDS = 60  # to wait for the run lock of a process that was just killed
+LOCK_TIMEOUT_SECONDS = 60  # to wait for the run lock of a process that was just killed
 START_ATTEMPTS = 3  # attempts to start Ray
 
 
@@ -106,7 +114,7 @@ def _read_experiment(experiment: str | None, names: Iterable[str]) -> dict[str, 
 
 def _with_absolute_paths(parameters: dict) -> dict:
     """Make paths absolute, because workers have another working directory."""
-    paths = [name for name in WEIGHTS if is_file(parameters[name])]
+    paths = [name for name in WEIGHTS_PARAMETERS if is_weights_file(parameters[name])]
     if parameters["data"] != "synthetic":
         paths.append("data")
     return parameters | {name: str(Path(parameters[name]).expanduser().resolve()) for name in paths}
@@ -114,10 +122,13 @@ def _with_absolute_paths(parameters: dict) -> dict:
 
 def _run_name(prefix: str, varied: dict, parameters: dict) -> str:
     digest = hashlib.sha256(json.dumps(identity(parameters)).encode()).hexdigest()[:6]
-    texts = {name: Path(str(value)).name if name in PLACES else str(value) for name, value in varied.items()}
+    texts = {
+        name: Path(str(value)).name if name in PATH_PARAMETERS else str(value)
+        for name, value in varied.items()
+    }
     pairs = "".join(f"-{name}={text.replace('/', '_')}" for name, text in texts.items())
     suffix = f"-seed={parameters['seed']}-{digest}"
-    stem = os.fsencode(prefix + pairs)[: LONGEST_NAME - len(os.fsencode(suffix))].decode(errors="ignore")
+    stem = os.fsencode(prefix + pairs)[: MAX_NAME_BYTES - len(os.fsencode(suffix))].decode(errors="ignore")
     return stem + suffix
 
 
@@ -131,7 +142,7 @@ def execute_run(parameters: dict, split: str) -> None:
         RuntimeError: another process is using the run.
     """
     run = runs_folder() / parameters["run_name"]
-    with hold_run(run, WAIT_SECONDS):
+    with lock_run(run, LOCK_TIMEOUT_SECONDS):
         is_trained = run_state(run).trained
     if not is_trained:
         papermill.execute_notebook(
@@ -149,7 +160,7 @@ def executed_notebook(run_name: str) -> Path:
     return runs_folder() / "notebooks" / f"{run_name}.train.ipynb"
 
 
-class Finished:
+class FinishedRuns:
     """The trained and scored runs of a sweep, identified by their parameters.
 
     Args:
@@ -213,7 +224,7 @@ def sweep(
             do not use, and at least one. None uses one core plus one per worker.
         gpus_per_run: GPUs per run. With 0.5, two runs share a GPU and each can use half of its memory. With
             0, runs train on the CPU. None uses one GPU if any machine has one.
-        results: see `Finished`.
+        results: see `FinishedRuns`.
 
     Yields:
         The current `progress_table`, about every two seconds.
@@ -224,23 +235,23 @@ def sweep(
     """
     check_options(split=split)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
-    finished, errors, tasks = Finished(runs, split, results), {}, {}
+    finished, errors, tasks = FinishedRuns(runs, split, results), {}, {}
     for parameters in {planned["data"]: planned for planned in runs.values()}.values():
         check_labelled(parameters, split)
-    with _connected(cluster):
-        gpus = min(1, _most("GPU")) if gpus_per_run is None else gpus_per_run
+    with ray_session(cluster):
+        gpus = min(1, _max_per_machine("GPU")) if gpus_per_run is None else gpus_per_run
         workers = max((parameters["num_workers"] for parameters in runs.values()), default=0)
-        cpus = min(1 + workers, int(_most("CPU"))) if cpus_per_run is None else cpus_per_run
-        _check_share(cpus, gpus)
+        cpus = min(1 + workers, int(_max_per_machine("CPU"))) if cpus_per_run is None else cpus_per_run
+        check_resources(cpus, gpus)
         task = _remote_task().options(num_cpus=cpus, num_gpus=gpus)
-        settings = _environment(cpus - workers, gpus) | {"RUNS_DIR": str(runs_folder())}
+        settings = worker_environment(cpus - workers, gpus) | {"RUNS_DIR": str(runs_folder())}
         for name, parameters in runs.items():
             if name not in finished.runs:
                 executed_notebook(name).unlink(missing_ok=True)  # its existence marks a run as running
                 tasks[task.remote(str(ROOT), settings, parameters, split)] = name
         while tasks:
             ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=2)
-            errors |= {tasks.pop(reference): _error(reference) for reference in ended}
+            errors |= {tasks.pop(reference): _task_error(reference) for reference in ended}
             if ended:
                 finished.update()
             yield progress_table(runs, finished.runs, errors)
@@ -248,7 +259,7 @@ def sweep(
 
 
 @contextmanager
-def _connected(cluster: str) -> Iterator[None]:
+def ray_session(cluster: str) -> Iterator[None]:
     init_options = {"address": cluster}
     if cluster == "local":
         # results are written to disk, so Ray needs little shared memory
@@ -287,20 +298,21 @@ def _start_ray(init_options: dict) -> None:
     )
 
 
-def _most(resource: str) -> float:
+def _max_per_machine(resource: str) -> float:
     """Return the largest amount of a resource that any single machine has."""
     return max(node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"])
 
 
-def _check_share(cpus: int, gpus: float) -> None:
+def check_resources(cpus: int, gpus: float) -> None:
     for name, requested, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
-        if not 0 <= requested <= _most(resource) or (resource == "CPU" and requested < 1):
+        if not 0 <= requested <= _max_per_machine(resource) or (resource == "CPU" and requested < 1):
             raise ValueError(
-                f"{name}: found {requested}, expected at most {_most(resource):g} (the largest machine)"
+                f"{name}: found {requested}, expected at most {_max_per_machine(resource):g} "
+                "(the largest machine)"
             )
 
 
-def _environment(threads: int, gpus: float) -> dict[str, str]:
+def worker_environment(threads: int, gpus: float) -> dict[str, str]:
     """Return the environment variables of a run's processes.
 
     They set the number of threads, hide all GPUs from CPU runs and limit the memory of runs that share a GPU.
@@ -344,7 +356,7 @@ def try_run(parameters: dict, split: str) -> str | None:
         return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
 
 
-def _error(task: ray.ObjectRef) -> str | None:
+def _task_error(task: ray.ObjectRef) -> str | None:
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:

@@ -16,17 +16,17 @@ import pandas as pd
 from lib.data import Samples
 from lib.device import describe_processor
 from lib.evaluation import Counts, Evaluation
-from lib.files import ROOT, hold_run, read_json, write_atomically, write_json, write_text
+from lib.files import ROOT, lock_run, read_json, write_atomically, write_json, write_text
 from lib.metrics import averaged_classes, chance_miou, mean_iou, pixel_accuracy, truth_iou
 from lib.model import weights_digest
 
-RECORDED = ("commit", "tree_unchanged", "processor")  # metadata of a run, not parameters
-MAY_CHANGE = ("num_workers", "save_figures")  # may differ on resumption, without effect on results
-WEIGHTS = ("encoder_weights", "init_from")  # weights files, identified by a digest
-PLACES = ("data", *WEIGHTS)  # paths, which may differ between machines
+METADATA = ("commit", "tree_unchanged", "processor")  # metadata of a run, not parameters
+RESUME_MAY_CHANGE = ("num_workers", "save_figures")  # may differ on resumption, without effect on results
+WEIGHTS_PARAMETERS = ("encoder_weights", "init_from")  # weights files, identified by a digest
+PATH_PARAMETERS = ("data", *WEIGHTS_PARAMETERS)  # paths, which may differ between machines
 
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, including the prefixes and suffixes that are added
+MAX_NAME_BYTES = 200  # bytes; file systems allow 255, including the prefixes and suffixes that are added
 
 
 def runs_folder() -> Path:
@@ -63,14 +63,14 @@ def open_run(
     run_name = parameters["run_name"]
     if (
         not run_name
-        or len(os.fsencode(run_name)) > LONGEST_NAME
+        or len(os.fsencode(run_name)) > MAX_NAME_BYTES
         or run_name in ("older", "notebooks")
         or set(run_name) & set('/\\:*?"<>|')
         or run_name[0] == "."
     ):
         raise ValueError(
             f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most "
-            f"{LONGEST_NAME} bytes"
+            f"{MAX_NAME_BYTES} bytes"
         )
     run = runs_folder() / run_name
     run_parameters = {name: value for name, value in parameters.items() if name != "resume"}
@@ -83,7 +83,7 @@ def open_run(
             )
     if resume:
         _check_resumable(run, run_parameters)
-    with hold_run(run):
+    with lock_run(run):
         archived = None if resume else _archive_run(run)
         run.mkdir(exist_ok=True)
         if not _has_progress(run):
@@ -157,12 +157,14 @@ def _check_resumable(run: Path, parameters: dict[str, object]) -> None:
         )
     saved = read_parameters(run)
     unchanged_weights = [  # their paths may differ
-        name for name in WEIGHTS if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
+        name
+        for name in WEIGHTS_PARAMETERS
+        if parameters.get(f"{name}_digest") == saved.get(f"{name}_digest", "unknown")
     ]
     changed = [
         f"{name} = {saved.get(name, 'unknown')!r} (found {parameters.get(name, 'unknown')!r})"
         for name in saved | parameters
-        if name not in (*MAY_CHANGE, *RECORDED, *unchanged_weights)
+        if name not in (*RESUME_MAY_CHANGE, *METADATA, *unchanged_weights)
         and name not in ("device", "precision")  # `Checkpoint.restore` checks what `auto` selected
         and saved.get(name, "unknown") != parameters.get(name, "unknown")
     ]
@@ -265,7 +267,7 @@ def read_scores(run: Path) -> dict:
 
 
 def read_parameters(run: Path) -> dict:
-    """Read the parameters that a run was started with, and its metadata (`RECORDED`)."""
+    """Read the parameters that a run was started with, and its metadata (`METADATA`)."""
     return read_json(run / "parameters.json")
 
 

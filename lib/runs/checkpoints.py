@@ -15,7 +15,7 @@ from lib.model import save_model
 from lib.runs import write_history, write_scores
 
 # An interruption loses at most this much training. Saving a large network takes one second.
-CHECKPOINT_SECONDS = 30
+SAVE_INTERVAL_SECONDS = 30
 
 
 class Checkpoint:
@@ -84,8 +84,8 @@ class Checkpoint:
         self._pending = copy.deepcopy(model).cpu(), row, scored
 
     def is_due(self) -> bool:
-        """Whether more than `CHECKPOINT_SECONDS` have passed since the last `save`."""
-        return time.monotonic() - self._last_save > CHECKPOINT_SECONDS
+        """Whether more than `SAVE_INTERVAL_SECONDS` have passed since the last `save`."""
+        return time.monotonic() - self._last_save > SAVE_INTERVAL_SECONDS
 
     def save(self) -> None:
         """Save the state to disk.

@@ -17,9 +17,9 @@ from lib.files import ROOT, read_json, write_atomically, write_text
 from lib.metrics import mean_iou
 from lib.options import FOLDS, check_options
 from lib.runs import (
-    MAY_CHANGE,
-    PLACES,
-    RECORDED,
+    METADATA,
+    PATH_PARAMETERS,
+    RESUME_MAY_CHANGE,
     check_version,
     list_runs,
     read_counts,
@@ -33,9 +33,9 @@ from lib.runs.scoring import masks_folder, read_masks
 NOTEBOOKS = ROOT / "notebooks"
 EXAMPLE = NOTEBOOKS / "studies" / "example"
 RUNS_FILE, COUNTS_FILE = "runs.jsonl", "counts.npz"
-NO_RECIPE = {
-    *MAY_CHANGE,
-    *RECORDED,
+NON_RECIPE_PARAMETERS = {
+    *RESUME_MAY_CHANGE,
+    *METADATA,
     "run_name",
     "resume",
     "device",
@@ -90,7 +90,7 @@ class ScoredRun(Counts):
         """Whether five runs are pooled, each scored on its own fold."""
         return self.image_fold is not None
 
-    def shows_same_images(self, other: "ScoredRun") -> bool:
+    def has_same_images(self, other: "ScoredRun") -> bool:
         """Whether both were scored on the same images with the same labels."""
         truths = [run.counts.sum(2) for run in (self, other)]
         return np.array_equal(self.names, other.names) and np.array_equal(*truths)
@@ -139,14 +139,14 @@ def read_scored(run: Path, split: str) -> ScoredRun:
     return ScoredRun(
         name=run.name,
         group=None,
-        parameters={name: value for name, value in parameters.items() if name not in RECORDED},
+        parameters={name: value for name, value in parameters.items() if name not in METADATA},
         split=split,
         data=facts["data"],
         validation=facts["validation"],
         history=read_history(run) if (run / "history.csv").exists() else None,
         folder=run,
         strata=dict(np.load(strata)) if strata.exists() else None,
-        **{name: parameters.get(name) for name in RECORDED},
+        **{name: parameters.get(name) for name in METADATA},
         **vars(read_counts(path.with_suffix(".npz"))),
     )
 
@@ -194,7 +194,7 @@ def _describe_run(run: ScoredRun) -> dict:
         "name": run.name,
         "group": run.group,
         "parameters": {name: value for name, value in parameters.items() if name != "run_name"},
-        **{name: getattr(run, name) for name in RECORDED},
+        **{name: getattr(run, name) for name in METADATA},
         "split": run.split,
         "data": Path(run.data).name,
         "validation": run.validation,
@@ -204,7 +204,7 @@ def _describe_run(run: ScoredRun) -> dict:
 
 def _shorten_paths(parameters: dict[str, object]) -> dict[str, object]:
     """Shorten the paths of data, weights and predictions to their last component."""
-    path_parameters = [name for name in (*PLACES, "predictions") if parameters.get(name) is not None]
+    path_parameters = [name for name in (*PATH_PARAMETERS, "predictions") if parameters.get(name) is not None]
     return parameters | {name: Path(parameters[name]).name for name in path_parameters}
 
 
@@ -260,7 +260,7 @@ def _settings(parameters: dict[str, object]) -> dict[str, str]:
     kept = {
         name: parameters.get(f"{name}_digest", value)  # the same file may have another path
         for name, value in _shorten_paths(parameters).items()
-        if name not in NO_RECIPE and not name.endswith("_digest")
+        if name not in NON_RECIPE_PARAMETERS and not name.endswith("_digest")
     }
     if kept.get("soft_iou_weight") == 0:  # without this loss term, its pooling is irrelevant
         kept.pop("soft_iou_pooling", None)
@@ -292,25 +292,27 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
     """
     check_options(split=split)
     if runs == "all":
-        scored = read_own(split, data)
+        scored = read_own_runs(split, data)
         if len(scored) < 2 and data is None:
             example = [run for run in read_results(EXAMPLE) if run.split == split]
-            scored = example + [run for run in scored if not example or run.shows_same_images(example[0])]
+            scored = example + [run for run in scored if not example or run.has_same_images(example[0])]
     else:
         root = re.escape(str(runs_folder()))  # removed, because it may contain commas
         entries = re.sub(rf"(^|,)\s*{root}[/\\]", r"\1", runs).split(",")
-        scored = [run for entry in entries if entry.strip() for run in read_entry(entry.strip(), split)]
+        scored = [
+            run for entry in entries if entry.strip() for run in read_run_or_study(entry.strip(), split)
+        ]
     return scored if where is None else select_runs(scored, where)
 
 
-def read_own(split: str, data: str | None) -> list[ScoredRun]:
+def read_own_runs(split: str, data: str | None) -> list[ScoredRun]:
     """Read the scored runs in the runs folder, sorted by name; see `data` of `read_runs`."""
     runs = [read_scored(folder, split) for folder in scored_folders(split)]
     wanted = [run for run in runs if Path(run.data).expanduser() == Path(data or runs[-1].data).expanduser()]
     return sorted(wanted, key=lambda run: run.name)
 
 
-def read_entry(entry: str, split: str) -> list[ScoredRun]:
+def read_run_or_study(entry: str, split: str) -> list[ScoredRun]:
     """Read a run by name or path, or the runs of a study that were scored on the split."""
     for root in (runs_folder(), Path(), NOTEBOOKS):
         folder = root / Path(entry).expanduser()
@@ -409,7 +411,7 @@ def _check_distinct(runs: list[ScoredRun]) -> None:
 
 
 def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[ScoredRun]]:
-    settings = settings_that_differ(by_recipe)
+    settings = differing_settings(by_recipe)
     groups = [group for group, _ in by_recipe if group]
     recipes = {}
     for (group, key), members in by_recipe.items():
@@ -420,7 +422,7 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
     return recipes
 
 
-def settings_that_differ(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
+def differing_settings(recipes: dict[Hashable, list[ScoredRun]]) -> dict[Hashable, str]:
     """Return the parameters of each recipe that differ between recipes, such as `learning_rate 0.003`."""
     table = pd.DataFrame([_settings(members[0].parameters) for members in recipes.values()], dtype=object)
     differing = table.columns[table.nunique() > 1]  # among the recipes that have them
@@ -511,7 +513,7 @@ def _pool_strata(folds: list[ScoredRun]) -> dict[str, np.ndarray] | None:
 
 def _check_comparable(first: ScoredRun, other: ScoredRun) -> None:
     check_same_classes(first.classes, other.classes, f"the run {first.name!r}", f"the run {other.name!r}")
-    if first.shows_same_images(other):
+    if first.has_same_images(other):
         return
     if list(first.names) != list(other.names):
         unshared = sorted(set(first.names) ^ set(other.names))

@@ -12,10 +12,10 @@ from PIL import Image
 from lib.classes import IGNORE_INDEX
 from lib.data import DataError, Samples, Split, iterate_samples
 from lib.data.decoding import decode_label
-from lib.data.folder import compose, walk_files
+from lib.data.folder import normalise_name, walk_files
 from lib.device import choose_device
 from lib.evaluation import Evaluation, Predicted, count_predictions, predict
-from lib.files import hold_run, write_atomically, write_json
+from lib.files import lock_run, write_atomically, write_json
 from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
 from lib.options import check_choice
@@ -34,7 +34,7 @@ IMAGE_PARAMETERS = (
 )
 
 
-def find_scored(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
+def find_or_create_run(run: str, predictions: str | None, parameters: dict[str, object]) -> Path:
     """Find the folder of a trained run, or create one for external predictions.
 
     Args:
@@ -147,7 +147,7 @@ def score_run(
     Returns:
         The content of `SPLIT.json`.
     """
-    with hold_run(run):
+    with lock_run(run):
         labelled = is_labelled(pieces)
         _remove_evaluation(run, split)
         facts = {
@@ -160,7 +160,7 @@ def score_run(
         first = next(iter(passes))
         passes[first] = _save_masks(passes[first], masks_folder(run, split))
         counted = {
-            name: count_predictions(watched(f"predicting, {name}", len(pieces), batches), thorough=True)
+            name: count_predictions(with_progress(f"predicting, {name}", len(pieces), batches), thorough=True)
             for name, batches in passes.items()
         }
         if not labelled:
@@ -255,7 +255,7 @@ def describe_scores(counted: dict[str, Evaluation]) -> dict[str, object]:
     return description | {"classes": by_class.to_dict("index")}
 
 
-def watched(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
+def with_progress(label: str, total: int, batches: Iterable[Predicted]) -> Iterator[Predicted]:
     """Yield the batches while a progress bar counts their images."""
     with progress_bar(label, total) as bar:
         for batch in batches:
@@ -296,17 +296,17 @@ def read_external(folder: Path, pieces: Split, mask_values: str = "indices") -> 
             is no class. The message mentions the other choice of `mask_values` if all masks fit it.
     """
     available = {
-        compose(path.relative_to(folder).with_suffix("").as_posix()): path
+        normalise_name(path.relative_to(folder).with_suffix("").as_posix()): path
         for path in walk_files(folder)
         if path.suffix.lower() == ".png"
     }
-    missing = [name for name in pieces.names.tolist() if compose(name) not in available]
+    missing = [name for name in pieces.names.tolist() if normalise_name(name) not in available]
     if missing:
         raise DataError(
             f"{folder / missing[0]}.png: no such file; predictions need a PNG mask for every image, named "
             "like it"
         )
-    paths = {name: available[compose(name)] for name in pieces.names.tolist()}
+    paths = {name: available[normalise_name(name)] for name in pieces.names.tolist()}
     lookup = _build_class_lookup(list(paths.values()), pieces, mask_values)
     for piece in pieces:
         masks = [decode_label(paths[name]) for name in piece.names.tolist()]

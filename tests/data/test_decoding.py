@@ -269,7 +269,7 @@ def test_unsupported_depth_is_rejected(tmp_path, case):
     depth, name, message = REFUSED_DEPTH[case]
     np.save(tmp_path / name, depth) if name.endswith("npy") else save(depth, tmp_path / name)
     with pytest.raises(DataError) as error:
-        decode_depth(tmp_path / name, takes_bytes=False)
+        decode_depth(tmp_path / name, allow_8_bit=False)
     assert str(error.value).startswith(f"{tmp_path / name}: {message}")
     if case == "8 bits":
         np.testing.assert_array_equal(decode_depth(tmp_path / name), depth)  # accepted if the unit is stated

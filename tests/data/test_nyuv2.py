@@ -214,7 +214,7 @@ def test_mat_file_with_too_few_scenes_is_rejected(mat):
 def test_raw_ids_are_mapped_to_the_13_classes():
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_classes.csv").set_index("raw")
     assert len(table) == 895
-    mapped = nyuv2._class_table("nyuv2_13")
+    mapped = nyuv2.class_table("nyuv2_13")
     assert mapped[0] == 255
     by_name = {name: NYUV2_13[mapped[raw]] for raw, name in table.name.items() if raw}
     same = ("bed", "ceiling", "chair", "floor", "picture", "sofa", "table", "wall", "window")
@@ -231,7 +231,7 @@ def test_tables_match_the_published_mappings_and_splits():
     to_40 = np.append(0, scipy_io.loadmat(SHARED / "classMapping40.mat")["mapClass"].ravel())
     to_13 = np.append(0, scipy_io.loadmat(SHARED / "class13Mapping.mat")["classMapping13"][0][0][0][0])
     np.testing.assert_array_equal(
-        nyuv2._class_table("nyuv2_13"), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1)
+        nyuv2.class_table("nyuv2_13"), np.where(to_13[to_40] == 0, 255, to_13[to_40] - 1)
     )
     table = pd.read_csv(nyuv2.TABLES / "nyuv2_split.csv")
     splits = scipy_io.loadmat(SHARED / "splits.mat")

@@ -8,7 +8,7 @@ from sklearn.model_selection import train_test_split
 from lib.classes import NYUV2_13
 from lib.data.nyuv2 import TABLES
 from lib.data.samples import Split
-from lib.data.validation import FOLDS, choose_validation, number_runs, select_split, split_names
+from lib.data.validation import FOLDS, choose_validation, group_neighbouring_ids, select_split, split_names
 
 
 def numbered(*ids):
@@ -44,12 +44,14 @@ def test_blocks_keep_runs_of_ids_whole():
 def test_most_frequent_gap_between_ids_defines_neighbours():
     """If every fifth video frame was kept, 0, 5 and 10 are neighbours, but 10 and 40 are not."""
     names = numbered(0, 5, 10, 40, 45, 50, 100, 105, 200, 205, 210, 215, 300, 305, 310)
-    assert list(number_runs(names)) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4]
+    assert list(group_neighbouring_ids(names)) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4]
     assert list(names[split_names(names, "blocks")[1]]) == ["0300", "0305", "0310"]
     milliseconds = numbered(0, 33, 67, 100, 500, 533, 567, 600)
-    assert list(number_runs(milliseconds)) == [0] * 4 + [1] * 4
+    assert list(group_neighbouring_ids(milliseconds)) == [0] * 4 + [1] * 4
     shuffled = np.random.default_rng(0).permutation(len(names))
-    np.testing.assert_array_equal(number_runs(names[shuffled]), number_runs(names)[shuffled])
+    np.testing.assert_array_equal(
+        group_neighbouring_ids(names[shuffled]), group_neighbouring_ids(names)[shuffled]
+    )
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 10])
@@ -62,12 +64,12 @@ def test_blocks_do_not_separate_neighbouring_frames(step):
 
 
 def test_number_runs_returns_none_for_names_without_runs():
-    assert number_runs(np.array(["a", "1", "2"])) is None
-    assert number_runs(np.array(["-1", "1"])) is None
-    assert number_runs(np.array([], str)) is None
-    assert number_runs(numbered(0, 1, 10, 30, 70, 80)) is None  # four of six have no neighbour
-    assert number_runs(numbered(0, 1, 2, 30, 70, 80)) is not None  # only half of them have none
-    assert number_runs(numbered(7)) is None
+    assert group_neighbouring_ids(np.array(["a", "1", "2"])) is None
+    assert group_neighbouring_ids(np.array(["-1", "1"])) is None
+    assert group_neighbouring_ids(np.array([], str)) is None
+    assert group_neighbouring_ids(numbered(0, 1, 10, 30, 70, 80)) is None  # four of six have no neighbour
+    assert group_neighbouring_ids(numbered(0, 1, 2, 30, 70, 80)) is not None  # only half of them have none
+    assert group_neighbouring_ids(numbered(7)) is None
 
 
 @pytest.mark.parametrize("count", [5, 6, 9, 35, 123])

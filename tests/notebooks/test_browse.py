@@ -20,7 +20,7 @@ from lib.notebooks.browse import (
     rank_confusions,
     view_sample,
 )
-from lib.notebooks.plots import CHANGED, FADED, depth_shades, shorten
+from lib.notebooks.plots import CHANGES_TITLE, FADED, choose_depth_scale, shorten
 
 BED = 0
 
@@ -153,13 +153,13 @@ def test_results_are_sorted_from_the_worst_image(results):
 
 def test_choosing_a_class_includes_images_that_only_predict_it(results, scenes):
     """Some images without a bed have pixels that are predicted as bed."""
-    split, counts, looks, masks = results
+    split, counts, predictors, masks = results
     there = [
         at
         for at in range(12)
         if ((scenes.label[at] == BED) | (masks[at] == BED))[scenes.label[at] != 255].any()
     ]
-    browser = browse_results(split, counts, looks, interactive=True).choose("bed")
+    browser = browse_results(split, counts, predictors, interactive=True).choose("bed")
     assert sorted(browser.images) == there
     assert not all((scenes.label[at] == BED).any() for at in there)
 
@@ -172,13 +172,13 @@ def test_images_can_be_sorted_by_additional_keys(results):
 
 
 def test_two_runs_start_with_the_largest_gain_of_b(results, scenes):
-    split, counts, looks, _ = results
+    split, counts, predictors, _ = results
     truth = np.where(scenes.label == 255, 0, scenes.label)
     counts |= {"perfect": confusion_counts(truth, scenes.label, 13)}
-    looks |= {"perfect": lambda samples: Predicted(samples, truth[np.isin(scenes.names, samples.names)])}
-    browser = browse_results(split, counts, looks, interactive=True)
+    predictors |= {"perfect": lambda samples: Predicted(samples, truth[np.isin(scenes.names, samples.names)])}
+    browser = browse_results(split, counts, predictors, interactive=True)
     assert browser.images[0] == 7
-    assert browser.panels.image["shown"] == ("A: run", "B: perfect", CHANGED)
+    assert browser.panels.image["shown"] == ("A: run", "B: perfect", CHANGES_TITLE)
     assert {"confidence, A: run", "A: run", "B: perfect"} <= {
         value["name"] for value in browser.panels.image["values"]
     }
@@ -187,11 +187,13 @@ def test_two_runs_start_with_the_largest_gain_of_b(results, scenes):
 
 
 def test_gain_of_b_for_a_confusion_is_its_difference_in_pixels(results):
-    split, counts, looks, _ = results
+    split, counts, predictors, _ = results
     wall = split.classes.index("wall")
     fixed = counts["run"].copy()
     fixed[2, wall, BED] = 0  # B keeps the confusion in image 7, where it has more pixels
-    browser = browse_results(split, counts | {"b": fixed}, looks | {"b": looks["run"]}, interactive=True)
+    browser = browse_results(
+        split, counts | {"b": fixed}, predictors | {"b": predictors["run"]}, interactive=True
+    )
     assert browser.choose("wall" + CONFUSED + "bed").images == [2, 7]
     browser.order.value = "loss of B"
     assert browser.images == [7, 2]
@@ -199,8 +201,8 @@ def test_gain_of_b_for_a_confusion_is_its_difference_in_pixels(results):
 
 def test_next_image_is_drawn_in_advance(results):
     browser = browse_results(*results[:3], interactive=True)
-    assert list(browser.coming) == [(7, ALL), (browser.images[1], ALL)]
-    ahead = browser.coming[browser.images[1], ALL]
+    assert list(browser.pending) == [(7, ALL), (browser.images[1], ALL)]
+    ahead = browser.pending[browser.images[1], ALL]
     browser.step(1)
     assert browser.panels.image is ahead.result()[1]
 
@@ -224,7 +226,7 @@ def test_saved_notebook_contains_the_static_image(scenes):
 
 
 def test_pixels_outside_the_chosen_class_are_faded(scenes):
-    view = view_sample(scenes[[3]], {}, depth_shades([scenes]), "wall")
+    view = view_sample(scenes[[3]], {}, choose_depth_scale([scenes]), "wall")
     wall = scenes.label[3] == scenes.classes.index("wall")
     inside = view.panels["labels"][wall]
     assert len(np.unique(inside, axis=0)) == 1
@@ -235,10 +237,10 @@ def test_pixels_outside_the_chosen_class_are_faded(scenes):
 
 
 def test_a_confusion_is_outlined_in_all_panels(results, scenes):
-    _, _, looks, masks = results
-    view = view_sample(scenes[[7]], {"run": looks["run"](scenes[[7]])}, None, "wall" + CONFUSED + "bed")
+    _, _, predictors, masks = results
+    view = view_sample(scenes[[7]], {"run": predictors["run"](scenes[[7]])}, None, "wall" + CONFUSED + "bed")
     confused = (scenes.label[7] == scenes.classes.index("wall")) & (masks[7] == BED)
-    plain = view_sample(scenes[[7]], {"run": looks["run"](scenes[[7]])}, None)
+    plain = view_sample(scenes[[7]], {"run": predictors["run"](scenes[[7]])}, None)
     for title, panel in view.panels.items():
         np.testing.assert_array_equal(panel[confused], plain.panels[title][confused], err_msg=title)
         assert (panel[~confused] == 0).all(1).any(), title

@@ -266,8 +266,8 @@ def test_rounding_changes_neither_significance_nor_sign(drawn):
 def test_smallest_detectable_difference_is_given_with_its_range():
     found = [plan(3, 1, 24, sd, 0.001, scene_degrees=13.5).adjusted(2).detectable for sd in SPREAD.run_sd]
     clause = "a true difference of {:.3f} ({:.3f} to {:.3f}) would be found with 80 % power".format(*found)
-    assert SPREAD.say_detectable(3, 2) == clause
-    clipped = replace(SPREAD, variance_per_scene=0.0).say_detectable(3, 2)
+    assert SPREAD.describe_detectable(3, 2) == clause
+    clipped = replace(SPREAD, variance_per_scene=0.0).describe_detectable(3, 2)
     assert re.search(
         r" \(0\.\d{3} to 0\.\d{3}; at least, as the difference did not vary detectably over scenes\) would be found",
         clipped,
@@ -275,15 +275,17 @@ def test_smallest_detectable_difference_is_given_with_its_range():
 
 
 def test_seed_count_and_its_range_reach_80_percent_power():
-    needed = SPREAD.count_seeds(0.025, 1)
-    assert SPREAD.say_seeds(0.025, 1).startswith(f"about {needed} seeds of each recipe (")
+    needed = SPREAD.required_seeds(0.025, 1)
+    assert SPREAD.describe_seeds(0.025, 1).startswith(f"about {needed} seeds of each recipe (")
     assert SPREAD.plan(needed).power(0.025) >= 0.8 > SPREAD.plan(needed - 1).power(0.025)
-    assert SPREAD.say_seeds(0.001, 1) == "more scenes, because 100 seeds are too few"
-    low, high = re.search(r"seeds of each recipe \((\d+) to (\d+)\)", SPREAD.say_seeds(0.025, 1)).groups()
+    assert SPREAD.describe_seeds(0.001, 1) == "more scenes, because 100 seeds are too few"
+    low, high = re.search(
+        r"seeds of each recipe \((\d+) to (\d+)\)", SPREAD.describe_seeds(0.025, 1)
+    ).groups()
     for which, runs in ((1, int(low)), (2, int(high))):
         assert SPREAD.plan(runs, which).power(0.025) >= 0.8 > SPREAD.plan(runs - 1, which).power(0.025)
     narrow = replace(SPREAD, variance_per_scene=1e-7)
-    assert re.search(r" \(\d+ to more than 100\)$", narrow.say_seeds(0.0045, 1))
+    assert re.search(r" \(\d+ to more than 100\)$", narrow.describe_seeds(0.0045, 1))
 
 
 def suited(runs, lift):
@@ -495,7 +497,7 @@ def test_plan_uses_the_variation_in_a_committed_study(home):
     text = describe_plan(runs, "valid")
     assert text == (
         "3 seeds of each recipe, 8 scenes, Bonferroni-adjusted for 2 comparisons: if runs vary as those in studies/earlier "
-        f"did, {spread.say_detectable(3, 2)}."
+        f"did, {spread.describe_detectable(3, 2)}."
     )
     over_folds = plan_runs(
         None,

@@ -12,10 +12,10 @@ from lib.batches import training_loader
 from lib.classes import NYUV2_13
 from lib.data import DataError, Samples, Split, iterate_samples, load_samples
 from lib.data.nyuv2 import TABLES
-from lib.data.validation import number_runs
+from lib.data.validation import group_neighbouring_ids
 from lib.notebooks.browse import plot_samples
 from lib.notebooks.explore import (
-    CHANCE,
+    FALSE_POSITIVE_RATE,
     Leakage,
     class_shares,
     conclude_data,
@@ -30,7 +30,7 @@ from lib.notebooks.explore import (
     plot_leaks,
     tabulate_leakage,
 )
-from lib.notebooks.plots import depth_shades
+from lib.notebooks.plots import choose_depth_scale
 
 FLOOR, WALL = NYUV2_13.index("floor"), NYUV2_13.index("wall")
 
@@ -92,7 +92,7 @@ def test_most_nyuv2_random_validation_frames_share_a_training_scene():
         ids = [row["id"] for row in csv.DictReader(file) if row["split"] == "train"]
     names = np.array(sorted(f"{int(number):06d}" for number in ids))
     image = np.zeros((len(names), 1, 1, 3), np.uint8)
-    leakage = find_leakage(Samples(names, image, scene=number_runs(names), classes=NYUV2_13))
+    leakage = find_leakage(Samples(names, image, scene=group_neighbouring_ids(names), classes=NYUV2_13))
     shared = {
         validation: (int(leak.same_scene.sum()), len(leak.valid)) for validation, leak in leakage.items()
     }
@@ -146,7 +146,7 @@ def test_leakage_table_gives_near_duplicates_expected_by_chance():
         "sharing a scene": "unknown",
         "exact copies": 0,
         "near-duplicates": 4,
-        "expected by chance": round(10 * (1 - (1 - CHANCE) ** 5000), 1),
+        "expected by chance": round(10 * (1 - (1 - FALSE_POSITIVE_RATE) ** 5000), 1),
     }
     assert tabulate_leakage({}).empty
 
@@ -156,7 +156,7 @@ def test_leakage_is_independent_of_the_step_between_ids(scenes, step, gaps):
     """Ids count frames, every fifth frame or milliseconds: always 12 frames of one scene."""
     ids = np.cumsum([0, *np.resize(gaps, 11)])
     names = np.array([f"{number:06d}" for number in ids])
-    leakage = find_leakage(replace(scenes, names=names, scene=number_runs(names)))
+    leakage = find_leakage(replace(scenes, names=names, scene=group_neighbouring_ids(names)))
     assert set(leakage) == {"random"}  # one run can't be split
     assert tabulate_leakage(leakage).loc["random", ["validation images", "sharing a scene"]].tolist() == [
         3,
@@ -309,7 +309,7 @@ def test_leakage_memory_grows_with_images_and_not_with_pairs():
     for count in (500, 5000):
         names = np.array([f"{number:06d}" for number in range(count)])
         image = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3), np.uint8)
-        samples = Samples(names, image, scene=number_runs(names), classes=("a", "b"))
+        samples = Samples(names, image, scene=group_neighbouring_ids(names), classes=("a", "b"))
         tracemalloc.start()
         find_leakage(samples)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -353,8 +353,8 @@ def test_data_without_depth_gets_no_depth_column_or_panel(scenes):
 def test_text_fits_in_figures_for_any_class_set(scenes, count):
     samples = relabel(scenes, count)
     counts = count_data(samples)
-    shades = depth_shades([samples])
-    draw(plot_samples(samples[:2], shades))
-    draw(plot_batch(samples, next(iter(training_loader(samples, "exp061", 2, 0, 42))), shades))
+    depth_scale = choose_depth_scale([samples])
+    draw(plot_samples(samples[:2], depth_scale))
+    draw(plot_batch(samples, next(iter(training_loader(samples, "exp061", 2, 0, 42))), depth_scale))
     assert any(text.startswith("All pixels: nine in ten from ") for text in draw(plot_depth(counts)))
     assert "adjacent to" in draw(plot_adjacency(counts))

@@ -14,7 +14,7 @@ from lib.notebooks.pairs import (
     image_scores,
     plot_pair,
 )
-from lib.notebooks.plots import CHANGED, colour_changes
+from lib.notebooks.plots import CHANGES_TITLE, colour_changes
 from lib.runs.results import EXAMPLE, group_recipes, read_results, read_runs, write_results
 from lib.runs.scoring import iterate_split, masks_folder
 
@@ -77,25 +77,25 @@ def moved(pair, data):
 
 def panels_of(browser):
     """The panels that are drawn for the first image."""
-    view, _ = next(iter(browser.coming.values())).result()
+    view, _ = next(iter(browser.pending.values())).result()
     return view.panels
 
 
 def test_browse_pair_shows_what_b_fixes_and_breaks(pair, scenes):
     figure = browse_pair(pair)
     texts = draw(figure)
-    assert {"RGB", "A: a, seed 0", "B: b, seed 0", CHANGED} <= set(texts)
+    assert {"RGB", "A: a, seed 0", "B: b, seed 0", CHANGES_TITLE} <= set(texts)
     assert any(text.startswith(f"{scenes.names[0]} · 1 of 12") for text in texts)
     a, b = (run.read_masks(scenes.names[:1].tolist())[0] for run in pair.values())
     expected = colour_changes(scenes.image[0], scenes.label[0], a, b)
-    np.testing.assert_array_equal(panels_of(browse_pair(pair, interactive=True))[CHANGED], expected)
+    np.testing.assert_array_equal(panels_of(browse_pair(pair, interactive=True))[CHANGES_TITLE], expected)
 
 
 def test_browse_pair_starts_with_the_largest_gain_of_b(pair, scenes):
     browser = browse_pair(pair, interactive=True)
     assert browser.names[browser.images[0]] == scenes.names[0]
     assert browser.names[browser.images[-1]] == scenes.names[1]
-    assert browser.panels.image["shown"] == ("A: a, seed 0", "B: b, seed 0", CHANGED)
+    assert browser.panels.image["shown"] == ("A: a, seed 0", "B: b, seed 0", CHANGES_TITLE)
 
 
 def test_missing_predictions_or_data_are_reported(pair):
@@ -127,7 +127,7 @@ def test_browse_pair_shows_the_predictions_kept_in_a_study(pair, scenes, tmp_pat
     browser = browse_pair(study, interactive=True)
     assert len(browser.names) == 2
     shown = panels_of(browse_pair(pair, interactive=True))
-    for title in ("RGB", "ground truth", "A: a, seed 0", "B: b, seed 0", CHANGED):
+    for title in ("RGB", "ground truth", "A: a, seed 0", "B: b, seed 0", CHANGES_TITLE):
         np.testing.assert_array_equal(panels_of(browser)[title], shown[title])
     write_results(tmp_path / "none", [replace(run, masks=None) for run in kept])
     without = choose_pair(group_recipes(read_results(tmp_path / "none")))
@@ -139,7 +139,7 @@ def test_browse_pair_shows_the_predictions_kept_in_a_study(pair, scenes, tmp_pat
 def test_committed_example_keeps_predictions_that_match_its_counts():
     recipes = group_recipes(read_runs(str(EXAMPLE), "test"), "baseline")
     pair = choose_pair(recipes, "tenth_learning_rate")
-    assert CHANGED in draw(browse_pair(pair))
+    assert CHANGES_TITLE in draw(browse_pair(pair))
     for run in pair.values():
         assert len(run.masks) == 3
         at = np.flatnonzero(np.isin(run.names, list(run.masks)))

@@ -18,12 +18,12 @@ from lib.notebooks.plots import (
     FADED,
     VALID_COLOUR,
     WRONG_COLOUR,
+    choose_depth_scale,
     class_colours,
     colour_changes,
     colour_depth,
     colour_errors,
     colour_labels,
-    depth_shades,
     fade,
     outline,
     percent,
@@ -167,12 +167,12 @@ def test_outline_surrounds_the_chosen_pixels_without_covering_them():
 
 
 def test_depth_is_coloured_by_one_scale_and_missing_depth_is_white(scenes):
-    shades = depth_shades([scenes])
+    depth_scale = choose_depth_scale([scenes])
     depth = np.array([[0, 2000, 2000]], np.uint16)
-    shown = colour_depth(depth, shades)
+    shown = colour_depth(depth, depth_scale)
     assert shown[0, 0].tolist() == [255] * 3
-    np.testing.assert_allclose(shown[0, 1], 255 * np.array(shades.to_rgba(2.0)[:3]), atol=1)
-    assert depth_shades([replace(scenes, depth=None)]) is None
+    np.testing.assert_allclose(shown[0, 1], 255 * np.array(depth_scale.to_rgba(2.0)[:3]), atol=1)
+    assert choose_depth_scale([replace(scenes, depth=None)]) is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from figures import draw
 from lib.data.images import open_images
 from lib.evaluation import evaluate, predict
 from lib.model import build_model
-from lib.notebooks.plots import write_names
+from lib.notebooks.plots import label_regions
 from lib.notebooks.predict import describe_images, plot_images, predict_images
 from lib.runs.scoring import read_masks
 
@@ -160,7 +160,7 @@ def test_class_names_are_drawn_on_their_regions():
     label[40:50, 50:78] = 1  # ... a bar, ...
     label[0, 79] = 2  # ... and a speck
     axes = Figure().subplots()
-    write_names(axes, label, CLASSES)
+    label_regions(axes, label, CLASSES)
     names = [(text.get_text(), *text.get_position()) for text in axes.texts]
     assert [name for name, *_ in names] == ["wall", "floor", "floor"]
     for name, column, row in names:

@@ -22,7 +22,7 @@ from scored_runs import scored_folder, scored_run, some_counts
 from lib.files import read_json, write_json
 from lib.notebooks import sweep
 from lib.notebooks.conclusions import run_tests
-from lib.notebooks.sweep import Finished, execute_run, executed_notebook, plan_runs, progress_table
+from lib.notebooks.sweep import FinishedRuns, execute_run, executed_notebook, plan_runs, progress_table
 from lib.runs import open_run, read_history, run_state, write_history
 from lib.runs.report import write_report
 from lib.runs.results import RUNS_FILE, group_recipes, read_results, read_runs, write_results
@@ -222,7 +222,7 @@ def test_scoring_uses_the_current_path_of_the_data(executed, runs, folder, tmp_p
 
 def test_run_used_by_another_process_fails_after_waiting(executed, runs, monkeypatch):
     (parameters,) = plan_runs(None, TINY, {}, [1]).values()
-    monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(sweep, "LOCK_TIMEOUT_SECONDS", 0.1)
     with open_run(parameters), pytest.raises(RuntimeError, match="is being trained by another process"):
         execute_run(parameters, "test")
     assert executed == []
@@ -235,18 +235,18 @@ def test_run_of_an_older_version_is_ignored(runs):
         parameters.pop(name)
     write_json(parameters, folder / "parameters.json")
     (folder / "report.md").touch()  # marks the run as trained
-    assert Finished(plan_runs(None, TINY, {}, [1]), "test").runs == {}
+    assert FinishedRuns(plan_runs(None, TINY, {}, [1]), "test").runs == {}
 
 
 def test_finished_run_is_recognised_by_its_parameters(executed, runs):
     """Its name and the path of its data don't matter."""
     ((name, parameters),) = plan_runs(None, TINY, {}, [1]).items()
-    assert Finished({name: parameters}, "test").runs == {}
+    assert FinishedRuns({name: parameters}, "test").runs == {}
     execute_run(parameters | {"run_name": "mine"}, "test")
-    (found,) = Finished({name: parameters}, "test").runs.items()
+    (found,) = FinishedRuns({name: parameters}, "test").runs.items()
     assert (found[0], found[1].name, found[1].split) == (name, "mine", "test")
     same = {"data": "/elsewhere/synthetic", "num_workers": 3, "device": "cuda", "run_name": "other"}
-    assert list(Finished({"a": parameters | same}, "test").runs) == ["a"]
+    assert list(FinishedRuns({"a": parameters | same}, "test").runs) == ["a"]
     for other in (
         {"seed": 2},
         {"fold": 0},
@@ -254,10 +254,10 @@ def test_finished_run_is_recognised_by_its_parameters(executed, runs):
         {"encoder_weights": "imagenet"},
         {"lovasz_weight": 1},
     ):
-        assert Finished({"a": parameters | other}, "test").runs == {}
-    assert Finished({name: parameters}, "valid").runs == {}  # scored on another split
+        assert FinishedRuns({"a": parameters | other}, "test").runs == {}
+    assert FinishedRuns({name: parameters}, "valid").runs == {}  # scored on another split
     write_history(runs / "mine", history(1))
-    assert Finished({name: parameters}, "test").runs == {}  # one epoch of two
+    assert FinishedRuns({name: parameters}, "test").runs == {}  # one epoch of two
 
 
 def test_other_folders_among_the_runs_are_ignored(executed, runs):
@@ -271,14 +271,14 @@ def test_other_folders_among_the_runs_are_ignored(executed, runs):
             (runs / other / "report.md").unlink()
     external = {"recipe": "external", "seed": 1, "predictions": "/masks", "data": "synthetic"}
     scored_folder(runs, "masks", split="test", external=external)
-    assert [run.name for run in Finished({name: parameters}, "test").runs.values()] == [name]
+    assert [run.name for run in FinishedRuns({name: parameters}, "test").runs.values()] == [name]
 
 
 def test_results_contain_only_what_a_comparison_needs(executed, runs, tmp_path):
     planned = plan_runs(None, TINY, {}, [1])
     (name,) = planned
     execute_run(planned[name], "test")
-    Finished(planned, "test", str(tmp_path / "results"))
+    FinishedRuns(planned, "test", str(tmp_path / "results"))
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
     (kept,) = read_runs(str(tmp_path / "results"), "test")
     assert (kept.name, kept.parameters["seed"], kept.masks) == (name, 1, None)
@@ -295,7 +295,7 @@ def test_finished_runs_are_appended_to_existing_results(executed, runs, tmp_path
     planned = plan_runs(None, TINY, {}, [1, 2, 3])
     first, second, _ = planned
     execute_run(planned[first], "test")
-    finished = Finished(planned, "test", str(tmp_path))
+    finished = FinishedRuns(planned, "test", str(tmp_path))
     assert list(finished.runs) == [first]
     assert [run.name for run in read_results(tmp_path)] == ["a", "b", first]
     execute_run(planned[second], "test")
@@ -307,14 +307,14 @@ def test_finished_runs_are_appended_to_existing_results(executed, runs, tmp_path
         np.testing.assert_array_equal(one.counts, other.counts)
     written = (tmp_path / RUNS_FILE).stat().st_mtime_ns
     finished.update()
-    Finished(planned, "test", str(tmp_path))
+    FinishedRuns(planned, "test", str(tmp_path))
     assert (tmp_path / RUNS_FILE).stat().st_mtime_ns == written  # nothing new, so nothing is written
 
 
 def test_concurrent_sweeps_keep_results_of_each_other(executed, runs, tmp_path):
     """Two machines share a study and train different seeds."""
     planned = plan_runs(None, TINY, {}, [1, 2])
-    sweeps = [Finished({name: parameters}, "test", str(tmp_path)) for name, parameters in planned.items()]
+    sweeps = [FinishedRuns({name: parameters}, "test", str(tmp_path)) for name, parameters in planned.items()]
     for finished, parameters in zip(sweeps, planned.values(), strict=True):
         execute_run(parameters, "test")
         finished.update()
@@ -337,10 +337,10 @@ def no_ray(monkeypatch):
             execute_run(parameters, split)
             return parameters["run_name"]
 
-    monkeypatch.setattr(sweep, "_connected", contextlib.nullcontext)
-    monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
+    monkeypatch.setattr(sweep, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(sweep, "_max_per_machine", {"CPU": 8, "GPU": 0}.get)
     monkeypatch.setattr(sweep, "_remote_task", Task)
-    monkeypatch.setattr(sweep, "_error", lambda reference: None)
+    monkeypatch.setattr(sweep, "_task_error", lambda reference: None)
     monkeypatch.setattr(sweep.ray, "wait", lambda references, **options: (references, []))
     return started
 
@@ -349,7 +349,7 @@ def test_a_run_in_the_results_counts_as_done(executed, no_ray, runs, tmp_path):
     planned, results = plan_runs(None, TINY, {}, [1, 2]), str(tmp_path / "results")
     first, second = planned
     execute_run(planned[first], "test")
-    Finished(planned, "test", results)
+    FinishedRuns(planned, "test", results)
     shutil.rmtree(runs / first)  # as in a fresh clone
     *_, table = sweep.sweep(planned, "test", results=results)
     assert no_ray[1:] == [second]
@@ -376,12 +376,12 @@ def test_runs_finished_before_results_was_set_are_added(executed, no_ray, runs, 
 def test_results_of_a_study_are_found_from_any_working_directory(tmp_path, monkeypatch):
     """As with `results: studies/soft_iou` in study.yaml. A new folder is in the working directory."""
     monkeypatch.chdir(tmp_path)
-    study = Finished({}, "valid", "studies/soft_iou")
+    study = FinishedRuns({}, "valid", "studies/soft_iou")
     assert study.folder == sweep.NOTEBOOKS / "studies" / "soft_iou"
     assert len(read_results(study.folder)) > 30
-    assert Finished({}, "valid", "new").folder == tmp_path / "new"
+    assert FinishedRuns({}, "valid", "new").folder == tmp_path / "new"
     (tmp_path / "studies" / "soft_iou").mkdir(parents=True)
-    assert Finished({}, "valid", "studies/soft_iou").folder == tmp_path / "studies" / "soft_iou"
+    assert FinishedRuns({}, "valid", "studies/soft_iou").folder == tmp_path / "studies" / "soft_iou"
     assert list(tmp_path.iterdir()) == [tmp_path / "studies"]  # looking up the folder creates nothing
 
 
@@ -407,15 +407,15 @@ def test_unavailable_clusters_splits_and_resources_are_rejected(runs, monkeypatc
         next(sweep.sweep(plan_runs(None, TINY, {}, [1]), "test", "127.0.0.1:1"))
     with pytest.raises(ValueError, match="split: found 'tset', expected one of train, valid, test"):
         next(sweep.sweep({}, "tset"))
-    monkeypatch.setattr(sweep, "_most", {"CPU": 8, "GPU": 0}.get)
+    monkeypatch.setattr(sweep, "_max_per_machine", {"CPU": 8, "GPU": 0}.get)
     for cpus, gpus, message in (
         (9, 0, "cpus_per_run: found 9"),
         (0, 0, "cpus_per_run: found 0"),
         (1, 1, "gpus_per_run: "),
     ):
         with pytest.raises(ValueError, match=message):
-            sweep._check_share(cpus, gpus)
-    sweep._check_share(8, 0)
+            sweep.check_resources(cpus, gpus)
+    sweep.check_resources(8, 0)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_runs_get_their_share_of_cpus_gpus_and_gpu_memory(
     executed, no_ray, runs, monkeypatch, machine, asked, num_workers, expected
 ):
     """A run without a GPU sees none. A run on a shared GPU may use its share of the memory."""
-    monkeypatch.setattr(sweep, "_most", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
+    monkeypatch.setattr(sweep, "_max_per_machine", dict(zip(("CPU", "GPU"), machine, strict=True)).get)
     list(sweep.sweep(plan_runs(None, TINY | {"num_workers": num_workers}, {}, [1]), "test", "local", *asked))
     assert no_ray[0] == expected | {"RUNS_DIR": str(runs)}
 
@@ -445,7 +445,9 @@ def test_runs_get_their_share_of_cpus_gpus_and_gpu_memory(
     reason="this torch does not know PYTORCH_ALLOC_CONF: two runs share a GPU's memory without a limit",
 )
 def test_torch_accepts_the_limit_on_gpu_memory():
-    (setting,) = (value for name, value in sweep._environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF")
+    (setting,) = (
+        value for name, value in sweep.worker_environment(1, 0.5).items() if name == "PYTORCH_ALLOC_CONF"
+    )
     torch._C._accelerator_setAllocatorSettings(setting)
     with pytest.raises(ValueError, match="per_process_memory_fraction is invalid"):
         torch._C._accelerator_setAllocatorSettings(setting.replace("0.5", "7"))
@@ -538,7 +540,7 @@ def test_sweep_over_folds_is_pooled_for_the_recipe_test(runs):
     planned = plan_runs(None, fixed, {"fold": [0, 1, 2, 3, 4], "soft_iou_weight": [0, 0.5]}, [1, 2])
     *_, table = sweep.sweep(planned, "valid")
     assert table.state.tolist() == ["done"] * 20
-    recipes = group_recipes(list(Finished(planned, "valid").runs.values()))
+    recipes = group_recipes(list(FinishedRuns(planned, "valid").runs.values()))
     assert list(recipes) == ["soft_iou_weight 0", "soft_iou_weight 0.5"]
     assert [len(members) for members in recipes.values()] == [2, 2]
     assert len(recipes["soft_iou_weight 0"][0].names) == 80
@@ -567,7 +569,7 @@ def test_ray_startup_is_tried_up_to_three_times(monkeypatch, slow):
         )
         if slow == 3
         else contextlib.nullcontext(),
-        sweep._connected("local"),
+        sweep.ray_session("local"),
     ):
         assert len(starts) == slow + 1
 
@@ -578,7 +580,7 @@ def test_ray_uses_a_short_folder_if_the_temporary_path_is_long(monkeypatch, tmp_
     monkeypatch.setattr("tempfile.tempdir", temporary)
     given = {}
     monkeypatch.setattr("ray.init", lambda **options: given.update(options))
-    with sweep._connected("local"):
+    with sweep.ray_session("local"):
         assert given.get("_temp_dir", "/tmp/ray-").startswith("/tmp/ray-")
         assert ("_temp_dir" in given) == short
         if short:

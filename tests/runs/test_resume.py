@@ -53,13 +53,13 @@ def interrupt(samples, name, monkeypatch, after_steps, **options):
 @pytest.fixture
 def often(monkeypatch):
     """Save a checkpoint after every step and every epoch."""
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(checkpoints, "SAVE_INTERVAL_SECONDS", -1)
 
 
 # -1 saves after every step and epoch, 30 only at the end of this short run
 @pytest.mark.parametrize(("after_steps", "seconds"), [(0, 30), (4, 30), (2, -1), (3, -1), (4, -1), (8, -1)])
 def test_resumed_run_equals_the_uninterrupted_one(samples, whole, monkeypatch, after_steps, seconds):
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(checkpoints, "SAVE_INTERVAL_SECONDS", seconds)
     interrupt(samples, "resumed", monkeypatch, after_steps)
     assert (runs_folder() / "resumed" / "last.pt").exists() == (seconds == -1)
     assert train("resumed", samples, resume=True, num_workers=0 if seconds == 30 else 2) == whole[0]

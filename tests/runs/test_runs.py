@@ -18,10 +18,10 @@ from lib.data import load_samples
 from lib.device import describe_processor
 from lib.files import write_json
 from lib.runs import (
-    RECORDED,
+    METADATA,
     RunState,
     find_run,
-    hold_run,
+    lock_run,
     open_run,
     read_counts,
     read_parameters,
@@ -56,7 +56,7 @@ def test_older_runs_with_the_same_name_are_kept(runs):
         with open_run({"run_name": "trial", "seed": seed, "resume": False}) as run:
             assert run == runs / "trial"
             saved = json.loads((run / "parameters.json").read_text())
-            assert {name: saved[name] for name in saved if name not in RECORDED} == {
+            assert {name: saved[name] for name in saved if name not in METADATA} == {
                 "run_name": "trial",
                 "seed": seed,
             }
@@ -173,10 +173,10 @@ def test_hold_run_fails_if_the_run_is_locked(tmp_path):
     with (
         lock,
         pytest.raises(RuntimeError, match="run_name: 'taken' is being trained by another process"),
-        hold_run(tmp_path / "taken", wait_seconds=0.1),
+        lock_run(tmp_path / "taken", wait_seconds=0.1),
     ):
         pytest.fail("held")
-    with hold_run(tmp_path / "taken"), pytest.raises(RuntimeError), hold_run(tmp_path / "taken"):
+    with lock_run(tmp_path / "taken"), pytest.raises(RuntimeError), lock_run(tmp_path / "taken"):
         pytest.fail("held twice")
     with lock.acquire(timeout=0):  # released at the end of the block
         pass

@@ -22,7 +22,7 @@ from lib.runs import open_run, read_counts, read_parameters, run_state, runs_fol
 from lib.runs.results import group_recipes, read_scored
 from lib.runs.scoring import (
     check_labelled,
-    find_scored,
+    find_or_create_run,
     iterate_split,
     masks_folder,
     read_external,
@@ -69,7 +69,7 @@ def on_folder(run, root):
 def open_external(data, predictions, **changes):
     """Return the run folder of external predictions."""
     named = {"run_name": "external", "recipe": "external", "seed": 0, "predictions": str(predictions)}
-    return find_scored("latest", str(predictions), DATA | named | {"data": str(data)} | changes)
+    return find_or_create_run("latest", str(predictions), DATA | named | {"data": str(data)} | changes)
 
 
 def test_saved_counts_masks_and_scores_match_evaluate(scored):
@@ -317,7 +317,7 @@ def test_missing_predictions_or_data_are_rejected(tmp_path):
     with pytest.raises(
         ValueError, match="data: found None, expected the data set whose images were predicted"
     ):
-        find_scored("latest", str(tmp_path), DATA | {"data": None})
+        find_or_create_run("latest", str(tmp_path), DATA | {"data": None})
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ UNITS = {
     0.1: "for tenths of mm",
 }
 BACKGROUND_NAMES = ("background", "other", "unlabelled", "unlabeled", "unknown", "void", "none", "ignore")
-# minimum share of borders that adjoin 0 (NYUv2: 0.91 if 0 means unlabelled, 0.49 if 0 is `objects`)
+# minimum share of borders that adjoin 0 (NYUv2: 0.91 if 0 means unlabelled, at most 0.46 if 0 is a class)
 MIN_ZERO_BORDER_SHARE = 0.75
 
 

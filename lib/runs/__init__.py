@@ -1,8 +1,8 @@
 """Run folders: create or reopen them, check their progress, and read and write their files."""
 
 import datetime
-import itertools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -24,9 +24,8 @@ METADATA = ("commit", "tree_unchanged", "processor")  # metadata of a run, not p
 RESUME_MAY_CHANGE = ("num_workers", "save_figures")  # may differ on resumption, without effect on results
 WEIGHTS_PARAMETERS = ("encoder_weights", "init_from")  # weights files, identified by a digest
 PATH_PARAMETERS = ("data", *WEIGHTS_PARAMETERS)  # paths, which may differ between machines
-
-
-MAX_NAME_BYTES = 200  # bytes; file systems allow 255, including the prefixes and suffixes that are added
+MAX_NAME_BYTES = 200  # file systems allow 255, including the prefixes and suffixes that are added
+RUN_NAME = re.compile(r'(?!(older|notebooks)$)[^./\\:*?"<>|][^/\\:*?"<>|]*')  # a plain folder name
 
 
 def runs_folder() -> Path:
@@ -60,27 +59,11 @@ def open_run(
             the run to resume have other parameters.
         RuntimeError: if another process has locked the run, or its folder can't be locked.
     """
-    run_name = parameters["run_name"]
-    if (
-        not run_name
-        or len(os.fsencode(run_name)) > MAX_NAME_BYTES
-        or run_name in ("older", "notebooks")
-        or set(run_name) & set('/\\:*?"<>|')
-        or run_name[0] == "."
-    ):
-        raise ValueError(
-            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most "
-            f"{MAX_NAME_BYTES} bytes"
-        )
-    run = runs_folder() / run_name
+    run = runs_folder() / _check_name(parameters["run_name"])
     run_parameters = {name: value for name, value in parameters.items() if name != "resume"}
     run_parameters |= weights_digests(parameters)
-    for name, value in itertools.chain(*((split.loaded_with or {}).items() for split in samples)):
-        if run_parameters.get(name, value) != value:
-            raise ValueError(
-                f"{name}: is {run_parameters[name]!r} now, but the samples were loaded with {value!r}; run "
-                "the cell that loads the data again, and then this one"
-            )
+    for split in samples:
+        _check_loaded_with(split.loaded_with or {}, run_parameters)
     if resume:
         _check_resumable(run, run_parameters)
     with lock_run(run):
@@ -96,6 +79,25 @@ def open_run(
                 shutil.rmtree(run)
                 archived.rename(run)
             raise
+
+
+def _check_name(run_name: str) -> str:
+    if not RUN_NAME.fullmatch(run_name) or len(os.fsencode(run_name)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"run_name: found {run_name!r}, expected a plain folder name such as 'exp061' of at most "
+            f"{MAX_NAME_BYTES} bytes"
+        )
+    return run_name
+
+
+def _check_loaded_with(loaded_with: dict[str, object], parameters: dict[str, object]) -> None:
+    """Raise a ValueError if parameters were changed after the samples were loaded."""
+    for name, value in loaded_with.items():
+        if parameters.get(name, value) != value:
+            raise ValueError(
+                f"{name}: is {parameters[name]!r} now, but the samples were loaded with {value!r}; run the "
+                "cell that loads the data again, and then this one"
+            )
 
 
 def _has_progress(run: Path) -> bool:

@@ -27,6 +27,7 @@ from lib.options import check_choice, check_options
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # by smp name
 NAME_PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # prefixes in weights files
+NUMBER = re.compile(r"\d+")
 ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # DPT's decoder also takes prefix tokens
 ARCHITECTURE_OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # Exp061's
 
@@ -306,8 +307,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
     Raises:
         RuntimeError: if smp's configuration can't be downloaded.
     """
-    name = encoder.removeprefix("tu-").removeprefix("timm-")
-    name = TIMM_NAMES.get(name, name)
+    name = _timm_name(encoder)
     if encoder.startswith("tu-") or (is_weights_file(encoder_weights) and timm.is_model(name)):
         config = get_pretrained_cfg(name)
         return tuple(config.mean), tuple(config.std)
@@ -339,7 +339,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
     """
     if is_weights_file(encoder_weights):
         path = Path(encoder_weights).expanduser()
-        _load_into_encoder(encoder, _read_weights(path), path)
+        _load_into_encoder(encoder, _read_weights(path), path, name)
         return
     known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
@@ -382,8 +382,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a file's weights into the encoder; all except `num_batches_tracked` must exist and fit."""
+def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    """Load a file's weights into the encoder; all except `num_batches_tracked` must exist and fit.
+
+    Other tensors of the file, such as those of a classifier, are ignored, but not further blocks.
+    """
     target = encoder.state_dict()
     tensors = {
         _normalise_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
@@ -401,6 +404,7 @@ def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], pat
             for name, tensor in matched.items()
             if tensor.shape != target[name].shape
         ],
+        "of further blocks": _find_further_blocks(set(tensors), set(map(_normalise_name, target)), name),
     }
     messages = [
         f"{len(names)} {kind}, such as {', '.join(names[:3])}" for kind, names in problems.items() if names
@@ -412,6 +416,29 @@ def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], pat
             "or segmentation-models-pytorch"
         )
     encoder.load_state_dict(target | matched)
+
+
+def _find_further_blocks(found: set[str], own: set[str], encoder: str) -> list[str]:
+    """Return the tensor names of blocks that a file has beyond those of the encoder, sorted.
+
+    They show that the file is of a deeper network, such as a ResNet-34 whose first blocks fit a ResNet-18.
+    A block has two numbers in its name. timm may leave out the last blocks of an encoder.
+    """
+    kinds = {NUMBER.sub("#", name) for name in own}  # such as layer#_#_conv#_weight
+    further = {
+        name for name in found - own if len(NUMBER.findall(name)) > 1 and NUMBER.sub("#", name) in kinds
+    }
+    if further and timm.is_model(_timm_name(encoder)):
+        with torch.random.fork_rng(devices=[]):  # the network's own weights are drawn as before
+            whole = timm.create_model(_timm_name(encoder))
+        further -= set(map(_normalise_name, whole.state_dict()))
+    return sorted(further)
+
+
+def _timm_name(encoder: str) -> str:
+    """Return the name that timm has, or would have, for an encoder of segmentation-models-pytorch."""
+    name = encoder.removeprefix("tu-").removeprefix("timm-")
+    return TIMM_NAMES.get(name, name)
 
 
 def _normalise_name(name: str) -> str:

@@ -87,6 +87,35 @@ def test_weight_names_of_timm_and_smp_are_accepted(tmp_path, classifier, wrap):
     assert_filled(filled(tmp_path / "weights.pth"), weights)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "deeper"),
+    [("resnet18", "resnet34"), ("tu-resnet18", "resnet34"), ("tu-lcnet_050", "lcnet_050")],
+)
+def test_weights_of_a_deeper_network_are_refused(tmp_path, encoder, deeper):
+    """All tensors of a ResNet-18 have the names and shapes of a ResNet-34's, but not their values."""
+    weights = timm.create_model(deeper, pretrained=False).state_dict()
+    if deeper == "lcnet_050":  # a block more than there are
+        weights["blocks.4.9.conv_pw.weight"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "weights.pth")
+    message = refused(tmp_path / "weights.pth", encoder=encoder, architecture="unet")
+    assert "of further blocks, such as " in message
+
+
+def test_blocks_that_timm_leaves_out_of_an_encoder_are_ignored(tmp_path):
+    weights = timm.create_model("ghostnet_100", pretrained=False).state_dict()
+    left_out = [name for name in weights if name.startswith("blocks.8.")]
+    assert left_out
+    drawn = []
+    for kept in (weights, {name: weights[name] for name in weights if name not in left_out}):
+        torch.save(kept, tmp_path / "weights.pth")
+        torch.manual_seed(0)
+        encoder = filled(tmp_path / "weights.pth", encoder="tu-ghostnet_100", architecture="unet")
+        found = encoder.model.state_dict()["blocks_0.0.ghost1.primary_conv.0.weight"]
+        torch.testing.assert_close(found, weights["blocks.0.0.ghost1.primary_conv.0.weight"], rtol=0, atol=0)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]  # the check draws nothing from the run's generator
+
+
 def test_safetensors_weights_are_loaded(tmp_path, classifier):
     save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
     assert_filled(filled(tmp_path / "weights.safetensors"), classifier.state_dict())

@@ -131,35 +131,20 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
     Args:
         augment: one of these names:
             - `none`: no augmentation.
-            - `exp061`: flip, shift by up to 5 %, scale by up to 10 %, rotate by up to 5 degrees.
-            - `crops`: flip and random resized crops.
-            - `zooms`: flip, scale by 0.5 to 2, shift by up to 25 %.
+            - `exp061`: flip; in half of the images, shift by up to 5 %, scale by up to 10 % and rotate by up
+              to 5 degrees.
+            - `crops`: flip and random resized crops of at least 35 % of the area.
+            - `zooms`: flip, scale by 0.5 to 2 and shift by up to 25 %.
             - `crops_colour`, `zooms_colour`: also change the brightness, contrast, saturation and hue of RGB.
         size: (height, width) of the images.
     """
     check_options(augment=augment)
     if augment == "none":
         return None
+    geometry, _, colour = augment.partition("_")
     with warnings.catch_warnings(action="error"):  # albumentations only warns about unknown options
-        if not augment.startswith("crops"):
-            shift, scale, rotation, probability = (
-                (0.05, (0.9, 1.1), 5, 0.5) if augment == "exp061" else (0.25, (0.5, 2), 0, 1)
-            )
-            geometry = albumentations.Affine(
-                translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
-                scale=scale, keep_ratio=True, rotate=(-rotation, rotation), fill=0, fill_mask=0,
-                mask_interpolation=cv2.INTER_NEAREST, p=probability,
-            )  # fmt: skip
-        else:
-            ratio = size[1] / size[0]
-            geometry = albumentations.RandomResizedCrop(  # INTER_NEAREST would shift masks relative to RGB
-                size,
-                scale=(0.35, 1.0),
-                ratio=(0.85 * ratio, 1.18 * ratio),
-                mask_interpolation=cv2.INTER_NEAREST_EXACT,
-            )
-        transforms = [albumentations.HorizontalFlip(p=0.5), geometry]
-        if augment.endswith("_colour"):
+        transforms = [albumentations.HorizontalFlip(p=0.5), _build_geometry(geometry, size)]
+        if colour:
             transforms.append(
                 albumentations.ColorJitter(
                     brightness=(0.6, 1.4),
@@ -176,8 +161,38 @@ def build_augmentation(augment: str, size: tuple[int, int]) -> albumentations.Co
         )
 
 
+def _build_geometry(name: str, size: tuple[int, int]) -> albumentations.DualTransform:
+    """Build the geometric transform of `exp061`, `crops` or `zooms`."""
+    if name == "exp061":
+        return _build_affine(shift=0.05, scale=(0.9, 1.1), rotation=5, probability=0.5)
+    if name == "zooms":
+        return _build_affine(shift=0.25, scale=(0.5, 2), rotation=0, probability=1)
+    ratio = size[1] / size[0]
+    return albumentations.RandomResizedCrop(
+        size,
+        scale=(0.35, 1.0),
+        ratio=(0.85 * ratio, 1.18 * ratio),
+        mask_interpolation=cv2.INTER_NEAREST_EXACT,  # cv2.resize's INTER_NEAREST shifts masks against RGB
+    )
+
+
+def _build_affine(
+    shift: float, scale: tuple[float, float], rotation: float, probability: float
+) -> albumentations.Affine:
+    return albumentations.Affine(
+        translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
+        scale=scale,
+        keep_ratio=True,
+        rotate=(-rotation, rotation),
+        fill=0,
+        fill_mask=0,
+        mask_interpolation=cv2.INTER_NEAREST,
+        p=probability,
+    )
+
+
 def zoom_factor(applied_transforms: list[tuple[str, dict]]) -> float:
-    """Return the factor by which the applied transforms enlarge the image."""
+    """Return the factor by which the transforms scale the image, the geometric mean of both axes."""
     for name, parameters in applied_transforms:
         if name == "Affine":
             return parameters["scale"]["x"]
@@ -189,7 +204,10 @@ def zoom_factor(applied_transforms: list[tuple[str, dict]]) -> float:
 
 
 def check_depth(config: ModelConfig, samples: Samples, trains: bool = False) -> None:
-    """Raise a ValueError if samples lack the depth that the network takes or, if it `trains`, predicts."""
+    """Raise a ValueError if the samples have no depth, but the network needs it.
+
+    It needs depth as an input or, with `trains`, as a target of its depth head.
+    """
     if samples.depth is None and (config.inputs != "rgb" or (trains and config.depth_head)):
         raise ValueError(
             f"inputs: the network takes {config.inputs} and has {'a' if config.depth_head else 'no'} depth "
@@ -293,7 +311,7 @@ def training_loader(
             shared memory is too small for the workers.
     """
     check_options(num_workers=num_workers)
-    # two batches per worker, plus the current and the next one; without free shared memory, workers wait
+    # shared memory contains two batches per worker, plus the current and the next one
     needed = (
         min((2 * num_workers + 2) * (batch_size + 1), len(samples)) * 7 * math.prod(samples.size)
     )  # 7 bytes per pixel

@@ -21,14 +21,15 @@ from lib.metrics import boundary_counts, confusion_counts, depth_sums, strata_co
 from lib.model import Prediction
 from lib.options import check_options
 
-# Test-time augmentation averages the class probabilities of these (zoom, flipped) views.
+# Test-time augmentation averages the class probabilities of these (zoom, flipped) views. The first view is
+# the plain one, from which depth is predicted. Views of the same zoom are adjacent.
 VIEWS = {
     "none": [(1.0, False)],
     "flip": [(1.0, False), (1.0, True)],
     "scales": [(zoom, flipped) for zoom in (1.0, 0.8, 1.25) for flipped in (False, True)],
 }
-MAX_SCORES_BYTES = 2**28  # class scores per chunk at native size; averaging views takes four times as much
-MAX_STRATA_CLASSES = 60  # with more classes, confusion matrices by scene and stratum would fill the memory
+MAX_SCORES_BYTES = 2**28  # class scores at native size per chunk of rows; averaging views takes 1 GiB
+MAX_STRATA_CLASSES = 60  # with more, confusion matrices by scene and stratum would take too much memory
 MAX_BATCH_PIXELS = 2**24  # maximum per batch: one image of 12 megapixels, or 54 of 480x640
 Loss = Callable[[Prediction, Batch], tuple[torch.Tensor, ...]]
 
@@ -81,7 +82,7 @@ class Evaluation(Counts):
             without `keep`.
         boundary: `(N, C, 3)` int64, see `boundary_counts`; None without `thorough`.
         depth: `(4,)` float64, see `depth_sums`; zeros without a depth head, None without `thorough`.
-        losses: unweighted mean over batches of each loss term; None without a loss.
+        losses: mean of each loss term over batches, whatever their sizes; None without a loss.
         strata: `{name: (G, bins, C, C)}` uint32 for the G scenes in the order of `np.unique(scene)`, see
             `strata_counts`; None if scenes are unknown, if there are more than 60 classes, or without
             `thorough`.
@@ -104,8 +105,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on samples at their native size.
 
-    Images are resized to the network's working size. Class scores are upsampled to the native size before the
-    argmax, at most 1 GiB at a time.
+    Images are resized to the network's working size, `model.config.size`. Class scores are upsampled to the
+    native size before the argmax, at most 1 GiB at a time.
 
     Args:
         model: network from `build_model` or `load_model`.
@@ -138,8 +139,8 @@ def predict(
 ) -> Iterator[Predicted]:
     """Yield predictions batch by batch, in the order of the samples.
 
-    With `confidence`, the probability of each predicted class is computed too. See `evaluate` for the other
-    arguments.
+    With `confidence`, the probability of each pixel's predicted class is computed too. See `evaluate` for the
+    other arguments.
     """
     check_options(tta=tta, batch_size=batch_size)
     model.eval()
@@ -240,7 +241,7 @@ def _upsample(scores: torch.Tensor, size: tuple[int, int], rows: slice | None = 
 
 
 def mean_losses(losses: list[torch.Tensor]) -> list[float]:
-    """Return the unweighted mean of each loss term over batches.
+    """Return the mean of each loss term over batches, whatever their sizes.
 
     It is computed in float64, which not every device supports, and therefore on the CPU.
     """
@@ -258,20 +259,21 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
     Raises:
         ValueError: if there are no images.
     """
-    collected = defaultdict(list, depth=[np.zeros(4)])  # lists over batches, by field of `Evaluation`
+    # lists over batches, by field of `Evaluation`; depth sums are 0 without a depth head
+    collected = defaultdict(list, depth=[np.zeros(4)])
     strata = {}
     for batch in batches:
-        samples, labels = batch.samples, batch.labels
+        samples, predicted = batch.samples, batch.labels
         truth = samples.labels_or_ignored
         collected["names"].append(samples.names)
         collected["scene"].append(samples.scene)
-        collected["counts"].append(confusion_counts(labels, truth, len(samples.classes)))
+        collected["counts"].append(confusion_counts(predicted, truth, len(samples.classes)))
         collected["losses"].append(batch.losses)
         if keep:
-            collected["predicted"].extend(labels)
+            collected["predicted"].extend(predicted)
         if thorough:
-            collected["boundary"].append(boundary_counts(labels, truth, len(samples.classes)))
-            _add_strata(strata, samples, labels)
+            collected["boundary"].append(boundary_counts(predicted, truth, len(samples.classes)))
+            _add_strata(strata, samples, predicted)
         if thorough and batch.depth_m is not None:
             depth_m = samples.depth_or_missing / 1000
             collected["depth"].append(depth_sums(batch.depth_m, depth_m, samples.measured_depth))
@@ -280,7 +282,7 @@ def count_predictions(batches: Iterable[Predicted], thorough: bool = False, keep
             "split: found no image to evaluate; with validation none there are no validation images, use "
             "split test"
         )
-    same_size = len({labels.shape for labels in collected["predicted"]}) == 1
+    same_size = len({mask.shape for mask in collected["predicted"]}) == 1
     return Evaluation(
         names=np.concatenate(collected["names"]),
         scene=None if collected["scene"][0] is None else np.concatenate(collected["scene"]),

@@ -9,7 +9,7 @@ import torch
 from lib.classes import IGNORE_INDEX
 from lib.options import check_options
 
-CPU_CHUNK = 2**18  # logits per chunk; fits in the cache
+CPU_CHUNK = 2**18  # logits per chunk; fits in the CPU's L2 cache
 GPU_CHUNK = 2**26  # logits per chunk; enough to occupy a GPU
 
 
@@ -25,14 +25,13 @@ def soft_iou_loss(logits: torch.Tensor, labels: torch.Tensor, pooling: str = "ba
         labels: `(N, H, W)` integer class indices 0..C-1, 255 = ignore.
         pooling: how the images of a batch are combined:
             - `batch`: sum I and U over the batch, then average over the classes with a labelled pixel in the
-              batch, as the mIoU does.
+              batch. The mIoU does the same over a whole set of images.
             - `image`: compute I / U per image, then average over the (image, class) pairs in which the image
               has a pixel of the class.
-            - `exp061`: compute I / (U + 1e-6) per image, then average over all pairs of an image and a class
-              present in the batch. If the class is absent from the image, the loss of the pair is a constant
-              1 without gradient. A perfect prediction can therefore have a loss above 0, and an unlabelled
-              image has a loss of 1 if another image is labelled. Kept to reproduce the published experiment
-              Exp061.
+            - `exp061`: compute I / (U + 1e-6) per image, then average over every image paired with every
+              class that occurs in the batch. A class that is absent from an image adds a constant 1 without
+              gradient, so even a perfect prediction can have a loss above 0. Kept to reproduce Exp061
+              (notebooks/experiments/exp061.yaml).
 
     Returns:
         A scalar; 0 with zero gradient if the batch has no labelled pixel.
@@ -113,8 +112,8 @@ def _soft_iou_loss(
 def lovasz_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Compute the Lovász-softmax loss over the batch, as implemented in segmentation-models-pytorch.
 
-    See Berman, Triki and Blaschko, CVPR 2018. The loss sorts all labelled pixels once per class present and
-    synchronises with the GPU. It is 0 if the batch has no labelled pixel.
+    See Berman, Triki and Blaschko, CVPR 2018. It sorts all labelled pixels once for each class that is
+    present, which makes the CPU wait for a GPU. The loss is 0 if the batch has no labelled pixel.
 
     Args:
         logits: `(N, C, H, W)`, any floating dtype; computed in float32.
@@ -211,8 +210,7 @@ def _row_chunks(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[t
 def _class_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums `(4, N, C)` of `_ClassSums` and the log-sum-exp `(N, H, W)` of the logits.
 
-    The log-sum-exp of unlabelled pixels is set to inf, so that their softmax is 0 here and in the backward
-    pass.
+    The log-sum-exp of unlabelled pixels is set to inf, so that their softmax is 0 in the backward pass.
     """
     scores = logits.flatten(2).to(torch.promote_types(logits.dtype, torch.float32))  # (N, C, P)
     labelled = labels.flatten(1) != IGNORE_INDEX

@@ -24,12 +24,13 @@ from lib.data.samples import DEPTH_RANGE_M
 from lib.files import CheckpointError, load_checkpoint, save_checkpoint
 from lib.options import check_choice, check_options
 
+# RGB statistics of the published experiment that notebooks/experiments/exp061.yaml reproduces
 EXP061_MEAN, EXP061_STD = (0.525, 0.443, 0.400), (0.281, 0.281, 0.293)
 TIMM_NAMES = {"inceptionv4": "inception_v4", "inceptionresnetv2": "inception_resnet_v2"}  # by smp name
 NAME_PREFIX = re.compile(r"^((module|encoder|backbone|model)\.)+")  # prefixes in weights files
 NUMBER = re.compile(r"\d+")
-ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # DPT's decoder also takes prefix tokens
-ARCHITECTURE_OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # Exp061's
+ARCHITECTURES = sorted(set(MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # DPT also takes prefix tokens
+ARCHITECTURE_OPTIONS = {"deeplabv3plus": {"encoder_output_stride": 16, "decoder_channels": 256}}  # Exp061
 
 
 class Prediction(NamedTuple):
@@ -50,7 +51,7 @@ class ModelConfig:
 
     Attributes:
         classes: names of the classes, in the order of their indices.
-        inputs: `rgb`, `depth`, `rgbd` or `rgbd_xy` (also pixel coordinates).
+        inputs: `rgb`, `depth`, `rgbd` or `rgbd_xy` (with x and y coordinates in 0..1).
         depth_encoding: `inverse`, `linear` or `log`.
         depth_range_m: (nearest, farthest) in metres; depth is clipped to this range.
         size: (height, width) in pixels that images are resized to.
@@ -92,7 +93,8 @@ class SegmentationDepthNet(nn.Module):
     for Semantic Image Segmentation", ECCV 2018) from segmentation-models-pytorch. The depth head is a 3x3
     convolution on the output of the decoder, upsampled like the segmentation head.
 
-    `reinitialised` maps each layer or head that `init_from` could not copy to its number of parameters.
+    After `build_model` with `init_from`, `reinitialised` holds the number of parameters of each layer or head
+    that could not be copied, by name.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -150,7 +152,7 @@ def build_model(
         raise ValueError(
             f"init_from: found {str(init_from)!r} with encoder_weights {encoder_weights!r}; use one of them"
         )
-    model = _build_network(ModelConfig(**config))
+    model = _build_and_try(ModelConfig(**config))
     if encoder_weights is not None:
         load_encoder_weights(model.net.encoder, encoder_weights, model.config.encoder)
         if rgb_normalisation == "weights":
@@ -175,7 +177,7 @@ def check_network(architecture: str, encoder: str) -> None:
         )
 
 
-def _build_network(config: ModelConfig) -> SegmentationDepthNet:
+def _build_and_try(config: ModelConfig) -> SegmentationDepthNet:
     """Build a network and test it on a blank image, because some encoders support only one image size."""
     check_network(config.architecture, config.encoder)
     try:
@@ -202,10 +204,12 @@ def _build_network(config: ModelConfig) -> SegmentationDepthNet:
 def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> None:
     """Copy all weights of a trained network that match in name and shape, and its RGB normalisation.
 
-    In the first layer, filters of channels that both networks have are copied. Filters of new channels are
-    set to zero, so that they have no effect at first. If the networks have no channel in common, the first
-    layer keeps its initial weights. So do the segmentation head if the classes differ, and the depth head if
-    the trained network has none. `model.reinitialised` lists the parts that keep their initial weights.
+    In the first layer, filters of channels that both networks have are copied; depth in two encodings counts
+    as two channels. Filters of new channels are set to zero, so that they have no effect at first.
+
+    Three parts may keep their initial weights: the first layer if the networks have no channel in common, the
+    segmentation head if the classes differ, and the depth head if the trained network has none. They are
+    recorded in `model.reinitialised`.
 
     Raises:
         ValueError: if encoder or architecture differ, or other weights don't match.
@@ -350,7 +354,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
     in_channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
     with (
         _explain_download_errors(encoder_weights, name),
-        warnings.catch_warnings(action="error", category=UserWarning),
+        warnings.catch_warnings(action="error", category=UserWarning),  # smp only warns of unused weights
     ):
         weights = True if name.startswith("tu-") else encoder_weights
         pretrained = get_encoder(name, in_channels, weights=weights)

@@ -39,7 +39,8 @@ FINITE_CHECK_INTERVAL = 20  # steps between checks for non-finite losses; each c
 class Losses(NamedTuple):
     """The unweighted scalar loss terms of one batch and `total`, their weighted sum, which is minimised.
 
-    `soft_iou` is the loss, 1 - soft IoU. `lovasz` is 0 if its weight is 0, `depth_l1` without a depth head.
+    `soft_iou` is the loss, 1 - soft IoU. `lovasz` is 0 if its weight is 0, and `depth_l1` is 0 without a
+    depth head.
     """
 
     total: torch.Tensor
@@ -200,7 +201,8 @@ def fit(
 
     If the run's folder contains `last.pt`, training resumes from it, and the rows of earlier epochs are
     yielded first. On a CPU, the result is exactly that of an uninterrupted run. The `seconds` of a resumed
-    epoch count from its resumption. If the run is finished, its rows are yielded without training.
+    epoch include only the time since it was resumed. If the run is finished, its rows are yielded without
+    training.
 
     `Checkpoint` lists the files that are saved during training. `report.md` is written at the end.
 
@@ -278,7 +280,7 @@ def training_step(
 ) -> torch.Tensor:
     """Run one optimisation step and return the detached loss terms, in the order of `Losses`.
 
-    They stay on the device, because `.item()` would synchronise with the GPU.
+    The terms stay on the device, because `.item()` would synchronise with the GPU.
     """
     with autocast(batch.inputs.device, precision):
         prediction = model(batch.inputs)
@@ -296,7 +298,7 @@ def train_epoch(
     state: Checkpoint,
     bar: tqdm,
 ) -> list[float]:
-    """Train on the remaining batches of an epoch and return the mean of each loss term over all its batches.
+    """Train on the remaining batches of an epoch and return the epoch's mean of each loss term.
 
     Raises:
         FloatingPointError: if a loss or a weight is not finite.
@@ -304,7 +306,7 @@ def train_epoch(
     model.train()
     description = bar.desc.removesuffix(": ")
     names = loader.dataset.samples.names
-    # image positions of the batches of this call; earlier losses were checked before they were saved
+    # of the batches of this call; in a resumed epoch, the losses before them were checked when saved
     positions: list[torch.Tensor] = []
     for raw in loader:
         state.losses.append(step(raw))
@@ -325,7 +327,18 @@ def train_epoch(
 def _check_finite(
     model: nn.Module, losses: list[torch.Tensor], positions: list[torch.Tensor], names: np.ndarray
 ) -> None:
-    """Check the losses of these batches and the weights: a finite loss can have a non-finite gradient."""
+    """Check the last losses and all weights, because a finite loss can have a non-finite gradient.
+
+    Args:
+        model: the network.
+        losses: loss terms of the epoch's batches so far.
+        positions: positions of the images of the last of these batches, which are checked.
+        names: names of the training images.
+
+    Raises:
+        FloatingPointError: if a loss or a weight is not finite. The message lists the images of the batch, or
+            of the last batch in the case of a weight.
+    """
     if not positions:
         return
     losses = losses[-len(positions) :]

@@ -142,14 +142,14 @@ def score_run(
     they all have the same size, they are also saved as `submission.npy`, or `submission_SPLIT.npy` for splits
     other than test: `(N, H, W)`, sorted by name.
 
-    External predictions are scored as they are.
+    External predictions are scored as they are. An earlier evaluation of the split is replaced only when all
+    images are predicted, so that it survives an error.
 
     Returns:
         The content of `SPLIT.json`.
     """
     with lock_run(run):
         labelled = is_labelled(pieces)
-        _remove_evaluation(run, split)
         facts = {
             "data": pieces.data,
             "images": len(pieces),
@@ -158,11 +158,15 @@ def score_run(
         }
         settings, passes = _predict_passes(run, pieces, labelled, tta, device)
         first = next(iter(passes))
-        passes[first] = _save_masks(passes[first], masks_folder(run, split))
+        masks_path = masks_folder(run, f".{split}.unfinished")
+        shutil.rmtree(masks_path, ignore_errors=True)
+        passes[first] = _save_masks(passes[first], masks_path)
         counted = {
             name: count_predictions(with_progress(f"predicting, {name}", len(pieces), batches), thorough=True)
             for name, batches in passes.items()
         }
+        _remove_evaluation(run, split)
+        masks_path.rename(masks_folder(run, split))
         if not labelled:
             masks = read_masks(masks_folder(run, split), sorted(counted[first].names.tolist()))
             if len({mask.shape for mask in masks}) == 1:

@@ -12,7 +12,7 @@ from small_run import PARAMETERS, fit_run, small_samples, train
 
 from lib.classes import NYUV2_13
 from lib.data import DataError, iterate_samples, load_samples
-from lib.evaluation import evaluate
+from lib.evaluation import evaluate, predict
 from lib.files import write_json
 from lib.metrics import DEPTH, DISTANCE, REGION, mean_iou, truth_iou
 from lib.model import build_model, load_model, save_model
@@ -261,16 +261,34 @@ def test_split_without_images_is_rejected(run):
         score_run(run, "valid", iterate_split(read_parameters(run), "valid"), "flip", "cpu")
 
 
-def test_failed_rescoring_leaves_the_run_unscored(run, monkeypatch):
+def evaluation_files(run):
+    """The files of a run's evaluations with their bytes."""
+    folder = run / "evaluation"
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_failed_rescoring_keeps_the_earlier_evaluation(run, monkeypatch):
     pieces = iterate_split(read_parameters(run), "valid")
-    score_run(run, "valid", pieces, "flip", "cpu")
+    score_run(run, "valid", pieces, "none", "cpu")
+    earlier = evaluation_files(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.runs.scoring.predict", fail_after_one_batch)
+        with pytest.raises(MemoryError):
+            score_run(run, "valid", pieces, "none", "cpu")
+    assert {path: earlier[path] for path in earlier} == {
+        path: content for path, content in evaluation_files(run).items() if path in earlier
+    }
     assert run_state(run).evaluated == ("valid",)
-    (run / "best.pt").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="best.pt: can't be read"):
-        score_run(run, "valid", pieces, "flip", "cpu")
-    assert run_state(run).evaluated == ()
-    with pytest.raises(ValueError, match="runs: 'scored' is not evaluated on split 'valid'"):
-        read_scored(run, "valid")
+    with pytest.raises(ValueError, match="device: found 'cuda:9'"):
+        score_run(run, "valid", pieces, "none", "cuda:9")
+    assert read_scored(run, "valid").names.tolist() == pieces.names.tolist()
+    score_run(run, "valid", pieces, "none", "cpu")
+    assert evaluation_files(run).keys() == earlier.keys()  # nothing unfinished is left
+
+
+def fail_after_one_batch(*arguments):
+    yield next(predict(*arguments))
+    raise MemoryError
 
 
 def test_external_masks_get_the_scores_of_the_run_that_made_them(scored, run):

@@ -333,6 +333,8 @@ def score_interval(counts: Array, scene: Array | None) -> ScoreInterval:
 def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, Array]:
     """Aggregate counts `(..., N, C, C)` by scene and compute leave-one-scene-out scores.
 
+    Scenes without a labelled pixel are left out.
+
     Returns:
         totals: `(..., G, 3, C)` pixels of each class in ground truth, prediction and both, summed by scene.
         scores: `(..., 1 + C)` mIoU, then the IoU of each class.
@@ -348,6 +350,7 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
         )
     names, index = np.unique(scene, return_inverse=True)
     membership = (index == np.arange(len(names))[:, None]).astype(float)
+    membership = membership[membership @ counts.reshape(-1, images, classes**2).any((0, 2)) > 0]
     totals = np.stack((counts.sum(-1), counts.sum(-2), np.diagonal(counts, axis1=-2, axis2=-1)), -2)
     totals = np.moveaxis(np.tensordot(membership, totals, (1, -3)), 0, -3)
     pooled = totals.sum(-3, keepdims=True)
@@ -355,7 +358,7 @@ def _by_scene(counts: Array, scene: Array | None) -> tuple[Array, Array, Array, 
     # images per scene: all, then those that contain each class
     images_per_scene = membership @ np.column_stack((np.ones(images), truth > 0))
     degrees = _effective_sample_size(images_per_scene) - 1
-    if len(names) < MIN_SCENES:
+    if len(membership) < MIN_SCENES:
         degrees = np.full(1, np.nan)
     return totals, _scores(pooled)[..., 0, :], _scores(pooled - totals), degrees
 

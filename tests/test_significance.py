@@ -185,6 +185,18 @@ def test_fewer_than_six_scenes_give_no_result(pair, recipes):
     assert np.isnan(score_interval(pair[0], scene).interval).all()
 
 
+def test_scenes_without_labels_are_left_out(pair, recipes, scene):
+    empty = np.zeros((5, *pair[0].shape[1:]), pair[0].dtype)
+    longer = np.concatenate((scene, np.arange(100, 105)))  # five more scenes, in which nothing is labelled
+    sides = [np.concatenate((counts, empty)) for counts in pair]
+    assert_same(compare_checkpoints(*pair, scene), compare_checkpoints(*sides, longer))
+    runs = [np.concatenate((side, np.stack([empty] * len(side))), 1) for side in recipes]
+    assert_same(compare_recipes(*recipes, scene), compare_recipes(*runs, longer))
+    few = compare_checkpoints(*sides, np.where(longer < 100, longer % 4, longer))
+    assert few.scene_count == 4
+    assert np.isnan(few.p_value)
+
+
 def assert_same(first, second, sign=1, p_values=True):
     """Two comparisons agree or, with sign -1, are mirror images."""
     assert first.difference == pytest.approx(sign * second.difference)

@@ -30,7 +30,7 @@ RUN_NAME = re.compile(r'(?!(older|notebooks)$)[^./\\:*?"<>|][^/\\:*?"<>|]*')  # 
 
 def runs_folder() -> Path:
     """Return the folder of all runs: RUNS_DIR if this environment variable is set, else `ROOT/runs`."""
-    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
+    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser().resolve()
 
 
 def list_runs(having: str = "parameters.json") -> str:
@@ -66,17 +66,22 @@ def open_run(
         _check_loaded_with(split.loaded_with or {}, run_parameters)
     if resume:
         _check_resumable(run, run_parameters)
+    elif parameters.get("init_from") and find_weights(parameters["init_from"]).resolve().parent == run:
+        raise ValueError(
+            f"init_from: found {run.name!r}, the run that the new run of this name would replace; choose "
+            "another run_name"
+        )
     with lock_run(run):
         archived = None if resume else _archive_run(run)
-        run.mkdir(exist_ok=True)
-        if not _has_progress(run):
-            write_json(run_parameters | _collect_metadata(), run / "parameters.json")
-            _write_images(run, samples)
         try:
+            run.mkdir(exist_ok=True)
+            if not _has_progress(run):
+                write_json(run_parameters | _collect_metadata(), run / "parameters.json")
+                _write_images(run, samples)
             yield run
         except BaseException:
             if archived is not None and not _has_progress(run):
-                shutil.rmtree(run)
+                shutil.rmtree(run, ignore_errors=True)
                 archived.rename(run)
             raise
 
@@ -211,7 +216,7 @@ def run_state(run: Path) -> RunState:
     epochs = read_parameters(run).get("epochs", 0) if (run / "parameters.json").exists() else 0
     done = len(read_history(run)) if (run / "history.csv").exists() else 0
     trained = 0 < epochs <= done and (run / "report.md").exists()
-    evaluated = sorted(path.stem for path in (run / "evaluation").glob("*.json"))
+    evaluated = sorted(path.stem for path in (run / "evaluation").glob("[!.]*.json"))
     return RunState(epochs, done, trained, tuple(evaluated))
 
 
@@ -305,6 +310,8 @@ def find_run(run: str, parameter: str = "run") -> Path:
 
 def find_weights(init_from: str) -> Path:
     """Return the weights file to start from: a .pt path, or the `best.pt` of a run, see `find_run`."""
+    if init_from == "latest":  # it would be another run by the time that training begins
+        raise ValueError("init_from: found 'latest', expected the name of a run or the path of a best.pt")
     path = Path(init_from).expanduser()
     if path.suffix == ".pt" and path.is_file():
         return path

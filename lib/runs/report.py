@@ -33,7 +33,7 @@ def write_report(run: Path) -> Path:
             sections.append(
                 "## Per-class IoU\n\n" + _table(pd.DataFrame({"IoU": scores["class_iou"]}), ".3f")
             )
-    for path in sorted((run / "evaluation").glob("*.json")):
+    for path in sorted((run / "evaluation").glob("[!.]*.json")):
         sections.append(_evaluation_section(path.stem, read_json(path)))
     write_text(escape_html("\n\n".join(sections)) + "\n", run / "report.md")
     return run / "report.md"

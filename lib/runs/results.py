@@ -308,8 +308,10 @@ def read_runs(runs: str, split: str, data: str | None = None, where: str | None 
 def read_own_runs(split: str, data: str | None) -> list[ScoredRun]:
     """Read the scored runs in the runs folder, sorted by name; see `data` of `read_runs`."""
     runs = [read_scored(folder, split) for folder in scored_folders(split)]
-    wanted = [run for run in runs if Path(run.data).expanduser() == Path(data or runs[-1].data).expanduser()]
-    return sorted(wanted, key=lambda run: run.name)
+    places = [Path(run.data).expanduser().resolve() for run in runs]
+    wanted = places[-1:] if data is None else [Path(data).expanduser().resolve()]
+    chosen = [run for run, place in zip(runs, places, strict=True) if place in wanted]
+    return sorted(chosen, key=lambda run: run.name)
 
 
 def read_run_or_study(entry: str, split: str) -> list[ScoredRun]:
@@ -416,7 +418,7 @@ def _name_recipes(by_recipe: dict[tuple, list[ScoredRun]]) -> dict[str, list[Sco
     recipes = {}
     for (group, key), members in by_recipe.items():
         label = group if groups.count(group) == 1 else _label(members, settings[group, key])
-        if label in recipes:
+        while label in recipes:
             label = f"{label} ({members[0].name})"
         recipes[label] = members
     return recipes
@@ -439,7 +441,8 @@ def _label(members: list[ScoredRun], settings: str) -> str:
     run = members[0]
     if "recipe" in run.parameters:  # external predictions
         return run.parameters["recipe"]
-    if not settings or (len(members) == 1 and len(run.name) <= len(settings)):
+    is_named = len(members) == 1 and not run.is_pooled  # five pooled runs have no name of their own
+    if not settings or (is_named and len(run.name) <= len(settings)):
         return run.name
     return settings
 
@@ -461,11 +464,13 @@ def without_fold(recipes: dict[str, list[ScoredRun]], fold: int) -> dict[str, li
 def _pool_folds(runs: list[ScoredRun]) -> list[ScoredRun]:
     """Pool the runs of each recipe and seed over the five folds, leaving out incomplete sets.
 
-    If all runs are on the same fold, they are returned unchanged.
+    Runs are returned unchanged if all are on the same fold, or if each is the only one of its recipe and seed
+    and all are scored on the same images, such as those of a test split.
     """
-    if len({run.parameters.get("fold") for run in runs}) < 2:
-        return runs
     groups = _group(runs, "seed")
+    are_single = len(groups) == len(runs) and all(run.has_same_images(runs[0]) for run in runs)
+    if are_single or len({run.parameters.get("fold") for run in runs}) < 2:
+        return runs
     by_fold = {key: {run.parameters.get("fold"): run for run in members} for key, members in groups.items()}
     complete = [folds for folds in by_fold.values() if set(folds) == set(range(FOLDS))]
     if not complete:

@@ -20,7 +20,15 @@ from lib.metrics import all_scores, boundary_iou, depth_scores, truth_iou
 from lib.model import load_model
 from lib.options import check_choice
 from lib.progress import progress_bar
-from lib.runs import check_version, find_run, open_run, read_images, read_parameters, write_counts
+from lib.runs import (
+    check_version,
+    find_run,
+    open_run,
+    read_images,
+    read_parameters,
+    runs_folder,
+    write_counts,
+)
 from lib.runs.report import write_report
 from lib.significance import compare_checkpoints, score_interval
 
@@ -60,7 +68,11 @@ def find_or_create_run(run: str, predictions: str | None, parameters: dict[str, 
     parameters = {"mask_values": "indices"} | parameters
     check_choice("mask_values", parameters["mask_values"], ("indices", "labels"))
     kept = ("run_name", "recipe", "seed", "predictions", "mask_values", *IMAGE_PARAMETERS)
-    with open_run({name: parameters[name] for name in kept}) as folder:
+    external = {name: parameters[name] for name in kept}
+    existing = runs_folder() / parameters["run_name"]
+    if (existing / "parameters.json").exists() and external.items() <= read_parameters(existing).items():
+        return existing
+    with open_run(external) as folder:
         return folder
 
 
@@ -158,7 +170,7 @@ def score_run(
         }
         settings, passes = _predict_passes(run, pieces, labelled, tta, device)
         first = next(iter(passes))
-        masks_path = masks_folder(run, f".{split}.unfinished")
+        masks_path = masks_folder(run, f".{split}.partial")
         shutil.rmtree(masks_path, ignore_errors=True)
         passes[first] = _save_masks(passes[first], masks_path)
         counted = {

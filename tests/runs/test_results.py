@@ -709,3 +709,30 @@ def test_pooled_scenes_are_unknown_if_one_fold_has_none():
     runs, _ = five_folds("a")
     ((pooled,),) = group_recipes([*runs[:4], replace(runs[4], scene=None, validation="random")]).values()
     assert pooled.scene is None
+
+
+def test_pooled_recipes_of_one_seed_all_have_a_name_of_their_own():
+    runs = []
+    for weight in (0, 0.5, 1):
+        for fold in range(5):
+            names = names_of(first=100 * fold)
+            runs.append(
+                scored_run(f"w{weight}-{fold}", names=names, soft_iou_weight=weight, fold=fold, seed=1)
+            )
+    recipes = group_recipes(runs)
+    assert list(recipes) == ["soft_iou_weight 0", "soft_iou_weight 0.5", "soft_iou_weight 1"]
+    assert all(len(members) == 1 and members[0].is_pooled for members in recipes.values())
+
+
+def test_recipes_of_one_name_are_told_apart():
+    shared = {"recipe": "theirs", "data": "/disk/nyu", "seed": 0, "predictions": "masks"}
+    runs = [scored_run("external", external=shared | {"limit": limit}) for limit in (10, 20, 30)]
+    assert [members[0].parameters["limit"] for members in group_recipes(runs).values()] == [10, 20, 30]
+
+
+def test_single_runs_of_two_folds_are_compared_on_a_common_test_split():
+    first = scored_run("a", split="test", fold=0, learning_rate=0.01)
+    second = scored_run("b", split="test", fold=4)
+    assert [len(members) for members in group_recipes([first, second]).values()] == [1, 1]
+    with pytest.raises(ValueError, match="found folds seed 0"):  # two folds of one recipe are no two seeds
+        group_recipes([first, scored_run("c", split="test", fold=1, learning_rate=0.01), second])

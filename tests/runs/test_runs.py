@@ -47,6 +47,8 @@ def test_environment_variable_sets_the_runs_folder(monkeypatch, tmp_path):
     assert runs_folder() == tmp_path
     monkeypatch.setenv("RUNS_DIR", "~/runs")
     assert runs_folder() == Path.home() / "runs"
+    monkeypatch.setenv("RUNS_DIR", "relative")  # the kernels of a sweep have another working directory
+    assert runs_folder() == Path.cwd() / "relative"
     monkeypatch.delenv("RUNS_DIR")
     assert runs_folder() == Path(__file__).parents[2] / "runs"
 
@@ -156,7 +158,7 @@ def test_only_one_process_can_open_a_run(runs):
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.returncode == 1
         assert second.stderr.splitlines()[-1] == (
-            "RuntimeError: run_name: 'taken' is being trained by another process; wait for it, or choose another run_name"
+            "RuntimeError: run_name: 'taken' is in use by another process; wait for it, or choose another run_name"
         )
         assert '"seed": 7' in (run / "parameters.json").read_text()
     assert not (runs / "older").exists()
@@ -172,7 +174,7 @@ def test_hold_run_fails_if_the_run_is_locked(tmp_path):
     lock = FileLock(tmp_path / ".taken.lock")
     with (
         lock,
-        pytest.raises(RuntimeError, match="run_name: 'taken' is being trained by another process"),
+        pytest.raises(RuntimeError, match="run_name: 'taken' is in use by another process"),
         lock_run(tmp_path / "taken", wait_seconds=0.1),
     ):
         pytest.fail("held")
@@ -422,6 +424,43 @@ def test_report_without_validation(tmp_path):
     assert read_scores(tmp_path)["valid_miou"] is None
     assert not (tmp_path / "counts.npz").exists()
     assert pd.read_csv(tmp_path / "history.csv").valid_miou.isna().all()
+
+
+def test_older_run_returns_if_the_disk_is_full_at_the_start(runs, monkeypatch):
+    with open_run({"run_name": "trial", "seed": 0}) as run:
+        (run / "last.pt").touch()
+
+    def fail(content, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lib.runs.write_json", fail)
+    with pytest.raises(OSError, match="No space left"), open_run({"run_name": "trial", "seed": 1}):
+        pytest.fail("opened")
+    assert read_parameters(runs / "trial")["seed"] == 0
+    assert list((runs / "older").iterdir()) == []
+
+
+def test_run_cannot_start_from_the_run_that_it_replaces_or_from_latest(trained):
+    name = trained("first").name
+    replaced = pytest.raises(
+        ValueError, match=f"init_from: found '{name}', the run that the new run .* replace"
+    )
+    with replaced, open_run({"run_name": name, "init_from": name}):
+        pytest.fail("opened")
+    latest = pytest.raises(ValueError, match="init_from: found 'latest', expected the name of a run")
+    with latest, open_run({"run_name": "other", "init_from": "latest"}):
+        pytest.fail("opened")
+    with open_run({"run_name": "other", "init_from": name}) as run:
+        assert read_parameters(run)["init_from_digest"]
+
+
+def test_hidden_files_beside_evaluations_are_ignored(runs):
+    """macOS writes them on disks of other systems."""
+    with open_run({"run_name": "trial"}) as run:
+        (run / "evaluation").mkdir()
+        (run / "evaluation" / "._valid.json").write_bytes(b"\x00\x05")
+        assert run_state(run).evaluated == ()
+        assert write_report(run).exists()
 
 
 def test_find_run_by_name_by_path_or_latest(trained, tmp_path):

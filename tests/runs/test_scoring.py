@@ -316,6 +316,18 @@ def test_external_masks_get_the_scores_of_the_run_that_made_them(scored, run):
     np.testing.assert_array_equal(copied, read_masks(masks_folder(made, "valid"), read.names))
 
 
+def test_external_run_is_reopened_if_its_parameters_are_the_same(scored):
+    made, _ = scored
+    folder = open_external("synthetic", made / "evaluation" / "valid")
+    score_run(folder, "valid", iterate_split(read_parameters(folder), "valid"))
+    assert open_external("synthetic", made / "evaluation" / "valid") == folder
+    assert run_state(folder).evaluated == ("valid",)
+    assert not list((runs_folder() / "older").glob("external*"))
+    open_external("synthetic", made / "evaluation" / "valid", seed=1)
+    assert run_state(folder).evaluated == ()
+    assert len(list((runs_folder() / "older").glob("external*"))) == 1
+
+
 def test_external_masks_become_a_submission_if_labels_are_held_back(run, folder):
     on_folder(run, folder)
     score_run(run, "test", iterate_split(read_parameters(run), "test"), "flip", "cpu")

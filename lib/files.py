@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file atomically.
 
     `write` fills a temporary file in the same folder, which is then renamed to `path`. A reader never sees a
-    partial file.
+    partial file. Of several writers at the same time, each has its own temporary file.
 
     Raises:
         OSError: if the file can't be written, for example on a full disk. An earlier file is kept intact.
     """
-    temporary_path = path.with_name(f".{path.name}.unfinished")
+    temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(temporary_path, "wb") as file:
             write(file)
@@ -73,6 +74,7 @@ def lock_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
     """Lock a run for this process until the block ends.
 
     The lock of a process that was just killed may persist for a moment; `wait_seconds` allows for this.
+    Temporary files that such a process left in the run's folder are deleted.
 
     Raises:
         RuntimeError: if another process still holds the lock after `wait_seconds`, or the disk does not
@@ -83,8 +85,7 @@ def lock_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
         lock = FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=wait_seconds)
     except Timeout:
         raise RuntimeError(
-            f"run_name: {run.name!r} is being trained by another process; wait for it, or choose another "
-            "run_name"
+            f"run_name: {run.name!r} is in use by another process; wait for it, or choose another run_name"
         ) from None
     except OSError as error:  # flock fails on network disks; its error has no path
         raise RuntimeError(
@@ -92,6 +93,8 @@ def lock_run(run: Path, wait_seconds: float = 0) -> Iterator[None]:
             "variable RUNS_DIR to a folder on a local disk"
         ) from error
     with lock:
+        for leftover in run.rglob(".*.unfinished"):
+            leftover.unlink(missing_ok=True)
         yield
 
 

@@ -51,6 +51,7 @@ OPTIONS: dict[str, tuple | Range] = {
     "validation": ("auto", "predefined", "scenes", "blocks", "random", "none"),
     "fold": tuple(range(FOLDS)),
     "limit": Range(int, 1),
+    "depth_unit_mm": Range(float, 1e-6, 10**6),
     "image_height": Range(int, 1),
     "image_width": Range(int, 1),
     "augment": ("none", "exp061", "crops", "crops_colour", "zooms", "zooms_colour"),
@@ -74,6 +75,7 @@ OPTIONS: dict[str, tuple | Range] = {
     "checkpoint": ("best", "last"),
     "seed": Range(int, 0),
     # run
+    "shown": Range(int, 1),
     "num_workers": Range(int, 0),
     "precision": ("auto", "fp32", "bf16"),
     "tta": ("none", "flip", "scales"),
@@ -83,14 +85,14 @@ OPTIONS: dict[str, tuple | Range] = {
 def check_options(**values: object) -> None:
     """Check parameter values against `OPTIONS`.
 
-    Names that are not in the table are ignored, and `limit` may be None.
+    Names that are not in the table are ignored, and `limit` and `depth_unit_mm` may be None.
 
     Raises:
         ValueError: if a value is not allowed. The message gives the first such value and the allowed ones.
     """
     for name, value in values.items():
         option = OPTIONS.get(name)
-        if option is None or (value is None and name == "limit"):
+        if option is None or (value is None and name in ("limit", "depth_unit_mm")):
             continue
         if not isinstance(option, Range):
             check_choice(name, value, option)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from lib.files import (
     CheckpointError,
     load_checkpoint,
+    lock_run,
     read_json,
     save_checkpoint,
     write_atomically,
@@ -60,6 +62,41 @@ def test_readers_never_see_a_partial_file(tmp_path):
 
     write_atomically(path, slow)
     assert path.read_text() == "two"
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Each waits until both have begun, so that the one that ends last renames after the other."""
+    path, both, errors = tmp_path / "runs.jsonl", threading.Barrier(2, timeout=60), []
+
+    def write(text):
+        try:
+            write_atomically(path, lambda file: (file.write(text), both.wait()))
+        except OSError as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in (b"one", b"three")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not errors
+    assert path.read_bytes() in (b"one", b"three")
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.jsonl"]
+
+
+def test_locking_a_run_removes_what_a_killed_process_left_there(tmp_path):
+    run = tmp_path / "demo"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "last.pt").write_bytes(b"whole")
+
+    def leave_another(file):
+        (leftover,) = run.glob(".last.pt.*unfinished")
+        leftover.with_name(leftover.name.replace("last", "best")).write_bytes(b"half")
+
+    write_atomically(run / "last.pt", leave_another)
+    assert len(list(run.glob(".*unfinished"))) == 1
+    with lock_run(run):
+        assert sorted(path.name for path in run.iterdir()) == ["evaluation", "last.pt"]
 
 
 def test_write_to_a_missing_folder_fails_with_a_remedy(tmp_path):

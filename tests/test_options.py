@@ -26,6 +26,9 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
         ("learning_rate", 1, "learning_rate: found 1, expected a number above 0 and below 1"),
         ("fold", 5, "fold: found 5, expected one of 0, 1, 2, 3, 4"),
         ("limit", 0, "limit: found 0, expected a whole number of 1 or more"),
+        ("shown", 0, "shown: found 0, expected a whole number of 1 or more"),
+        ("depth_unit_mm", 0, "depth_unit_mm: found 0, expected a number from 1e-06 and below 1000000"),
+        ("depth_unit_mm", -1, "depth_unit_mm: found -1, expected a number from 1e-06 and below 1000000"),
         (
             "split",
             "blocks",
@@ -47,6 +50,9 @@ def test_valid_values_and_unlisted_names_are_accepted():
     check_options(
         epochs=1, learning_rate=0.5, weight_decay=0, soft_iou_weight=1.5, limit=None, run_name="", fold=4
     )
+    check_options(depth_unit_mm=None, shown=1)
+    check_options(depth_unit_mm=0.2)
+    check_options(depth_unit_mm=1000)
     for name, option in OPTIONS.items():
         if not isinstance(option, Range):
             for value in option:

@@ -185,7 +185,8 @@ def test_folds_partition_images_without_splitting_runs(ids, step, order):
     positions = order.sample(range(len(names)), len(names))
     np.testing.assert_array_equal(group_neighbouring_ids(np.array(names)[positions]), runs[positions])
     valid = [split_names(np.array(names), "blocks", fold=fold)[1] for fold in range(FOLDS)]
-    assert sorted(np.concatenate(valid)) == list(range(len(names)))
+    fold_count = min(FOLDS, runs.max() + 1)  # further folds repeat these
+    assert sorted(np.concatenate(valid[:fold_count])) == list(range(len(names)))
     for fold in valid:
         assert not set(runs[fold]) & set(np.delete(runs, fold))
 

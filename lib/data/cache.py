@@ -52,7 +52,8 @@ def map_arrays(
         DataError: if the arrays can't be written.
     """
     path_hash = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
-    name_parts = (source.resolve().stem, key["kind"], "x".join(map(str, key["size"])), path_hash)
+    stem = source.resolve().stem.encode()[:200].decode(errors="ignore")  # file names end at 255 bytes
+    name_parts = (stem, key["kind"], "x".join(map(str, key["size"])), path_hash)
     folder = cache_root() / "-".join(name_parts)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock")):

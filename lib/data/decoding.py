@@ -1,7 +1,7 @@
 """Decode image, depth and label files to arrays, and reject files that can't be read unambiguously."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +63,16 @@ def decode_label(path: Path, in_colours: bool = False) -> np.ndarray:
     return _decode_values(path, ("L", "P", *INTEGER_MODES), EXPECTED_LABEL)
 
 
-def decode_depth(path: Path, bits: str = "plain", allow_8_bit: bool = True) -> np.ndarray:
+def decode_depth(
+    path: Path, bits: str = "plain", allow_8_bit: bool = True, missing: Sequence[float] = (0,)
+) -> np.ndarray:
     """Decode a depth file to its `(H, W)` values, which may be floats in `.npy` and TIFF files.
 
     Args:
         path: the depth file.
         bits: `plain`, or `sun` to undo the bit rotation of SUN RGB-D.
         allow_8_bit: whether to accept 8-bit depth, which is useful only if its unit is known.
+        missing: values that mean nothing was measured, which may be negative.
     """
     if path.suffix.lower() == ".npy":
         with _decoding(path):
@@ -84,8 +87,10 @@ def decode_depth(path: Path, bits: str = "plain", allow_8_bit: bool = True) -> n
             "8 bits",
             "16 bits: 8-bit depth has lost its scale. Set depth_unit_mm if you know it, or export it again",
         )
-    if (depth < 0).any():
-        raise _error(path, f"the value {np.nanmin(depth):g}", "no negative depth; mark missing depth with 0")
+    negative = depth[(depth < 0) & ~find_missing(depth, missing)]
+    if negative.size:
+        expected = "no negative depth; mark missing depth with 0, or list its value under `depth_missing`"
+        raise _error(path, f"the value {negative.min():g}", expected)
     if bits == "plain":
         return depth
     if (depth.dtype.kind, depth.dtype.itemsize) != ("u", 2):
@@ -93,12 +98,18 @@ def decode_depth(path: Path, bits: str = "plain", allow_8_bit: bool = True) -> n
     return depth >> 3 | depth << 13
 
 
+def find_missing(depth: np.ndarray, missing: Sequence[float]) -> np.ndarray:
+    """Return a mask of the values in `missing`, which are rounded like floating-point depth."""
+    with np.errstate(over="ignore"):  # float16 overflows above 65504
+        return np.isin(depth, np.array(missing, depth.dtype if depth.dtype.kind == "f" else float))
+
+
 def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0,)) -> np.ndarray:
     """Convert depth to uint16 millimetres, at most 65535.
 
     Values in `missing`, NaN and infinity become 0.
     """
-    valid = np.isfinite(depth) & ~np.isin(depth, missing)
+    valid = np.isfinite(depth) & ~find_missing(depth, missing)
     depth_mm = np.rint(depth.astype(np.float64) * unit_mm)  # float16 overflows above 65504
     return np.where(valid, depth_mm, 0).clip(0, 65535).astype(np.uint16)
 
@@ -106,6 +117,9 @@ def depth_to_mm(depth: np.ndarray, unit_mm: float, missing: Sequence[float] = (0
 def _decode_values(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     image, tile_info = _open(path)
     values = np.asarray(image)
+    if "L;I" in tile_info:  # Pillow inverts it
+        expected = "grey in which 0 is black (MinIsBlack); write the values to a new file"
+        raise _error(path, "grey in which 0 is white (MinIsWhite)", expected)
     if image.mode == "1" or "L;" in tile_info:  # Pillow rescales 2 and 4 bits to 0..255
         raise _error(
             path, "grey of 1, 2 or 4 bits", f"{expected}; Image.open(path).convert('L') gives the greys"
@@ -130,7 +144,10 @@ def _open(path: Path) -> tuple[Image.Image, str]:
         tile_info = str(getattr(image, "tile", ""))
         count = getattr(image, "n_frames", 1)
         if count > 1 and image.format != "MPO":  # from phones: an image and its preview
-            raise ValueError(f"it contains {count} images, expected one")
+            raise DataError(
+                f"{path}: can't be decoded (it contains {count} images, expected one); save each image as a "
+                "file of its own"
+            )
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image, tile_info
@@ -140,11 +157,20 @@ def _open(path: Path) -> tuple[Image.Image, str]:
 def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:  # Pillow and numpy raise a dozen types for damaged files
         reason = str(error).partition(" <_io")[0]  # Pillow appends the file object
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(
+                f"{path}: can't be read ({reason}); check that it exists, its permissions and the disk"
+            ) from error
         remedy = "it is damaged or not an image; copy it again"
-        if path.is_file() and path.read_bytes()[4:8] == b"ftyp":
-            remedy = "it is a HEIC or AVIF image despite its name; convert it to JPEG or PNG"
+        if isinstance(error, Image.DecompressionBombError):
+            remedy = "it has more pixels than are decoded; reduce its size"
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(8)[4:] == b"ftyp":
+                remedy = "it is a HEIC or AVIF image despite its name; convert it to JPEG or PNG"
         raise DataError(f"{path}: can't be decoded ({reason}); {remedy}") from error
 
 

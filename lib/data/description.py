@@ -1,5 +1,6 @@
 """`dataset.yaml`: the layout of a data folder, and the meaning of its label and depth values."""
 
+import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_LABEL_VALUES = 2**16  # 16-bit labels
 MAX_LISTED = 300  # maximum number of values in an error message
 MAX_DEPTH_M = 65.535  # largest depth in uint16 millimetres
 NON_CLASS_NAMES = ("ignore", "background")  # names in `colours` that need not be classes
+PLACEHOLDERS = {"{name}", "{scene}", "{split}"}  # in a value of `folders`
 
 Text = Annotated[str, Field(min_length=1)]
 Value = Annotated[int, Field(ge=0, lt=MAX_LABEL_VALUES)]
@@ -64,7 +66,8 @@ class Description(BaseModel):
     )
     folders: dict[Literal["image", "depth", "label"], Text | None] = Field(
         {"image": "image", "depth": "depth", "label": "label"},
-        description="the folder of image and, where there are, of depth and label",
+        description="the folder of image and, where there are, of depth and label, as relative paths with no "
+        "placeholders but {name}, {scene} and {split}",
     )
     splits: dict[Literal["train", "valid", "test"], Text | None] = Field(
         {"train": "train", "test": "test"},
@@ -87,10 +90,18 @@ class Description(BaseModel):
             raise ValueError
         return present
 
+    @field_validator("folders")
+    @classmethod
+    def _check_paths(cls, value: dict[str, str]) -> dict[str, str]:
+        placeholders = set(re.findall("{.*?}", " ".join(value.values())))
+        if not placeholders <= PLACEHOLDERS or any(map(os.path.isabs, value.values())):
+            raise ValueError
+        return value
+
     @property
     def stated(self) -> set[str]:
-        """The keys given in the file."""
-        return self.model_fields_set - {"root"}
+        """The keys given in the file, except those that are null."""
+        return {key for key in self.model_fields_set if getattr(self, key) is not None} - {"root"}
 
     @cached_property
     def by_value(self) -> dict[int, str]:
@@ -198,6 +209,21 @@ class Description(BaseModel):
 KEYS = [key for key in Description.model_fields if key != "root"]
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that rejects a key given twice, of which yaml would use the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        mapping = super().construct_mapping(node, deep)
+        values = [self.construct_object(key, deep=True) for key in keys]
+        for key, value in zip(keys, values, strict=True):
+            if values.count(value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{value!r} is given twice, expected once; keep one", problem_mark=key.start_mark
+                )
+        return mapping
+
+
 def pack_colours(colour: list[int]) -> int:
     """Pack [red, green, blue] into one integer: red * 65536 + green * 256 + blue."""
     return int.from_bytes(bytes(colour))
@@ -215,7 +241,7 @@ def read_description(root: Path) -> Description:
         _reject_similar_names(root)
         return Description(root=root)
     try:
-        content = yaml.safe_load(path.read_bytes())  # bytes, so that yaml detects the encoding
+        content = yaml.load(path.read_bytes(), _UniqueKeyLoader)  # bytes, so that yaml detects the encoding
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is not valid YAML ({error})") from error
     content = {} if content is None else content  # empty, or only comments
@@ -255,10 +281,14 @@ def _read_label_map(path: Path) -> dict[str, list[int]]:
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
         entries = [line.split(":") for line in lines]
+        names = [name for name, *_ in entries]
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{duplicates[0]!r} is listed twice")
         return {name: [int(number) for number in colour.split(",")] for name, colour, *_ in entries}
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: can't be read as colours ({error}), expected lines such as `bed:128,0,0::`"
+            f"{path}: can't be read as colours ({error}), expected lines such as `bed:128,0,0::`, "
+            "one for each name"
         ) from error
 
 
@@ -271,6 +301,8 @@ def _check_classes(path: Path, description: Description) -> None:
                 f"{path}: {key} is {getattr(description, key)!r}, expected none if classes maps values to "
                 "names"
             )
+    if description.colours:
+        _check_colours_alone(path, description)
     if description.first_label + len(classes) > MAX_LABEL_VALUES:
         raise DataError(
             f"{path}: first_label is {description.first_label}, expected label values up to "
@@ -286,3 +318,15 @@ def _check_classes(path: Path, description: Description) -> None:
             f"{path}: ignore is {description.ignore!r}, expected no value of a class, but {conflicts[0]} is "
             f"{description.by_value[conflicts[0]]!r}"
         )
+
+
+def _check_colours_alone(path: Path, description: Description) -> None:
+    """Raise a DataError for keys about label values beside `colours`, where they would have no effect."""
+    harmless = {"first_label": [0], "ignore": [[], [IGNORE_INDEX], "others"]}
+    for key, values in harmless.items():
+        value = getattr(description, key)
+        if value not in values:
+            raise DataError(
+                f"{path}: {key} is {value!r}, expected none beside colours; use the name ignore in colours "
+                f"for a colour that means unlabelled, and leave {key} out"
+            )

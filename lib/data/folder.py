@@ -93,10 +93,15 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
     data set has none.
 
     Raises:
-        DataError: if a folder or file is missing, or an image of another split is also a training image.
+        DataError: if a folder or file is missing, train or valid has no labels, or an image is in two splits.
         MissingSplit: if the split does not exist.
     """
     images = _find_images(description, split)
+    if split != "test" and "label" not in description.folders:
+        raise DataError(
+            f"{description.root / DESCRIPTION_FILE}: folders has no label, but split {split!r} needs labels; "
+            "add their folder, such as `label: label`"
+        )
     partners = {kind: _match(description, split, kind) for kind in description.folders if kind != "image"}
     by_kind = {"image": images} | {kind: paths for kind, paths in partners.items() if paths is not None}
     if split == "test" and not by_kind.get("label", {}).keys() & images.keys():
@@ -112,8 +117,9 @@ def find_files(description: Description, split: str) -> dict[str, Files]:
                 f"{len(names)} files missing, the first is {missing[0]!r}; every image needs its "
                 f"{', '.join(by_kind)} file under the same name"
             )
-    if split != "train" and "train" in description.splits:
-        _check_train_overlap(description, split, images)
+    for other in ("train", "valid", "test"):
+        if other in description.splits and other != split != "train":
+            _check_overlap(description, split, other, images)
     return {name: {kind: paths[name] for kind, paths in by_kind.items()} for name in sorted(names)}
 
 
@@ -130,19 +136,19 @@ def _find_images(description: Description, split: str) -> dict[str, Path]:
     return {name: images[name] for name in _read_list(description, split, images)} if is_list else images
 
 
-def _check_train_overlap(description: Description, split: str, images: dict[str, Path]) -> None:
-    """Raise a DataError if an image is also in the training split, even under another path or as a link."""
+def _check_overlap(description: Description, split: str, other: str, images: dict[str, Path]) -> None:
+    """Raise a DataError if an image is also in another split, even under another path or as a link."""
     try:
-        train_files = {_identify(path) for path in _find_images(description, "train").values()}
-    except DataError:  # reported when the training split is opened
+        other_files = {_identify(path) for path in _find_images(description, other).values()}
+    except DataError:  # reported when that split is opened
         return
-    shared = [name for name, path in images.items() if _identify(path) in train_files]
+    shared = [name for name, path in images.items() if _identify(path) in other_files]
     if shared:
-        split_path, train_path = (description.root / description.splits[name] for name in (split, "train"))
+        split_path, other_path = (description.root / description.splits[name] for name in (split, other))
+        reason = "training images can't validate or test" if other == "train" else "no image can do both"
         raise DataError(
-            f"{split_path}: shares {len(shared)} images with {train_path}, the first is {shared[0]!r}; "
-            f"training images can't validate or test: give split {split!r} other images, or leave it out of "
-            "`splits`"
+            f"{split_path}: shares {len(shared)} images with {other_path}, the first is {shared[0]!r}; "
+            f"{reason}: give split {split!r} other images, or leave it out of `splits`"
         )
 
 
@@ -171,16 +177,18 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
     if not top.is_dir():
         if (kind, split) == ("label", "test") or (kind == "depth" and "folders" not in description.stated):
             return None
-        error = DataError if (description.root / description.splits[split]).exists() else MissingSplit
-        raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
+        _reject_missing_folder(description, split, top)
     has_suffix = pattern.lower().endswith(SUFFIXES[kind])
-    regex = _compile(pattern, "" if has_suffix else r"\.[^./]+")
+    stem, suffix = os.path.splitext(pattern) if has_suffix else (pattern, "")
+    regex = _compile(stem, f"(?i:{re.escape(suffix)})" if has_suffix else r"\.[^./]+")
     paths = {}
     skipped = Counter()
     for path in walk_files(top):
         match = regex.fullmatch(Path(os.path.relpath(path, split_root)).as_posix())
         if match is None:  # a file of another kind in the same folder
             continue
+        if kind == "image" and path.suffix.lower() in (".heic", ".heif"):
+            raise DataError(f"{path}: images of this kind can't be read; convert them to jpg, or remove them")
         if path.suffix.lower() not in SUFFIXES[kind]:
             skipped[path.suffix] += 1
             continue
@@ -192,6 +200,20 @@ def _match(description: Description, split: str, kind: str) -> dict[str, Path] |
         expected = os.path.basename(pattern) if has_suffix else ", ".join(SUFFIXES[kind])
         raise DataError(f"{top}: found {found}expected files of: {expected}{_explain_json(description)}")
     return paths
+
+
+def _reject_missing_folder(description: Description, split: str, top: Path) -> None:
+    """Raise a DataError for the missing folder `top`, or a MissingSplit if a default split is missing."""
+    is_declared = "splits" in description.stated
+    split_path = description.root / description.splits[split]
+    if is_declared and top.is_relative_to(split_path) and not split_path.exists():
+        hint = "" if split == "train" else f", or write `{split}: null` if there is none"
+        raise DataError(
+            f"{split_path}: no such file or folder, expected that of split {split!r} in "
+            f"{description.root / DESCRIPTION_FILE}; correct it there{hint}"
+        )
+    error = DataError if is_declared or split_path.exists() else MissingSplit
+    raise error(f"{top}: no such folder; {LAYOUT}. Check the parameter data{_explain_json(description)}")
 
 
 def _compile(pattern: str, suffix: str) -> re.Pattern:
@@ -215,9 +237,12 @@ def walk_files(top: Path) -> Iterator[Path]:
     """Yield the files below a folder in sorted order.
 
     Hidden files and folders are skipped. Links are followed, but each real folder is entered only once.
+
+    Raises:
+        DataError: if a folder can't be listed.
     """
     entered = set()
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, folders, files in os.walk(top, onerror=_reject_folder, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:
             folders.clear()
@@ -225,6 +250,13 @@ def walk_files(top: Path) -> Iterator[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield from (Path(folder, file) for file in sorted(files) if not is_hidden(file))
+
+
+def _reject_folder(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: can't be listed ({error.strerror}), expected a readable folder; check its "
+        "permissions and the disk"
+    ) from error
 
 
 def is_hidden(name: str) -> bool:
@@ -251,7 +283,13 @@ def _read_list(description: Description, split: str, images: dict[str, Path]) ->
             spellings = (relative.as_posix(), relative.with_suffix("").as_posix(), f"{name}{path.suffix}")
             known |= dict.fromkeys(map(normalise_name, spellings), name)
     known |= {name: name for name in images}
-    stripped = (line.strip() for line in list_path.read_text("utf-8-sig").splitlines())
+    try:
+        text = list_path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{list_path}: is not UTF-8 ({error}), expected a text file with a name a line; save it as UTF-8"
+        ) from error
+    stripped = (line.strip() for line in text.splitlines())
     lines = [normalise_name(os.path.normpath(line)) for line in stripped if line]
     unknown = [line for line in lines if line not in known]
     if unknown or not lines:
@@ -275,12 +313,19 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
     if text.lower().endswith(".csv"):
         file = description.root / text
         try:
-            table = pd.read_csv(file, dtype=str, encoding="utf-8-sig").dropna(subset=["name", "scene"])
+            table = pd.read_csv(file, dtype=str, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+            table = table[["name", "scene"]].dropna()
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{file}: can't be read ({error}); expected a table with the columns name,scene"
             ) from error
-        scene_by_name = dict(zip(map(normalise_name, table["name"]), table["scene"], strict=True))
+        table = table.assign(name=table["name"].map(normalise_name)).drop_duplicates()
+        ambiguous = table["name"][table["name"].duplicated()].tolist()
+        if ambiguous:
+            raise DataError(
+                f"{file}: gives {ambiguous[0]!r} two scenes, expected one; keep one line for each image"
+            )
+        scene_by_name = dict(zip(table["name"], table["scene"], strict=True))
         scenes = [scene_by_name.get(name) for name in names.tolist()]
     else:
         try:
@@ -291,7 +336,7 @@ def _name_scenes(description: Description, names: np.ndarray) -> np.ndarray:
             raise DataError(
                 f"{file}: scene is {text!r} with {regex.groups} groups, expected one, such as '^([^/]+)/'"
             )
-        scenes = [match and match[1] for match in map(regex.search, names.tolist())]
+        scenes = [(match and match[1]) or None for match in map(regex.search, names.tolist())]
     if None in scenes:
         raise DataError(
             f"{file}: {scenes.count(None)} of {len(names)} images have no scene, the first is "
@@ -308,14 +353,13 @@ def _map_files(
     Its files are checked only when the cache is written.
     """
     root = description.root  # relative or absolute: both give the same cache
-    yaml_path = root / DESCRIPTION_FILE
     states = [(path, path.stat()) for paths in files for path in paths.values()]
     key = {
         "version": CACHE_VERSION,
         "kind": split,
         "size": list(size),
         "files": [[os.path.relpath(path, root), state.st_size, state.st_mtime_ns] for path, state in states],
-        "description": yaml_path.read_bytes().hex() if yaml_path.exists() else None,
+        "description": description.model_dump(mode="json", exclude={"root"}, exclude_unset=True),
     }
     layout = {
         kind: (dtype, (len(files), *size, *axes))
@@ -368,7 +412,8 @@ def read_sample(
     """Read the arrays of one image by kind, at `size` (height, width) or at native size if None."""
     arrays = {"image": decode_image(paths["image"])}
     if path := paths.get("depth"):
-        depth = decode_depth(path, description.depth_bits, allow_8_bit="depth_unit_mm" in description.stated)
+        allow_8_bit = "depth_unit_mm" in description.stated
+        depth = decode_depth(path, description.depth_bits, allow_8_bit, description.depth_missing)
         arrays["depth"] = depth_to_mm(depth, description.depth_unit_mm, description.depth_missing)
     if path := paths.get("label"):
         label = decode_label(path, bool(description.colours))

@@ -9,8 +9,9 @@ from lib.data.decoding import SUFFIXES
 from lib.data.description import Description
 from lib.data.folder import is_hidden, normalise_name, read_sample
 from lib.data.samples import DataError, Split
-from lib.data.sanity import guess_units, read_depth_stats
+from lib.data.sanity import MAX_SATURATED_SHARE, UINT16_MAX, guess_units, read_depth_stats
 from lib.data.synthetic import open_synthetic
+from lib.options import check_options
 
 
 def open_images(
@@ -27,7 +28,8 @@ def open_images(
         classes: names of the network's classes.
 
     Raises:
-        ValueError: if there are no images or depth files, or `depths` does not match `takes_depth`.
+        ValueError: if there are no images or depth files, `depths` does not match `takes_depth`, or
+            `depth_unit_mm` is out of range.
         DataError: if a file is missing or can't be used. Reading an image can raise it as well.
     """
     if images == "synthetic":
@@ -39,6 +41,7 @@ def open_images(
             else "takes only RGB; leave depths out, or choose another run"
         )
         raise ValueError(f"depths: found {depths!r}, but this network {expected}")
+    check_options(depth_unit_mm=depth_unit_mm)
     overrides = {} if depth_unit_mm is None else {"depth_unit_mm": depth_unit_mm}
     description = Description(root=Path(images), **overrides)
     files = {name: {"image": path} for name, path in _list_files("image", images).items()}
@@ -46,9 +49,10 @@ def open_images(
     if depths is not None:
         depth_files = _find_depth_files(list(files), depths)
         if not overrides:
-            _check_unit(depths, list(depth_files.values()), description)
+            _check_depth(depths, list(depth_files.values()), description)
         files = {name: paths | {"depth": depth_files[name]} for name, paths in files.items()}
-        data += f", with depth of {depths} in units of {description.depth_unit_mm:g} mm"
+        depth_root = Path(depths).expanduser().resolve()
+        data += f", with depth of {depth_root} in units of {description.depth_unit_mm:g} mm"
     names = np.array(list(files))
 
     def read(positions: np.ndarray, size: None) -> list[dict[str, np.ndarray]]:
@@ -72,8 +76,21 @@ def _find_depth_files(names: list[str], depths: str) -> dict[str, Path]:
     return {name: files[name] for name in names}
 
 
-def _check_unit(depths: str, paths: list[Path], description: Description) -> None:
-    problem, units = guess_units(read_depth_stats(paths, description)[:, 0])
+def _check_depth(depths: str, paths: list[Path], description: Description) -> None:
+    """Raise a DataError if much depth is 65535, all depth is missing, or the unit is implausible."""
+    stats = read_depth_stats(paths, description)
+    saturated_share = stats[:, 1].mean()
+    if saturated_share > MAX_SATURATED_SHARE:
+        raise DataError(
+            f"depths: {depths} is {UINT16_MAX} in {100 * saturated_share:.0f} % of the pixels, the largest "
+            "16-bit value. If it marks missing depth, write 0 there, otherwise give depth_unit_mm"
+        )
+    if np.isnan(stats[:, 0]).all():
+        raise DataError(
+            f"depths: {depths} is missing everywhere in {len(stats)} files; export it again, or use a run "
+            "trained with inputs rgb"
+        )
+    problem, units = guess_units(stats[:, 0])
     if problem:
         candidates = " or ".join(f"{unit} {explanation}" for unit, explanation in units.items())
         raise DataError(f"depths: {depths} {problem}: give depth_unit_mm {candidates}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.classes import IGNORE_INDEX
-from lib.data.decoding import decode_depth, decode_label
+from lib.data.decoding import decode_depth, decode_label, find_missing
 from lib.data.description import DESCRIPTION_FILE, Description
 from lib.data.samples import DataError, choose_evenly
 
@@ -19,6 +19,7 @@ SAMPLE_SIZE = 50  # number of files checked per split, evenly spaced
 # plausible median depth of an indoor split (NYUv2: 2552 for the split, 1014 to 6125 for single frames)
 INDOOR_MEDIAN_MM = (1250, 5000)
 UINT16_MAX, MAX_SATURATED_SHARE = 65535, 0.01
+MIN_SUN_SHARE = 0.95  # minimum share of multiples of 8: SUN RGB-D's bits of all depth below 8192 mm
 UNITS = {
     1000: "for metres",
     10: "for centimetres",
@@ -78,19 +79,25 @@ def _map_paths(function: Callable[[Path], tuple], paths: list[Path]) -> list:
 
 
 def read_depth_stats(paths: list[Path], description: Description) -> np.ndarray:
-    """Return the median depth and the share of the value 65535 in up to 50 evenly spaced files.
+    """Return statistics of the depth of up to 50 evenly spaced files.
 
     Returns:
-        `(N, 2)` float64. The median is over measured pixels in the unit of the files, NaN if there are none.
+        `(N, 3)` float64: the median of the measured pixels in the unit of the files, the share of the value
+        65535, and the share of multiples of 8 among the measured pixels of 16-bit depth, 0 for other depth.
+        Median and last share are NaN if no pixel is measured.
     """
 
-    def read_stats(path: Path) -> tuple[float, float]:
-        depth = decode_depth(path, description.depth_bits, "depth_unit_mm" in description.stated)
-        depth = depth[::4, ::4].astype(np.float64)  # float16 can't represent 65535
-        measured = depth[
-            np.isfinite(depth) & ~np.isin(depth, description.depth_missing) & (depth != UINT16_MAX)
-        ]
-        return np.median(measured) if measured.size else np.nan, (depth == UINT16_MAX).mean()
+    def read_stats(path: Path) -> tuple[float, float, float]:
+        allow_8_bit = "depth_unit_mm" in description.stated
+        stored = decode_depth(path, description.depth_bits, allow_8_bit, description.depth_missing)[::4, ::4]
+        depth = stored.astype(np.float64)  # float16 can't represent 65535
+        missing = find_missing(stored, description.depth_missing)
+        saturated = depth == UINT16_MAX
+        measured = depth[np.isfinite(depth) & ~missing & ~saturated]
+        if not measured.size:
+            return np.nan, saturated.mean(), np.nan
+        is_uint16 = (stored.dtype.kind, stored.dtype.itemsize) == ("u", 2)
+        return np.median(measured), saturated.mean(), (measured % 8 == 0).mean() * is_uint16
 
     return np.array(_map_paths(read_stats, _choose_sample(paths)))
 
@@ -112,6 +119,9 @@ def _check_depth(description: Description, split: str, stats: np.ndarray) -> Non
     problem, units = guess_units(stats[:, 0])
     if problem and "depth_unit_mm" not in description.stated:
         lines = " or ".join(f"`depth_unit_mm: {unit}` {explanation}" for unit, explanation in units.items())
+        is_multiple = np.nanmean(stats[:, 2]) > MIN_SUN_SHARE
+        if "depth_bits" not in description.stated and is_multiple and not guess_units(stats[:, 0] / 8)[0]:
+            lines = f"`depth_bits: sun` for SUN RGB-D or {lines}"
         raise DataError(
             f"{subject} {problem}: write into {yaml_path} {lines}. Depth that is not metric (disparity, "
             "relative, normalised) can't be used: leave it out with `folders: {image: image, label: label}`"
@@ -186,8 +196,11 @@ def _check_shift(description: Description, split: str, stats: list[LabelStats]) 
     if has_255 or not is_shifted or 0 not in names or names[0].lower() in BACKGROUND_NAMES:
         return
     found = "0 separates nearly all other values" if zero_share else "0 never occurs"
+    remedy, entry = "write `first_label: 1`", "`first_label: 0`"
+    if isinstance(description.classes, dict):  # which excludes first_label
+        remedy, entry = "take 0 out of `classes` and write `ignore: [0, 255]`", "`ignore: [255]`"
     raise DataError(
         f"{description.root}: in the labels of split {split!r} {found}, and 255 never occurs, as if 0 "
-        "meant unlabelled and classes began with 1. If so, write `first_label: 1` into "
-        f"{description.root / DESCRIPTION_FILE}; if 0 is {names[0]!r}, write `first_label: 0`"
+        f"meant unlabelled and classes began with 1. If so, {remedy} into "
+        f"{description.root / DESCRIPTION_FILE}; if 0 is {names[0]!r}, write {entry}"
     )

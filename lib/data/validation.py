@@ -28,7 +28,8 @@ def split_names(
             `scenes`: a fifth of the scenes.
             `none` and `predefined`: no images; all are training images.
         scene: `(N,)` scene of each image; None if unknown.
-        fold: index (0 to 4) of the fold used for validation by `blocks` and `scenes`.
+        fold: index (0 to 4) of the fold used for validation by `blocks` and `scenes`. If there are fewer
+            than five runs or scenes, several folds are the same.
 
     Raises:
         ValueError: if `validation` is not possible for these images, or `fold` is out of range.
@@ -45,9 +46,10 @@ def split_names(
         if scene is None:
             raise ValueError("validation: 'scenes' needs data with known scenes; use 'blocks' or 'random'")
         shuffled = np.random.RandomState(VALIDATION_SEED).permutation(np.unique(scene))
-        is_valid = np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS])
+        scene_folds = np.array_split(shuffled, FOLDS)
+        is_valid = np.isin(scene, scene_folds[(fold + 1) % FOLDS % max(len(shuffled), 1)])
     elif (runs := group_neighbouring_ids(names)) is not None:
-        is_valid = runs % FOLDS == fold
+        is_valid = runs % FOLDS == fold % (runs.max() + 1)
     else:
         raise ValueError(
             "validation: 'blocks' needs file names that are consecutive numbers within a scene, found "

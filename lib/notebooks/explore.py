@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from lib.data import MissingSplit, Samples, Split, iterate_samples
-from lib.data.validation import RUN_PREFIX, split_names
+from lib.data.validation import RUN_PREFIX, read_numbers, split_names
 from lib.notebooks import plots
 from lib.notebooks.browse import plot_samples
 from lib.progress import progress_bar
@@ -36,6 +36,7 @@ class DataCounts:
         pixels: `(N, C + 1)` pixels of each class in each image; the last column counts unlabelled pixels.
         depth: `(C + 1, 101)` pixels by class and depth bin; the last row counts unlabelled pixels. Bin 0 is
             missing depth, the others lie between `depth_edges_m`, and the last one includes larger depths.
+        outside_range: number of pixels with measured depth outside `depth_range_m`.
         adjacency: `(C, C)` symmetric counts of nearby pixel pairs of two different classes.
         depth_range_m: depth range of the data, see `Samples`.
     """
@@ -43,6 +44,7 @@ class DataCounts:
     classes: tuple[str, ...]
     pixels: np.ndarray
     depth: np.ndarray
+    outside_range: int
     adjacency: np.ndarray
     depth_range_m: tuple[float, float]
 
@@ -70,7 +72,9 @@ def count_data(samples: Samples) -> DataCounts:
     count = len(samples.classes)
     pixels = np.zeros((len(samples), count + 1), np.int64)
     depth = np.zeros((count + 1, DEPTH_BINS + 1), np.int64)
-    step_mm = 1000 * samples.depth_range_m[1] / DEPTH_BINS
+    near, far = samples.depth_range_m
+    step_mm = 1000 * far / DEPTH_BINS
+    outside_range = 0
     adjacency = np.zeros((count, count), np.int64)
     with progress_bar("counting", len(samples)) as bar:
         for index in range(len(samples)):
@@ -79,9 +83,11 @@ def count_data(samples: Samples) -> DataCounts:
             bins = 1 + np.minimum(sample.depth_or_missing[0] // step_mm, DEPTH_BINS - 1).astype(np.int64)
             pixels[index] = np.bincount(label.ravel(), minlength=count + 1)
             depth += _joint_histogram(label, bins * sample.measured_depth[0], depth.shape)
+            depth_m = sample.depth_or_missing[sample.measured_depth] / 1000
+            outside_range += int(((depth_m < near) | (depth_m > far)).sum())
             adjacency += _count_adjacency(label, count)
             bar.update()
-    return DataCounts(samples.classes, pixels, depth, adjacency, samples.depth_range_m)
+    return DataCounts(samples.classes, pixels, depth, outside_range, adjacency, samples.depth_range_m)
 
 
 def _joint_histogram(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -128,9 +134,10 @@ class Leakage:
         match: `(V,)` position of the training image with the most similar colours, taken from the same scene
             if the scene has training images.
         same_scene: `(V,)` bool, whether the scene has training images; None if scenes are unknown.
-        near_duplicates: number of validation images that are more similar to a training image than 9,999 of
-            10,000 unrelated pairs are to each other.
+        near_duplicates: number of validation images that equal a training image, or are more similar to one
+            than 9,999 of 10,000 unrelated pairs are to each other.
         copies: number of validation images that equal a training image in every pixel.
+        false_positive_rate: share of unrelated pairs expected among the near-duplicates.
     """
 
     train_count: int
@@ -139,6 +146,7 @@ class Leakage:
     same_scene: np.ndarray | None
     near_duplicates: int
     copies: int = 0
+    false_positive_rate: float = FALSE_POSITIVE_RATE
 
 
 def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leakage]:
@@ -168,21 +176,30 @@ def find_leakage(samples: Samples, valid: Split | None = None) -> dict[str, Leak
     checksums = [hashlib.sha256(image.tobytes()).hexdigest() for subset in subsets for image in subset.image]
     has_scenes = all(subset.scene is not None for subset in subsets)
     scene = np.concatenate([subset.scene for subset in subsets]) if has_scenes else None
-    limit = _near_duplicate_limit(signatures[: len(samples)])
+    limit, rate = _near_duplicate_limit(signatures[: len(samples)])
     return {
-        validation: _measure_leakage(signatures, np.array(checksums), scene, *positions, limit)
+        validation: replace(
+            _measure_leakage(signatures, np.array(checksums), scene, *positions, limit),
+            false_positive_rate=rate,
+        )
         for validation, positions in splits.items()
         if all(map(len, positions))
     }
 
 
-def _near_duplicate_limit(signatures: np.ndarray) -> float:
-    """Return the similarity that 1 in 10,000 unrelated pairs exceeds; 1 if there are no such pairs."""
+def _near_duplicate_limit(signatures: np.ndarray) -> tuple[float, float]:
+    """Return the similarity that 1 in 10,000 unrelated pairs exceeds, and the share of pairs that exceed it.
+
+    The limit is 1 if there are no such pairs. If there are fewer than 10,000, a new pair exceeds the largest
+    similarity of N pairs with a probability of about 1 in N.
+    """
     positions = np.arange(len(signatures))
     references = positions[:: max(1, -(-len(positions) // MAX_REFERENCE_IMAGES))]
     unrelated = np.abs(references[:, None] - positions) > len(positions) // 4
     similarity = (signatures[references] @ signatures.T)[unrelated]
-    return np.quantile(similarity, 1 - FALSE_POSITIVE_RATE) if similarity.size else 1.0
+    pair_count = max(similarity.size // 2, 1)  # each pair of references occurs in both orders
+    limit = np.quantile(similarity, 1 - FALSE_POSITIVE_RATE) if similarity.size else 1.0
+    return limit, max(FALSE_POSITIVE_RATE, 1 / pair_count)
 
 
 def _measure_leakage(
@@ -195,17 +212,18 @@ def _measure_leakage(
 ) -> Leakage:
     """Compare the validation images with the training images, both given as positions."""
     match = np.empty(len(valid), int)
+    is_copy = np.isin(checksums[valid], checksums[train])
     near_duplicates = 0
     for start in range(0, len(valid), CHUNK_ROWS):
         chunk = valid[start : start + CHUNK_ROWS]
         similarity = signatures[chunk] @ signatures[train].T
-        near_duplicates += int((similarity.max(1) > limit).sum())
+        is_similar = similarity.max(1) > limit
+        near_duplicates += int((is_similar | is_copy[start : start + CHUNK_ROWS]).sum())
         if scene is not None:
             similarity += 2 * (scene[chunk][:, None] == scene[train])
         match[start : start + CHUNK_ROWS] = train[similarity.argmax(1)]
     same_scene = None if scene is None else np.isin(scene[valid], scene[train])
-    copies = int(np.isin(checksums[valid], checksums[train]).sum())
-    return Leakage(len(train), valid, match, same_scene, near_duplicates, copies)
+    return Leakage(len(train), valid, match, same_scene, near_duplicates, int(is_copy.sum()))
 
 
 def _colour_signature(image: np.ndarray) -> np.ndarray:
@@ -217,7 +235,7 @@ def _colour_signature(image: np.ndarray) -> np.ndarray:
 
 def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
     """Summarise the labelled images, their split and any warnings in Markdown."""
-    scene_sharing = _describe_scenes(train.scene, valid.scene)
+    scene_sharing = _describe_scenes(train, valid)
     summary = (
         f"**{len(counts.pixels)} images, {len(counts.classes)} classes, {_describe_depth(counts)}, "
         f"{plots.percent(counts.unlabelled, 1)} unlabelled; validation ({len(valid)} images, by "
@@ -227,13 +245,23 @@ def describe_data(counts: DataCounts, train: Split, valid: Split) -> str:
 
 
 def conclude_data(shares: pd.DataFrame, train: Split, valid: Split) -> str:
-    """Recommend a `validation` and list the rarest classes of `class_shares`, in Markdown."""
-    rare = shares.pixels[shares.pixels > 0][-3:]
+    """Recommend a `validation` and list the rarest classes of `class_shares`, in Markdown.
+
+    At most three classes, and at most half of those that occur, are listed.
+    """
+    present = shares.pixels[shares.pixels > 0]
+    rare = present.tail(min(3, len(present) // 2))
     rare_classes = ", ".join(f"{name} ({plots.percent(share, 1)})" for name, share in rare.items())
-    return (
+    advice = (
         f"- Validate by **{valid.validation}**, the choice of `validation auto` for these images; it "
-        f"{_describe_scenes(train.scene, valid.scene)}.\n"
-        f"- The rarest classes are **{rare_classes}** of the labelled pixels. They will be hard to learn, "
+        f"{_describe_scenes(train, valid)}."
+    )
+    if not rare_classes:
+        return advice
+    subject, pronoun = ("class is", "It") if len(rare) == 1 else ("classes are", "They")
+    return (
+        f"{advice}\n"
+        f"- The rarest {subject} **{rare_classes}** of the labelled pixels. {pronoun} will be hard to learn, "
         f"but mIoU weights each as much as {shares.index[0]} ({plots.percent(shares.pixels.iloc[0], 1)}). "
         "`class_weights median` does the same in the loss."
     )
@@ -248,16 +276,16 @@ def _describe_depth(counts: DataCounts) -> str:
     return f"median depth {over}{median:.1f} m, depth missing in {plots.percent(depth[0] / depth.sum(), 1)}"
 
 
-def _describe_scenes(train: np.ndarray | None, valid: np.ndarray | None) -> str:
+def _describe_scenes(train: Split, valid: Split) -> str:
     """Describe how many validation images share a scene with training images.
 
-    Scene names that start with `RUN_PREFIX` are derived from image ids.
+    Scene names of numbered images that start with `RUN_PREFIX` are derived from image ids.
     """
-    if train is None or valid is None:
+    if train.scene is None or valid.scene is None:
         return "may share scenes with training, because the scenes are unknown"
-    by_ids = train[0].startswith(RUN_PREFIX)
+    by_ids = train.scene[0].startswith(RUN_PREFIX) and read_numbers(train.names) is not None
     nouns = ("run of neighbouring ids", "runs of neighbouring ids") if by_ids else ("scene", "scenes")
-    shared_count = np.isin(valid, train).sum()
+    shared_count = np.isin(valid.scene, train.scene).sum()
     return (
         f"shares {nouns[1]} with training in {shared_count} of them"
         if shared_count
@@ -278,7 +306,7 @@ def _find_warnings(counts: DataCounts, scene: np.ndarray | None) -> list[str]:
     sizes = np.ones(1) if scene is None else np.unique(scene, return_counts=True)[1]
     depth = counts.depth.sum(0)
     near, far = counts.depth_range_m
-    outside = (depth[1:][counts.depth_edges_m[1:] <= near].sum() + depth[-1]) / max(depth[1:].sum(), 1)
+    outside = counts.outside_range / max(depth[1:].sum(), 1)
     warnings = [
         (len(absent) > 0, f"These classes are in no image: {', '.join(absent)}.{hint}"),
         (
@@ -369,7 +397,7 @@ def tabulate_leakage(leakage: dict[str, Leakage]) -> pd.DataFrame:
             "exact copies": leak.copies,
             "near-duplicates": leak.near_duplicates,
             "expected by chance": round(
-                len(leak.valid) * (1 - (1 - FALSE_POSITIVE_RATE) ** leak.train_count), 1
+                len(leak.valid) * (1 - (1 - leak.false_positive_rate) ** leak.train_count), 1
             ),
         }
         for validation, leak in leakage.items()
@@ -392,6 +420,6 @@ def plot_leaks(samples: Samples, leak: Leakage, count: int = 2) -> Figure:
     captions = []
     for valid, train, is_same in zip(leak.valid[order], leak.match[order], same_scene[order], strict=True):
         pairs.append({"validation": samples.image[valid], "most similar in training": samples.image[train]})
-        relation = ": same room, other view" if is_same else ""
+        relation = ": same scene, other view" if is_same else ""
         captions.append(f"{samples.names[valid]} and {samples.names[train]}{relation}")
     return plots.plot_grid(pairs, captions)

@@ -1,6 +1,7 @@
 """Apply a trained network to any images: predict, save the masks, and draw and summarise the results."""
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib.data import Samples, Split
+from lib.data.folder import is_hidden
 from lib.evaluation import Predicted, predict
-from lib.files import read_json, write_atomically, write_json
+from lib.files import write_atomically, write_json
 from lib.model import SegmentationDepthNet
 from lib.notebooks import plots
 from lib.progress import progress_bar
@@ -71,19 +73,32 @@ def predict_images(model: SegmentationDepthNet, pieces: Split, save_to: str | No
 def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> None:
     """Check that the masks in a folder belong to this network, data and classes.
 
-    A missing folder is created. In an empty folder, `MANIFEST_FILE` is written to record the three.
+    A missing folder is created. In an empty folder, `MANIFEST_FILE` is written to record the three. Hidden
+    files do not count.
 
     Raises:
-        ValueError: the folder has no `MANIFEST_FILE` and is not empty, or the file records something else.
+        ValueError: the folder has no `MANIFEST_FILE` and is not empty, or the file is damaged or records
+            something else.
     """
     digest = hashlib.sha256(repr(model.config).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    manifest = {"network": digest.hexdigest(), "pictures": pieces.data, "classes": list(model.config.classes)}
+    manifest = {"network": digest.hexdigest(), "images": pieces.data, "classes": list(model.config.classes)}
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        write_json(manifest, folder / MANIFEST_FILE)
-    recorded = read_json(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).exists() else {}
+    path = folder / MANIFEST_FILE
+    if all(is_hidden(entry.name) for entry in folder.iterdir()):
+        write_json(manifest, path)
+    if not path.exists():
+        raise ValueError(
+            f"save_to: {folder} is not empty and was not written by predict.ipynb; give another folder"
+        )
+    try:
+        recorded = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"save_to: {path} can't be read ({error}), expected the network, images and classes of the "
+            "masks there; give another folder"
+        ) from error
     for key, value in manifest.items():
         if recorded.get(key) != value:
             raise ValueError(
@@ -92,19 +107,23 @@ def _check_masks(folder: Path, model: SegmentationDepthNet, pieces: Split) -> No
 
 
 def _read_mask(path: Path, image: Samples) -> tuple[np.ndarray, float] | None:
-    """Return a mask and its mean confidence, or None if it was predicted from other pixels.
+    """Return a mask and its mean confidence; None if it is damaged or was predicted from other pixels.
 
     Raises:
         ValueError: `predict_images` did not write the mask.
     """
-    with Image.open(path, formats=["PNG"]) as mask:
-        if CONFIDENCE not in mask.text:
-            raise ValueError(
-                f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or "
-                "give another folder"
-            )
-        is_same = mask.text.get(CHECKSUM) == _checksum(image)
-        return (np.asarray(mask), float(mask.text[CONFIDENCE])) if is_same else None
+    try:
+        with Image.open(path) as mask:
+            mask.load()
+    except (OSError, SyntaxError):  # empty or truncated
+        return None
+    if CONFIDENCE not in mask.info:
+        raise ValueError(
+            f"save_to: {path} was not written by predict.ipynb, or was edited since; move it away, or "
+            "give another folder"
+        )
+    is_same = mask.info.get(CHECKSUM) == _checksum(image)
+    return (np.asarray(mask), float(mask.info[CONFIDENCE])) if is_same else None
 
 
 def _predict_mask(path: Path | None, model: SegmentationDepthNet, image: Samples) -> tuple[np.ndarray, float]:
@@ -119,7 +138,8 @@ def _predict_mask(path: Path | None, model: SegmentationDepthNet, image: Samples
 
 
 def _checksum(image: Samples) -> str:
-    return hashlib.sha256(image.image.tobytes() + image.depth_or_missing.tobytes()).hexdigest()
+    shape = str(image.image.shape).encode()
+    return hashlib.sha256(shape + image.image.tobytes() + image.depth_or_missing.tobytes()).hexdigest()
 
 
 def plot_images(predicted: Sequence[Predicted]) -> Figure:

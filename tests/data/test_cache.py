@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_folder
+from PIL import Image
 
 from lib.data import DataError, load_samples
 from lib.data.cache import cache_root, map_arrays, select_rows
@@ -160,6 +161,27 @@ def test_folder_is_decoded_again_only_after_a_change(folder, scenes, root, monke
     changed = load_samples(folder, "train", "none", (48, 64))
     np.testing.assert_array_equal(changed.depth[1], changed.depth[0])
     assert len(made(root)) == 1
+
+
+def test_changed_label_map_is_read_again(folder, scenes, monkeypatch):
+    monkeypatch.setattr("lib.data.folder.CACHED_FROM", 5)
+    (folder / "dataset.yaml").write_text("colours: labelmap.txt\nfolders: {image: image, label: label}")
+    colours = np.array([[0, 0, 0], [128, 0, 0]], np.uint8)
+    for path, label in zip(sorted((folder / "train" / "label").iterdir()), scenes.label, strict=True):
+        Image.fromarray(colours[label % 2]).save(path)
+    (folder / "labelmap.txt").write_text("bed:0,0,0::\nwall:128,0,0::\n")
+    first = load_samples(folder, "train", "none", (48, 64))
+    (folder / "labelmap.txt").write_text("wall:128,0,0::\nbed:0,0,0::\n")
+    swapped = load_samples(folder, "train", "none", (48, 64))
+    assert (first.classes, swapped.classes) == (("bed", "wall"), ("wall", "bed"))
+    np.testing.assert_array_equal(swapped.label, 1 - first.label)
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "é" * 120])
+def test_long_folder_names_are_cached(root, tmp_path, name):
+    (tmp_path / name).mkdir()
+    for make in (blocks, never):
+        map_arrays(tmp_path / name, KEY, LAYOUT, make)
 
 
 def test_reading_a_folder_imports_no_notebook_libraries(folder):

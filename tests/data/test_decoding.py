@@ -225,6 +225,10 @@ def test_sun_depth_bits_are_rotated_back(tmp_path):
         (DEPTH, 10, (0,), [0, 5000, 20000, 65535]),  # beyond any depth range
         (np.array([[np.nan, np.inf, 1.2344, 0.0]]), 1000, (0,), [0, 0, 1234, 0]),
         (np.array([[7.0, 2.0]]), 1000, (7,), [0, 2000]),
+        (np.array([[65.535, 2.0]], np.float32), 1000, (0, 65.535), [0, 2000]),
+        (np.array([[0.1, 2.0]], np.float16), 1000, (0.1, 65535), [0, 2000]),
+        (np.array([[-1, 65535, 65]], np.int32), 1, (-1, 65.535), [0, 65535, 65]),
+        (np.array([[65535, 65]], np.uint16), 1, (-1, 65.535), [65535, 65]),
         (np.array([[200, 0]], np.uint8), 20, (0,), [4000, 0]),
     ],
 )
@@ -273,6 +277,48 @@ def test_unsupported_depth_is_rejected(tmp_path, case):
     assert str(error.value).startswith(f"{tmp_path / name}: {message}")
     if case == "8 bits":
         np.testing.assert_array_equal(decode_depth(tmp_path / name), depth)  # accepted if the unit is stated
+
+
+def test_negative_depth_that_means_missing_is_accepted(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[-1.0, 2.5]], np.float32))
+    assert decode_depth(tmp_path / "a.npy", missing=[-1]).tolist() == [[-1.0, 2.5]]
+    with pytest.raises(DataError) as error:
+        decode_depth(tmp_path / "a.npy", missing=[0, -2])
+    assert str(error.value) == (
+        f"{tmp_path / 'a.npy'}: found the value -1, expected no negative depth; mark missing depth with 0, or list its "
+        "value under `depth_missing`"
+    )
+
+
+def test_grey_in_which_0_is_white_is_rejected(tmp_path):
+    """Pillow inverts such labels; other readers return them as stored."""
+    path = save(VALUES, tmp_path / "a.tif", tiffinfo={262: 0})
+    with pytest.raises(
+        DataError,
+        match=r"a.tif: found grey in which 0 is white \(MinIsWhite\), expected grey in which 0 is black",
+    ):
+        decode_label(path)
+    np.testing.assert_array_equal(decode_image(path)[..., 0], VALUES)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_error_says_that_a_file_cannot_be_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.mkdir()
+    with pytest.raises(DataError) as error:
+        decode_depth(path)
+    assert str(error.value) == (
+        f"{path}: can't be read ([Errno 21] Is a directory: '{path}'); check that it exists, its permissions and the disk"
+    )
+
+
+def test_error_for_several_images_in_one_file_says_to_save_each(tmp_path):
+    path = save(RGB, tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(RGB)])
+    with pytest.raises(DataError) as error:
+        decode_image(path)
+    assert str(error.value) == (
+        f"{path}: can't be decoded (it contains 2 images, expected one); save each image as a file of its own"
+    )
 
 
 def test_depth_with_a_palette_or_8_bits_in_sun_format_is_rejected(tmp_path):
@@ -338,5 +384,8 @@ def test_pickles_and_decompression_bombs_are_rejected(tmp_path):
         for kind, content in chunks
     )
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-    with pytest.raises(DataError, match="b.png: can't be decoded .*decompression bomb"):
+    with pytest.raises(
+        DataError,
+        match="b.png: can't be decoded .*decompression bomb.*; it has more pixels than are decoded; red",
+    ):
         decode_image(tmp_path / "b.png")

@@ -127,6 +127,9 @@ def test_unknown_label_value_is_rejected(tmp_path, text, value, message):
         ("depth_range_m: [1, 80]", "depth_range_m is [1, 80], expected [nearest, farthest]"),
         ("folders: {depth: depth}", "folders is {'depth': 'depth'}, expected the folder of image and, where there are, of"),
         ("folders: {image: rgb, mask: m}", "folders is {'image': 'rgb', 'mask': 'm'}, expected the folder of image"),
+        ("folders: {image: /data/rgb}", "folders is {'image': '/data/rgb'}, expected the folder of image and, where there are, of "
+         "depth and label, as relative paths with no placeholders but {name}, {scene} and {split}"),
+        ("folders: {image: 'rgb/{Name}.png'}", "folders is {'image': 'rgb/{Name}.png'}, expected the folder of image"),
         ("folders: {image: 3}", "folders is {'image': 3}, expected the folder of image"),
         ("splits: {training: t}", "splits is {'training': 't'}, expected folders or lists of names of train, valid or test"),
         ("splits: {}", "splits is {}, expected folders or lists"),
@@ -238,6 +241,65 @@ def test_invalid_or_missing_label_map_is_rejected(tmp_path, content):
         describe(tmp_path, "colours: labelmap.txt")
 
 
+def test_name_listed_twice_in_a_label_map_is_rejected(tmp_path):
+    (tmp_path / "labelmap.txt").write_text("bed:128,0,0::\nwall:0,128,0::\nbed:0,0,128::\n")
+    with pytest.raises(DataError) as error:
+        describe(tmp_path, "colours: labelmap.txt")
+    assert str(error.value) == (
+        f"{tmp_path / 'labelmap.txt'}: can't be read as colours ('bed' is listed twice), expected lines such as "
+        "`bed:128,0,0::`, one for each name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("classes: {1: bed, 3: wall, 3: floor}", "3", 1),
+        ("classes: {1: bed, 3: wall, 0x3: floor}", "3", 1),
+        ("depth_unit_mm: 1\nignore: [255]\ndepth_unit_mm: 2", "'depth_unit_mm'", 1),
+        ("scene: null\nfolders: {image: a}\nfolders: {image: b}", "'folders'", 2),
+        ("classes: [a, b]\ncolours: {a: [0, 0, 0], b: [1, 1, 1], a: [2, 2, 2]}", "'a'", 2),
+    ],
+)
+def test_key_given_twice_is_rejected(tmp_path, text, key, line):
+    with pytest.raises(DataError) as error:
+        describe(tmp_path, text)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'dataset.yaml'}: is not valid YAML ({key} is given twice, expected once; keep one"
+    )
+    assert f"line {line}, " in str(error.value)
+
+
+def test_one_key_in_two_mappings_is_accepted(tmp_path):
+    """A merge key (`<<`) gives defaults, which keys of the mapping may replace."""
+    text = "folders: &layout {image: a, label: a}\nsplits: {train: a}\ncolours: {a: &one [1, 1, 1], b: [0, 0, 0]}"
+    assert describe(tmp_path, text).class_names == ("a", "b")
+    merged = "classes: {<<: {0: a, 1: b}, 1: c}"
+    assert describe(tmp_path, merged).class_names == ("a", "c")
+
+
+@pytest.mark.parametrize("entry", ["first_label: 1", "ignore: [0]", "ignore: [0, 255]"])
+def test_label_values_beside_colours_are_rejected(tmp_path, entry):
+    key, value = entry.split(": ")
+    with pytest.raises(DataError) as error:
+        describe(tmp_path, f"{COLOURS}\n{entry}")
+    assert str(error.value) == (
+        f"{tmp_path / 'dataset.yaml'}: {key} is {value}, expected none beside colours; use the name ignore in colours for "
+        f"a colour that means unlabelled, and leave {key} out"
+    )
+
+
+@pytest.mark.parametrize("entry", ["first_label: 0", "ignore: [255]", "ignore: []", "ignore: others"])
+def test_defaults_beside_colours_are_accepted(tmp_path, entry):
+    assert describe(tmp_path, f"{COLOURS}\n{entry}").class_names == ("background", "cat", "dog")
+
+
+def test_null_keys_are_not_stated(tmp_path):
+    description = describe(tmp_path, "colours: null\nscene: null\nfirst_label: 0")
+    assert description.stated == {"first_label"}
+    assert (description.colours, description.scene) == (None, None)
+
+
 def test_code_in_yaml_is_not_executed(tmp_path):
     with pytest.raises(DataError, match="dataset.yaml: is not valid YAML"):
         describe(tmp_path, f"classes: !!python/object/apply:os.mkdir ['{tmp_path}/made']")
@@ -248,7 +310,7 @@ def test_readme_example_of_dataset_yaml_has_all_keys(tmp_path):
     readme = (Path(lib.__file__).parent / "data" / "README.md").read_text()
     block = re.search(r"```yaml\n(classes: .*?)```", readme, re.DOTALL)[1]
     description = describe(tmp_path, block)
-    assert description.stated == set(KEYS)
+    assert description.stated == set(KEYS) - {"scene"}  # null
     assert description.class_names == ("bed", "books", "ceiling")
 
 

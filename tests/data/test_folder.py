@@ -136,7 +136,7 @@ def test_error_names_a_file_deleted_while_reading(folder):
     with pytest.raises(DataError) as error:
         list(pieces)
     assert str(error.value) == (
-        f"{path}: can't be decoded ([Errno 2] No such file or directory: '{path}'); it is damaged or not an image; copy it again"
+        f"{path}: can't be read ([Errno 2] No such file or directory: '{path}'); check that it exists, its permissions and the disk"
     )
 
 

@@ -123,6 +123,50 @@ def test_error_names_implausible_or_mismatched_depth(tmp_path, picture):
         read(tmp_path, folder)
 
 
+def test_depth_of_65535_or_without_any_value_is_rejected(tmp_path, picture):
+    Image.fromarray(picture).save(tmp_path / "room.jpg")
+    image, depth = tmp_path / "room.jpg", tmp_path / "depth.png"
+    values = np.full((40, 60), 2000, np.uint16)
+    values[:20] = 65535
+    Image.fromarray(values).save(depth)
+    with pytest.raises(DataError) as error:
+        read(image, depth)
+    assert str(error.value) == (
+        f"depths: {depth} is 65535 in 50 % of the pixels, the largest 16-bit value. If it marks missing depth, "
+        "write 0 there, otherwise give depth_unit_mm"
+    )
+    assert read(image, depth, 1)[0].depth.max() == 65535  # a stated unit is not checked
+    values[:20] = 0
+    Image.fromarray(values).save(depth)
+    assert read(image, depth)[0].depth.max() == 2000
+    Image.fromarray(np.zeros_like(values)).save(depth)
+    with pytest.raises(DataError) as error:
+        read(image, depth)
+    assert str(error.value) == (
+        f"depths: {depth} is missing everywhere in 1 files; export it again, or use a run trained with inputs rgb"
+    )
+
+
+@pytest.mark.parametrize("unit", [0, -1, 1e-9, 1e9])
+def test_impossible_depth_unit_is_rejected(tmp_path, picture, unit):
+    Image.fromarray(picture).save(tmp_path / "room.jpg")
+    with pytest.raises(
+        ValueError, match="^depth_unit_mm: found .*, expected a number from 1e-06 and below 1000000$"
+    ):
+        open_images(str(tmp_path), str(tmp_path), unit, True, CLASSES)
+
+
+def test_depth_folder_is_described_by_its_full_path(tmp_path, picture, monkeypatch):
+    for folder in ("image", "depth"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(picture).save(tmp_path / "image" / "room.jpg")
+    Image.fromarray(np.full((40, 60), 2000, np.uint16)).save(tmp_path / "depth" / "room.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_images("image", "depth", None, True, CLASSES).data == (
+        f"{tmp_path / 'image'}, with depth of {tmp_path / 'depth'} in units of 1 mm"
+    )
+
+
 def test_depths_must_match_the_inputs_of_the_network(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "room.jpg")
     with pytest.raises(ValueError, match="depths: found None, but this network also takes depth"):

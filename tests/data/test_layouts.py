@@ -1,6 +1,7 @@
 """The layouts in lib/data/README.md: the built-in synthetic scenes in common folder structures."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from conftest import assert_equal_samples, write_folder
 from PIL import Image
 
 import lib
-from lib.data import DataError, iterate_samples, load_samples
+from lib.data import DataError, MissingSplit, iterate_samples, load_samples
 
 README = (Path(lib.__file__).parent / "data" / "README.md").read_text()
 EXAMPLES = re.findall(r"```yaml\n(# .*?)```", README, re.DOTALL)
@@ -127,16 +128,38 @@ def test_scenes_are_read_from_a_table(folder, scenes):
     )
 
 
+def test_scenes_may_be_called_none_or_na(folder, scenes):
+    (folder / "dataset.yaml").write_text("scene: rooms.csv")
+    expected = ["None", "NA", "nan"] * 4
+    lines = [f"{name},{scene}" for name, scene in zip(scenes.names, expected, strict=True)]
+    (folder / "rooms.csv").write_text("\n".join(["name,scene", *lines, lines[0]]))  # one line twice
+    assert list(load_samples(folder, "train", "none").scene) == expected
+
+
+def test_two_scenes_of_one_image_are_rejected(folder, scenes):
+    (folder / "dataset.yaml").write_text("scene: rooms.csv")
+    lines = [f"{name},{scene}" for name, scene in zip(scenes.names, scenes.scene, strict=True)]
+    (folder / "rooms.csv").write_text("\n".join(["name,scene", *lines, "000000,cellar"]))
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "train")
+    assert str(error.value) == (
+        f"{folder / 'rooms.csv'}: gives '000000' two scenes, expected one; keep one line for each image"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("scene: '^([a-z]*)'", "{yaml}: 12 of 12 images have no scene, the first is '000000'; every image needs one"),
         ("scene: '([a-z'", "{yaml}: scene is '([a-z', expected a regular expression (unterminated character set at position 1)"),
         ("scene: '[0-9]+'", "{yaml}: scene is '[0-9]+' with 0 groups, expected one, such as '^([^/]+)/'"),
         ("scene: '(x)'", "{yaml}: 12 of 12 images have no scene, the first is '000000'; every image needs one"),
         ("scene: none.csv", "{root}/none.csv: can't be read ([Errno 2] No such file or directory: '{root}/none.csv'); expected "
          "a table with the columns name,scene"),
-        ("splits: {train: train.txt}", "{root}/train.txt/image: no such folder; expected DATA/train/{{image,depth,label}} and "
-         "DATA/test/{{image,depth}}, or what DATA/dataset.yaml says. Check the parameter data"),
+        ("splits: {train: train.txt}", "{root}/train.txt: no such file or folder, expected that of split 'train' in {yaml}; "
+         "correct it there"),
+        ("folders: {image: image}", "{yaml}: folders has no label, but split 'train' needs labels; add their folder, such as "
+         "`label: label`"),
         ("splits: {train: dataset.yaml}\nfolders: {image: train/image}", "{yaml}: 2 of 2 lines name no image, the first is 'splits: "
          "{{train: dataset.yaml}}'; expected a name a line, such as '000000', of images in {root}/train/image"),
         ("folders: {image: 'image/{name}.jpg', label: label}", "{root}/train/image: found nothing, expected files of: "
@@ -175,6 +198,57 @@ def test_invalid_file_lists_are_rejected(folder, scenes):
         f"{folder / 'b.txt'}: shares 1 images with {folder / 'a.txt'}, the first is '000001'; training images can't "
         "validate or test: give split 'test' other images, or leave it out of `splits`"
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_list_that_is_not_utf_8_is_rejected(folder, encoding):
+    (folder / "a.txt").write_bytes("Büro\n000000".encode(encoding))
+    (folder / "dataset.yaml").write_text(
+        "splits: {train: a.txt}\nfolders: {image: train/image, label: train/label}"
+    )
+    with pytest.raises(
+        DataError, match=r"a.txt: is not UTF-8 \('utf-8' codec .*\), expected .*; save it as UTF-8"
+    ):
+        load_samples(folder, "train")
+
+
+def test_folder_that_cannot_be_listed_is_rejected(folder, monkeypatch):
+    (folder / "test" / "image" / "kitchen").mkdir()
+    assert len(load_samples(folder, "test")) == 3
+    list_folder = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("kitchen"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "test")
+    assert str(error.value) == (
+        f"{folder / 'test' / 'image' / 'kitchen'}: can't be listed (Permission denied), expected a readable folder; check "
+        "its permissions and the disk"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF"])
+def test_heic_images_are_rejected(folder, suffix):
+    path = folder / "test" / "image" / f"t5{suffix}"
+    path.touch()
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "test")
+    assert (
+        str(error.value) == f"{path}: images of this kind can't be read; convert them to jpg, or remove them"
+    )
+    path.rename(path.with_suffix(".json"))
+    assert len(load_samples(folder, "test")) == 3
+
+
+def test_suffixes_of_patterns_match_in_upper_and_lower_case(folder):
+    (folder / "dataset.yaml").write_text("folders: {image: 'image/{name}.PNG', label: 'label/{name}.png'}")
+    path = folder / "train" / "image" / "000001.png"
+    path.rename(path.with_suffix(".PNG"))
+    assert len(load_samples(folder, "train", "none")) == 12
 
 
 def test_error_names_unsupported_file_types(folder):
@@ -237,6 +311,51 @@ def test_test_split_that_shares_files_with_train_is_rejected(folder):
         DataError, match="train: shares 12 images with .*train, the first is '000000'; training images"
     ):
         load_samples(folder, "test")
+
+
+def test_image_in_both_valid_and_test_is_rejected(folder):
+    for split, lines in (("train", "000000"), ("valid", "000001\n000016"), ("test", "000016\n000015")):
+        (folder / f"{split}.txt").write_text(lines)
+    folders = "folders: {image: train/image, depth: train/depth, label: train/label}"
+    (folder / "dataset.yaml").write_text(
+        f"splits: {{train: train.txt, valid: valid.txt, test: test.txt}}\n{folders}"
+    )
+    for split, other in (("valid", "test"), ("test", "valid")):
+        with pytest.raises(DataError) as error:
+            load_samples(folder, split)
+        assert str(error.value) == (
+            f"{folder / split}.txt: shares 1 images with {folder / other}.txt, the first is '000016'; no image can do both: "
+            f"give split {split!r} other images, or leave it out of `splits`"
+        )
+    (folder / "test.txt").write_text("000015")
+    assert [len(load_samples(folder, split)) for split in ("valid", "test")] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["tets.txt", "tset"])
+def test_declared_split_that_does_not_exist_is_rejected(folder, name):
+    (folder / "dataset.yaml").write_text(f"splits: {{train: train, test: {name}}}")
+    with pytest.raises(DataError) as error:
+        load_samples(folder, "test")
+    assert type(error.value) is DataError
+    assert str(error.value) == (
+        f"{folder / name}: no such file or folder, expected that of split 'test' in {folder / 'dataset.yaml'}; correct it "
+        "there, or write `test: null` if there is none"
+    )
+    for text in ("splits: {train: train, test: null}", "splits: {train: train}", "classes: null", ""):
+        shutil.rmtree(folder / "test", ignore_errors=True)
+        (folder / "dataset.yaml").write_text("" if "classes" in text else text)
+        with pytest.raises(MissingSplit):
+            load_samples(folder, "test")
+
+
+def test_declared_split_of_kind_folders_that_does_not_exist_is_rejected(folder):
+    (folder / "dataset.yaml").write_text(
+        "splits: {train: image, test: tets}\nfolders: {image: 'train/{split}', label: train/label}"
+    )
+    assert len(load_samples(folder, "train", "none")) == 12
+    with pytest.raises(DataError, match="train/tets: no such folder") as error:
+        load_samples(folder, "test")
+    assert type(error.value) is DataError
 
 
 def test_splits_may_share_copied_images_and_file_names(folder):

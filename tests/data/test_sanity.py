@@ -67,6 +67,38 @@ def test_error_suggests_units_for_implausible_depth(folder, scenes, change, medi
     assert load_samples(folder, "train", "none").depth is None
 
 
+def test_error_suggests_depth_bits_for_sun_rgb_d(folder, scenes):
+    """Above 8192 mm its bits are no multiples of 8."""
+    far = np.where(np.arange(128) < 2, 9001, scenes.depth).astype(np.uint16)
+    write_folder(folder, replace(scenes, depth=far << 3 | far >> 13))
+    found = refusal(folder)
+    assert (
+        f" mm: write into {folder / 'dataset.yaml'} `depth_bits: sun` for SUN RGB-D or `depth_unit_mm: 0."
+        in found
+    )
+    (folder / "dataset.yaml").write_text("depth_bits: sun")
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").depth, far)
+
+
+def test_stated_missing_depth_is_not_measured(folder, scenes):
+    """As 16-bit depth in metres, where 65535 marks missing depth, and as -1."""
+    metres = np.where(scenes.depth == 0, np.float32(65.535), scenes.depth / np.float32(1000))
+    for value, stated in (
+        (metres, "[0, 65.535]"),
+        (np.where(scenes.depth == 0, -1, scenes.depth / 1000), "[-1]"),
+    ):
+        for name, depth in zip(scenes.names, value, strict=True):
+            (folder / "train" / "depth" / f"{name}.png").unlink(missing_ok=True)
+            np.save(folder / "train" / "depth" / f"{name}.npy", depth)
+        (folder / "dataset.yaml").write_text(f"depth_unit_mm: 1000\ndepth_missing: {stated}")
+        np.testing.assert_array_equal(load_samples(folder, "train", "none").depth, scenes.depth)
+    nothing = np.full(scenes.depth[0].shape, 65.535, np.float32)
+    for path in (folder / "train" / "depth").iterdir():
+        np.save(path, nothing)
+    (folder / "dataset.yaml").write_text("depth_unit_mm: 1000\ndepth_missing: [65.535]")
+    assert "the depth of split 'train' is missing everywhere in 12 files" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("factor", "unit", "within"), [(5, 0.2, 0), (4, 0.25, 0), (0.1, 10, 9), (0.001, 1000, 0)]
 )
@@ -113,6 +145,29 @@ def test_error_suggests_first_label_if_labels_are_shifted(folder, scenes):
     np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
     yaml.write_text("first_label: 0")
     assert (load_samples(folder, "train", "none").label == label + np.uint8(1)).all()
+
+
+def test_error_for_shifted_labels_of_a_mapping_suggests_ignore(folder, scenes):
+    """`first_label` is only for lists of classes."""
+    label = np.where(scenes.label == 12, 255, scenes.label) + np.uint8(1)
+    write_folder(folder, replace(scenes, label=label))
+    yaml = folder / "dataset.yaml"
+    names = [f"{index}: c{index}" for index in range(13)]
+    yaml.write_text(f"classes: {{{', '.join(names)}}}")
+    assert refusal(folder).endswith(
+        f"If so, take 0 out of `classes` and write `ignore: [0, 255]` into {yaml}; if 0 is 'c0', write `ignore: [255]`"
+    )
+    yaml.write_text(f"classes: {{{', '.join(names[1:])}}}\nignore: [0, 255]")
+    expected = np.where(label == 0, 255, label - np.uint8(1))
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, expected)
+    yaml.write_text(f"classes: {{{', '.join(names)}}}\nignore: [255]")
+    np.testing.assert_array_equal(load_samples(folder, "train", "none").label, label)
+
+
+def test_null_colours_do_not_switch_checks_off(folder, scenes):
+    write_labels(folder, halves(scenes, 0, 255))
+    (folder / "dataset.yaml").write_text("colours: null\nclasses: [background, object]")
+    assert "binary masks" in refusal(folder)
 
 
 @pytest.mark.parametrize("first", ["wall", "Background"])

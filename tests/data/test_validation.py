@@ -123,11 +123,37 @@ def test_auto_validation_depends_on_names_and_scenes():
     assert choose_validation("auto", source(words, "predefined", scene), 4) == "predefined"
     assert choose_validation("scenes", source(words, "predefined", scene), 4) == "scenes"
     assert choose_validation("auto", source(words, "blocks"), 4) == "random"  # names are not numbers
-    assert (
-        choose_validation("auto", source(ROOMS[:6], "blocks"), 4) == "random"
-    )  # three runs leave no validation images
     assert choose_validation("auto", source(ROOMS[:1], "blocks"), 4) == "random"
     assert choose_validation("none", source(ROOMS, "blocks"), 4) == "none"
+
+
+def earlier_split(names, validation, scene, fold):
+    """The images that `split_names` validated when folds of fewer than five runs or scenes could be empty."""
+    if validation == "blocks":
+        return np.flatnonzero(group_neighbouring_ids(names) % FOLDS == fold)
+    shuffled = np.random.RandomState(42).permutation(np.unique(scene))
+    return np.flatnonzero(np.isin(scene, np.array_split(shuffled, FOLDS)[(fold + 1) % FOLDS]))
+
+
+@pytest.mark.parametrize("validation", ["blocks", "scenes"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 9, 10, 11, 23, 64])
+def test_every_fold_validates_whole_runs_or_scenes(validation, count):
+    """Folds wrap around fewer than five runs or scenes. Folds that were never empty are as before."""
+    lengths = np.random.default_rng(count).integers(2, 7, count)
+    names = numbered(*np.concatenate([20 * run + np.arange(length) for run, length in enumerate(lengths)]))
+    scene = np.repeat([f"room_{run}" for run in range(count)], lengths)
+    chosen = set()
+    for fold in range(FOLDS):
+        train, valid = split_names(names, validation, scene, fold)
+        assert not set(scene[train]) & set(scene[valid])
+        expected = earlier_split(names, validation, scene, fold)
+        assert len(valid) > 0
+        assert count < FOLDS or len(expected) > 0
+        if len(expected):
+            np.testing.assert_array_equal(valid, expected)
+        assert choose_validation("auto", source(names, validation, scene), fold) == validation
+        chosen |= set(valid)
+    assert chosen == set(range(len(names)))
 
 
 def test_unsuitable_validation_or_fold_is_rejected():
@@ -153,7 +179,7 @@ def test_unsuitable_validation_or_fold_is_rejected():
 
 @pytest.mark.parametrize(
     ("validation", "count", "left"),
-    [("blocks", 4, "4 images to train and 0"), ("random", 1, "0 images to train and 1")],
+    [("blocks", 4, "0 images to train and 4"), ("random", 1, "0 images to train and 1")],
 )
 def test_validation_that_leaves_a_split_empty_is_rejected(validation, count, left):
     with pytest.raises(ValueError) as error:

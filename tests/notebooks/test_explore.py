@@ -124,7 +124,7 @@ def test_most_similar_training_image_is_the_other_view_of_the_room(scenes):
     assert find_leakage(scenes)["blocks"].same_scene.sum() == 0
     shown = draw(plot_leaks(scenes, leak))
     assert {"validation", "most similar in training"} <= set(shown)
-    assert sum("same room, other view" in text for text in shown) == min(2, leak.same_scene.sum())
+    assert sum("same scene, other view" in text for text in shown) == min(2, leak.same_scene.sum())
 
 
 def test_most_similar_pairs_are_shown_first():
@@ -218,6 +218,19 @@ def test_median_depth_beyond_the_range_is_given_as_a_bound():
     assert "median depth over 9.9 m" in describe(replace(samples, depth=np.full_like(samples.depth, 60_000)))
 
 
+def test_depth_at_the_ends_of_the_range_is_inside():
+    """Many sensors are capped at 10 m. One in eight of the depths is a millimetre beyond each end."""
+    samples = made_up_samples(10_000)
+    assert "outside" not in describe(samples)
+    samples.depth[:2] = 710
+    samples.depth[3] = 9950
+    assert "outside" not in describe(samples)
+    samples = made_up_samples(10_000)
+    samples.depth[:, 0] = 0
+    samples.depth[:, 1, :2], samples.depth[:, 2, :2] = 709, 10_001
+    assert "\n- 33.3 % of the depths are outside 0.71 to 10 m" in describe(samples)
+
+
 @pytest.mark.parametrize("depth", [275, 13_750])
 def test_wrong_depth_unit_or_missing_depth_gives_a_warning(depth):
     """Centimetres, or 5000 units per metre, are read as millimetres."""
@@ -268,6 +281,44 @@ def test_copies_in_a_predefined_valid_split_are_found(tmp_path, scenes):
     assert set(find_leakage(train.load(), replace(valid, validation="random"))) == {"random"}
 
 
+def test_copies_are_near_duplicates_even_if_unrelated_images_are_equal():
+    """All images are black, so that no similarity exceeds that of unrelated pairs."""
+    names = np.array([f"room {index:02d}" for index in range(24)])
+    leak = find_leakage(Samples(names, np.zeros((24, 4, 4, 3), np.uint8), classes=("wall", "floor")))[
+        "random"
+    ]
+    assert (len(leak.valid), leak.copies, leak.near_duplicates) == (5, 5, 5)
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(20, 14 * 15 / 2), (400, 1e4)])
+def test_chance_of_near_duplicates_counts_the_unrelated_pairs(count, pairs):
+    """The limit of few images is the largest similarity of any unrelated pair."""
+    names = np.array([f"room {index:03d}" for index in range(count)])
+    image = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    leakage = find_leakage(Samples(names, image, classes=("wall", "floor")))
+    table = tabulate_leakage(leakage).loc["random"]
+    expected = 0.2 * count * (1 - (1 - 1 / pairs) ** (0.8 * count))
+    assert table["expected by chance"] == round(expected, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "scene", "said"),
+    [
+        (["0000", "0001", "0007"], ["run_0000", "run_0000", "run_0001"], "run of neighbouring ids"),
+        (["run_0001/0", "run_0001/1", "run_0002/0"], ["run_0001", "run_0001", "run_0002"], "scene"),
+    ],
+)
+def test_scenes_are_called_runs_of_ids_only_if_images_are_numbered(names, scene, said):
+    split = Split(np.array(names), ("wall", "floor"), None, np.array(scene), validation="blocks")
+    sides = split.select(np.arange(2)), split.select(np.arange(2, 3))
+    label = np.zeros((3, 4, 4), np.uint8)
+    counts = count_data(
+        Samples(split.names, np.zeros((3, 4, 4, 3), np.uint8), label=label, classes=split.classes)
+    )
+    assert f"shares no {said} with training" in describe_data(counts, *sides)
+    assert f"shares no {said} with training" in conclude_data(class_shares(counts), *sides)
+
+
 @pytest.mark.parametrize(
     ("scene", "warned"),
     [
@@ -300,8 +351,34 @@ def test_conclusion_lists_validation_method_and_rarest_classes():
     sides = split.select(np.arange(4)), split.select(np.arange(4, 6))
     text = conclude_data(class_shares(count_data(samples)), *sides)
     assert "Validate by **scenes**, the choice of `validation auto` for these images; it shares no" in text
-    assert "**desk (3.3 %), cup (2.2 %), pen (1.1 %)** of the labelled pixels" in text
+    assert "The rarest classes are **cup (2.2 %), pen (1.1 %)** of the labelled pixels. They will" in text
     assert "as much as wall (93.3 %)" in text
+
+
+@pytest.mark.parametrize(
+    ("labelled", "said"),
+    [
+        (range(1), None),
+        (range(2), "The rarest class is **b (50.0 %)** of the labelled pixels. It will"),
+        (range(3), "The rarest class is **c (33.3 %)** of the labelled pixels. It will"),
+        (
+            range(6),
+            "The rarest classes are **d (16.7 %), e (16.7 %), f (16.7 %)** of the labelled pixels. They",
+        ),
+        (
+            range(9),
+            "The rarest classes are **g (11.1 %), h (11.1 %), i (11.1 %)** of the labelled pixels. They",
+        ),
+    ],
+)
+def test_at_most_half_of_the_classes_are_called_rare(labelled, said):
+    label = np.repeat(np.uint8(labelled), 9).reshape(1, -1, 9)
+    image = np.zeros((*label.shape, 3), np.uint8)
+    samples = Samples(np.array(["a"]), image, label=label, classes=tuple("abcdefghij"))
+    text = conclude_data(
+        class_shares(count_data(samples)), *[Split(samples.names, samples.classes, None)] * 2
+    )
+    assert (said in text) if said else ("rare" not in text)
 
 
 def test_leakage_memory_grows_with_images_and_not_with_pairs():

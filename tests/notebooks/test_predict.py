@@ -91,6 +91,24 @@ def test_replaced_image_is_predicted_again(model, pictures, tmp_path):
     assert read_masks(masks, "b")[0].shape == (20, 30)
 
 
+def test_black_image_of_another_shape_is_predicted_again(model, pictures, tmp_path):
+    masks, path = tmp_path / "masks", pictures / "b.png"
+    for shape in ((24, 32), (32, 24)):
+        Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(path)
+        predict_images(model, open_all(pictures), str(masks))
+        assert read_masks(masks, "b")[0].shape == shape
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, -30])
+def test_cut_mask_is_predicted_again(model, pictures, tmp_path, size):
+    masks = tmp_path / "masks"
+    table = predict_images(model, open_all(pictures), str(masks))
+    whole = (masks / "b.png").read_bytes()
+    (masks / "b.png").write_bytes(whole[:size])
+    assert predict_images(model, open_all(pictures), str(masks)).equals(table)
+    assert (masks / "b.png").read_bytes() == whole
+
+
 def test_edited_mask_is_reported_and_kept(model, pictures, tmp_path):
     masks = tmp_path / "masks"
     predict_images(model, open_all(pictures), str(masks))
@@ -101,6 +119,9 @@ def test_edited_mask_is_reported_and_kept(model, pictures, tmp_path):
     ):
         predict_images(model, open_all(pictures), str(masks))
     np.testing.assert_array_equal(np.asarray(Image.open(masks / "b.png")), edited)
+    Image.fromarray(edited).save(masks / "b.png", "JPEG")  # a picture, although no PNG
+    with pytest.raises(ValueError, match="save_to: .*b.png was not written by predict.ipynb"):
+        predict_images(model, open_all(pictures), str(masks))
 
 
 @pytest.mark.parametrize("name", ["confidence", "share", ""])
@@ -129,12 +150,33 @@ def test_save_to_rejects_a_folder_with_other_contents(model, pictures, tmp_path)
     with pytest.raises(ValueError, match="save_to: .*masks has network"):
         predict_images(build_network(), open_all(pictures), str(masks))
     elsewhere = shutil.copytree(pictures, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="save_to: .*masks has pictures .*elsewhere"):
+    with pytest.raises(ValueError, match="save_to: .*masks has images .*elsewhere"):
         predict_images(model, open_all(elsewhere), str(masks))
     before = (pictures / "a.png").read_bytes()
-    with pytest.raises(ValueError, match="save_to: .*pictures has network None"):
+    with pytest.raises(ValueError) as error:
         predict_images(model, open_all(pictures), str(pictures))
+    assert str(error.value) == (
+        f"save_to: {pictures} is not empty and was not written by predict.ipynb; give another folder"
+    )
     assert (pictures / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", '{"network": ', "[1]"])
+def test_error_for_a_damaged_record_of_masks_says_what_it_is(model, pictures, tmp_path, text):
+    masks = tmp_path / "masks"
+    predict_images(model, open_all(pictures), str(masks))
+    (masks / "predict.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"save_to: .*predict.json can't be read \(.*\), .* give another folder"
+    ):
+        predict_images(model, open_all(pictures), str(masks))
+
+
+def test_save_to_accepts_a_folder_with_hidden_files_alone(model, pictures, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / ".DS_Store").write_bytes(b"Mac OS X")
+    predict_images(model, open_all(pictures), str(tmp_path / "masks"))
+    assert len(read_masks(tmp_path / "masks", "abc")) == 3
 
 
 def test_images_of_different_sizes_are_drawn(model, pictures):

@@ -139,7 +139,7 @@ def test_samples_record_their_load_parameters(folder):
         "image_height": 24, "image_width": 32,
     }  # fmt: skip
     assert load_samples(folder, "test").loaded_with == {
-        "data": str(folder), "validation": "auto", "limit": None, "classes": None, "fold": 4, "chosen_validation": "random",
+        "data": str(folder), "validation": "auto", "limit": None, "classes": None, "fold": 4, "chosen_validation": "blocks",
     }  # fmt: skip
 
 

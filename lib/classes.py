@@ -1,5 +1,7 @@
 """Class sets: class names in index order. The class set is a property of the data."""
 
+import re
+
 IGNORE_INDEX = 255
 MAX_CLASSES = IGNORE_INDEX  # labels are uint8, and 255 is the ignore index
 
@@ -41,5 +43,14 @@ def check_same_classes(
 
 
 def escape_html(text: str) -> str:
-    """Escape HTML tags in untrusted text, such as names of classes, runs or images, for HTML and Markdown."""
+    """Escape HTML tags in untrusted text, such as names of classes, runs or images."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def escape_markdown(text: str) -> str:
+    """Escape HTML tags in Markdown with untrusted text.
+
+    `&` is kept in code spans, which show `&amp;` as it is. `<` is escaped even there, because backticks in a
+    name can end a code span.
+    """
+    return re.sub("`[^`\n]+`", lambda code: code[0].replace("&amp;", "&"), escape_html(text))

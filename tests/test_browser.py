@@ -237,6 +237,18 @@ def test_samples_can_be_browsed_in_jupyterlab(tmp_path):
         assert all(one != other for one, other in zip(before, after, strict=True))
         assert float(panels.root.get_attribute("data-scale")) == 1.25
         assert f"x {x}, y {y} · " in panels.readout.inner_text()  # the pixel under the pointer stays
+        page.mouse.wheel(100, 0)  # a horizontal swipe
+        page.wait_for_timeout(300)
+        assert float(panels.root.get_attribute("data-scale")) == 1.25
+        panels.canvas("RGB").dblclick()
+        panels.canvas("RGB").evaluate(  # the corner of a canvas at a fractional place
+            """canvas => {
+                const { left, top } = canvas.getBoundingClientRect();
+                const place = { clientX: left - 0.4, clientY: top - 0.4 };
+                canvas.dispatchEvent(new PointerEvent("pointermove", place));
+            }"""
+        )
+        assert panels.readout.inner_text().startswith("x 0, y 0 · labels: ")
         panels.one_drawing(page.locator(".browse select").first.select_option, "ceiling")
         metadata, outputs = saved_outputs(page, tmp_path / "notebooks" / "explore.ipynb")
         assert "widgets" not in metadata

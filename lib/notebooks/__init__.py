@@ -8,7 +8,7 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm import tqdm
 
-from lib.classes import escape_html
+from lib.classes import escape_html, escape_markdown
 from lib.progress import terminal_bar, use_bar
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Markdown(IPython.display.Markdown):
     """Markdown with escaped HTML, so that names in the text can't inject code."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(escape_html(text))
+        super().__init__(escape_markdown(text))
 
 
 def style(table: "pd.DataFrame") -> "Styler":

@@ -70,6 +70,7 @@ function render({ model, el }) {
 
   function listen(canvas) {
     canvas.addEventListener("wheel", (event) => {
+      if (!event.deltaY) return; // a horizontal swipe
       const scale = Math.min(32, Math.max(1, view.scale * (event.deltaY < 0 ? 1.25 : 0.8)));
       if (scale === view.scale) return; // the page scrolls
       event.preventDefault();
@@ -78,7 +79,8 @@ function render({ model, el }) {
     }, { passive: false });
     canvas.addEventListener("pointermove", (event) => {
       const [x, y, zoom] = place(canvas, event);
-      pointer = { x: Math.min(image.width - 1, Math.floor(x)), y: Math.min(image.height - 1, Math.floor(y)) };
+      const inside = (value, size) => Math.max(0, Math.min(size - 1, Math.floor(value)));
+      pointer = { x: inside(x, image.width), y: inside(y, image.height) };
       if (event.buttons) move(view.x - event.movementX / zoom, view.y - event.movementY / zoom, view.scale);
       else draw();
       read();

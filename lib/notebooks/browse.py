@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lib.classes import IGNORE_INDEX
 from lib.data import Samples, Split
 from lib.data.samples import choose_evenly
+from lib.metrics import mean_iou
 from lib.notebooks import plots
 from lib.options import check_choice
 
@@ -32,6 +33,7 @@ DIFFERENCE_PANELS = {
     1: (plots.ERRORS_TITLE, plots.colour_errors),
     2: (plots.CHANGES_TITLE, plots.colour_changes),
 }  # number of runs: (panel title, colouring function)
+DRAWER = ThreadPoolExecutor(1)  # one thread for all browsers; cells are run again and again
 Predictor = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
@@ -103,7 +105,6 @@ class Browser(ipywidgets.VBox):
         self.orders = orders
         self.draw = draw
         self.pending: dict[tuple[int, str], Future] = {}
-        self.thread = ThreadPoolExecutor(1)
         self.panels = Panels(layout={"width": "100%"})
         self.picture = ipywidgets.Image(layout={"align_self": "flex-start", "max_width": "100%"})
         widths = {"style": {"description_width": "initial"}, "layout": {"width": "auto", "max_width": "100%"}}
@@ -151,7 +152,7 @@ class Browser(ipywidgets.VBox):
         """Show the current image and draw the next one in the background."""
         position = self.slider.value
         keys = [(image, self.only.value) for image in self.images[position - 1 : position + 1]]
-        self.pending = {key: self.pending.get(key) or self.thread.submit(self._draw, *key) for key in keys}
+        self.pending = {key: self.pending.get(key) or DRAWER.submit(self._draw, *key) for key in keys}
         name = self.names[self.images[position - 1]]
         caption = f"{name} · {position} of {len(self.images)} · {self.only.value}, by {self.order.value}"
         self.message.value = caption
@@ -164,10 +165,12 @@ class Browser(ipywidgets.VBox):
         return view, view.encode()
 
     def _search(self, change: dict) -> None:
-        """Go to the first image whose name starts with the entered text."""
-        matches = [i for i, image in enumerate(self.images) if self.names[image].startswith(change["new"])]
+        """Go to the image with the entered name, or else to the first whose name starts with it."""
+        names = [self.names[image] for image in self.images]
+        matches = [name for name in names if name.startswith(change["new"])]
         if matches and change["new"]:
-            self.slider.value = matches[0] + 1
+            found = change["new"] if change["new"] in matches else matches[0]
+            self.slider.value = names.index(found) + 1
             self.name.value = ""
         elif change["new"]:
             self.message.value = f"no image is called {change['new']} here"
@@ -265,13 +268,21 @@ def browse_results(
 
     a, *others = counts.values()
     orders = {"wrong pixels": lambda only: -(a * (cells[only] & ~correct)).sum((1, 2))}
-    orders |= {"IoU": lambda only: score(a, only)}
+    orders |= {"IoU": lambda only: image_scores(a) if only == ALL else score(a, only)}
     if others:
         (b,) = others
         orders = {"gain of B": lambda only: score(a, only) - score(b, only)}
         orders |= {"loss of B": lambda only: score(b, only) - score(a, only)}
     orders |= {entry: lambda _, key=key: key for entry, key in (keys or {}).items()}
     return browse(split.names, choices, orders, draw, interactive)
+
+
+def image_scores(counts: np.ndarray) -> np.ndarray:
+    """Return the `(N,)` mIoU of each image from counts `(N, C, C)`; NaN without a labelled pixel.
+
+    The mIoU averages the classes in the ground truth of the image.
+    """
+    return np.array([mean_iou(image) if image.any() else np.nan for image in counts])
 
 
 def _choose_cells(counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -356,9 +367,10 @@ def view_sample(
     confidence = {
         f"confidence, {title}": run.confidence[0] for title, run in runs.items() if run.confidence is not None
     }
+    depth = {} if sample.depth is None else {"depth": sample.depth[0]}
     return View(
         panels,
-        masks | confidence | {"depth": sample.depth_or_missing[0]},
+        masks | confidence | depth,
         classes,
         shown if runs else tuple(panels),
         depth_scale,

@@ -1,7 +1,6 @@
 """Error analysis: count the errors of a run in one pass of the model and plot the counts."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,15 +12,16 @@ from torch import nn
 
 from lib import metrics
 from lib.classes import IGNORE_INDEX
-from lib.data import Samples
+from lib.data import Samples, Split
 from lib.evaluation import Predicted, predict
 from lib.metrics import DEPTH, DISTANCE, REGION, strata_counts, strata_edges
-from lib.notebooks import plots
+from lib.notebooks import plots, style
 from lib.notebooks.browse import CONFUSED, rank_confusions
 from lib.notebooks.plots import percent
 from lib.runs.scoring import with_progress
 
 CONFIDENCE_BINS = 15
+NO_LABELS = "split: these images have no labels, so errors can't be counted; use another split"
 SPLITS_IN_WORDS = {"train": "training", "valid": "validation", "test": "test"}
 
 
@@ -44,7 +44,7 @@ class ErrorCounts:
         confusion: `(N, C, C)` confusion matrix of each image, in pixels.
         strata: `{name: (bins, C, C)}` confusion matrices of the bins that `edges` separate.
         calibration: `(15, 3)` by confidence bin: pixels, sum of their confidence, correct pixels.
-        confidence: `(N,)` mean confidence of each image.
+        confidence: `(N,)` mean confidence of each image, over all its pixels, also unlabelled ones.
         depth_error: `(N,)` mean relative error of the depth head in each image; NaN without a depth head or
             measured depth.
         edges: bin edges by stratum, see `strata_edges`; the depth edges depend on the network's depth range.
@@ -60,14 +60,13 @@ class ErrorCounts:
     edges: dict[str, tuple[float, ...]]
 
 
-def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_size: int = 8) -> ErrorCounts:
+def count_errors(model: nn.Module, samples: Samples | Split, batch_size: int = 8) -> ErrorCounts:
     """Predict labelled samples in one pass and count the errors at label resolution.
 
-    `samples` is one `Samples` or a sized iterable of them, such as a `Split`. Only the counts are kept in
-    memory.
+    Only the counts are kept in memory.
 
     Raises:
-        ValueError: there are no samples or no labels, or the classes differ from the network's.
+        ValueError: there are no samples, no pixel is labelled, or the classes differ from the network's.
     """
     count = len(model.config.classes)
     edges = strata_edges(model.config.depth_range_m[1])
@@ -78,9 +77,7 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
         "predicting", len(samples), predict(model, samples, batch_size, confidence=True)
     ):
         if batch.samples.label is None:
-            raise ValueError(
-                "split: these images have no labels, so errors can't be counted; use another split"
-            )
+            raise ValueError(NO_LABELS)
         confusion = metrics.confusion_counts(batch.labels, batch.samples.label, count)
         mean_confidence = batch.confidence.mean((1, 2))
         results.append((batch.samples.names, confusion, mean_confidence, _depth_errors(batch)))
@@ -90,6 +87,8 @@ def count_errors(model: nn.Module, samples: Samples | Iterable[Samples], batch_s
             "split: found no image; with validation none there are no validation images, use another split"
         )
     names, confusion, confidence, depth_error = map(np.concatenate, zip(*results, strict=True))
+    if not confusion.any():
+        raise ValueError(NO_LABELS)
     return ErrorCounts(
         model.config.classes, names, confusion, strata, calibration, confidence, depth_error, edges
     )
@@ -127,7 +126,7 @@ def show_confusions(errors: ErrorCounts, count: int = 10) -> Styler:
         f"browser.choose({json.dumps(confusion, ensure_ascii=False)})" for confusion in table.index
     ]
     formats = {"cost": "{:.4f}", "pixels": "{:,}", "share": lambda share: percent(share, 1)}
-    return table.style.format(formats).set_properties(subset=["open"], **{"font-family": "monospace"})
+    return style(table).format(formats).set_properties(subset=["open"], **{"font-family": "monospace"})
 
 
 def score_strata(counts: np.ndarray) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from lib.evaluation import Predicted, predict
 from lib.model import load_model
 from lib.notebooks import plots
 from lib.notebooks.pairs import select_names
-from lib.runs import read_images, read_parameters, runs_folder
+from lib.runs import read_images, read_parameters, run_state, runs_folder
 from lib.runs.results import recipe
 from lib.runs.scoring import iterate_split, with_progress
 
@@ -22,21 +22,24 @@ MIN_REGION_SHARE = 0.005  # share of the image; smaller regions are mostly bound
 
 
 def find_folds(run: Path) -> list[Path]:
-    """Find the five runs, one per validation fold, that have the recipe and seed of a run.
+    """Find the five finished runs, one per validation fold, that have the recipe and seed of a run.
 
     Returns:
-        The folders of the five runs in fold order. Only the run itself is returned if a fold is missing, or
-        if its validation images were chosen by `random`, `predefined` or `none`, which have no folds.
+        The folders of the five runs in fold order, with the run itself for its own fold. Only the run itself
+        is returned if it is unfinished, if a fold is missing, or if its validation images were chosen by
+        `random`, `predefined` or `none`, which have no folds.
     """
     parameters = read_parameters(run)
+    others = [path.parent for path in sorted(runs_folder().glob("*/best.pt"))]
     folds = {}
-    for path in sorted(runs_folder().glob("*/best.pt")):
-        candidate = read_parameters(path.parent)
-        if (recipe(candidate), candidate["seed"]) == (recipe(parameters), parameters["seed"]):
-            folds[candidate["fold"]] = path.parent
+    for folder in [*others, run]:  # the run itself last, because others may have its fold
+        candidate = read_parameters(folder) if (folder / "parameters.json").exists() else {}
+        same = (recipe(candidate), candidate.get("seed")) == (recipe(parameters), parameters["seed"])
+        if same and "fold" in candidate and run_state(folder).trained:
+            folds[candidate["fold"]] = folder
     validation = read_images(run).get("validation", parameters["validation"])  # what `auto` chose
     has_folds = len(folds) == FOLDS and validation not in ("random", "predefined", "none")
-    return [folds[fold] for fold in range(FOLDS)] if has_folds else [run]
+    return [folds[fold] for fold in range(FOLDS)] if has_folds and run in folds.values() else [run]
 
 
 def open_checked(runs: list[Path], data: str | None = None) -> Split:

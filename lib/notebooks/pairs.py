@@ -6,9 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lib.data import Split
-from lib.metrics import mean_iou
 from lib.notebooks import Markdown, plots
-from lib.notebooks.browse import Browser, browse_results
+from lib.notebooks.browse import Browser, browse_results, image_scores
 from lib.notebooks.conclusions import match_seeds, name_run
 from lib.notebooks.evaluate import saved_predictor
 from lib.options import check_choice
@@ -37,14 +36,6 @@ def choose_pair(recipes: dict[str, list[ScoredRun]], compare_with: str | None = 
     pairs = match_seeds(recipes[baseline], recipes[other])
     first, second = pairs[0] if pairs else (recipes[baseline][0], recipes[other][0])
     return {name_run(first, baseline): first, name_run(second, other): second}
-
-
-def image_scores(counts: np.ndarray) -> np.ndarray:
-    """Return the `(N,)` mIoU of each image from counts `(N, C, C)`; NaN without a labelled pixel.
-
-    The mIoU averages the classes in the ground truth of the image.
-    """
-    return np.array([mean_iou(image) if image.any() else np.nan for image in counts])
 
 
 @plots.styled

@@ -1,11 +1,14 @@
 """Check the parameters of the running notebook."""
 
 import ast
+import re
 import typing
 
 from IPython import get_ipython
 
 from lib.options import check_options, explain_unknown
+
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def check_parameters() -> dict[str, object]:
@@ -52,7 +55,7 @@ def _type_error(name: str, value: object, annotation: type) -> str | None:
         return None
     expected = " or ".join("None" if cls is type(None) else cls.__name__ for cls in types)
     hint = ""
-    if isinstance(value, str) and float in types:
+    if isinstance(value, str) and float in types and NUMBER.fullmatch(value):
         hint = "; in YAML write 0.0001, because 1e-4 is read as text"
     elif isinstance(value, str) and (bool in types or type(None) in types):
         hint = "; papermill knows True, False and None with a capital only"

@@ -1,5 +1,6 @@
 import base64
 import io
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from lib.notebooks.browse import (
     CONFUSED,
     browse_results,
     browse_samples,
+    image_scores,
     plot_views,
     rank_confusions,
     view_sample,
@@ -122,6 +124,19 @@ def test_name_search_finds_an_image_or_reports_an_unknown_name(scenes):
     assert browser.slider.value == 12
 
 
+def test_name_search_prefers_the_exact_name_to_a_beginning(scenes):
+    names = np.array([*"23456789", "10", "11", "1", "12"])
+    browser = browse_samples(replace(scenes, names=names), interactive=True)
+    for text, found in (("1", "1"), ("11", "11"), ("9", "9")):
+        browser.name.value = text
+        assert browser.message.value.startswith(f"{found} · ")
+    browser = browse_samples(replace(scenes, names=np.char.add("room ", names)), interactive=True)
+    browser.name.value = "room 1"
+    assert browser.message.value.startswith("room 1 · ")
+    browser.name.value = "roo"
+    assert browser.message.value.startswith("room 2 · 1 of 12")
+
+
 def test_pixel_readout_covers_labels_predictions_confidence_and_depth(results, scenes):
     browser = browse_results(*results[:3], interactive=True)
     assert browser.images[0] == 7
@@ -149,6 +164,28 @@ def test_results_are_sorted_from_the_worst_image(results):
         1
     )
     assert (np.diff(iou[browser.images]) >= 0).all()
+
+
+def test_image_score_covers_only_classes_in_its_ground_truth():
+    counts = np.zeros((3, 3, 3), int)
+    counts[0, 0, :2] = 6, 2  # class 1 is predicted, but not in the ground truth
+    counts[0, 2, 2] = 4
+    counts[1, 0, 1] = 5
+    np.testing.assert_array_equal(image_scores(counts), [(6 / 8 + 1) / 2, 0, np.nan])
+
+
+def test_all_images_are_sorted_by_their_miou(results):
+    """Image 4 has few wrong pixels, but they are those of a whole class; image 6 has more in two classes."""
+    split, _, predictors, _ = results
+    counts = np.zeros((12, 13, 13), int)
+    counts[:, 0, 0] = counts[:, 1, 1] = 1000
+    counts[4, 1] = 0
+    counts[4, 1, 0] = 10
+    counts[6, 0, :2], counts[6, 1, :2] = (750, 250), (250, 750)
+    counts[9] = 0  # unlabelled
+    browser = browse_results(split, {"run": counts}, predictors, interactive=True)
+    browser.order.value = "IoU"
+    assert browser.images == [4, 6, 0, 1, 2, 3, 5, 7, 8, 10, 11]
 
 
 def test_choosing_a_class_includes_images_that_only_predict_it(results, scenes):
@@ -205,6 +242,20 @@ def test_next_image_is_drawn_in_advance(results):
     ahead = browser.pending[browser.images[1], ALL]
     browser.step(1)
     assert browser.panels.image is ahead.result()[1]
+
+
+def test_browsers_share_one_thread(scenes):
+    browse_samples(scenes, interactive=True)
+    before = threading.active_count()
+    browse_samples(scenes, interactive=True).step(1)
+    assert threading.active_count() == before
+
+
+def test_depth_is_read_out_only_if_there_is_depth(scenes):
+    for depth in (scenes.depth, None):
+        browser = browse_samples(replace(scenes, depth=depth), interactive=True)
+        names = [value["name"] for value in browser.panels.image["values"]]
+        assert names == (["labels"] if depth is None else ["labels", "depth"])
 
 
 def test_static_image_is_updated_until_the_page_is_ready(scenes):

@@ -145,6 +145,11 @@ def test_count_errors_works_with_other_class_sets(tmp_path, scenes, count):
 def test_count_errors_needs_labels_and_images(scenes):
     with pytest.raises(ValueError, match="split: these images have no labels"):
         count_errors(Guess(), replace(scenes, label=None))
+    held_back = np.full_like(scenes.label, 255)
+    with pytest.raises(ValueError, match="split: these images have no labels"):
+        count_errors(Guess(), replace(scenes, label=held_back))
+    held_back[3, 0, 0] = WALL  # one labelled pixel is enough
+    assert count_errors(Guess(), replace(scenes, label=held_back)).confusion.sum() == 1
     with pytest.raises(ValueError, match="split: found no image"):
         count_errors(Guess(), scenes[:0])
 
@@ -201,6 +206,14 @@ def test_confusion_table_includes_the_code_that_opens_each_row():
     called = [ast.parse(code).body[0].value.args[0].value for code in shown.data.open]
     assert called == shown.data.index.tolist()
     assert " %" in shown.to_html()
+
+
+def test_confusion_table_escapes_html_in_class_names():
+    errors = made_up(count=3)
+    html = show_confusions(replace(errors, classes=("<img src=x>", "b&c", "wall"))).to_html()
+    assert "<img" not in html
+    assert "&lt;img src=x> confused with b&amp;c" in html
+    assert 'browser.choose("wall confused with b&amp;c")' in html
 
 
 def test_each_image_gets_a_confidence_and_a_depth_error(scenes):

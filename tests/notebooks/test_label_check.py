@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+from conftest import history
 from small_run import train
 
 from figures import draw
 from lib.data import Samples, load_samples
 from lib.evaluation import Predicted
 from lib.notebooks.label_check import check_labels, find_folds, open_checked, plot_regions, rank_regions
+from lib.runs import open_run, write_history
 
 CLASSES = ("wall", "floor", "tv")
 
@@ -128,6 +130,52 @@ def test_folds_are_pooled_only_if_the_chosen_validation_has_folds(folds, monkeyp
 
     monkeypatch.setattr("lib.notebooks.label_check.read_images", lambda run: {"validation": chosen})
     assert len(find_folds(runs_folder() / folds[0])) == count
+
+
+def write_run(name, fold, done=2):
+    """The folder of a run of two epochs, without weights."""
+    parameters = {"run_name": name, "seed": 0, "fold": fold, "epochs": 2, "validation": "blocks"}
+    with open_run(parameters) as run:
+        (run / "best.pt").touch()
+        (run / "report.md").touch()
+        write_history(run, history(done))
+    return run
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """Folders of five finished runs, one for each fold."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path))
+    return [write_run(f"fold_{fold}", fold) for fold in range(5)]
+
+
+def test_unfinished_runs_are_no_folds(written):
+    assert find_folds(written[0]) == written
+    unfinished = write_run("fold_4", 4, done=1)
+    assert find_folds(written[0]) == [written[0]]
+    assert find_folds(unfinished) == [unfinished]
+    other = write_run("another_4", 4)
+    assert find_folds(written[0]) == [*written[:4], other]
+    assert find_folds(unfinished) == [unfinished]
+
+
+def test_run_itself_takes_its_fold(written):
+    twins = [write_run(f"{place}_fold", 2) for place in "az"]  # listed before and after fold_2
+    for run in (written[2], *twins):
+        assert find_folds(run) == [*written[:2], run, *written[3:]]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [None, "{}", '{"seed": 0, "epochs": 2, "validation": "blocks"}', '{"fold": 1, "epochs": 2, "data": "x"}'],
+)
+def test_other_folders_among_the_runs_are_skipped(written, parameters):
+    foreign = written[0].parent / "foreign"
+    foreign.mkdir()
+    (foreign / "best.pt").touch()
+    if parameters:
+        (foreign / "parameters.json").write_text(parameters)
+    assert find_folds(written[0]) == written
 
 
 def test_run_without_other_folds_checks_its_validation_images(folds):

@@ -11,20 +11,11 @@ from lib.metrics import confusion_counts
 from lib.notebooks.pairs import (
     browse_pair,
     choose_pair,
-    image_scores,
     plot_pair,
 )
 from lib.notebooks.plots import CHANGES_TITLE, colour_changes
 from lib.runs.results import EXAMPLE, group_recipes, read_results, read_runs, write_results
 from lib.runs.scoring import iterate_split, masks_folder
-
-
-def test_image_score_covers_only_classes_in_its_ground_truth():
-    counts = np.zeros((3, 3, 3), int)
-    counts[0, 0, :2] = 6, 2  # class 1 is predicted, but not in the ground truth
-    counts[0, 2, 2] = 4
-    counts[1, 0, 1] = 5
-    np.testing.assert_array_equal(image_scores(counts), [(6 / 8 + 1) / 2, 0, np.nan])
 
 
 def test_default_pair_is_the_first_and_the_last_recipe():

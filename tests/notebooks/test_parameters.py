@@ -7,6 +7,7 @@ from lib.notebooks.parameters import check_parameters
 
 DECLARED = """epochs: int = 3
 limit: typing.Optional[int] = None
+unit: typing.Optional[float] = None
 rate: float = 0.1
 resume: bool = False
 name: str = "a"
@@ -31,12 +32,19 @@ def notebook(monkeypatch):
 
 
 def test_defaults_are_returned_if_nothing_is_injected(notebook):
-    assert notebook(DECLARED) == {"epochs": 3, "limit": None, "rate": 0.1, "resume": False, "name": "a"}
+    assert notebook(DECLARED) == {
+        "epochs": 3,
+        "limit": None,
+        "unit": None,
+        "rate": 0.1,
+        "resume": False,
+        "name": "a",
+    }
 
 
 def test_injected_values_override_defaults(notebook):
     values = notebook(DECLARED, "# Parameters\nepochs = 5\nlimit = 20\nrate = 1\nresume = True\n")
-    assert values == {"epochs": 5, "limit": 20, "rate": 1, "resume": True, "name": "a"}
+    assert values == {"epochs": 5, "limit": 20, "unit": None, "rate": 1, "resume": True, "name": "a"}
 
 
 def test_values_edited_by_hand_are_returned(notebook):
@@ -46,9 +54,13 @@ def test_values_edited_by_hand_are_returned(notebook):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("epoch = 5", "epoch: no such parameter, did you mean epochs? there are: epochs, limit, rate, resume, name"),
-        ("xyzzy = 5", "xyzzy: no such parameter, there are: epochs, limit, rate, resume, name"),
+        ("epoch = 5", "epoch: no such parameter, did you mean epochs? there are: epochs, limit, unit, rate, resume, name"),
+        ("xyzzy = 5", "xyzzy: no such parameter, there are: epochs, limit, unit, rate, resume, name"),
         ('rate = "1e-4"', "rate: found '1e-4', expected float; in YAML write 0.0001, because 1e-4 is read as text"),
+        ('rate = "-2.5E+3"', "rate: found '-2.5E+3', expected float; in YAML write 0.0001, because 1e-4 is read as text"),
+        ('rate = "none"', "rate: found 'none', expected float"),
+        ('unit = "none"', "unit: found 'none', expected float or None" + CAPITAL),
+        ('unit = "1e1"', "unit: found '1e1', expected float or None; in YAML write 0.0001, because 1e-4 is read as text"),
         ('resume = "false"', "resume: found 'false', expected bool" + CAPITAL),
         ('limit = "none"', "limit: found 'none', expected int or None" + CAPITAL),
         ("epochs = 3.0", "epochs: found 3.0, expected int"),

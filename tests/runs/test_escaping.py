@@ -90,6 +90,21 @@ def test_ordinary_names_and_markdown_render_unchanged():
     assert escape_html("a & b") == "a &amp; b"
 
 
+def test_ampersands_are_kept_in_code_spans_alone():
+    assert shown("`R&D_1` & ``a&lt;b``") == "`R&D_1` &amp; ``a&lt;b``"
+    assert shown("R&D` and\nR&D`") == "R&amp;D` and\nR&amp;D`"
+
+
+@pytest.mark.parametrize(
+    "text", ["`{}`", "``{}``", "**{}** `x`", "\\`{}`", "an odd `\n`{}`", "| ` | `{}` | ` |"]
+)
+@pytest.mark.parametrize("name", ["{}", "`{}", "{}`", "`{}`", "a`{}`b`{}", "www.a`{}`", "`&{}&lt;"])
+def test_html_in_names_with_backticks_is_escaped(text, name):
+    escaped = shown(text.format(name.format(*[EVIL] * 2)))
+    assert "<" not in escaped
+    assert "&lt;img src=x onerror=alert(1)>" in escaped
+
+
 def test_notebooks_use_only_the_escaping_display_functions():
     for path in (ROOT / "notebooks").rglob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]

@@ -18,11 +18,7 @@ from torch import nn
 
 from lib.options import check_options
 
-OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory")
-REMEDY = (
-    " (out of memory: use precision bf16, or lower batch_size, or image_height and image_width; if that "
-    "fails too, restart the kernel. The run's folder is unchanged)"
-)
+OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory")
 
 
 def choose_device(device: str) -> torch.device:
@@ -66,7 +62,8 @@ def _try_gpu(gpu: str) -> str | None:
     try:
         torch.ones(1, device=gpu).sum().item()
     except RuntimeError as error:  # for example, torch was built without kernels for this GPU
-        return str(error).splitlines()[0]
+        if not OUT_OF_MEMORY.search(str(error)):  # a GPU that is full now can be used later
+            return str(error).splitlines()[0]
     return None
 
 
@@ -100,10 +97,12 @@ def move_model(model: nn.Module, device: torch.device) -> nn.Module:
 def describe_device(device: str, precision: str) -> str:
     """Describe the device and precision of `fit`, and why `auto` does not use an installed GPU."""
     chosen = choose_device(device)
-    name = f"{torch.get_num_threads()} threads"
+    name = ""
+    if chosen.type == "cpu":
+        name = f" ({torch.get_num_threads()} threads)"
     if chosen.type == "cuda":
-        name = torch.cuda.get_device_name(chosen)
-    line = f"{chosen} ({name}), {choose_precision(precision, chosen)}, torch {torch.__version__}"
+        name = f" ({torch.cuda.get_device_name(chosen)})"
+    line = f"{chosen}{name}, {choose_precision(precision, chosen)}, torch {torch.__version__}"
     return line + (_describe_unused_gpu() if device == "auto" and chosen.type == "cpu" else "")
 
 
@@ -157,27 +156,36 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def explain_out_of_memory(generate: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """Wrap a generator to free its memory and raise an error with a remedy when memory runs out.
+def explain_out_of_memory(remedy: str) -> Callable[[Callable[..., Iterator]], Callable[..., Iterator]]:
+    """Decorate a generator to free its memory and raise an error with a remedy when memory runs out.
 
     Jupyter keeps the traceback, whose frames keep the network in memory. Unless the frames are cleared, the
-    next attempt also fails.
+    next attempt also fails. If decorated generators are nested, the error has the remedy of the outer one.
+
+    Args:
+        remedy: the parameters to change, such as `lower batch_size`.
 
     Raises:
-        MemoryError: if the wrapped generator runs out of memory.
+        MemoryError: if the decorated generator runs out of memory.
     """
 
-    @functools.wraps(generate)
-    def wrapper(*arguments: object, **options: object) -> Iterator:
-        try:
-            yield from generate(*arguments, **options)
-            return
-        except (RuntimeError, MemoryError) as error:  # torch raises various RuntimeErrors
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-                raise
-            message = str(error).partition("\n")[0].removesuffix(REMEDY)
-            traceback.clear_frames(error.__traceback__)
-        torch.cuda.empty_cache()
-        raise MemoryError(message + REMEDY)
+    def decorate(generate: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        @functools.wraps(generate)
+        def wrapper(*arguments: object, **options: object) -> Iterator:
+            try:
+                yield from generate(*arguments, **options)
+                return
+            except (RuntimeError, MemoryError) as error:  # torch raises various RuntimeErrors
+                if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                    raise
+                message = str(error).partition("\n")[0].partition(" (out of memory: ")[0]
+                traceback.clear_frames(error.__traceback__)
+            torch.cuda.empty_cache()
+            raise MemoryError(
+                f"{message} (out of memory: {remedy}; if that fails too, restart the kernel. What was saved "
+                "is intact)"
+            )
 
-    return wrapper
+        return wrapper
+
+    return decorate

@@ -127,7 +127,7 @@ def evaluate(
     return count_predictions(predict(model, samples, batch_size, tta, precision, loss), keep=True)
 
 
-@explain_out_of_memory
+@explain_out_of_memory("lower batch_size if the notebook has it, or use device cpu")
 def predict(
     model: nn.Module,
     samples: Samples | Iterable[Samples],

@@ -154,7 +154,9 @@ def build_model(
         )
     model = _build_and_try(ModelConfig(**config))
     if encoder_weights is not None:
-        load_encoder_weights(model.net.encoder, encoder_weights, model.config.encoder)
+        load_encoder_weights(
+            model.net.encoder, encoder_weights, model.config.encoder, len(model.config.channels)
+        )
         if rgb_normalisation == "weights":
             mean, std = find_normalisation(encoder_weights, model.config.encoder)
             model.config = replace(model.config, rgb_mean=mean, rgb_std=std)
@@ -188,6 +190,7 @@ def _build_and_try(config: ModelConfig) -> SegmentationDepthNet:
         ValueError,
         NotImplementedError,
         RuntimeError,
+        LookupError,
         TypeError,
         AttributeError,
         AssertionError,
@@ -205,7 +208,8 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
     """Copy all weights of a trained network that match in name and shape, and its RGB normalisation.
 
     In the first layer, filters of channels that both networks have are copied; depth in two encodings counts
-    as two channels. Filters of new channels are set to zero, so that they have no effect at first.
+    as two channels. Filters of new channels are set to zero, so that they have no effect at first. Some
+    encoders have several first layers side by side.
 
     Three parts may keep their initial weights: the first layer if the networks have no channel in common, the
     segmentation head if the classes differ, and the depth head if the trained network has none. They are
@@ -222,17 +226,17 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
             )
     target = model.state_dict()
     source = trained.state_dict()
-    first_layer = next(
-        name for name, tensor in target.items() if name.startswith("net.encoder.") and tensor.ndim == 4
-    )
-    common = set(model.config.channels) & set(trained.config.channels)
-    if common:
-        source[first_layer] = _match_channels(
-            target[first_layer], source[first_layer], model.config.channels, trained.config.channels
-        )
+    channels, source_channels = model.config.channels, trained.config.channels
+    first_layers = [
+        f"net.encoder.{name}"
+        for name in _find_first_layers(model.net.encoder, model.config.encoder, len(channels))
+    ]
+    if set(channels) & set(source_channels):
+        for name in first_layers:
+            source[name] = _match_channels(target[name], source[name], channels, source_channels)
     else:
-        source[first_layer] = target[first_layer]
-        model.reinitialised["first layer"] = target[first_layer].numel()
+        source |= {name: target[name] for name in first_layers}
+        model.reinitialised["first layer"] = sum(target[name].numel() for name in first_layers)
     if trained.config.classes != model.config.classes:
         source = {
             name: tensor for name, tensor in source.items() if not name.startswith("net.segmentation_head.")
@@ -250,18 +254,32 @@ def copy_weights(model: SegmentationDepthNet, trained: SegmentationDepthNet) -> 
         model.reinitialised[module_name] = model.reinitialised.get(module_name, 0) + target[name].numel()
 
 
+def _find_first_layers(encoder: nn.Module, name: str, in_channels: int) -> list[str]:
+    """Return the names of the encoder's tensors whose shape depends on the number of input channels.
+
+    The first 4-D tensor may be a position embedding, and some encoders have several first layers.
+    """
+    with torch.random.fork_rng(devices=[]):  # the network's own weights are drawn as before
+        wider = get_encoder(name, in_channels + 1).state_dict()
+    return [name for name, tensor in encoder.state_dict().items() if wider[name].shape != tensor.shape]
+
+
 def _match_channels(
     target: torch.Tensor,
     source: torch.Tensor,
     target_channels: tuple[str, ...],
     source_channels: tuple[str, ...],
 ) -> torch.Tensor:
-    """Return first-layer filters `(F, C, h, w)`: copied for common channels, zero for the others."""
-    filters = torch.zeros_like(target)
+    """Return first-layer filters `(F, P*C, h, w)`: copied for common channels, zero for the others.
+
+    P is 1, or the number of pixels that a space-to-depth stem stacks as channels.
+    """
+    filters = torch.zeros_like(target).unflatten(1, (-1, len(target_channels)))
+    copied = source.unflatten(1, (-1, len(source_channels)))
     for position, channel in enumerate(target_channels):
         if channel in source_channels:
-            filters[:, position] = source[:, source_channels.index(channel)]
-    return filters
+            filters[:, :, position] = copied[:, :, source_channels.index(channel)]
+    return filters.flatten(1, 2)
 
 
 def save_model(model: SegmentationDepthNet, path: Path) -> None:
@@ -323,7 +341,7 @@ def find_normalisation(encoder_weights: str, encoder: str) -> tuple[tuple[float,
     return tuple(tuple(value / highest for value in config[name]) for name in ("mean", "std"))
 
 
-def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) -> None:
+def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str, in_channels: int) -> None:
     """Load pretrained weights into an encoder of segmentation-models-pytorch.
 
     In the first layer, the RGB weights are repeated over the input channels and rescaled, or summed for a
@@ -335,6 +353,7 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
             .pt, .bin or .safetensors file with the parameter names of timm or segmentation-models-pytorch.
             Code in the file is not executed.
         name: name of the encoder.
+        in_channels: number of its input channels.
 
     Raises:
         ValueError: if there are no weights of that name.
@@ -343,22 +362,25 @@ def load_encoder_weights(encoder: nn.Module, encoder_weights: str, name: str) ->
     """
     if is_weights_file(encoder_weights):
         path = Path(encoder_weights).expanduser()
-        _load_into_encoder(encoder, _read_weights(path), path, name)
+        _load_into_encoder(encoder, _read_weights(path), path, name, in_channels)
         return
-    known = ["imagenet"] if name.startswith("tu-") else list(encoders[name]["pretrained_settings"])
+    if name.startswith("tu-"):
+        known = ["imagenet"] if timm.is_model_pretrained(name.removeprefix("tu-")) else []
+    else:
+        known = list(encoders[name]["pretrained_settings"])
     if encoder_weights not in known:
         raise ValueError(
-            f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known)}; or None, or the "
-            "path of a .pth or .safetensors file"
+            f"encoder_weights: found {encoder_weights!r}, {name} has {', '.join(known) or 'none'}; or None, "
+            "or the path of a .pth or .safetensors file"
         )
-    in_channels = next(tensor.shape[1] for tensor in encoder.parameters() if tensor.ndim == 4)
     with (
         _explain_download_errors(encoder_weights, name),
         warnings.catch_warnings(action="error", category=UserWarning),  # smp only warns of unused weights
     ):
         weights = True if name.startswith("tu-") else encoder_weights
-        pretrained = get_encoder(name, in_channels, weights=weights)
-    encoder.load_state_dict(pretrained.state_dict())
+        pretrained = get_encoder(name, in_channels, weights=weights).state_dict()
+    # the encoder has fewer stages in some architectures
+    encoder.load_state_dict({tensor: pretrained[tensor] for tensor in encoder.state_dict()})
 
 
 @contextmanager
@@ -386,7 +408,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str) -> None:
+def _load_into_encoder(
+    encoder: nn.Module, weights: dict[str, torch.Tensor], path: Path, name: str, in_channels: int
+) -> None:
     """Load a file's weights into the encoder; all except `num_batches_tracked` must exist and fit.
 
     Other tensors of the file, such as those of a classifier, are ignored, but not further blocks.
@@ -396,9 +420,9 @@ def _load_into_encoder(encoder: nn.Module, weights: dict[str, torch.Tensor], pat
         _normalise_name(name): tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)
     }
     matched = {name: tensors[_normalise_name(name)] for name in target if _normalise_name(name) in tensors}
-    first_layer = next(name for name, tensor in target.items() if tensor.ndim == 4)
-    if first_layer in matched and matched[first_layer].shape[1] == 3:
-        matched[first_layer] = adapt_input_conv(target[first_layer].shape[1], matched[first_layer])
+    for layer in _find_first_layers(encoder, name, in_channels):
+        if layer in matched and matched[layer].shape[1] == 3:
+            matched[layer] = adapt_input_conv(in_channels, matched[layer])
     problems = {
         "missing": [
             name for name in target if name not in matched and not name.endswith("num_batches_tracked")

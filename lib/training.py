@@ -186,7 +186,7 @@ def build_network(
     )
 
 
-@explain_out_of_memory
+@explain_out_of_memory("use precision bf16, or lower batch_size, or image_height and image_width")
 def fit(
     build: Callable[[], nn.Module],
     loader: DataLoader,

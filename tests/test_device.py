@@ -113,10 +113,30 @@ def test_gpu_without_kernels_is_explained(machine):
     )
 
 
+def test_gpu_whose_memory_is_full_is_not_taken_for_unsuitable(monkeypatch, machine):
+    try_gpu = lib_device._try_gpu
+    machine((9, 0))
+    monkeypatch.setattr(lib_device, "_try_gpu", try_gpu)
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError(CUDA_SAYS)
+
+    monkeypatch.setattr(torch, "ones", full)
+    assert choose_device("auto") == torch.device("cuda", 0)
+
+    def unsuitable(*arguments, **options):
+        raise RuntimeError(NO_KERNELS)
+
+    lib_device._probe_gpus.cache_clear()
+    monkeypatch.setattr(torch, "ones", unsuitable)
+    assert choose_device("auto") == torch.device("cpu")
+
+
 def test_auto_uses_the_cpu_on_a_mac_and_explains_why(machine):
     machine(mps=True)
     assert choose_device("auto") == torch.device("cpu")
     assert choose_device("mps") == torch.device("mps")
+    assert describe_device("mps", "auto").startswith(f"mps, fp32, torch {torch.__version__}")
     assert describe_device("auto", "fp32").endswith(
         "\nTraining on a Mac's GPU is untested, so device auto takes the CPU; device mps tries the GPU"
     )
@@ -182,19 +202,24 @@ CUDA_SAYS = (
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(CUDA_SAYS), RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED")]
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA_SAYS),
+        RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: ..."),
+    ],
 )
 def test_out_of_memory_is_explained_and_memory_is_freed(machine, monkeypatch, error):
     machine((8, 6))
     emptied, networks = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(networks[0]() is None))
 
-    @explain_out_of_memory
+    @explain_out_of_memory("use device cpu")
     def inner(network):
         yield 1
         raise error
 
-    @explain_out_of_memory  # nested, as when training calls prediction
+    @explain_out_of_memory("lower batch_size")  # nested, as when training calls prediction
     def outer():
         network = torch.nn.Linear(1, 1)
         networks.append(weakref.ref(network))
@@ -208,16 +233,17 @@ def test_out_of_memory_is_explained_and_memory_is_freed(machine, monkeypatch, er
         sys.last_exc = told  # Jupyter keeps the last exception
     gc.collect()
     told = str(sys.last_exc)
-    assert told.startswith(str(error))
-    assert told.count("out of memory: use precision bf16, or lower batch_size") == 1
-    assert told.endswith("restart the kernel. The run's folder is unchanged)")
+    assert told == (
+        f"{error} (out of memory: lower batch_size; if that fails too, restart the kernel. What was saved is "
+        "intact)"
+    )
     assert networks[0]() is None
     assert emptied == [False, True]  # the outer call freed the network before it emptied the cache
     del sys.last_exc
 
 
 def test_other_errors_are_raised_unchanged():
-    @explain_out_of_memory
+    @explain_out_of_memory("use device cpu")
     def fail():
         yield 1
         raise RuntimeError("shapes differ")

@@ -5,7 +5,15 @@ from small_run import ENCODER
 from timm.data import create_transform
 
 from lib.batches import encode_inputs
-from lib.model import EXP061_MEAN, EXP061_STD, build_model, find_normalisation, load_model, save_model
+from lib.model import (
+    EXP061_MEAN,
+    EXP061_STD,
+    build_model,
+    copy_weights,
+    find_normalisation,
+    load_model,
+    save_model,
+)
 
 CLASSES = ("a", "b", "c")
 LITE = "tu-tf_efficientnet_lite0"  # trained with mean and std 0.5
@@ -122,6 +130,42 @@ def test_new_input_channels_have_no_effect_at_first(trained):
     inputs = torch.randn(1, 6, 48, 64)
     with torch.inference_mode():
         torch.testing.assert_close(new(inputs).logits, old(inputs[:, :4]).logits)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "mobileone_s0",  # the input goes to two branches
+        "tu-repvgg_a0",
+        "tu-fastvit_t8",
+        "tu-hieradet_small",  # position embeddings come first
+        "tu-tresnet_m",  # space-to-depth: 16 pixels are the channels of one
+    ],
+)
+def test_every_input_layer_is_matched_by_channel(tmp_path, encoder):
+    options = {"encoder": encoder, "architecture": "fpn", "classes": ("a", "b")}
+    old = network(seed=1, inputs="rgbd", **options).eval()
+    for name, tensor in old.named_parameters():
+        tensor.data += 0.01 if "pos_embed" in name else 0  # position embeddings are zero at first
+    save_model(old, tmp_path / "best.pt")
+    same = network(seed=2, inputs="rgbd", init_from=tmp_path / "best.pt", **options)
+    for name, tensor in old.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], tensor, atol=0, rtol=0)
+    wide = network(seed=2, inputs="rgbd_xy", init_from=tmp_path / "best.pt", **options).eval()
+    inputs = torch.randn(1, 6, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(wide(inputs).logits, old(inputs[:, :4]).logits)
+    log = network(inputs="rgbd", depth_encoding="log", init_from=tmp_path / "best.pt", **options).eval()
+    changed = inputs[:, :4] + torch.tensor([0, 0, 0, 1.0]).reshape(1, 4, 1, 1)
+    with torch.inference_mode():  # the two depths are different channels, so depth has no effect at first
+        torch.testing.assert_close(log(changed).logits, log(inputs[:, :4]).logits)
+
+
+def test_copying_weights_draws_no_random_numbers(trained):
+    new, old = network(seed=2, inputs="rgbd_xy"), load_model(trained)
+    state = torch.get_rng_state()
+    copy_weights(new, old)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_a_common_channel_the_first_layer_starts_anew(tmp_path):

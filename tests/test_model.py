@@ -147,6 +147,14 @@ def test_unsupported_input_size_and_unknown_weights_are_refused(encoder):
         build_model(classes=NYUV2_13, encoder="tu-resnet18", encoder_weights="foo")
 
 
+@pytest.mark.parametrize("architecture", ["unet", "fpn"])
+def test_encoder_that_raises_an_index_error_is_refused(architecture):
+    with pytest.raises(
+        ValueError, match=f"encoder: 'tu-nest_tiny' can't be used in {architecture} at 96x128"
+    ):
+        build_model(classes=NYUV2_13, encoder="tu-nest_tiny", architecture=architecture)
+
+
 def test_offline_error_explains_how_to_get_weights(monkeypatch):
     def offline(*arguments, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")

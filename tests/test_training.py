@@ -353,7 +353,9 @@ def test_run_can_be_resumed_after_out_of_memory(samples, usual, monkeypatch):
         with pytest.raises(MemoryError) as error:
             train("full", samples)
     assert "out of memory" in str(error.value)
-    assert str(error.value).endswith("restart the kernel. The run's folder is unchanged)")
+    assert str(error.value).endswith(
+        "image_width; if that fails too, restart the kernel. What was saved is intact)"
+    )
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.tb)]
     assert "wrapper" in frames
     assert "fit" not in frames  # its locals hold the network and its gradients

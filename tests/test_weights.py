@@ -12,7 +12,7 @@ from small_run import ENCODER, PARAMETERS
 
 from lib.classes import NYUV2_13
 from lib.files import CheckpointError
-from lib.model import build_model, weights_digest
+from lib.model import build_model, load_encoder_weights, weights_digest
 from lib.runs import open_run
 from lib.runs.results import recipe
 
@@ -140,14 +140,25 @@ def test_weights_load_despite_timm_feature_renaming(tmp_path, name):
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
-def test_first_layer_adapts_like_timm_pretrained_weights(tmp_path, inputs, classifier):
-    channels, weights = INPUT_CHANNELS[inputs], classifier.state_dict()
-    torch.save(weights, tmp_path / "weights.pth")
-    options = {"file": str(tmp_path / "weights.pth")}
+@pytest.mark.parametrize("name", [TIMM_NAME, "repvgg_a0"])  # the input of repvgg goes to two layers
+def test_first_layers_adapt_like_timm_pretrained_weights(tmp_path, inputs, name):
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), tmp_path / "weights.pth")
+    options = {"file": str(tmp_path / "weights.pth"), "hf_hub_id": None}
     theirs = timm.create_model(
-        TIMM_NAME, pretrained=True, in_chans=channels, pretrained_cfg_overlay=options | {"hf_hub_id": None}
-    )
-    assert_filled(filled(tmp_path / "weights.pth", inputs=inputs), theirs.state_dict())
+        name, pretrained=True, in_chans=INPUT_CHANNELS[inputs], pretrained_cfg_overlay=options
+    ).state_dict()
+    encoder = filled(tmp_path / "weights.pth", inputs=inputs, encoder=f"tu-{name}", architecture="fpn")
+    assert_filled(encoder, {name.replace("stages.", "stages_"): tensor for name, tensor in theirs.items()})
+
+
+def test_a_weights_file_draws_no_random_numbers(tmp_path, classifier):
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+    drawn = []
+    for path in (None, str(tmp_path / "weights.pth")):
+        torch.manual_seed(0)
+        build_model(classes=NYUV2_13, encoder=ENCODER, encoder_weights=path)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("inputs", INPUT_CHANNELS)
@@ -272,6 +283,29 @@ def test_run_identifies_weights_by_content_not_path(tmp_path, monkeypatch, class
         open_run(changed, resume=True),
     ):
         pass
+
+
+@pytest.mark.parametrize("architecture", ["pspnet", "deeplabv3plus"])
+def test_named_weights_fill_an_encoder_of_any_depth(monkeypatch, classifier, architecture):
+    """The encoder of pspnet has fewer stages than the one whose weights are fetched."""
+    create_model = timm.create_model
+
+    def create_pretrained(*arguments, pretrained=False, **options):
+        model = create_model(*arguments, pretrained=False, **options)
+        if pretrained:
+            model.load_state_dict(classifier.state_dict(), strict=False)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_pretrained)
+    encoder = filled("imagenet", architecture=architecture)
+    for name, tensor in encoder.model.state_dict().items():
+        torch.testing.assert_close(tensor, classifier.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("encoder", ["tu-vovnet39a", "tu-darknet17"])
+def test_timm_models_without_pretrained_weights_are_reported(encoder):
+    with pytest.raises(ValueError, match=f"^encoder_weights: found 'imagenet', {encoder} has none; or None"):
+        load_encoder_weights(torch.nn.Identity(), "imagenet", encoder, 3)
 
 
 def test_named_and_absent_weights_have_no_digest():

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from lib.metrics import iou, mean_iou, pixel_accuracy, strata_edges
+from lib.metrics import mean_iou, pixel_accuracy, strata_edges, truth_iou
 from lib.notebooks import plots, style
 from lib.notebooks.conclusions import Result
 from lib.notebooks.error_analysis import name_bins
@@ -160,8 +160,8 @@ def _mark_unpredicted(axes: Axes, recipes: dict[str, list[ScoredRun]], order: np
 
 
 def _scores_by_class(members: list[ScoredRun]) -> np.ndarray:
-    """Return `(runs, 1 + C)` scores: the mIoU of each run, then its IoU by class."""
-    return np.array([[run.score, *iou(run.counts)] for run in members])
+    """Return `(runs, 1 + C)` scores: the mIoU of each run, then its IoU by class in the ground truth."""
+    return np.array([[run.score, *truth_iou(run.counts)] for run in members])
 
 
 def _draw_scores(axes: Axes, scores: np.ndarray, colour: tuple, name: str) -> None:

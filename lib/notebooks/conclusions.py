@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
@@ -114,10 +115,16 @@ class Spread:
             self.scene_degrees,
         )
 
+    def detectable(self, runs: float, comparisons: int) -> list[float]:
+        """Return the smallest detectable difference and the ends of its range.
+
+        They can be infinite if one scene has most of the images.
+        """
+        return [self.plan(runs, index).adjusted(comparisons).detectable for index in range(3)]
+
     def describe_detectable(self, runs: float, comparisons: int) -> str:
         """Describe the smallest detectable difference and its range, such as `0.017 (0.014 to 0.023)`."""
-        detectable = [self.plan(runs, index).adjusted(comparisons).detectable for index in range(3)]
-        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*detectable)
+        numbers = "{:.3f} ({:.3f} to {:.3f}".format(*self.detectable(runs, comparisons))
         if not self.variance_per_scene:
             numbers += "; at least, as the difference did not vary detectably over scenes"
         return f"a true difference of {numbers}) would be found with 80 % power"
@@ -152,6 +159,7 @@ class Result:
             its kind.
         spread: variation between the runs in the recipe test; None without this test or if nothing varies.
         used_seeds: seeds of all runs of both.
+        paired: whether runs with the same seed form pairs in the recipe test.
     """
 
     recipe: str
@@ -163,12 +171,18 @@ class Result:
     checkpoint_test: CheckpointComparison | None = None
     spread: Spread | None = None
     used_seeds: frozenset[int] = frozenset()
+    paired: bool = False
 
     @property
     def scene_count(self) -> int:
         """Number of scenes; if scenes are unknown, the number of images."""
         first = self.pair[0]
         return len(np.unique(first.names if first.scene is None else first.scene))
+
+    @property
+    def is_unbalanced(self) -> bool:
+        """Whether no difference is detectable, because one scene has most of the images."""
+        return np.isinf(self.spread.detectable(harmonic_mean(self.runs), self.recipe_test.comparisons)).any()
 
     @property
     def conclusion(self) -> str:
@@ -188,6 +202,8 @@ class Result:
             return f"{self.recipe} is {'better' if test.difference > 0 else 'worse'}"
         if self.spread is None:
             return "inconclusive: no difference in any run on any scene"
+        if self.is_unbalanced:
+            return "no result: one scene has most of the images"
         detectable = self.spread.describe_detectable(harmonic_mean(self.runs), test.comparisons)
         # the spread within folds is estimated more precisely than that of a few means over folds
         within = " within each fold" if self.spread.folds > 1 else ""
@@ -218,7 +234,7 @@ def _test_recipe(recipes: dict[str, list[ScoredRun]], name: str, paired: bool) -
     pairs = match_seeds(baseline, members)
     first, other = pairs[0] if pairs else (baseline[0], members[0])
     sides = list(map(list, zip(*pairs, strict=True))) if paired else [baseline, members]
-    result = Result(name, against, (len(baseline), len(members)), (first, other))
+    result = Result(name, against, (len(baseline), len(members)), (first, other), paired=paired)
     fields = {"used_seeds": frozenset(run.parameters["seed"] for run in (*baseline, *members))}
     if min(result.runs) >= 2:
         fields["seed_test"] = compare_seeds(*([run.score for run in side] for side in (baseline, members)))
@@ -286,7 +302,7 @@ def result_table(results: dict[str, Result]) -> pd.DataFrame:
     rows = []
     for result in results.values():
         test = result.recipe_test or UNTESTED
-        numbers = (test.difference, *test.interval, test.p_value, test.comparisons, result.scene_count)
+        numbers = (test.difference, *_clip(test.interval), test.p_value, test.comparisons, result.scene_count)
         rows.append((result.recipe, result.against, *numbers, _format_runs(result.runs), result.conclusion))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -338,7 +354,7 @@ def describe_details(results: dict[str, Result]) -> str:
                 "",
                 f"- {_describe_classes(test, result.pair[0].classes)}",
                 f"- Seed test, on these very images: {_describe_test(result.seed_test)}. "
-                f"{_describe_variance(test)}",
+                f"{_describe_variance(test, result.paired)}",
                 *([f"- {_describe_checkpoints(result)}"] if result.checkpoint_test else []),
                 "",
             ]
@@ -384,7 +400,9 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
     folds = FOLDS if {run["fold"] for run in parameters} >= set(range(FOLDS)) else 1
     for source, earlier_runs in find_earlier(parameters[0], split).items():
         spread = _rescale_spread(earlier_runs, folds, paired)
-        if spread and spread.scenes >= MIN_SCENES and seeds >= 2 and comparisons >= 1:
+        if not spread or spread.scenes < MIN_SCENES or seeds < 2 or comparisons < 1:
+            continue
+        if np.isfinite(spread.detectable(seeds, comparisons)).all():
             return (
                 f"{seeds} seeds of each recipe, {spread.scenes} scenes"
                 f"{_describe_adjustment(', ', comparisons)}: if runs vary as those in {source} did, "
@@ -392,7 +410,7 @@ def describe_plan(runs: dict[str, dict], split: str, paired: bool = False) -> st
             )
     return (
         "No plan: a plan needs two recipes, two seeds, and earlier runs with several seeds on this data "
-        f"at this image size, scored on {MIN_SCENES} scenes or more."
+        f"at this image size, scored on {MIN_SCENES} scenes or more, none of which has most of the images."
     )
 
 
@@ -437,25 +455,37 @@ def name_run(run: ScoredRun, recipe_name: str) -> str:
 
 
 def _describe_seed_pairs(first: ScoredRun, second: ScoredRun) -> list[str]:
-    """Describe how often runs of one recipe differ at least as much as these two; empty without such runs."""
+    """Describe how often runs of one recipe differ at least as much as these two; empty without such runs.
+
+    It is also empty for runs pooled over folds, because single folds vary more.
+    """
+    if first.is_pooled:
+        return []
     cells = {}
     for run in itertools.chain(*find_earlier(second.parameters, second.split).values()):
-        cell = recipe(run.parameters), run.parameters.get("fold")
-        cells.setdefault(cell, {})[run.name] = run  # counted once, even if a study contains it too
+        cell, seed = _cell_and_seed(run)
+        cells.setdefault(cell, {})[seed] = run  # counted once, even if it has two names or is in a study too
     pairs = [pair for runs in cells.values() for pair in itertools.combinations(runs.values(), 2)]
-    others = [pair for pair in pairs if {run.name for run in pair} != {first.name, second.name}]
+    these = {_cell_and_seed(first), _cell_and_seed(second)}
+    others = [pair for pair in pairs if set(map(_cell_and_seed, pair)) != these]
     if not others:
         return []
     difference = second.score - first.score
     larger = sum(abs(a.score - b.score) >= abs(difference) for a, b in others)
     run_count = sum(len(runs) for runs in cells.values() if len(runs) > 1)
-    size = " x ".join(str(second.parameters[name]) for name in SIZE_PARAMETERS)
+    sizes = [str(second.parameters[name]) for name in SIZE_PARAMETERS if second.parameters.get(name)]
+    size = f", {' x '.join(sizes)} pixels" if sizes else ""  # unknown for external predictions
     return [
         f"Seeds alone: of {len(others)} other pairs of runs of one recipe and fold that differ only in the "
         f"seed, {larger} {'differs' if larger == 1 else 'differ'} by at least as much as these two "
-        f"({_format_number(difference)} mIoU; {run_count} runs on {Path(second.data).name}, {size} pixels, "
+        f"({_format_number(difference)} mIoU; {run_count} runs on {Path(second.data).name}{size}, "
         f"split {second.split}). This is no p-value: the pairs share runs, and these recipes may vary more."
     ]
+
+
+def _cell_and_seed(run: ScoredRun) -> tuple:
+    """Return the recipe and fold of a run, and its seed."""
+    return (recipe(run.parameters), run.parameters.get("fold")), run.parameters["seed"]
 
 
 def read_defaults() -> dict[str, object]:
@@ -481,18 +511,22 @@ def _describe_sweep(result: Result, count: int) -> str:
     grid = {name: [side[name] for side in sides] for name in defaults if sides[0][name] != sides[1][name]}
     fixed = {name: value for name, value in sides[0].items() if name not in grid and value != defaults[name]}
     folds = {"fold": list(range(FOLDS))} if first.is_pooled else {}
-    sweeps = [{"fixed": fixed, "grid": grid | folds}]
+    sweeps = [{"fixed": fixed, "grid": grid | folds} | ({"paired": True} if result.paired else {})]
     note = "It first says what difference these runs can find; its last cell has the conclusion."
     if len(grid) > 1:
         sweeps = [{"fixed": fixed | {name: side[name] for name in grid}, "grid": folds} for side in sides]
-        note = "Then compare the new runs with `compare.ipynb`."
+        paired = ", with `-p paired True`" if result.paired else ""
+        note = f"Then compare the new runs with `compare.ipynb`{paired}."
     used = result.used_seeds
     shared = {"seeds": sorted(set(range(1, count + len(used) + 1)) - used)[:count], "split": first.split}
     texts = [
-        yaml.safe_dump(sweep | shared, default_flow_style=True, width=10**6, sort_keys=False).strip()
+        yaml.safe_dump(
+            sweep | shared, allow_unicode=True, default_flow_style=True, width=10**6, sort_keys=False
+        ).strip()
         for sweep in sweeps
     ]
-    commands = " and ".join(f'`papermill sweep.ipynb sweep.out.ipynb -y "{text}"`' for text in texts)
+    lines = [f"papermill sweep.ipynb sweep.out.ipynb -y {shlex.quote(text)}" for text in texts]
+    commands = " and ".join(f"`` {line} ``" if "`" in line else f"`{line}`" for line in lines)
     runs = 2 * count * (FOLDS if first.is_pooled else 1)
     seconds = [run.history.seconds.sum() for run in (first, other) if run.history is not None]
     time = f", about {runs * np.mean(seconds) / 60:.0f} minutes if run in sequence" if seconds else ""
@@ -513,7 +547,12 @@ def _describe_consequence(result: Result) -> str:
         )
     if result.spread is None:
         return "Every run has the same confusion matrices: check whether one run is listed twice."
-    low, high = map(_format_number, test.interval)
+    if result.is_unbalanced:
+        return (
+            "Nothing can be said about new scenes, and more seeds will not help: score both recipes on data "
+            "in which no scene has most of the images."
+        )
+    low, high = map(_format_number, _clip(test.interval))
     caveat = (
         ""
         if test.scene_variance
@@ -540,14 +579,18 @@ def _describe_confounding(result: Result) -> str:
 
 
 def _describe_more_seeds(result: Result) -> str:
-    """Describe how many seeds would detect half the difference that these runs can detect."""
-    test, spread = result.recipe_test, result.spread
-    target = spread.plan(harmonic_mean(result.runs)).adjusted(test.comparisons).detectable / 2
-    count = spread.required_seeds(target, test.comparisons)
+    """Describe how many seeds would detect half the difference that these runs can detect.
+
+    The new runs are of two recipes, which is a single comparison.
+    """
+    spread = result.spread
+    target = spread.detectable(harmonic_mean(result.runs), 1)[0] / 2
+    count = spread.required_seeds(target, 1)
+    alone = " in a comparison of these two recipes alone" if result.recipe_test.comparisons > 1 else ""
     sweep = f" {_describe_sweep(result, count)}" if count else ""
     return (
-        f"To find a true difference of {target:.3f} (half of what these runs can find) with 80 % power takes "
-        f"{spread.describe_seeds(target, test.comparisons)}; ranges are in brackets, because few seeds show "
+        f"To find a true difference of {target:.3f} (half of what these runs can find{alone}) with 80 % "
+        f"power takes {spread.describe_seeds(target, 1)}; ranges are in brackets, because few seeds show "
         f"only roughly how much runs vary.{sweep} Fix the number before the first run: adding seeds until "
         "p < 0.05 can find differences that do not exist."
     )
@@ -561,12 +604,10 @@ def _describe_classes(test: SceneComparison, classes: tuple[str, ...]) -> str:
     return f"Significant classes (difference in IoU, Bonferroni-adjusted for {test_count}): {listed}."
 
 
-def _describe_variance(test: RecipeComparison) -> str:
+def _describe_variance(test: RecipeComparison, paired: bool) -> str:
     if not test.scene_variance:
-        return (
-            "The recipe test equals it, because the difference did not vary detectably over scenes; it may "
-            "still vary."
-        )
+        start = "The" if paired else "The recipe test equals it, because the"
+        return f"{start} difference did not vary detectably over scenes; it may still vary."
     share = test.seed_variance / (test.seed_variance + test.scene_variance)
     return (
         f"With these numbers of seeds and scenes, {percent(share)} of the variance of the difference is "
@@ -592,11 +633,16 @@ def _describe_checkpoints(result: Result) -> str:
 
 
 def _describe_test(test: Comparison) -> str:
-    low, high = map(_format_number, test.interval)
+    low, high = map(_format_number, _clip(test.interval))
     p_value = _format_p(test.p_value)
     p_value = p_value if p_value[0] in "<≥" else f"= {p_value}"
     adjustment = _describe_adjustment("; ", test.comparisons)
     return f"{_format_number(test.difference)} mIoU (95 % interval {low} to {high}, p {p_value}{adjustment})"
+
+
+def _clip(interval: tuple[float, float]) -> tuple[float, float]:
+    """Clip the interval of a difference to -1..1, the possible values."""
+    return tuple(np.clip(interval, -1, 1).tolist())
 
 
 def _describe_adjustment(prefix: str, comparisons: int) -> str:

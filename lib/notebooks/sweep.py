@@ -18,11 +18,12 @@ import pandas as pd
 import papermill
 import ray
 import yaml
+from filelock import FileLock, Timeout
 
-from lib.files import ROOT, lock_run
+from lib.files import ROOT, lock_run, read_json
 from lib.model import is_weights_file
 from lib.notebooks.conclusions import read_defaults
-from lib.options import check_choice, check_options, explain_unknown
+from lib.options import FOLDS, check_choice, check_options, explain_unknown
 from lib.runs import (
     MAX_NAME_BYTES,
     PATH_PARAMETERS,
@@ -150,9 +151,20 @@ def execute_run(parameters: dict, split: str) -> None:
             parameters | {"resume": (run / "parameters.json").exists()},
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
         )  # fmt: skip
-    if split not in run_state(run).evaluated:
+    if not _is_scored(run, split):
         images = iterate_split(read_parameters(run), split, parameters["data"], run=run)
         score_run(run, split, images, "none", parameters["device"])
+
+
+def _is_scored(run: Path, split: str) -> bool:
+    """Whether a run is scored on a split of the data it was trained on, not of another data set."""
+    if split not in run_state(run).evaluated:
+        return False
+    return _is_own_data(read_json(run / "evaluation" / f"{split}.json")["data"], read_parameters(run))
+
+
+def _is_own_data(data: str, parameters: dict) -> bool:
+    return Path(data).name == Path(parameters["data"]).name
 
 
 def executed_notebook(run_name: str) -> Path:
@@ -162,6 +174,8 @@ def executed_notebook(run_name: str) -> Path:
 
 class FinishedRuns:
     """The trained and scored runs of a sweep, identified by their parameters.
+
+    Scores on other data than that of the run do not count.
 
     Args:
         runs: planned runs, from `plan_runs`.
@@ -181,19 +195,59 @@ class FinishedRuns:
 
         The folder is read again each time, because another sweep may also write to it.
         """
-        has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
-        stored = read_results(self.folder) if has_results else []
-        known = {identity(run.parameters): run for run in stored if run.split == self.split}
         own = [
             read_scored(folder, self.split)
             for folder in scored_folders(self.split)
-            if run_state(folder).trained
+            if run_state(folder).trained and _is_scored(folder, self.split)
         ]
-        scored = {identity(run.parameters): run for run in own} | known
+        known = self._index(self._read_stored())
+        scored = self._index(own) | known
         self.runs = {name: scored[key] for name, key in self.planned.items() if key in scored}
-        new = [run for run in self.runs.values() if identity(run.parameters) not in known]
-        if self.folder is not None and new:
-            write_results(self.folder, [*stored, *new])
+        is_new = [identity(run.parameters) not in known for run in self.runs.values()]
+        if self.folder is not None and any(is_new):
+            self._add_to_results()
+
+    def _read_stored(self) -> list[ScoredRun]:
+        """Read the runs in the results folder."""
+        has_results = self.folder is not None and (self.folder / RUNS_FILE).exists()
+        return read_results(self.folder) if has_results else []
+
+    def _index(self, runs: list[ScoredRun]) -> dict[tuple, ScoredRun]:
+        """Return the runs that are scored on the split of their own data, by identity."""
+        return {
+            identity(run.parameters): run
+            for run in runs
+            if run.split == self.split and _is_own_data(run.data, run.parameters)
+        }
+
+    def _add_to_results(self) -> None:
+        """Add the finished runs that are not in the results folder, which another sweep may be changing."""
+        with _lock_results(self.folder):
+            stored = self._read_stored()
+            known = self._index(stored)
+            new = [run for run in self.runs.values() if identity(run.parameters) not in known]
+            if new:
+                write_results(self.folder, [*stored, *new])
+
+
+@contextmanager
+def _lock_results(folder: Path) -> Iterator[None]:
+    """Lock a results folder until the block ends.
+
+    Raises:
+        RuntimeError: another sweep holds the lock for too long, or the disk does not support locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{RUNS_FILE}.lock"
+    try:
+        lock = FileLock(path).acquire(timeout=LOCK_TIMEOUT_SECONDS)
+    except (Timeout, OSError) as error:
+        raise RuntimeError(
+            f"results: {path} can't be locked ({error}); wait until no other sweep writes to {folder}, or "
+            "pass another folder, on a disk that supports locks"
+        ) from error
+    with lock:
+        yield
 
 
 def _find_results(results: str) -> Path:
@@ -230,10 +284,11 @@ def sweep(
         The current `progress_table`, about every two seconds.
 
     Raises:
-        ValueError: an unknown split, a split without labels, an unreachable cluster, or more resources per
-            run than any machine has.
+        ValueError: an unknown split, a split without labels, folds that can't be pooled, an unreachable
+            cluster, or more resources per run than any machine has.
     """
     check_options(split=split)
+    _check_folds(runs, split)
     executed_notebook("").parent.mkdir(parents=True, exist_ok=True)
     finished, errors, tasks = FinishedRuns(runs, split, results), {}, {}
     for parameters in {planned["data"]: planned for planned in runs.values()}.values():
@@ -256,6 +311,16 @@ def sweep(
                 finished.update()
             yield progress_table(runs, finished.runs, errors)
     yield progress_table(runs, finished.runs, errors)
+
+
+def _check_folds(runs: dict[str, dict], split: str) -> None:
+    """Raise a ValueError if the runs are of several folds whose scores can't be pooled."""
+    folds = sorted({parameters["fold"] for parameters in runs.values()})
+    if len(folds) > 1 and (split != "valid" or folds != list(range(FOLDS))):
+        raise ValueError(
+            f"grid: found fold {folds} with split {split}, expected one fold, or all five with split valid; "
+            "pass `fold: [0, 1, 2, 3, 4]` and `split: valid`, or start one sweep for each fold"
+        )
 
 
 @contextmanager
@@ -304,11 +369,12 @@ def _max_per_machine(resource: str) -> float:
 
 
 def check_resources(cpus: int, gpus: float) -> None:
-    for name, requested, resource in (("cpus_per_run", cpus, "CPU"), ("gpus_per_run", gpus, "GPU")):
-        if not 0 <= requested <= _max_per_machine(resource) or (resource == "CPU" and requested < 1):
+    limits = (("cpus_per_run", cpus, 1, "CPU"), ("gpus_per_run", gpus, 0, "GPU"))
+    for name, requested, least, resource in limits:
+        most = _max_per_machine(resource)
+        if not least <= requested <= most:
             raise ValueError(
-                f"{name}: found {requested}, expected at most {_max_per_machine(resource):g} "
-                "(the largest machine)"
+                f"{name}: found {requested}, expected from {least} to {most:g} (the largest machine)"
             )
 
 

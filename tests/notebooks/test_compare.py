@@ -207,6 +207,23 @@ def test_difference_interval_is_cut_where_iou_would_be_negative():
     assert ends[3, 0] == pytest.approx(lowest)
 
 
+def test_class_without_ground_truth_is_not_drawn():
+    """A class that is only predicted has no IoU, so no dot and no interval."""
+    recipes = {}
+    for name, seeds in (("a", (1, 2)), ("b", (3, 4))):
+        sides = [some_counts(0.7, seed) for seed in seeds]
+        for counts in sides:
+            counts[:, 2] = 0
+        recipes[name] = [
+            scored_run(f"{name}{seed}", counts, seed=seed) for seed, counts in zip(seeds, sides, strict=True)
+        ]
+    figure = plot_comparison(recipes, run_tests(recipes), run_colours(recipes))
+    (left, _) = figure.axes
+    drawn = [line.get_xdata()[3] for line in left.lines if len(line.get_xdata()) == 4]
+    assert len(drawn) == 6  # two dots and a mean per recipe
+    assert np.isnan(drawn).all()
+
+
 @pytest.mark.parametrize(("count", "text"), [(2, "not predicted by either"), (3, "not predicted by any")])
 def test_class_that_no_run_predicts_is_marked(count, text):
     runs = []

@@ -1,4 +1,5 @@
 import re
+import subprocess
 from dataclasses import fields, replace
 from itertools import combinations
 
@@ -346,10 +347,10 @@ def single_runs(**other):
 
 
 def commands(text):
-    return [
-        yaml.safe_load(found)
-        for found in re.findall(r'papermill sweep\.ipynb sweep\.out\.ipynb -y "(.*?)"`', text)
-    ]
+    """The parameters in the printed sweep commands, as a shell and papermill read them."""
+    found = re.findall(r"` ?(papermill sweep\.ipynb .*?)(?: ``|`(?: and|\. ))", text)
+    printed = [command.replace("papermill sweep.ipynb sweep.out.ipynb -y", "printf %s") for command in found]
+    return [yaml.safe_load(subprocess.check_output(["bash", "-c", command])) for command in printed]
 
 
 def test_single_runs_get_a_caveat_and_a_sweep_command(home):
@@ -366,6 +367,88 @@ def test_single_runs_get_a_caveat_and_a_sweep_command(home):
     # 5 runs take 3 minutes each and 5 take 2.5
     assert "train 5 new seeds of each, 10 runs, about 28 minutes if run in sequence: " in text
     assert commands(conclude(results)) == [given]
+
+
+@pytest.mark.parametrize("name", ["données", "$HOME", "a`b", "it's", 'a"b', "50 % & more"])
+def test_suggested_sweep_survives_the_shell(home, name):
+    runs = [
+        replace(run, parameters=run.parameters | {"encoder_weights": f"/disk/{name}"})
+        for run in single_runs()
+    ]
+    (given,) = commands(conclude(run_tests({"ce": runs[:1], "soft": runs[1:]})))
+    assert given["fixed"]["encoder_weights"] == f"/disk/{name}"
+
+
+def test_suggested_sweep_is_paired_like_the_comparison(home):
+    """Also if there are too few pairs for a test, but not if the test is unpaired."""
+    for seeds in ([1, 2, 3], [3, 4, 5]):
+        recipes = {
+            "ce": runs_of("ce", 0.7, [1, 2, 3]),
+            "soft": runs_of("soft", 0.7, seeds, 1, learning_rate=0.02),
+        }
+        for paired in (True, False):
+            (given,) = commands(conclude(run_tests(recipes, paired)))
+            assert given.get("paired", False) == paired
+    first, other = single_runs(learning_rate=0.01, epochs=5)
+    text = conclude(run_tests({"ce": [first], "soft": [other]}, paired=True))
+    assert "compare the new runs with `compare.ipynb`, with `-p paired True`." in text
+    assert not any("paired" in given for given in commands(text))
+
+
+def test_number_of_seeds_is_for_the_printed_sweep_of_two_recipes(home):
+    """A sweep of two recipes is one comparison, however many are on the page."""
+    recipes = {
+        name: runs_of(name, 0.7, [1, 2, 3], draw, learning_rate=0.003 + 0.01 * draw)
+        for draw, name in enumerate(["base", "x", "y", "z"])
+    }
+    results = run_tests(recipes)
+    text = conclude(results)
+    spread = results["x"].spread
+    target = spread.plan(3).adjusted(1).detectable / 2
+    needed = spread.required_seeds(target, 1)
+    assert needed != spread.required_seeds(target, 3)
+    assert (
+        f"To find a true difference of {target:.3f} (half of what these runs can find in a comparison of these "
+        f"two recipes alone) with 80 % power takes {spread.describe_seeds(target, 1)}; "
+    ) in text
+    assert len(commands(text)[0]["seeds"]) == needed
+    alone = conclude(run_tests({name: recipes[name] for name in ("base", "x")}))
+    assert "(half of what these runs can find) with 80 % power takes" in alone
+
+
+def unbalanced_recipes():
+    """Two recipes whose difference varies over scenes, one of which has 17 of 24 images."""
+    scene = np.array([0] * 17 + list(range(1, 8)))
+    return {
+        name: [
+            replace(run, scene=scene)
+            for run in suited(runs_of(name, 0.7, [1, 2, 3], draw, learning_rate=0.003 + draw), lift)
+        ]
+        for draw, (name, lift) in enumerate({"base": 0.0, "x": 0.2}.items())
+    }
+
+
+def test_one_scene_with_most_of_the_images_gives_no_result(home):
+    results = run_tests(unbalanced_recipes())
+    test = results["x"].recipe_test
+    assert test.detectable == np.inf
+    assert test.interval[1] > 1
+    assert results["x"].conclusion == "no result: one scene has most of the images"
+    text = conclude(results)
+    assert "more seeds will not help" in text
+    assert "inf" not in text
+    assert "(95 % interval -1.000 to +1.000, " in text
+    assert result_table(results)[["low", "high"]].to_numpy().tolist() == [[-1.0, 1.0]]
+    runs = [
+        replace(run, parameters=run.parameters | {"image_height": 48, "image_width": 64})
+        for side in unbalanced_recipes().values()
+        for run in side
+    ]
+    write_results(home / "studies" / "earlier", runs)
+    planned = plan_runs(
+        None, {"data": "/disk/nyu", "image_height": 48, "image_width": 64}, {"epochs": [3, 4]}, [1, 2]
+    )
+    assert describe_plan(planned, "valid").startswith("No plan: ")
 
 
 def test_suggested_sweep_trains_the_recipes_of_both_runs(home):
@@ -472,6 +555,38 @@ def test_difference_of_single_runs_is_compared_with_pairs_of_seeds(home):
     assert f"  {line}" in conclude(run_tests({"ce": [first], "soft": [other]}))
 
 
+def test_run_with_two_names_counts_once_among_the_pairs(home):
+    runs = [replace(run, name=f"copy of {run.name}") for run in earlier_runs()]
+    write_results(home / "studies" / "copies", runs)
+    write_results(home / "studies" / "earlier", earlier_runs())
+    first, other = single_runs()
+    assert "of 6 other pairs of runs" in describe_single_runs(run_tests({"ce": [first], "soft": [other]}))
+    first, other = earlier_runs()[:2]
+    assert "of 5 other pairs of runs" in describe_single_runs(run_tests({"a": [first], "b": [other]}))
+
+
+def test_pooled_runs_are_not_compared_with_pairs_of_single_folds(home):
+    write_results(home / "studies" / "earlier", earlier_runs())
+    sides = {run.name: pooled([run]) for run in single_runs()}
+    assert "Seeds alone" not in describe_single_runs(run_tests(sides))
+
+
+def test_external_predictions_are_compared_with_pairs_of_seeds(home):
+    """Their image size is unknown, so none is shown."""
+    masks = [
+        scored_run(
+            f"masks{seed}",
+            some_counts(0.7, seed),
+            external={"recipe": "mine", "seed": seed, "data": "/disk/nyu", "fold": 4},
+        )
+        for seed in (1, 2, 3)
+    ]
+    write_results(home / "studies" / "masks", masks)
+    text = describe_single_runs(run_tests({"ce": [single_runs()[0]], "mine": masks[:1]}))
+    assert "of 3 other pairs of runs" in text
+    assert "3 runs on nyu, split valid)" in text
+
+
 def test_two_runs_of_one_recipe_are_reported_and_get_no_sweep(home):
     """An A/A pair, the one with the largest difference in its study, is not counted among the others."""
     for study in ("earlier", "again"):  # a run that is in two studies counts once
@@ -564,6 +679,8 @@ def test_details_explain_variance_from_seeds_and_scenes():
         "The recipe test equals it, because the difference did not vary detectably over scenes"
         in describe_details(results)
     )
+    paired = describe_details({"other": replace(results["other"], paired=True)})
+    assert "). The difference did not vary detectably over scenes; it may still vary." in paired
     assert ("may be too narrow for new scenes" in conclude(results)) == (test.p_value >= 0.05)
     results["other"] = replace(
         results["other"], recipe_test=replace(test, seed_variance=3.0, scene_variance=1.0)

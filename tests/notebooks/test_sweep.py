@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ import pytest
 import torch
 import yaml
 from conftest import history
+from filelock import FileLock
 from scored_runs import scored_folder, scored_run, some_counts
 
-from lib.files import read_json, write_json
+from lib.files import ROOT, read_json, write_json
 from lib.notebooks import sweep
 from lib.notebooks.conclusions import run_tests
 from lib.notebooks.sweep import FinishedRuns, execute_run, executed_notebook, plan_runs, progress_table
@@ -181,9 +183,9 @@ def executed(runs, monkeypatch):
 
     def score(run, split, pieces, tta, device):
         calls.append(("score", split, pieces.data, len(pieces), device))
-        aside = scored_folder(run.parent / "aside", run.name, split=split)
+        aside = scored_folder(run.parent / "aside", run.name, split=split, data=pieces.data)
         shutil.copytree(aside / "evaluation", run / "evaluation", dirs_exist_ok=True)
-        (run / "evaluation" / split).mkdir()
+        (run / "evaluation" / split).mkdir(exist_ok=True)
         for large in ("best.pt", "last.pt", "report.md", f"evaluation/{split}/000000.png"):
             (run / large).write_bytes(b"large")
         shutil.rmtree(aside)
@@ -220,10 +222,26 @@ def test_scoring_uses_the_current_path_of_the_data(executed, runs, folder, tmp_p
     assert executed[-1][:4] == ("score", "test", str(Path(moved).parent), 3)
 
 
+def test_scores_on_other_data_do_not_count(executed, runs, tmp_path):
+    """As after `evaluate.ipynb -p data elsewhere`: the run is scored again on its own data."""
+    planned = plan_runs(None, TINY, {}, [1])
+    ((name, parameters),) = planned.items()
+    execute_run(parameters, "test")
+    path = runs / name / "evaluation" / "test.json"
+    own = read_json(path)
+    assert own["data"] == "synthetic"
+    write_json(own | {"data": "/disk/elsewhere"}, path)
+    assert FinishedRuns(planned, "test", str(tmp_path / "results")).runs == {}
+    assert not (tmp_path / "results").exists()
+    execute_run(parameters, "test")
+    assert read_json(path)["data"] == "synthetic"
+    assert list(FinishedRuns(planned, "test", str(tmp_path / "results")).runs) == [name]
+
+
 def test_run_used_by_another_process_fails_after_waiting(executed, runs, monkeypatch):
     (parameters,) = plan_runs(None, TINY, {}, [1]).values()
     monkeypatch.setattr(sweep, "LOCK_TIMEOUT_SECONDS", 0.1)
-    with open_run(parameters), pytest.raises(RuntimeError, match="is being trained by another process"):
+    with open_run(parameters), pytest.raises(RuntimeError, match="is in use by another process"):
         execute_run(parameters, "test")
     assert executed == []
 
@@ -279,7 +297,7 @@ def test_results_contain_only_what_a_comparison_needs(executed, runs, tmp_path):
     (name,) = planned
     execute_run(planned[name], "test")
     FinishedRuns(planned, "test", str(tmp_path / "results"))
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
+    assert {path.name for path in (tmp_path / "results").glob("[!.]*")} == {"runs.jsonl", "counts.npz"}
     (kept,) = read_runs(str(tmp_path / "results"), "test")
     assert (kept.name, kept.parameters["seed"], kept.masks) == (name, 1, None)
     assert kept.score == read_runs(name, "test")[0].score
@@ -319,6 +337,51 @@ def test_concurrent_sweeps_keep_results_of_each_other(executed, runs, tmp_path):
         execute_run(parameters, "test")
         finished.update()
     assert [run.name for run in read_results(tmp_path)] == list(planned)
+
+
+def test_runs_are_not_lost_if_two_sweeps_write_at_once(executed, runs, tmp_path):
+    """Each update waits for the other, also if both found the folder empty."""
+    planned = plan_runs(None, TINY, {}, list(range(1, 7)))
+    sweeps = [FinishedRuns({name: parameters}, "test", str(tmp_path)) for name, parameters in planned.items()]
+    for parameters in planned.values():
+        execute_run(parameters, "test")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(FinishedRuns.update, sweeps))
+    assert {run.name for run in read_results(tmp_path)} == set(planned)
+    ignored = ["git", "check-ignore", "--no-index", "notebooks/studies/mine/.runs.jsonl.lock"]
+    subprocess.run(ignored, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_locked_results_are_reported(executed, runs, tmp_path, monkeypatch):
+    planned = plan_runs(None, TINY, {}, [1])
+    execute_run(*planned.values(), "test")
+    monkeypatch.setattr(sweep, "LOCK_TIMEOUT_SECONDS", 0.1)
+    with (
+        FileLock(tmp_path / ".runs.jsonl.lock"),
+        pytest.raises(RuntimeError, match="results: .*can't be locked .*wait until no other sweep writes to"),
+    ):
+        FinishedRuns(planned, "test", str(tmp_path))
+    assert not (tmp_path / RUNS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("folds", "split", "accepted"),
+    [
+        ([3], "test", True), ([0, 1, 2, 3, 4], "valid", True), ([4, 3, 2, 1, 0], "valid", True),
+        ([0, 1], "valid", False), ([0, 1, 2, 3, 4], "test", False),
+    ],
+)  # fmt: skip
+def test_folds_that_cannot_be_pooled_are_rejected_before_training(
+    executed, no_ray, runs, folds, split, accepted
+):
+    planned = plan_runs(None, TINY | {"limit": 80}, {"fold": folds}, [1])
+    if accepted:
+        *_, table = sweep.sweep(planned, split)
+        assert table.state.tolist() == ["done"] * len(folds)
+    else:
+        with pytest.raises(ValueError, match=r"grid: found fold \[0, 1.*expected one fold, or all five"):
+            next(sweep.sweep(planned, split))
+        assert executed == []
 
 
 @pytest.fixture
@@ -410,8 +473,8 @@ def test_unavailable_clusters_splits_and_resources_are_rejected(runs, monkeypatc
     monkeypatch.setattr(sweep, "_max_per_machine", {"CPU": 8, "GPU": 0}.get)
     for cpus, gpus, message in (
         (9, 0, "cpus_per_run: found 9"),
-        (0, 0, "cpus_per_run: found 0"),
-        (1, 1, "gpus_per_run: "),
+        (0, 0, r"cpus_per_run: found 0, expected from 1 to 8 \(the largest machine\)"),
+        (1, 1, "gpus_per_run: found 1, expected from 0 to 0 "),
     ):
         with pytest.raises(ValueError, match=message):
             sweep.check_resources(cpus, gpus)
@@ -469,7 +532,7 @@ def test_failed_run_does_not_stop_the_other(runs, tmp_path):
     (read,) = read_runs(str(tmp_path / "results"), "valid")
     assert (read.name, len(read.names), len(read.history)) == (good, 4, 2)
     assert read.processor
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"runs.jsonl", "counts.npz"}
+    assert {path.name for path in (tmp_path / "results").glob("[!.]*")} == {"runs.jsonl", "counts.npz"}
 
 
 def interrupt_when(process, condition):

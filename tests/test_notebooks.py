@@ -282,7 +282,10 @@ def test_exp061_is_as_published_and_its_variants_differ_as_stated():
         "schedule": "cosine", "augment": "exp061", "precision": "fp32", "seed": 42,
     }  # fmt: skip
     assert exp061.items() >= published.items()
-    differences = lambda other: {name for name in exp061 if exp061[name] != other.get(name)} - {"run_name"}  # noqa: E731
+
+    def differences(other):
+        return {name for name, _ in exp061.items() ^ other.items()} - {"run_name"}
+
     assert differences(batch) == {"soft_iou_pooling"}
     assert differences(exp060) == {"soft_iou_weight", "soft_iou_pooling"}
     assert differences(exp050) == {"soft_iou_weight", "soft_iou_pooling", "depth_weight", "inputs"}

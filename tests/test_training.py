@@ -232,7 +232,7 @@ def test_other_poolings_train_without_a_depth_head(samples, pooling):
     assert load_model(runs_folder() / "pooling" / "best.pt").depth_head is None
 
 
-def test_bf16_loss_on_cpu_is_close_to_fp32(samples, usual):
+def test_bf16_loss_on_cpu_is_close_to_fp32(samples):
     (row,) = train("precise", samples, epochs=1, schedule="cosine", precision="bf16")
     (exact,) = train("precise", samples, epochs=1, schedule="cosine")
     assert row["train_loss"] == pytest.approx(exact["train_loss"], rel=0.05)

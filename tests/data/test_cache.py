@@ -25,6 +25,11 @@ def blocks():
         yield rows, {name: array[rows] for name, array in ARRAYS.items()}
 
 
+def newer_blocks():
+    for rows, block in blocks():
+        yield rows, {name: array + 1 for name, array in block.items()}
+
+
 def never():
     raise AssertionError("made again")
 
@@ -52,12 +57,15 @@ def made(root):
 
 def test_new_version_replaces_the_cache_but_new_size_does_not(root, tmp_path):
     first = map_arrays(tmp_path, KEY, LAYOUT, blocks)
-    map_arrays(tmp_path, KEY | {"version": 2}, LAYOUT, blocks)
-    assert len(made(root)) == 1
+    second = map_arrays(tmp_path, KEY | {"version": 2}, LAYOUT, newer_blocks)
+    (folder,) = made(root)
     np.testing.assert_array_equal(first["image"], ARRAYS["image"])  # still mapped
+    np.testing.assert_array_equal(second["image"], ARRAYS["image"] + 1)
+    os.utime(root / folder / "image.npy", (0, 0))
     map_arrays(tmp_path, KEY | {"size": [4, 6]}, LAYOUT, blocks)
     map_arrays(tmp_path / "other", KEY, LAYOUT, blocks)
     assert len(made(root)) == 3
+    assert (root / folder / "image.npy").stat().st_mtime == 0  # not written again
 
 
 def test_equivalent_paths_share_one_cache(root, tmp_path, monkeypatch):

@@ -119,7 +119,11 @@ def test_comparison_figure_fits_few_and_many_recipes(count, others):
     recipes = group_recipes(runs)
     tests = run_tests(recipes)
     colours = run_colours(recipes)
-    texts = draw(plot_comparison(recipes, tests, colours))
+    figure = plot_comparison(recipes, tests, colours)
+    texts = draw(figure)
+    means = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    is_grey = [to_rgb(line.get_color()) == (0.6, 0.6, 0.6) for line in means]
+    assert is_grey == [number >= 8 for number in range(others + 1)]
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2 runs (small dots)" in text]) == others + 1

@@ -245,7 +245,7 @@ def test_text_fits_in_figures_for_any_class_set(count):
     errors = made_up(count=count)
     errors.confusion[:12, 1] = 0  # absent from half the images
     texts = draw(plot_confusion(errors))
-    assert ("98" in texts or "97" in texts or any(text.isdigit() for text in texts)) == (count <= 20)
+    assert any(text.isdigit() for text in texts) == (count <= 20)
     assert {"share of the pixels", "mIoU", "pixel accuracy"} <= set(draw(plot_strata(errors)))
     assert "The network is overconfident by 23.0 points (ECE 0.230)" in draw(plot_calibration(errors))
 

@@ -5,7 +5,8 @@ from small_run import train
 
 from figures import draw
 from lib.data import Samples, load_samples
-from lib.evaluation import Predicted
+from lib.evaluation import Predicted, predict
+from lib.model import load_model
 from lib.notebooks.label_check import check_labels, find_folds, open_checked, plot_regions, rank_regions
 from lib.runs import open_run, write_history
 
@@ -84,7 +85,23 @@ def folds():
     return runs
 
 
-def test_five_folds_check_every_image_once(folds, monkeypatch):
+def confidences(batches):
+    """The name of each image and its confidence by pixel."""
+    return [each for batch in batches for each in zip(batch.samples.names, batch.confidence, strict=True)]
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Filled by `check_labels` with the `confidences` of its predictions."""
+    found = []
+    monkeypatch.setattr(
+        "lib.notebooks.label_check.rank_regions",
+        lambda predictions, classes: found.extend(confidences(predictions)),
+    )
+    return found
+
+
+def test_five_folds_check_every_image_once_with_the_network_that_validates_on_it(folds, checked):
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[3]
@@ -92,35 +109,30 @@ def test_five_folds_check_every_image_once(folds, monkeypatch):
     assert [path.name for path in found] == list(folds.values())
     everything = open_checked(found)
     assert len(everything) == 40
-    seen = []
-    monkeypatch.setattr(
-        "lib.notebooks.label_check.rank_regions",
-        lambda predictions, classes: seen.extend(
-            name for batch in predictions for name in batch.samples.names
-        ),
-    )
     check_labels(found, device="cpu")
-    assert sorted(seen) == everything.names.tolist()
+    assert sorted(name for name, _ in checked) == everything.names.tolist()
+    for fold, name in folds.items():
+        valid = load_samples("synthetic", "valid", "blocks", limit=40, fold=fold)
+        expected = predict(load_model(runs_folder() / name / "best.pt"), valid, confidence=True)
+        for image, confidence in confidences(expected):
+            np.testing.assert_allclose(dict(checked)[image], confidence, rtol=1e-5)
 
 
-def test_run_is_checked_on_its_recorded_validation_images(folds, monkeypatch):
+def test_run_is_checked_on_its_recorded_validation_images(folds, checked, monkeypatch):
     """Validation images selected anew could include images that the run was trained on."""
     from lib.runs import runs_folder
 
     run = runs_folder() / folds[0]
-    every = load_samples("synthetic", "train", "none", limit=40).names.tolist()
+    samples = load_samples("synthetic", "train", "none", limit=40)
+    every = samples.names.tolist()
     own = {"train": every[3:], "valid": every[:3], "validation": "blocks"}
     monkeypatch.setattr("lib.runs.scoring.read_images", lambda run: own)
     assert open_checked([run]).names.tolist() == every[:3]
-    seen = []
-    monkeypatch.setattr(
-        "lib.notebooks.label_check.rank_regions",
-        lambda predictions, classes: seen.extend(
-            name for batch in predictions for name in batch.samples.names
-        ),
-    )
     check_labels([run], device="cpu")
-    assert seen == every[:3]
+    assert [name for name, _ in checked] == every[:3]
+    expected = predict(load_model(run / "best.pt"), samples[:3], confidence=True)
+    for (_, found), (_, confidence) in zip(checked, confidences(expected), strict=True):
+        np.testing.assert_allclose(found, confidence, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("chosen", "count"), [("blocks", 5), ("predefined", 1), ("random", 1)])

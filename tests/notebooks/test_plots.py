@@ -306,15 +306,13 @@ def test_classes_with_equal_iou_keep_their_order():
 
 def test_curves_are_drawn_for_recipes_with_and_without_histories():
     history = pd.DataFrame({"epoch": [1, 2], "valid_miou": [0.1, 0.2]})
-    assert {"a", "b"} <= set(
-        draw(
-            plot_curves(
-                {"a": [history, history], "b": [history], "pooled": []},
-                "curves",
-                run_colours(["a", "b", "pooled"]),
-            )
-        )
-    )
+    later = history + 1
+    colours = run_colours(["a", "b", "pooled"])
+    figure = plot_curves({"a": [history, later], "b": [history], "pooled": []}, "curves", colours)
+    assert {"a", "b"} <= set(draw(figure))
+    lines = [(line.get_color(), line.get_xydata().tolist()) for line in figure.axes[0].lines]
+    expected = (("a", history), ("a", later), ("b", history))
+    assert lines == [(colours[name], curve.to_numpy().tolist()) for name, curve in expected]
 
 
 def test_dollar_signs_in_names_are_not_read_as_math():

@@ -45,7 +45,12 @@ def open_all(pictures):
     return open_images(str(pictures), None, 1.0, False, CLASSES)
 
 
-def test_class_shares_match_the_predicted_labels(model, pictures):
+def confidences(model, pieces):
+    """Mean confidence of each image."""
+    return [batch.confidence.mean() for batch in predict(model, pieces, confidence=True)]
+
+
+def test_class_shares_and_confidence_match_the_predictions(model, pictures):
     table = predict_images(model, open_all(pictures))
     assert table.index.tolist() == ["a", "b", "c"]
     assert table.columns.tolist() == [("", "confidence"), *(("share", name) for name in CLASSES)]
@@ -53,7 +58,7 @@ def test_class_shares_match_the_predicted_labels(model, pictures):
         np.testing.assert_allclose(
             table.loc[name, "share"], np.bincount(labels.ravel(), minlength=3) / labels.size
         )
-    assert table["", "confidence"].between(1 / 3, 1).all()
+    np.testing.assert_allclose(table["", "confidence"], confidences(model, open_all(pictures)))
 
 
 def test_saved_masks_match_the_predictions_and_are_reused(model, pictures, tmp_path, monkeypatch):
@@ -131,10 +136,11 @@ def test_class_names_never_clash_with_column_names(pictures, name):
     network = build_model(
         architecture="fpn", encoder="tu-test_efficientnet", classes=classes, inputs="rgb", size=(32, 32)
     ).eval()
-    table = predict_images(network, open_images(str(pictures), None, 1.0, False, classes))
+    images = open_images(str(pictures), None, 1.0, False, classes)
+    table = predict_images(network, images)
     assert table["share"].columns.tolist() == list(classes)
     np.testing.assert_allclose(table["share"].sum(axis=1), 1)
-    assert table["", "confidence"].between(1 / 3, 1).all()
+    np.testing.assert_allclose(table["", "confidence"], confidences(network, images))
 
 
 def test_masks_before_an_unreadable_image_are_kept(model, pictures, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_only_one_process_can_open_a_run(runs):
         pass
 
 
-def test_hold_run_fails_if_the_run_is_locked(tmp_path):
+def test_locking_a_run_fails_if_it_stays_locked_but_waits_for_its_release(tmp_path):
     lock = FileLock(tmp_path / ".taken.lock")
     with (
         lock,
@@ -182,6 +183,12 @@ def test_hold_run_fails_if_the_run_is_locked(tmp_path):
         pytest.fail("held twice")
     with lock.acquire(timeout=0):  # released at the end of the block
         pass
+    lock = FileLock(tmp_path / ".taken.lock", thread_local=False)
+    lock.acquire()
+    release = threading.Timer(0.5, lock.release)
+    release.start()
+    with lock_run(tmp_path / "taken", wait_seconds=60):
+        release.join()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])

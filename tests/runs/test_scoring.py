@@ -487,7 +487,7 @@ def shift_masks(folder, by):
 LABELS_FROM_1 = f"classes: {list(NYUV2_13)}\nfirst_label: 1\n"
 
 
-def test_mask_values_labels_reads_masks_with_label_values(tmp_path, folder, scenes, masks, capsys):
+def test_mask_values_labels_reads_masks_with_label_values(folder, masks, capsys):
     """Label values start at 1. The values of all masks are checked before any mask is read."""
     read, place, samples = masks
     for path in (folder / "train" / "label").iterdir():
@@ -506,8 +506,8 @@ def test_mask_values_labels_reads_masks_with_label_values(tmp_path, folder, scen
     assert "read as mask_values" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("mask_values", "other", "by"), [("indices", "labels", 0), ("labels", "indices", 0)])
-def test_ambiguous_mask_values_print_the_chosen_interpretation(folder, masks, capsys, mask_values, other, by):
+@pytest.mark.parametrize(("mask_values", "other"), [("indices", "labels"), ("labels", "indices")])
+def test_ambiguous_mask_values_print_the_chosen_interpretation(folder, masks, capsys, mask_values, other):
     read, place, samples = masks
     for path in (folder / "train" / "label").iterdir():
         label = np.asarray(Image.open(path))

@@ -492,7 +492,9 @@ def run_colours(names: Iterable[str]) -> dict[str, tuple]:
     """
     import seaborn  # imported here, see `plot_matrix`
 
-    colours = itertools.chain(seaborn.color_palette("colorblind", 8), itertools.repeat((0.6, 0.6, 0.6)))
+    palette = seaborn.color_palette("colorblind")
+    eight = [*palette[:7], palette[9]]  # the eighth is grey
+    colours = itertools.chain(eight, itertools.repeat((0.6, 0.6, 0.6)))
     return dict(zip(names, colours, strict=False))
 
 

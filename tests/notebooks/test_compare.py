@@ -124,6 +124,8 @@ def test_comparison_figure_fits_few_and_many_recipes(count, others):
     means = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     is_grey = [to_rgb(line.get_color()) == (0.6, 0.6, 0.6) for line in means]
     assert is_grey == [number >= 8 for number in range(others + 1)]
+    coloured = [to_rgb(line.get_color()) for line in means[:8]]
+    assert min(max(colour) - min(colour) for colour in coloured) > 0.2  # none looks grey
     assert "mIoU" in texts
     assert f"{shorten(classes[0], 20)} (24)" in texts
     assert len([text for text in texts if "mean of 2 runs (small dots)" in text]) == others + 1

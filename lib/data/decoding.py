@@ -26,7 +26,7 @@ INTEGER_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow modes
 def upright_size(path: Path) -> tuple[int, int]:
     """Return the height and width of the upright image, read from the file header."""
     with _decoding(path), Image.open(path) as image:
-        # Pillow rotates TIFF
+        # of a TIFF, Pillow gives the size after rotation
         is_transposed = image.format != "TIFF" and image.getexif().get(0x0112) in TRANSPOSED_ORIENTATIONS
         return image.size if is_transposed else image.size[::-1]
 

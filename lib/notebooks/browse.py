@@ -33,7 +33,7 @@ DIFFERENCE_PANELS = {
     1: (plots.ERRORS_TITLE, plots.colour_errors),
     2: (plots.CHANGES_TITLE, plots.colour_changes),
 }  # number of runs: (panel title, colouring function)
-DRAWER = ThreadPoolExecutor(1)  # one thread for all browsers; cells are run again and again
+DRAWER = ThreadPoolExecutor(1)  # shared, because each execution of a cell makes a browser
 Predictor = Callable[[Samples], "Predicted"]
 Order = Callable[[str], np.ndarray]
 
